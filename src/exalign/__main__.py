@@ -1,0 +1,3 @@
+from exalign.cli import main
+
+main()

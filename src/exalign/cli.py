@@ -1,0 +1,152 @@
+"""The command line: one command per stage of a recipe, and a few to look at things."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exalign.errors import InputError
+
+app = typer.Typer(
+    name="exalign",
+    help="Align language models with human preferences, exactly and efficiently, and prove what was achieved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, for example recipes/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: align.exo-rw.beta_pi=0.5")
+]
+Folder = Annotated[Path | None, typer.Option("--run", help="The run's directory (default: runs/NAME).")]
+Redo = Annotated[bool, typer.Option("--redo", help="Make again what was made from other settings or data.")]
+
+STAGES = {
+    "sft": ("sft", "Fine-tune the supervised policy."),
+    "reward": ("reward", "Train the reward model on the preferences."),
+    "sample": ("rollouts", "Sample K completions per prompt from the supervised policy."),
+    "score": ("scored", "Score the samples."),
+    "align": ("align", "Align the policy with every method of the recipe."),
+    "evaluate": ("evaluation", "Sample and score every aligned policy on held-out prompts."),
+    "report": ("report", "Write the evidence and the report."),
+}
+
+
+def _carry_out(recipe: Path, overrides: list[str] | None, folder: Path | None, redo: bool, *targets: str) -> None:
+    from exalign.pipeline import Run, load_recipe
+    from exalign.pipeline.stages import plan
+
+    loaded = load_recipe(recipe, overrides or ())
+    run = Run(loaded, folder, console=console, redo=redo)  # type: ignore[arg-type]
+    run.carry_out(plan(loaded), targets)
+
+
+@app.command("run")
+def run_all(recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False) -> None:
+    """Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues."""
+    _carry_out(recipe, overrides, run, redo)
+
+
+def _add_stage(name: str, target: str, text: str) -> None:
+    def command(recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False) -> None:
+        _carry_out(recipe, overrides, run, redo, target)
+
+    app.command(name, help=f"{text} Stages it needs run first unless they are done.")(command)
+
+
+for _name, (_target, _text) in STAGES.items():
+    _add_stage(_name, _target, _text)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    run: Annotated[Path, typer.Option("--run", help="The run's directory.")] = Path("runs/demo"),
+    redo: Redo = False,
+) -> None:
+    """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
+    from exalign.pipeline import Run
+    from exalign.pipeline.demo import demo_recipe
+    from exalign.pipeline.stages import plan
+
+    recipe = demo_recipe(run, overrides or ())
+    Run(recipe, run, console=console, redo=redo).carry_out(plan(recipe))
+
+
+@app.command()
+def recipe(
+    path: Annotated[Path | None, typer.Argument(help="A recipe to check and print in full.")] = None,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every setting there is.")] = False,
+) -> None:
+    """Check a recipe and print it with every default, or explain all settings."""
+    from exalign.pipeline.explain import print_recipe, print_settings
+    from exalign.pipeline.recipe import Recipe, load_recipe
+
+    if explain:
+        print_settings(Recipe, console)
+    elif path is None:
+        raise InputError("Give a recipe to print, or --explain for every setting there is.")
+    else:
+        print_recipe(load_recipe(path, overrides or ()), console)
+
+
+@app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="A file, a folder or a hub data set.")],
+    model: Annotated[str, typer.Option("--model", help="The model or tokenizer whose tokens are shown.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="For plain text: tokens of the prompt.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=2)] = 512,
+    max_completion_tokens: Annotated[int, typer.Option(min=1)] = 512,
+) -> None:
+    """Show exactly which tokens are prompt, which are completion, what was cut, and the counts."""
+    from exalign.data.formats import DataSettings
+    from exalign.data.inspection import inspect_source, render_inspection
+    from exalign.models.loading import load_tokenizer
+
+    settings = DataSettings(source=data, split=split, prompt_tokens=prompt_tokens)
+    found = inspect_source(
+        settings,
+        load_tokenizer(model),
+        rows=rows,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+    )
+    console.print(render_inspection(found))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: an `InputError` is one sentence and status 2, Ctrl-C one sentence and status 130."""
+    try:
+        app(args=arguments, standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("Interrupted; the same command continues where it was.", 130)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except Exception as error:
+        if not hasattr(error, "show"):  # Typer carries its own copy of click, whose usage errors show themselves
+            raise
+        error.show()
+        sys.exit(2)
+
+
+def _fail(sentence: str, status: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(sentence)}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _plain(text: str) -> str:
+    """Text of a data set or file name as it is: no markup, no control characters."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))

@@ -1,0 +1,119 @@
+"""Groups of token ids, how whole groups fill a token budget, and in which order an epoch visits them.
+
+Letters: `B` groups (prompts), `K` completions of one prompt (ragged: the largest K of the batch), `P` and `T` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """One prompt with its K completions as token ids: what models see of a `Record`.
+
+    Shapes: `prompt_ids` int64 `[P]`, P ≥ 1; `completion_ids` K tensors int64 `[T_i]`, T_i ≥ 1; the optional
+    per-completion values float32 `[K]`, in nats where they are log-probabilities. `index` is the position in the
+    source that the group came from: it addresses caches and labels, and names the row in messages.
+    """
+
+    index: int
+    prompt_ids: Tensor
+    completion_ids: tuple[Tensor, ...]
+    rewards: Tensor | None = None
+    preferred: int | None = None
+    reference_logp: Tensor | None = None
+    proposal_logp: Tensor | None = None
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the group with the prompt counted once."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.completion_ids)
+
+
+def microbatches(groups: Sequence[Group], *, token_budget: int) -> list[list[Group]]:
+    """Split the groups of one step into micro-batches of whole groups with at most `token_budget` tokens each.
+
+    First-fit decreasing: long groups are placed first, each into the first batch with room, so that few batches
+    are needed. Which groups form a step is the caller's business and does not change. Inside a micro-batch
+    the groups keep the order given, and micro-batches are ordered by their first group, so the result is a pure
+    function of the input. A group over the budget stands alone.
+
+    >>> def group(index, tokens):
+    ...     return Group(index, torch.zeros(1, dtype=torch.long), (torch.zeros(tokens - 1, dtype=torch.long),))
+    >>> groups = [group(i, n) for i, n in enumerate([6, 5, 4, 20, 3])]
+    >>> [[g.index for g in batch] for batch in microbatches(groups, token_budget=10)]
+    [[0, 2], [1, 4], [3]]
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+    members: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(groups)), key=lambda p: (-groups[p].num_tokens, p)):
+        tokens = groups[position].num_tokens
+        bin_number = next((i for i, free in enumerate(room) if free >= tokens), None)
+        if bin_number is None:
+            members.append([position])
+            room.append(token_budget - tokens)
+        else:
+            members[bin_number].append(position)
+            room[bin_number] -= tokens
+    return [[groups[p] for p in batch] for batch in sorted(sorted(batch) for batch in members)]
+
+
+def completion_mask(groups: Sequence[Group]) -> Tensor:
+    """Which of the K places hold a completion: bool `[B, K]`, K the largest of the batch.
+
+    >>> one, two = (Group(0, torch.ones(1), (torch.ones(1),) * k) for k in (1, 2))
+    >>> completion_mask([one, two]).tolist()
+    [[True, False], [True, True]]
+    """
+    sizes = torch.tensor([group.num_completions for group in groups], dtype=torch.long)
+    width = int(sizes.max()) if len(groups) else 0
+    return torch.arange(width)[None, :] < sizes[:, None]
+
+
+def stack_values(groups: Sequence[Group], name: Literal["rewards", "reference_logp", "proposal_logp"]) -> Tensor:
+    """The per-completion values `name` of every group: float32 `[B, K]`, 0 where `completion_mask` is False.
+
+    Raises `ValueError` naming the first group that lacks them or has another number of them than completions.
+    """
+    mask = completion_mask(groups)
+    stacked = torch.zeros(mask.shape, dtype=torch.float32)
+    for row, group in enumerate(groups):
+        values = getattr(group, name)
+        if values is None:
+            raise ValueError(f"group {group.index} has no {name}")
+        if values.shape != (group.num_completions,):
+            raise ValueError(f"group {group.index} has {group.num_completions} completions but {name} {values.shape}")
+        stacked[row, : group.num_completions] = values
+    return stacked
+
+
+def stack_preferred(groups: Sequence[Group]) -> Tensor:
+    """The index of each group's preferred completion: int64 `[B]`. A group without one raises `ValueError`."""
+    for group in groups:
+        if group.preferred is None:
+            raise ValueError(f"group {group.index} has no preferred completion")
+    return torch.tensor([group.preferred for group in groups], dtype=torch.long)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order in which epoch `epoch` visits `n` groups: a permutation that depends on (n, seed, epoch) only.
+
+    So a run that resumes in the middle of an epoch sees exactly what it would have seen.
+
+    >>> epoch_order(5, seed=0, epoch=1) == epoch_order(5, seed=0, epoch=1), sorted(epoch_order(5, seed=0, epoch=1))
+    (True, [0, 1, 2, 3, 4])
+    """
+    return [int(i) for i in np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)]

@@ -1,0 +1,249 @@
+"""The one record that flows through the pipeline, and its file format.
+
+A record is a prompt with its K completions. SFT data is K = 1, a preference pair K = 2 with `preferred`,
+rollouts K = 4…128 with rewards once they are scored, evaluation samples M = 4. K may differ between records.
+
+Files are folders of Parquet shards, `header.json` beside them; `datasets.load_dataset("parquet")` reads the shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from exalign.errors import InputError
+from exalign.storage import atomic_path, read_json, write_json
+
+FORMAT_VERSION = 1
+Prompt = str | tuple[dict[str, str], ...]
+"""Plain text, or chat messages: each a dict with `role` and `content`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion of a prompt.
+
+    `token_ids` are the ids that were sampled (never re-tokenised text), the end-of-sequence id included
+    exactly when the sampler produced it. `logprob` is log q(y|x) under the proposal that was sampled from, at its
+    temperature, summed over tokens; `reference_logprob` is log π_sft(y|x) at the recipe's temperature; both in nats.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: str | None = None
+    """`stop` (ended by the end-of-sequence token), `length` (cut by the limit), or None where unknown."""
+    logprob: float | None = None
+    reference_logprob: float | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A prompt with its K ≥ 1 completions (K = 0 for a prompt that is still to be sampled).
+
+    `id` is stable and unique within a file. `preferred` is the index of the completion that won, where one did.
+    """
+
+    id: str
+    prompt: Prompt
+    completions: tuple[Completion, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    preferred: int | None = None
+
+    @property
+    def rewards(self) -> list[float] | None:
+        """The K rewards, or None unless every completion has one."""
+        values = [completion.reward for completion in self.completions]
+        return None if not values or any(value is None for value in values) else values  # type: ignore[return-value]
+
+    def with_rewards(self, rewards: Iterable[float]) -> Record:
+        """This record with its K rewards set."""
+        pairs = zip(self.completions, rewards, strict=True)
+        return replace(self, completions=tuple(replace(completion, reward=float(r)) for completion, r in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Where a file of records came from; None where it does not apply. `counts` says what was dropped or cut."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    fingerprint: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+
+_COMPLETION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("logprob", pa.float64()),
+        ("reference_logprob", pa.float64()),
+        ("reward", pa.float64()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completions", pa.list_(_COMPLETION)),
+        ("preferred", pa.int32()),
+    ]
+)
+_SHARD_NAME = re.compile(r"part-(\d{6})\.parquet")
+
+
+class RecordWriter:
+    """Writes records shard by shard, each atomically: a kill loses at most the shard under way.
+
+    Opening a folder that already has shards continues after them: `written` says how many records stand there,
+    so that a stage can skip what is done. Shards behind a missing or damaged one are removed, as what is written next
+    takes their place. `close` writes the header, which marks the folder as complete.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "rollouts"
+    >>> with RecordWriter(folder, shard_size=2) as writer:
+    ...     for i in range(3):
+    ...         writer.write(Record(id=str(i), prompt="Hi", completions=(Completion("there"),)))
+    ...     writer.close(Header(model="gpt2"))
+    >>> len(read_records(folder)), read_header(folder).model, len(list(folder.glob("*.parquet")))
+    (3, 'gpt2', 2)
+    """
+
+    def __init__(self, folder: Path, *, shard_size: int = 256) -> None:
+        self.folder = Path(folder)
+        self.shard_size = shard_size
+        self.written = 0
+        self._next_shard = 0
+        self._pending: list[Record] = []
+        self._continue_after_finished_shards()
+
+    def _continue_after_finished_shards(self) -> None:
+        intact = True
+        for shard in _shards(self.folder):
+            rows = _num_rows(shard)
+            intact = intact and rows is not None and shard.name == _shard_name(self._next_shard)
+            if intact:
+                self.written += rows or 0
+                self._next_shard += 1
+            else:
+                shard.unlink()
+
+    def write(self, record: Record) -> None:
+        """Add one record; a full shard goes to disk."""
+        self._pending.append(record)
+        if len(self._pending) >= self.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as a shard."""
+        if not self._pending:
+            return
+        table = pa.Table.from_pylist([_to_row(record) for record in self._pending], schema=SCHEMA)
+        with atomic_path(self.folder / _shard_name(self._next_shard)) as temporary:
+            pq.write_table(table, temporary)
+        self.written += len(self._pending)
+        self._next_shard += 1
+        self._pending = []
+
+    def close(self, header: Header) -> None:
+        """Write what is pending and the header: the folder is complete."""
+        self.flush()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "header.json", {name: getattr(header, name) for name in Header.__slots__})
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Interrupted work leaves whole shards only, so that a resumed file equals an undisturbed one byte for byte.
+        if kind is None:
+            self.flush()
+
+
+def write_records(folder: Path, records: Iterable[Record], header: Header, *, shard_size: int = 256) -> None:
+    """Write a whole file of records at once, replacing what stood there."""
+    with atomic_path(Path(folder)) as temporary, RecordWriter(temporary, shard_size=shard_size) as writer:
+        for record in records:
+            writer.write(record)
+        writer.close(header)
+
+
+def iter_records(folder: Path) -> Iterator[Record]:
+    """Stream the records of a folder in the order they were written, one shard in memory at a time."""
+    shards = _shards(Path(folder))
+    if not shards and not (Path(folder) / "header.json").exists():
+        raise InputError(f"{folder} holds no records (expected part-000000.parquet and header.json).")
+    for shard in shards:
+        try:
+            table = pq.read_table(shard)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{shard} cannot be read ({error}); delete it and run the stage again.") from None
+        for row in table.to_pylist():
+            yield _from_row(row)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder, in memory."""
+    return list(iter_records(folder))
+
+
+def read_header(folder: Path) -> Header:
+    """The header of a complete folder of records; an absent one or another version is an `InputError`."""
+    values = read_json(Path(folder) / "header.json")
+    if not isinstance(values, dict) or values.get("version") != FORMAT_VERSION:
+        found = values.get("version") if isinstance(values, dict) else None
+        raise InputError(f"{folder} has record format {found}; this exalign reads {FORMAT_VERSION}.")
+    return Header(**{name: values[name] for name in Header.__slots__ if name in values})
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name))
+
+
+def _shard_name(number: int) -> str:
+    return f"part-{number:06d}.parquet"
+
+
+def _num_rows(shard: Path) -> int | None:
+    """How many records a shard holds; None if it is damaged."""
+    try:
+        with pq.ParquetFile(shard) as file:
+            return int(file.metadata.num_rows)
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def _to_row(record: Record) -> dict[str, Any]:
+    plain = isinstance(record.prompt, str)
+    return {
+        "id": record.id,
+        "prompt": record.prompt if plain else None,
+        "messages": None if plain else [dict(message) for message in record.prompt],  # type: ignore[arg-type]
+        "prompt_ids": record.prompt_ids,
+        "completions": [
+            {name: getattr(completion, name) for name in Completion.__slots__} for completion in record.completions
+        ],
+        "preferred": record.preferred,
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Record:
+    def ids(values: list[int] | None) -> tuple[int, ...] | None:
+        return None if values is None else tuple(values)
+
+    completions = tuple(Completion(**{**c, "token_ids": ids(c["token_ids"])}) for c in row["completions"])
+    prompt: Prompt = row["prompt"] if row["messages"] is None else tuple(row["messages"])
+    return Record(row["id"], prompt, completions, ids(row["prompt_ids"]), row["preferred"])

@@ -1,0 +1,204 @@
+"""A run folder in, its evidence out: `evaluation/evidence.json`, from which the report is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exalign.data.records import Record, read_header
+from exalign.errors import InputError
+from exalign.evaluation import run_folder
+from exalign.evaluation.best_of_n import best_of_n
+from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
+from exalign.evaluation.examples import choose_examples
+from exalign.evaluation.frontier import frontier_point, select_within
+from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
+from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence, WinRate, write_evidence
+from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
+from exalign.evaluation.tables import SampleTable, tabulate
+from exalign.evaluation.winrate import win_rate
+
+SFT = "SFT"
+_FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
+
+
+def build_evidence(run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, num_examples: int = 8) -> Evidence:
+    """Compute everything the report says about the run in folder `run` and write `evaluation/evidence.json`.
+
+    Missing pieces (no pool, no reference texts, a method that was stopped, one method only) leave their part empty
+    and a sentence in `notes`. Without samples of the supervised policy there is nothing to compare with: `InputError`.
+    """
+    run = Path(run)
+    material = _Material.read(run)
+    options: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
+    log_odds = _rewards_are_log_odds(material.recipe)
+    methods = [_method(material, name, log_odds, options) for name in material.methods]
+    paths = Paths(material.sft, {name: list(steps.values()) for name, steps in material.tables.items()}, **options)
+    finished = [method.name for method in methods if method.finished]
+    counts: Counter[str] = Counter()
+    curves = run_folder.curves(run, counts)
+    header = read_header(run / "evaluation" / "sft" / "samples")
+    evidence = Evidence(
+        name=str(material.recipe.get("name") or run.resolve().name),
+        policy=header.model,
+        temperature=header.temperature,
+        kl_budget=_kl_budget(material.recipe),
+        confidence=CONFIDENCE,
+        num_prompts=len(material.sft.ids),
+        sft=frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, **options),
+        methods=methods,
+        equal_kl=compare_all(paths, among=finished),
+        comparisons=compare_pairs(paths),
+        optimum=None if material.pool is None else optimum(material.pool, **options),
+        best_of_n=best_of_n(material.pool_rewards, **options),
+        examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
+        curves=curves,
+        stages=run_folder.stages(run),
+        record_counts=run_folder.record_counts(run),
+        notes=material.notes + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n],
+        environment=run_folder.read_environment(run),
+        recipe=material.recipe_text,
+        **options,
+    )
+    write_evidence(run / "evaluation" / "evidence.json", evidence)
+    return evidence
+
+
+@dataclass(eq=False)
+class _Material:
+    """What a run folder offers, read once; `notes` say what it lacks."""
+
+    recipe_text: str
+    recipe: dict[str, Any]
+    run: Path
+    sft: SampleTable
+    prompts: list[Record]
+    reference: SampleTable | None
+    pool_rewards: dict[str, list[float]]
+    pool: PoolFrontier | None
+    methods: list[str]
+    tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
+    last_samples: dict[str, list[Record]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, run: Path) -> _Material:
+        text, recipe = run_folder.read_recipe(run)
+        folder = run / "evaluation"
+        samples = run_folder.complete_records(folder / "sft" / "samples")
+        if samples is None:
+            raise InputError(f"{folder / 'sft' / 'samples'} is missing or incomplete; run the evaluate stage first.")
+        prompts = run_folder.complete_records(folder / "prompts") or []
+        texts = [record for record in prompts if record.rewards is not None]
+        pool = run_folder.pool_rewards(folder / "pool")
+        material = cls(
+            recipe_text=text,
+            recipe=recipe,
+            run=run,
+            sft=tabulate(samples, "evaluation/sft/samples"),
+            prompts=prompts,
+            reference=tabulate(texts, "evaluation/prompts") if texts else None,
+            pool_rewards=pool,
+            pool=pool_frontier(pool),
+            methods=run_folder.methods_of(run, recipe),
+            last_samples={SFT: samples},
+        )
+        material._note_missing()
+        for method in material.methods:
+            material._read_method(method)
+        return material
+
+    def _read_method(self, method: str) -> None:
+        self.tables[method] = {}
+        for step, folder in run_folder.evaluated_steps(self.run, method):
+            where = folder.relative_to(self.run).as_posix()
+            records = run_folder.complete_records(folder)
+            if records is None:
+                self.notes.append(f"{where} is incomplete and left out.")
+                continue
+            table = tabulate(records, where)
+            if table.empty_prompts:
+                self.notes.append(f"{where}: {table.empty_prompts} prompts have no sample and are left out.")
+            if table.log_ratios is None:
+                raise InputError(f"{where}: samples have no logprob and reference_logprob; evaluate again.")
+            self.tables[method][step] = table
+            self.last_samples[method] = records
+        if not self.tables[method]:
+            self.notes.append(f"{method} has no evaluated checkpoint.")
+
+    def _note_missing(self) -> None:
+        if self.sft.empty_prompts:
+            self.notes.append(f"{self.sft.empty_prompts} prompts have no sample of the supervised policy.")
+        if self.reference is None:
+            self.notes.append("There are no scored reference texts, so no win rate against them.")
+        if not self.pool_rewards:
+            self.notes.append("There is no pool of supervised samples, so no estimate of the optimal frontier.")
+        elif self.pool is None:
+            self.notes.append("All pooled samples of a prompt have the same reward, so every policy is optimal.")
+
+
+def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str, Any]) -> MethodEvidence:
+    tables = material.tables[name]
+    points: list[FrontierPoint] = []
+    for step, table in tables.items():
+        against_sft = win_rate(table, material.sft, opponent=SFT, **options)
+        points.append(
+            frontier_point(table, step=step, rewards_are_log_odds=log_odds, win_vs_sft=against_sft, **options)
+        )
+    win_rates: list[WinRate] = []
+    gain = None
+    if points:
+        last = tables[points[-1].step]
+        gain = reward_gain(last, material.sft, **options)
+        others = [(SFT, material.sft), ("reference texts", material.reference)]
+        rates = [win_rate(last, table, opponent=who, **options) for who, table in others if table is not None]
+        win_rates = [rate for rate in rates if rate is not None]
+    gap = None
+    if material.pool is not None:
+        gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), **options)
+    budget = _kl_budget(material.recipe)
+    selected = None if budget is None else select_within(points, budget)
+    settings = (material.recipe.get("align") or {}).get(name)
+    settings = settings if isinstance(settings, dict) else {}
+    return MethodEvidence(
+        name=name,
+        family=_family(name, settings),
+        target=_target(name, settings),
+        finished=run_folder.is_finished(material.run, name),
+        points=points,
+        win_rates=win_rates,
+        gain=gain,
+        gap=gap,
+        selected_step=selected.step if selected else None,
+        settings=settings,
+    )
+
+
+def _family(name: str, settings: Mapping[str, Any]) -> str:
+    """exo or dpo by the divergence the recipe names, else by the method's name; other otherwise."""
+    if "divergence" in settings:
+        return _FAMILIES.get(str(settings["divergence"]), "other")
+    return next((family for family in _FAMILIES.values() if family in name.lower()), "other")
+
+
+def _target(name: str, settings: Mapping[str, Any]) -> str | None:
+    if "target" in settings:
+        return str(settings["target"])
+    endings = {"pref": "preference", "rw": "reward"}
+    return next((target for ending, target in endings.items() if ending in name.lower()), None)
+
+
+def _kl_budget(recipe: Mapping[str, Any]) -> float | None:
+    return (recipe.get("evaluate") or {}).get("kl_budget")
+
+
+def _rewards_are_log_odds(recipe: Mapping[str, Any]) -> bool:
+    """Whether the evaluation's scorer (the named one, else the oracle, else the score stage's) is a classifier."""
+    named = (recipe.get("evaluate") or {}).get("scorer")
+    if named is None and recipe.get("oracle"):
+        return True
+    scorer = named or (recipe.get("score") or {}).get("scorer") or {}
+    return bool(scorer.get("classifier")) or scorer.get("stage") == "oracle"

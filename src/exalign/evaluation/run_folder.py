@@ -1,0 +1,163 @@
+"""Where a run folder keeps what the evidence is made from. Reads what is there; what is not is simply absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from exalign.data.records import Record, iter_records, read_header
+from exalign.errors import InputError
+from exalign.evaluation.schema import Curve, Stage
+from exalign.storage import read_json
+
+_STEP = re.compile(r"step-(\d+)")
+CURVE_BUCKETS = 120
+
+
+def read_recipe(run: Path) -> tuple[str, dict[str, Any]]:
+    """The resolved recipe as text and as a mapping; both empty where there is none."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return "", {}
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML ({error}).") from None
+    return text, values if isinstance(values, dict) else {}
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """environment.json, or an empty mapping."""
+    path = run / "environment.json"
+    values = read_json(path) if path.is_file() else {}
+    return values if isinstance(values, dict) else {"environment": values}
+
+
+def complete_records(folder: Path) -> list[Record] | None:
+    """The records of a complete folder, or None where it is absent or was not finished (no header)."""
+    return list(iter_records(folder)) if (folder / "header.json").is_file() else None
+
+
+def evaluated_steps(run: Path, method: str) -> list[tuple[int, Path]]:
+    """A method's evaluated checkpoints in the order of training: step and folder of samples."""
+    found = [
+        (int(match[1]), folder / "samples")
+        for folder in (run / "evaluation" / method).glob("step-*")
+        if (match := _STEP.fullmatch(folder.name))
+    ]
+    return sorted(found)
+
+
+def methods_of(run: Path, recipe: dict[str, Any]) -> list[str]:
+    """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
+    in_recipe = [str(name) for name in recipe.get("align") or {}]
+    trained = {path.name for path in (run / "align").glob("*") if path.is_dir()}
+    evaluated = {path.parent.name for path in (run / "evaluation").glob("*/step-*") if path.is_dir()}
+    there = trained | evaluated
+    return [name for name in in_recipe if name in there] + sorted(there - set(in_recipe))
+
+
+def is_finished(run: Path, method: str) -> bool:
+    """Whether alignment came to its end: its final model is there, or it was not trained in this run at all."""
+    return (run / "align" / method / "model").is_dir() or not (run / "align" / method).is_dir()
+
+
+def pool_rewards(folder: Path) -> dict[str, list[float]]:
+    """Rewards of every prompt's pool, reading no other column; empty where there is no complete pool.
+
+    A missing or non-finite reward is an `InputError`.
+    """
+    rewards: dict[str, list[float]] = {}
+    if not (folder / "header.json").is_file():
+        return rewards
+    for shard in sorted(folder.glob("part-*.parquet")):
+        table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
+        for row in table.to_pylist():
+            values = [completion["reward"] for completion in row["completions"]]
+            if any(value is None or not math.isfinite(value) for value in values):
+                raise InputError(f"{folder}: a completion of {row['id']!r} has no finite reward; score it again.")
+            rewards[row["id"]] = values
+    return rewards
+
+
+def stages(run: Path) -> list[Stage]:
+    """Every finished stage, in the order in which they ended."""
+    found = sorted(run.glob("**/done.json"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    result = []
+    for path in found:
+        values = read_json(path)
+        seconds = values.get("seconds")
+        counts = {str(k): v for k, v in (values.get("counts") or {}).items() if isinstance(v, int)}
+        name = path.parent.relative_to(run).as_posix()
+        result.append(Stage(name, float(seconds) if isinstance(seconds, int | float) else None, counts))
+    return result
+
+
+def record_counts(run: Path) -> dict[str, dict[str, int]]:
+    """What each folder of records says was dropped or cut, where it says anything."""
+    found = {}
+    for path in sorted(run.glob("**/header.json")):
+        counts = read_header(path.parent).counts
+        if counts:
+            found[path.parent.relative_to(run).as_posix()] = counts
+    return found
+
+
+def curves(run: Path, notes: Counter[str]) -> list[Curve]:
+    """Training curves of every stage with metrics, each stage named by its folder."""
+    found = []
+    for path in sorted(run.glob("**/metrics.jsonl")):
+        stage = path.parent.relative_to(run).as_posix()
+        rows = {row["step"]: row for row in _metric_rows(path, notes)}
+        if rows:
+            found.append(downsample(stage, [rows[step] for step in sorted(rows)], notes))
+    return found
+
+
+def downsample(stage: str, rows: list[dict[str, float]], notes: Counter[str]) -> Curve:
+    """Average consecutive rows into at most `CURVE_BUCKETS` buckets; a step logged twice counts once (the last).
+
+    Non-finite values are left out of their bucket and counted.
+    """
+    names = sorted({name for row in rows for name in row if name != "step"})
+    notes["skipped_training_steps"] += sum(row.get("skipped") == 1 for row in rows)
+    buckets = np.array_split(np.arange(len(rows)), min(len(rows), CURVE_BUCKETS))
+    values: dict[str, list[float | None]] = {}
+    for name in names:
+        column = np.array([row.get(name, math.nan) for row in rows])
+        notes["non_finite_metric_values"] += sum(not math.isfinite(row[name]) for row in rows if name in row)
+        means = []
+        for bucket in buckets:
+            finite = column[bucket][np.isfinite(column[bucket])]
+            means.append(float(finite.mean()) if len(finite) else None)
+        values[name] = means
+    steps = [float(np.mean([rows[i]["step"] for i in bucket])) for bucket in buckets]
+    return Curve(stage, len(rows), steps, values)
+
+
+def _metric_rows(path: Path, notes: Counter[str]) -> Iterator[dict[str, float]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            # The training loop writes null for a value that was not finite.
+            numbers = {k: math.nan if v is None else float(v) for k, v in row.items() if _is_number_or_none(v)}
+        except (json.JSONDecodeError, AttributeError):
+            # A kill in the middle of a write leaves half a line.
+            notes["unreadable_metric_rows"] += 1
+            continue
+        if math.isfinite(numbers.get("step", math.nan)):
+            yield numbers
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)

@@ -1,0 +1,242 @@
+"""What `evaluation/evidence.json` holds: everything the report says, as plain numbers and texts.
+
+Every class is a frozen dataclass of JSON values; `write_evidence` and `read_evidence` are each other's inverse.
+A value that does not exist is None, never NaN. Log-ratios and KL are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from exalign.errors import InputError
+from exalign.storage import read_json, write_json
+
+EVIDENCE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a confidence interval over `num_prompts` prompts; no bounds where one prompt stands alone."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of pairs of samples that the first policy wins; a tie counts half.
+
+    `missing_prompts` had no samples on one of the two sides and are left out.
+    """
+
+    opponent: str
+    rate: Interval
+    ties: float
+    num_pairs: int
+    missing_prompts: int
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One checkpoint: mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft) over its samples.
+
+    `reward_std` is the standard deviation over samples, `accuracy` the share with reward > 0 (where rewards are a
+    classifier's log-odds), `tokens` the mean length, `finished` the share that ended by the end-of-sequence token.
+    """
+
+    step: int
+    reward: Interval
+    kl: Interval
+    reward_std: float
+    num_samples: int
+    accuracy: Interval | None = None
+    tokens: float | None = None
+    finished: float | None = None
+    win_vs_sft: WinRate | None = None
+
+
+@dataclass(frozen=True)
+class OptimumPoint:
+    """π*_β at one β = β_π·β_r: its mean reward, its KL to π_sft, and how many samples carry the estimate.
+
+    `ess` is the median effective sample size over prompts; where it is small the point is not `reliable`.
+    """
+
+    beta: float
+    reward: Interval
+    kl: Interval
+    ess: float
+    reliable: bool
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The estimated optimal frontier, from small KL to large, from a pool of samples of π_sft."""
+
+    points: list[OptimumPoint]
+    num_prompts: int
+    fewest_samples: int
+    most_samples: int
+    least_ess: float
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The best of N samples of π_sft by reward: its mean reward, and log N − (N−1)/N, a bound on its KL to π_sft."""
+
+    n: int
+    reward: Interval
+    kl_bound: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Reward of the estimated optimum minus the method's, at the largest KL where both are known.
+
+    `below_first_checkpoint` says that the method's reward there lies on the straight line from π_sft to its first
+    checkpoint: a concave frontier runs above that line, so the gap is then an upper bound.
+    """
+
+    kl: float
+    gap: Interval
+    below_first_checkpoint: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method's reward at the KL that all compared methods reach, and the leader's lead over it there."""
+
+    method: str
+    reward: Interval
+    behind_leader: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reward of `first` minus reward of `second` at the largest KL that both reach."""
+
+    first: str
+    second: str
+    kl: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class EqualKL:
+    """Methods compared at one KL, best first; `left_out` moved too little from π_sft to be compared there."""
+
+    kl: float
+    standings: list[Standing]
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MethodEvidence:
+    """One alignment method, its points in the order of training.
+
+    `family` is exo, dpo or other; `target` reward, preference or None where unknown. `gain`, `win_rates` and `gap` are
+    those of the last checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is false
+    where training stopped before its end.
+    """
+
+    name: str
+    family: str
+    target: str | None
+    finished: bool
+    points: list[FrontierPoint]
+    win_rates: list[WinRate]
+    gain: Interval | None = None
+    gap: Gap | None = None
+    selected_step: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training metrics of one stage, averaged over buckets of consecutive steps; None where a bucket has no value."""
+
+    stage: str
+    num_rows: int
+    steps: list[float]
+    values: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text under an example prompt; `log_ratio` is log π(y|x) − log π_sft(y|x) of the policy that wrote it."""
+
+    source: str
+    text: str
+    reward: float | None = None
+    log_ratio: float | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the first sample of every policy on it."""
+
+    id: str
+    prompt: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage of the run: its wall time, and what it dropped or cut."""
+
+    name: str
+    seconds: float | None
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run's evidence. `notes` are sentences about what is missing or was left out."""
+
+    name: str
+    policy: str | None
+    temperature: float | None
+    kl_budget: float | None
+    confidence: float
+    num_resamples: int
+    seed: int
+    num_prompts: int
+    sft: FrontierPoint | None
+    methods: list[MethodEvidence]
+    equal_kl: EqualKL | None
+    comparisons: list[Comparison]
+    optimum: Optimum | None
+    best_of_n: list[BestOfN]
+    examples: list[Example]
+    curves: list[Curve]
+    stages: list[Stage]
+    record_counts: dict[str, dict[str, int]]
+    notes: list[str]
+    environment: dict[str, Any]
+    recipe: str
+    version: int = EVIDENCE_VERSION
+
+
+def write_evidence(path: Path, evidence: Evidence) -> None:
+    """Write `evidence` as JSON, atomically; a NaN anywhere is a `ValueError`."""
+    write_json(path, asdict(evidence))
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Read what `write_evidence` wrote; a damaged file or another version is an `InputError`."""
+    values = read_json(path)
+    found = values.get("version") if isinstance(values, dict) else None
+    if found != EVIDENCE_VERSION:
+        raise InputError(f"{path} has evidence format {found}; this exalign reads {EVIDENCE_VERSION}: evaluate again.")
+    try:
+        return TypeAdapter(Evidence).validate_python(values)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise InputError(f"{path} is damaged at {where}; delete it and evaluate again.") from None

@@ -1,0 +1,98 @@
+"""The alignment objective, its optimum and its gradients, summed over every completion instead of sampled.
+
+All of it follows from one derivative. The policy enters through the product of experts
+`π_θ^{β_π} ∝ π_θ^{β_π} π_sft^{1−β_π}` (Eq. 9), written p; the target is `t = π*_{β_r}` (Eq. 5). Since
+`∂ log p_m/∂ log π_θ(y_n) = β_π (1[m = n] − p_n)`,
+
+* `∂ KL(p‖t)/∂ log π_θ(y_n) = β_π p_n (log p_n − log t_n − KL(p‖t))`,
+* `∂ KL(t‖p)/∂ log π_θ(y_n) = β_π (p_n − t_n)`,
+
+and Eq. 11, `J = −β_r KL(p‖t) + β_r log Z`, gives the objective's gradient as −β_r times the first. `World.scores`
+carries them to the policy's logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exalign.exact.world import World
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlignmentProblem:
+    """One prompt: what to align (π_sft), to what (a reward for every completion), and how strongly.
+
+    Attributes:
+        world: the completions.
+        reference_logp: `[N]` log π_sft, normalised.
+        rewards: `[N]` r.
+        beta_pi: β_π > 0.
+        beta_r: β_r > 0. The optimum is π*_β with β = β_π β_r.
+    """
+
+    world: World
+    reference_logp: Tensor
+    rewards: Tensor
+    beta_pi: float
+    beta_r: float
+
+    @property
+    def optimum(self) -> Tensor:
+        """`[N]` log π*_β, β = β_π β_r: the policy that maximises the objective (Theorem 3.1)."""
+        return optimal_policy(self.reference_logp, self.rewards, beta=self.beta_pi * self.beta_r)
+
+    @property
+    def target(self) -> Tensor:
+        """`[N]` log π*_{β_r}: what the product of experts has to become."""
+        return optimal_policy(self.reference_logp, self.rewards, beta=self.beta_r)
+
+    def experts(self, policy_logp: Tensor) -> Tensor:
+        """`[N]` log π_θ^{β_π}, the normalised product of π_θ^{β_π} and π_sft^{1−β_π} (Eq. 9)."""
+        return (self.beta_pi * policy_logp + (1 - self.beta_pi) * self.reference_logp).log_softmax(dim=-1)
+
+    def objective(self, policy_logp: Tensor) -> Tensor:
+        """The generalised alignment objective `E_p[r] − β_r KL(p‖π_sft)`, p = π_θ^{β_π} (Eq. 8). A scalar."""
+        log_p = self.experts(policy_logp)
+        return (log_p.exp() * self.rewards).sum() - self.beta_r * kl(log_p, self.reference_logp)
+
+    def reverse_kl(self, policy_logp: Tensor) -> Tensor:
+        """`KL(π_θ^{β_π} ‖ π*_{β_r})`, nats: what EXO minimises. A scalar."""
+        return kl(self.experts(policy_logp), self.target)
+
+    def forward_kl(self, policy_logp: Tensor) -> Tensor:
+        """`KL(π*_{β_r} ‖ π_θ^{β_π})`, nats: what DPO minimises. A scalar."""
+        return kl(self.target, self.experts(policy_logp))
+
+    def reverse_kl_gradient(self, logits: Tensor) -> Tensor:
+        """`∂ KL(π_θ^{β_π} ‖ π*_{β_r})/∂ logits`: the limit of EXO's gradient (Theorem 3.2). `[C, V]` → `[C, V]`."""
+        log_p, log_t = self.experts(self.world.log_probs(logits)), self.target
+        weight = self.beta_pi * log_p.exp() * (log_p - log_t - kl(log_p, log_t))
+        return torch.einsum("n,ncv->cv", weight, self.world.scores(logits))
+
+    def forward_kl_gradient(self, logits: Tensor) -> Tensor:
+        """`∂ KL(π*_{β_r} ‖ π_θ^{β_π})/∂ logits`: the limit of DPO's gradient (Theorem 3.3). `[C, V]` → `[C, V]`."""
+        log_p, log_t = self.experts(self.world.log_probs(logits)), self.target
+        weight = self.beta_pi * (log_p.exp() - log_t.exp())
+        return torch.einsum("n,ncv->cv", weight, self.world.scores(logits))
+
+    def objective_gradient(self, logits: Tensor) -> Tensor:
+        """`∂J/∂ logits = −β_r ∂KL(π_θ^{β_π} ‖ π*_{β_r})/∂ logits` (Eq. 17). `[C, V]` → `[C, V]`."""
+        return -self.beta_r * self.reverse_kl_gradient(logits)
+
+
+def optimal_policy(reference_logp: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """`log π*_β = log π_sft + r/β − log Z_β` (Eq. 5) over all completions. `[N]` → `[N]`."""
+    return (reference_logp + rewards / beta).log_softmax(dim=-1)
+
+
+def log_partition(reference_logp: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """`log Z_β = log Σ_n π_sft(y_n) exp(r_n/β)` (Eq. 5). `[N]` → a scalar."""
+    return torch.logsumexp(reference_logp + rewards / beta, dim=-1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`KL(p‖q) = Σ_n p_n (log p_n − log q_n)`, nats. `[N]` → a scalar."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -1,0 +1,188 @@
+"""How fast the gradient from K samples approaches the exact one: Theorems 3.2 and 3.3 with their rates.
+
+The theorems say that as K → ∞ the gradient of EXO becomes that of `KL(π_θ^{β_π} ‖ π*_{β_r})`, and DPO's that of the
+KL the other way round. The rates follow from what the gradient of one prompt is: a smooth function g of averages over
+the K samples (the sums in Eq. 12 and 14, divided by K). Such averages deviate from their expectations by
+`δ = O(K^{−½})` with mean 0, and
+
+    g(E + δ) = g(E) + g′ δ + ½ δᵀ g″ δ + …
+
+* the **root mean square error** is that of the linear term, `√(v/K)`: slope −½ on log-log axes;
+* the **bias**, which averaging over more prompts does not remove, is that of the quadratic term, `c/K + O(K^{−2})`:
+  slope −1.
+
+`gradient_errors` measures both over many replicates R. For the bias, the linear term, whose mean is known to be 0, is
+subtracted from every replicate: what is left is as small as the bias itself, so a few thousand replicates resolve it at
+every K. A mean of noisy vectors is longer than its expectation; the excess, `tr Σ/R`, is subtracted, and the standard
+error of the rest is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exalign.exact.alignment import AlignmentProblem
+from exalign.objectives import log_policy_distribution, log_reward_target
+
+Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """A straight line's slope through points on log-log axes, with the standard error that theirs imply."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientErrors:
+    """Error of the gradient from K samples, in the Euclidean norm over the policy's logits; `[S]` over sizes K.
+
+    Attributes:
+        num_completions: `[S]` K.
+        bias: `‖E[g_K] − g‖`, corrected for the noise of the measured mean; 0 where noise hides it.
+        bias_error: its standard error.
+        rms: `√E‖g_K − g‖²`.
+        rms_error: its standard error.
+    """
+
+    num_completions: Tensor
+    bias: Tensor
+    bias_error: Tensor
+    rms: Tensor
+    rms_error: Tensor
+
+    def bias_slope(self, *, at_least: int = 1) -> Slope:
+        """d log bias / d log K over K ≥ `at_least`; −1 in theory."""
+        return self._slope(self.bias, self.bias_error, at_least)
+
+    def rms_slope(self, *, at_least: int = 1) -> Slope:
+        """d log rms / d log K over K ≥ `at_least`; −½ in theory."""
+        return self._slope(self.rms, self.rms_error, at_least)
+
+    def _slope(self, values: Tensor, errors: Tensor, at_least: int) -> Slope:
+        chosen = (self.num_completions >= at_least) & (values > 0)
+        if chosen.sum() < 2:
+            raise ValueError(f"a slope needs two measured points with K ≥ {at_least}")
+        sizes, values, errors = self.num_completions[chosen], values[chosen], errors[chosen]
+        return fit_slope(sizes.log(), values.log(), errors / values)
+
+
+def fit_slope(x: Tensor, y: Tensor, y_error: Tensor) -> Slope:
+    """Weighted least squares through points `[S]` with independent standard errors."""
+    weight = y_error.square().reciprocal()
+    centred = x - (weight * x).sum() / weight.sum()
+    precision = (weight * centred.square()).sum()
+    return Slope((weight * centred * y).sum().item() / precision.item(), 1 / math.sqrt(precision.item()))
+
+
+def gradient_errors(
+    problem: AlignmentProblem,
+    logits: Tensor,
+    divergence: Divergence,
+    exact: Tensor,
+    num_completions: Sequence[int],
+    *,
+    replicates: int,
+    generator: torch.Generator,
+    proposal_logp: Tensor | None = None,
+) -> GradientErrors:
+    """Measure bias and root mean square error of a divergence's K-sample gradient.
+
+    Args:
+        problem: what is aligned.
+        logits: `[C, V]` the policy at which gradients are taken.
+        divergence: `reverse_kl` for EXO, `forward_kl` for DPO, or any other of `exalign.objectives`.
+        exact: `[C, V]` the gradient it should tend to, such as `problem.reverse_kl_gradient(logits)`.
+        num_completions: the sizes K.
+        replicates: how many independent draws of K completions per size, at least 2.
+        generator: the source of randomness.
+        proposal_logp: `[N]` log q, what completions are drawn from; π_sft by default.
+    """
+    proposal = problem.reference_logp if proposal_logp is None else proposal_logp
+    scores = problem.world.scores(logits).flatten(start_dim=1)
+
+    def gradient(frequencies: Tensor) -> Tensor:
+        return gradient_from_counts(problem, logits, divergence, frequencies, proposal) @ scores
+
+    linear = _derivative(gradient, proposal.exp())
+    rows = []
+    for size in num_completions:
+        frequencies = draw_counts(proposal, size, replicates=replicates, generator=generator) / size
+        errors = gradient(frequencies) - exact.flatten()
+        rest = errors - (frequencies - proposal.exp()) @ linear
+        rows.append((*length_of_mean(rest), *root_mean_square(errors)))
+    bias, bias_error, rms, rms_error = torch.tensor(rows, dtype=logits.dtype).unbind(dim=1)
+    return GradientErrors(torch.tensor(num_completions, dtype=logits.dtype), bias, bias_error, rms, rms_error)
+
+
+def gradient_from_counts(
+    problem: AlignmentProblem, logits: Tensor, divergence: Divergence, counts: Tensor, proposal_logp: Tensor
+) -> Tensor:
+    """`∂L/∂log π_θ(y_n)` of K completions drawn from q, given as how often each was drawn.
+
+    Drawing completion n c_n times is the same as holding it once with weight c_n, that is with proposal q/c_n: the
+    gradient is equal to that of the list of K completions, and its cost does not grow with K. Only the proportions of
+    the counts matter. `[R, N]` → `[R, N]`.
+    """
+    drawn = counts > 0
+    weighted = proposal_logp - torch.where(drawn, counts, 1).log()
+    reference = problem.reference_logp.expand_as(weighted)
+    policy = problem.world.log_probs(logits).detach().expand_as(weighted).clone().requires_grad_()
+    log_p = log_policy_distribution(policy, reference, beta_pi=problem.beta_pi, mask=drawn, proposal_logp=weighted)
+    log_t = log_reward_target(
+        problem.rewards.expand_as(weighted),
+        beta_r=problem.beta_r,
+        mask=drawn,
+        reference_logp=reference,
+        proposal_logp=weighted,
+    )
+    (gradient,) = torch.autograd.grad(divergence(log_p, log_t, drawn).sum(), policy)
+    return gradient
+
+
+def draw_counts(log_probs: Tensor, size: int, *, replicates: int, generator: torch.Generator) -> Tensor:
+    """How often each completion occurs among `size` independent draws. `[N]` → `[replicates, N]`, rows sum to `size`.
+
+    A multinomial as a chain of binomials: of what is left, completion n takes its share of the probability left.
+    """
+    probs = log_probs.exp()
+    shares = (probs / probs.flip(0).cumsum(0).flip(0)).clamp(max=1)
+    left = torch.full((replicates,), float(size), dtype=log_probs.dtype)
+    columns = []
+    for share in shares[:-1]:
+        taken = torch.binomial(left, share.expand(replicates).contiguous(), generator=generator)
+        columns.append(taken)
+        left = left - taken
+    return torch.stack([*columns, left], dim=1)
+
+
+def _derivative(function: Callable[[Tensor], Tensor], point: Tensor, *, step: float = 1e-6) -> Tensor:
+    """Jacobian `[N, D]` at `point` `[N]` of a function from rows `[R, N]` to rows `[R, D]`, by central differences."""
+    moves = step * torch.eye(len(point), dtype=point.dtype) * point  # in proportion: every entry stays above 0
+    difference = function(point + moves) - function(point - moves)
+    return difference / (2 * step * point[:, None])
+
+
+def length_of_mean(errors: Tensor) -> tuple[float, float]:
+    """Length of the mean of error vectors `[R, D]`, corrected for noise, and its standard error."""
+    mean = errors.mean(dim=0)
+    covariance = torch.cov(errors.T) / len(errors)  # of the mean
+    square = (mean.square().sum() - covariance.trace()).clamp(min=0)
+    # Var(‖m‖²) of a normal m is 4 mᵀΣm + 2 tr Σ²; the error of a root is that of its square over twice the root.
+    spread = (4 * mean @ covariance @ mean + 2 * covariance.square().sum()).sqrt().item()
+    length = square.sqrt().item()
+    return length, spread / (2 * length) if length > 0 else math.sqrt(spread)
+
+
+def root_mean_square(errors: Tensor) -> tuple[float, float]:
+    """Root mean square length of error vectors `[R, D]` and its standard error."""
+    squares = errors.square().sum(dim=1)
+    rms = squares.mean().sqrt().item()
+    return rms, squares.std().item() / math.sqrt(len(errors)) / (2 * rms)

@@ -1,0 +1,152 @@
+"""The numbers behind three figures of the paper, computed here from the shipped losses; drawing is someone else's.
+
+| function | figure |
+|---|---|
+| `two_mode_figure` | Figure 1: what each divergence makes of a two-mode optimum with a one-mode policy |
+| `objective_figure` | Figure 5: which objectives share an optimum (any policy) and which a solution (a limited one) |
+| `gradient_error_figure` | Theorems 3.2 and 3.3: error of the gradient against the number of completions K |
+
+All are float64 tensors on the CPU, the same on every run, and take seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exalign.exact.alignment import AlignmentProblem
+from exalign.exact.bimodal import (
+    Divergence,
+    GaussianFit,
+    alignment_loss,
+    fit_gaussian,
+    fit_table,
+    two_mode_line,
+)
+from exalign.exact.convergence import GradientErrors, gradient_errors
+from exalign.exact.world import World
+from exalign.objectives import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwoModeFigure:
+    """Figure 1. Densities over `points` `[N]`; one fitted Gaussian per divergence, by its name.
+
+    Attributes:
+        points: `[N]` evenly spaced.
+        reference, target: `[N]` densities of π_sft and of π*_β.
+        policies: `[N]` densities of the fitted π_θ.
+        fits: the same fits with mean, width and loss at every step of the optimisation.
+    """
+
+    points: Tensor
+    reference: Tensor
+    target: Tensor
+    policies: Mapping[str, Tensor]
+    fits: Mapping[str, GaussianFit]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectiveFigure:
+    """Figure 5. Densities `[N]` over `points` that maximising each objective gives, by the objective's name.
+
+    `unlimited` policies may be any distribution, and all become the target; `gaussian` ones hold one mode, and there
+    EXO agrees with the alignment objective while DPO does not.
+    """
+
+    points: Tensor
+    target: Tensor
+    unlimited: Mapping[str, Tensor]
+    gaussian: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientErrorFigure:
+    """Error of the K-sample gradient against K, by estimator. In theory slopes are −1 (bias) and −½ (rms)."""
+
+    curves: Mapping[str, GradientErrors]
+    replicates: int
+
+
+def two_mode_figure() -> TwoModeFigure:
+    """Fit one Gaussian to the two-mode optimum by each divergence."""
+    line = two_mode_line()
+    divergences: dict[str, Divergence] = {
+        "reverse KL (EXO)": reverse_kl,
+        "forward KL (DPO)": forward_kl,
+        "Jensen–Shannon": jensen_shannon,
+        "Jeffreys": jeffreys,
+        "alpha 0.9": functools.partial(alpha_divergence, alpha=0.9),
+    }
+    fits = {name: fit_gaussian(line, divergence) for name, divergence in divergences.items()}
+    return TwoModeFigure(
+        points=line.points,
+        reference=_density(line.points, line.reference_logp),
+        target=_density(line.points, line.log_target),
+        policies={name: _density(line.points, fit.log_policy) for name, fit in fits.items()},
+        fits=fits,
+    )
+
+
+def objective_figure() -> ObjectiveFigure:
+    """Maximise the alignment objective and minimise EXO and DPO, over all policies and over Gaussians."""
+    line = two_mode_line()
+    objectives: dict[str, Divergence] = {
+        "alignment objective": alignment_loss(line),
+        "EXO": reverse_kl,
+        "DPO": forward_kl,
+    }
+    return ObjectiveFigure(
+        points=line.points,
+        target=_density(line.points, line.log_target),
+        unlimited={name: _density(line.points, fit_table(line, loss)) for name, loss in objectives.items()},
+        gaussian={
+            name: _density(line.points, fit_gaussian(line, loss).log_policy) for name, loss in objectives.items()
+        },
+    )
+
+
+def gradient_error_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
+    """Measure bias and rms error of EXO's and DPO's gradients for K = 2 … 1024, from π_sft and from the policy."""
+    problem, logits = example_problem(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    policy = problem.world.log_probs(logits)
+    curves = {}
+    for name, divergence, exact, proposal in (
+        ("EXO", reverse_kl, problem.reverse_kl_gradient(logits), None),
+        ("DPO", forward_kl, problem.forward_kl_gradient(logits), None),
+        ("EXO, sampled from the policy", reverse_kl, problem.reverse_kl_gradient(logits), policy),
+    ):
+        curves[name] = gradient_errors(
+            problem,
+            logits,
+            divergence,
+            exact,
+            [2**power for power in range(1, 11)],
+            replicates=replicates,
+            generator=generator,
+            proposal_logp=proposal,
+        )
+    return GradientErrorFigure(curves, replicates)
+
+
+def example_problem(*, seed: int, num_tokens: int = 3, num_steps: int = 3) -> tuple[AlignmentProblem, Tensor]:
+    """A random problem (β_π = β_r = ½) and the logits of a policy that has left π_sft but not arrived."""
+    world = World.enumerate(num_tokens=num_tokens, num_steps=num_steps)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    reference = 0.5 * draw(len(world.prefixes), num_tokens)
+    rewards = 0.5 * draw(len(world.completions))
+    problem = AlignmentProblem(world, world.log_probs(reference), rewards, beta_pi=0.5, beta_r=0.5)
+    return problem, reference + 0.5 * draw(len(world.prefixes), num_tokens)
+
+
+def _density(points: Tensor, logp: Tensor) -> Tensor:
+    return logp.exp() / (points[1] - points[0])

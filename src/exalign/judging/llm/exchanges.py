@@ -1,0 +1,177 @@
+"""Everything that was asked and answered, in one append-only file, each line on disk before the next is taken up.
+
+A question is known by the content of its request, so a second run asks only what has no answer yet, whatever was
+killed, and a changed template, model or text is a new question. Failed attempts are kept too; they answer nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from exalign.errors import InputError
+
+FORMAT_VERSION = 1
+Body = dict[str, Any]
+"""A request as the chat-completions interface takes it: `model`, `messages`, and how to sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back for one attempt.
+
+    `outcome`: `answered` (a chat completion, whatever it says), `again` (worth another attempt), `refused` (this
+    request will never be answered), `fatal` (no request will). `raw` is the body exactly as it came.
+    """
+
+    outcome: str
+    raw: str | None = None
+    http_status: int | None = None
+    error: str | None = None
+    retry_after: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answered question: the text of the message, and the tokens that it cost where the endpoint says so."""
+
+    text: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: str | None
+    seconds: float
+    time: str
+
+
+def request_key(body: Body) -> str:
+    """A content hash (32 hex digits) of a request, independent of the order of its fields."""
+    text = json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def parse_completion(raw: str) -> Mapping[str, Any] | None:
+    """The chat completion in a response body, or None where the body is not one (cut off, malformed, an error).
+
+    >>> parse_completion('{"choices": [{"message": {"content": "Verdict: A"}}]}')["choices"][0]["message"]["content"]
+    'Verdict: A'
+    >>> parse_completion('{"choices": [{"mess'), parse_completion('{"error": "overloaded"}')
+    (None, None)
+    """
+    try:
+        values = json.loads(raw)
+        message = values["choices"][0]["message"]
+        content = message["content"] if "content" in message else message.get("refusal")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    return values if content is None or isinstance(content, str) else None
+
+
+class ExchangeStore:
+    """The file of exchanges of one judge; opening it reads what stands there. One process at a time.
+
+    A last line without its end was never acknowledged: it is removed, and `torn` says so (0 or 1).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._stream.close()
+            raise InputError(f"{self.path} is in use by another judge; wait for it to end.") from None
+        self.answers, end = _load(self.path)
+        self.torn = int(end < self.path.stat().st_size)
+        if self.torn:
+            self._stream.truncate(end)
+
+    def append(self, key: str, body: Body, reply: Reply) -> None:
+        """Store one attempt and sync it. A second answer to a question is a `ValueError`."""
+        if key in self.answers:
+            raise ValueError(f"{self.path} already has the answer to {key}.")
+        row = {
+            "version": FORMAT_VERSION,
+            "key": key,
+            "outcome": reply.outcome,
+            "request": body,
+            "response": reply.raw,
+            "http_status": reply.http_status,
+            "error": reply.error,
+            "seconds": round(reply.seconds, 4),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
+        try:
+            self._stream.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise InputError(f"Cannot write {self.path}: {error.strerror}. What stood there is intact.") from error
+        if reply.outcome == "answered":
+            self.answers[key] = _answer(row)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> ExchangeStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """The answers of a file of exchanges, by key, without opening it for writing; none where there is no file."""
+    return _load(Path(path))[0] if Path(path).exists() else {}
+
+
+def _load(path: Path) -> tuple[dict[str, Answer], int]:
+    """The answers, and where the last complete line ends."""
+    answers: dict[str, Answer] = {}
+    end = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            try:
+                row = json.loads(line)
+                if row["version"] != FORMAT_VERSION:
+                    raise InputError(f"{path} has format {row['version']}; this exalign reads {FORMAT_VERSION}.")
+                if row["outcome"] == "answered":
+                    answers[row["key"]] = _answer(row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}, line {number} is not an exchange ({error!r}); restore the file, or move it "
+                    "away to ask everything again."
+                ) from None
+    return answers, end
+
+
+def _answer(row: Mapping[str, Any]) -> Answer:
+    completion = parse_completion(row["response"])
+    if completion is None:
+        raise ValueError("an answered exchange without a completion")
+    choice = completion["choices"][0]
+    usage = completion.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return Answer(
+        text=choice["message"].get("content") or choice["message"].get("refusal") or "",
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        finish_reason=choice.get("finish_reason"),
+        seconds=row["seconds"],
+        time=row["time"],
+    )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

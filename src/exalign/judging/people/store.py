@@ -1,0 +1,279 @@
+"""Where a study lives: any database that SQLAlchemy speaks to, SQLite by default.
+
+One row per assignment holds everything its assessor does there, so there can be no second verdict for it. `revision`
+counts how often the row's answer changed; a change names the revision that it saw and is one conditional UPDATE, so a
+repeated request changes nothing, and a window with an old page cannot overwrite what a newer one stored.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from exalign.data.records import Prompt
+from exalign.errors import InputError
+from exalign.judging.comparison import Comparison, Side, verdict_from_shown
+from exalign.judging.people.security import hash_token, new_token, same_token
+from exalign.judging.people.study import Study
+from exalign.judging.people.tables import (
+    ASSESSOR,
+    ASSIGNMENT,
+    FORMAT_VERSION,
+    ITEM,
+    METADATA,
+    STUDY,
+    now,
+    open_engine,
+    seconds_between,
+)
+
+Answer = dict[str, Any]
+"""What a person decided, as they saw it: `verdict` (left, tie, right), `criteria` {name: verdict}, `comment`."""
+_ROW = ASSIGNMENT.c
+
+
+@dataclass(frozen=True, slots=True)
+class Assessor:
+    """Who holds a token. `secret` is the study's, for form tokens."""
+
+    id: int
+    name: str
+    study: str
+    token_hash: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One assignment as its page needs it. `answer` is what was decided; `draft` what was entered since."""
+
+    id: int
+    position: int
+    revision: int
+    prompt: Prompt
+    left_text: str
+    right_text: str
+    reference: str | None
+    answer: Answer | None
+    draft: Answer | None
+    total: int
+    done: int
+    previous: tuple[int, int] | None
+    """Position and revision of the assignment decided last: what Undo takes back."""
+
+
+class Store:
+    """A study database by URL, or by path for SQLite. Every method is a short transaction and may run in any thread."""
+
+    def __init__(self, location: str) -> None:
+        self.engine = open_engine(location)
+        self.location = self.engine.url.render_as_string(hide_password=True)
+
+    def create(self, study: Study) -> dict[str, str]:
+        """Store a planned study; each assessor's token, which is stored only as a hash and cannot be had again."""
+        tokens = {name: new_token() for name in study.assessors}
+        with self._reachable(), self.engine.begin() as connection:
+            METADATA.create_all(connection)
+            if connection.scalar(sa.select(STUDY.c.id).where(STUDY.c.name == study.name)):
+                raise InputError(f"{self.location} already has a study named {study.name}; choose another --name.")
+            about = {"seed": study.seed, "counts": study.counts, "created": now()}
+            values = {"name": study.name, "version": FORMAT_VERSION, "secret": secrets.token_hex(32), "about": about}
+            study_id = _inserted(connection, STUDY, values)
+            people = [
+                _inserted(connection, ASSESSOR, {"study_id": study_id, "name": name, "token_hash": hash_token(token)})
+                for name, token in tokens.items()
+            ]
+            items = [
+                _inserted(connection, ITEM, {"study_id": study_id, "content": asdict(item)}) for item in study.items
+            ]
+            rows = [
+                {"assessor_id": people[a.assessor], "item_id": items[a.item], "position": a.position, "left": a.left}
+                for a in study.assignments
+            ]
+            connection.execute(sa.insert(ASSIGNMENT), rows)
+        return tokens
+
+    def check(self) -> list[str]:
+        """The studies' names; `InputError` where there is none or one of another format."""
+        with self._reachable(), self.engine.connect() as connection:
+            there = sa.inspect(connection).has_table(STUDY.name)
+            rows = connection.execute(sa.select(STUDY.c.name, STUDY.c.version)).all() if there else []
+        if not rows:
+            raise InputError(f"{self.location} holds no study; make one with `exalign assess new`.")
+        for name, version in rows:
+            if version != FORMAT_VERSION:
+                raise InputError(f"Study {name} has format {version}; this exalign reads {FORMAT_VERSION}.")
+        return [name for name, _ in rows]
+
+    def renew_token(self, study: str, name: str) -> str:
+        """A new token for an assessor whose link was lost; the old one stops working."""
+        token = new_token()
+        studies = sa.select(STUDY.c.id).where(STUDY.c.name == study).scalar_subquery()
+        change = sa.update(ASSESSOR).where(ASSESSOR.c.study_id == studies, ASSESSOR.c.name == name)
+        with self.engine.begin() as connection:
+            if not connection.execute(change.values(token_hash=hash_token(token))).rowcount:
+                raise InputError(f"Study {study} has no assessor named {name}.")
+        return token
+
+    def assessor(self, token: str) -> Assessor | None:
+        """Whose token this is, if anybody's."""
+        query = sa.select(ASSESSOR, STUDY.c.name.label("study"), STUDY.c.secret).join(STUDY)
+        with self.engine.connect() as connection:
+            row = connection.execute(query.where(ASSESSOR.c.token_hash == hash_token(token))).first()
+        if row is None or not same_token(token, row.token_hash):
+            return None
+        return Assessor(row.id, row.name, row.study, row.token_hash, row.secret)
+
+    def next_open(self, assessor_id: int, after: int = 0) -> int | None:
+        """The first undecided position behind `after`, else the first of all; None when everything is decided."""
+        is_open = sa.select(sa.func.min(_ROW.position)).where(
+            _ROW.assessor_id == assessor_id, _ROW.decided_at.is_(None)
+        )
+        with self.engine.connect() as connection:
+            behind = connection.scalar(is_open.where(_ROW.position > after))
+            return behind if behind is not None else connection.scalar(is_open)
+
+    def progress(self, assessor_id: int) -> tuple[int, int]:
+        """How many of an assessor's assignments are decided, and how many there are."""
+        counts = sa.select(sa.func.count(_ROW.decided_at), sa.func.count()).where(_ROW.assessor_id == assessor_id)
+        with self.engine.connect() as connection:
+            done, total = connection.execute(counts).one()
+        return done, total
+
+    def last_decided(self, assessor_id: int) -> tuple[int, int] | None:
+        """Position and revision of the assignment decided last."""
+        last = sa.select(_ROW.position, _ROW.revision).where(
+            _ROW.assessor_id == assessor_id, _ROW.decided_at.is_not(None)
+        )
+        with self.engine.connect() as connection:
+            row = connection.execute(last.order_by(_ROW.decided_at.desc(), _ROW.position.desc()).limit(1)).first()
+        return None if row is None else (row.position, row.revision)
+
+    def task(self, assessor_id: int, position: int) -> Task | None:
+        """One assignment for its page; notes when it was first opened."""
+        mine = [_ROW.assessor_id == assessor_id, _ROW.position == position]
+        with self.engine.connect() as connection:
+            row = connection.execute(sa.select(ASSIGNMENT, ITEM.c.content).join(ITEM).where(*mine)).first()
+            if row is None:
+                return None
+            if row.opened_at is None:
+                connection.rollback()
+                opened = sa.update(ASSIGNMENT).where(_ROW.id == row.id, _ROW.opened_at.is_(None))
+                connection.execute(opened.values(opened_at=now()))
+                connection.commit()
+        done, total = self.progress(assessor_id)
+        content, first_left = row.content, row.left == "first"
+        texts = content["first_text"], content["second_text"]
+        return Task(
+            id=row.id,
+            position=row.position,
+            revision=row.revision,
+            prompt=_prompt(content),
+            left_text=texts[0] if first_left else texts[1],
+            right_text=texts[1] if first_left else texts[0],
+            reference=content["reference"],
+            answer=row.answer if row.decided_at else None,
+            draft=row.draft,
+            total=total,
+            done=done,
+            previous=self.last_decided(assessor_id),
+        )
+
+    def save_draft(self, assessor_id: int, position: int, revision: int, draft: Answer) -> bool:
+        """Keep what is entered so far; False where the answer changed since the page was made."""
+        return self._change(assessor_id, position, revision, draft=draft)
+
+    def submit(
+        self, assessor_id: int, position: int, revision: int, answer: Answer
+    ) -> Literal["stored", "same", "conflict", "absent"]:
+        """Store a verdict. `same`: this very answer is stored already; `conflict`: another one is, and it stays."""
+        decided = {"answer": answer, "draft": None, "decided_at": now(), "revision": revision + 1}
+        if self._change(assessor_id, position, revision, **decided):
+            return "stored"
+        task = self.task(assessor_id, position)
+        if task is None:
+            return "absent"
+        return "same" if task.answer == answer else "conflict"
+
+    def undo(self, assessor_id: int, position: int, revision: int) -> bool:
+        """Turn a verdict back into a draft; False where it changed since the page was made."""
+        undecided = {"decided_at": None, "draft": _ROW.answer, "answer": sa.null(), "revision": revision + 1}
+        return self._change(assessor_id, position, revision, **undecided)
+
+    def comparisons(self, study: str) -> Iterator[Comparison]:
+        """Every verdict of a study as a `Comparison`, by assessor and position."""
+        names = ASSESSOR.c.name.label("judge")
+        query = sa.select(ASSIGNMENT, ITEM.c.content, names).select_from(
+            ASSIGNMENT.join(ITEM)
+            .join(ASSESSOR, _ROW.assessor_id == ASSESSOR.c.id)
+            .join(STUDY, ASSESSOR.c.study_id == STUDY.c.id)
+        )
+        query = query.where(STUDY.c.name == study, _ROW.decided_at.is_not(None)).order_by(ASSESSOR.c.id, _ROW.position)
+        with self.engine.connect() as connection:
+            for row in connection.execute(query):
+                yield _comparison(row)
+
+    def standing(self, study: str) -> dict[str, tuple[int, int]]:
+        """Per assessor, how many assignments are decided, and how many there are."""
+        with self.engine.connect() as connection:
+            people = connection.execute(
+                sa.select(ASSESSOR.c.id, ASSESSOR.c.name)
+                .join(STUDY)
+                .where(STUDY.c.name == study)
+                .order_by(ASSESSOR.c.id)
+            ).all()
+        return {person.name: self.progress(person.id) for person in people}
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    def _change(self, assessor_id: int, position: int, seen: int, **values: Any) -> bool:
+        """Change an assignment if its revision is still the one that was seen; whether it was."""
+        mine = [_ROW.assessor_id == assessor_id, _ROW.position == position, _ROW.revision == seen]
+        with self.engine.begin() as connection:
+            return connection.execute(sa.update(ASSIGNMENT).where(*mine).values(**values)).rowcount == 1
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
+            raise InputError(f"{self.location} cannot be used as a study database: {error.orig}") from None
+
+
+def _inserted(connection: sa.Connection, table: sa.Table, values: dict[str, Any]) -> int:
+    key = connection.execute(sa.insert(table).values(**values)).inserted_primary_key
+    assert key is not None
+    return int(key[0])
+
+
+def _prompt(content: dict[str, Any]) -> Prompt:
+    prompt = content["prompt"]
+    return prompt if isinstance(prompt, str) else tuple(prompt)
+
+
+def _comparison(row: sa.Row[Any]) -> Comparison:
+    content = row.content
+    left: Side = "first" if row.left == "first" else "second"
+    return Comparison(
+        prompt_id=content["prompt_id"],
+        prompt=_prompt(content),
+        first=content["first"],
+        second=content["second"],
+        first_text=content["first_text"],
+        second_text=content["second_text"],
+        judge=row.judge,
+        verdict=verdict_from_shown(row.answer["verdict"], left=left),
+        left=left,
+        criteria={name: verdict_from_shown(shown, left=left) for name, shown in row.answer["criteria"].items()},
+        reference=content["reference"],
+        comment=row.answer["comment"] or None,
+        seconds=seconds_between(row.opened_at, row.decided_at),
+        time=row.decided_at,
+    )

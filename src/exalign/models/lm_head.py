@@ -1,0 +1,225 @@
+"""Log-probabilities of tokens without the logits of a batch in memory: a few rows of the vocabulary at a time.
+
+For a hidden state h and a token v, logp = log softmax(z)[v] with z = cap · tanh(s (W h + b) / cap) / τ, where most
+models have s = 1 and no cap. With p = softmax(z), d_j = ∂z_j/∂(W h + b)_j and the incoming gradient g_t of each token:
+
+    ∂L/∂h = Σ_t g_t (d_v W_v − (p ∘ d) W)        ∂L/∂W = Σ_t g_t (d_v e_v − p ∘ d) hᵀ
+
+so (p ∘ d) W is computed for unit weight in the forward pass, while the tile of p is there, and the g_t are folded in
+backward: one pass over the vocabulary gives the value and the gradient of h, whatever the objective. The gradient
+of W reuses p ∘ d while a batch's fits in `KEPT_BYTES`, and else computes the tile again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from exalign.models.vocabulary import gradient_of, may_add_in_place
+
+KEPT_BYTES = 64 * 2**20
+TILE_BYTES = 30 * 2**20  # below glibc's largest mapping threshold, so that tiles reuse memory and fault no pages
+_MIN_ROWS, _MAX_ROWS = 64, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LogitMap:
+    """What a model does to W h + b before the softmax: times `scale`, then capped softly at ± `cap`, then / τ."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """s / τ: what remains of d where nothing is capped."""
+        return self.scale / self.temperature
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """The mapped logits, written over the given ones."""
+        if self.cap is None:
+            return logits if self.factor == 1.0 else logits.mul_(self.factor)
+        return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap / self.temperature)
+
+    def slope(self, mapped: Tensor) -> Tensor | float:
+        """d = ∂z/∂(W h + b), from the mapped logits z."""
+        if self.cap is None:
+            return self.factor
+        return self.factor * (1 - (mapped * (self.temperature / self.cap)).square())
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: nn.Module,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    logit_map: LogitMap = LogitMap(),
+    add_in_place: bool = False,
+) -> Tensor:
+    """log softmax(z)[target] in nats `[T]`, float32 (float64 for float64), differentiable in hidden and the head.
+
+    `hidden` `[R, H]`; token t is `targets[t]`, predicted by `hidden[rows[t]]`; `rows` does not decrease. A plain
+    linear head takes the fast way; any other module (an adapter on the head, a quantised head) is called on a few
+    rows at a time under activation checkpointing. With `add_in_place` the weight's gradient is added to its `.grad`
+    directly where that is safe (see `vocabulary`).
+    """
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return _through_module(hidden, head, rows, targets, logit_map)
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden = hidden.to(weight.dtype)
+    differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    into = weight if add_in_place and may_add_in_place(weight) else None
+    with torch.autocast(device, enabled=False):
+        return _TokenLogprobs.apply(hidden, weight, bias, rows, targets, logit_map, _Backward(differentiate, into))
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """Whether there will be a backward pass, and the parameter whose `.grad` takes the weight's gradient, if any."""
+
+    wanted: bool
+    into: Tensor | None
+
+
+def _tile_rows(vocabulary: int) -> int:
+    """As many rows as `TILE_BYTES` of float32 hold, within reason."""
+    return max(_MIN_ROWS, min(_MAX_ROWS, TILE_BYTES // (4 * vocabulary)))
+
+
+def _tiles(rows: Tensor, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of at most `size` hidden rows, each with the slice of the tokens that they predict."""
+    begins = [*range(0, num_rows, size), num_rows]
+    ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
+    for i in range(len(begins) - 1):
+        yield slice(begins[i], begins[i + 1]), slice(ends[i], ends[i + 1])
+
+
+def _through_module(hidden: Tensor, head: nn.Module, rows: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
+    def tile(part: Tensor, local_rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_map.scale
+        if logit_map.cap is not None:
+            logits = torch.tanh(logits / logit_map.cap) * logit_map.cap
+        return torch.log_softmax(logits / logit_map.temperature, dim=-1)[local_rows, wanted]
+
+    parts = [
+        checkpoint(tile, hidden[span], rows[tokens] - span.start, targets[tokens], use_reentrant=False)
+        for span, tokens in _tiles(rows, len(hidden), _MIN_ROWS)
+    ]
+    return torch.cat(parts)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        targets: Tensor,
+        logit_map: LogitMap,
+        backward: _Backward,
+    ) -> Tensor:
+        vocabulary, accurate = len(weight), torch.promote_types(weight.dtype, torch.float32)
+        size = min(_tile_rows(vocabulary), len(hidden))
+        needs_hidden = backward.wanted and ctx.needs_input_grad[0]
+        needs_head = backward.wanted and any(ctx.needs_input_grad[1:3])
+        keep = needs_head and len(hidden) * vocabulary * accurate.itemsize <= KEPT_BYTES
+        logp = hidden.new_empty(len(targets), dtype=accurate)
+        slopes = torch.empty_like(logp)
+        peaks, scales = hidden.new_empty(2, len(hidden), 1, dtype=accurate)
+        expected = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)  # (p ∘ d) W, for unit weight
+        kept: list[Tensor] = []
+        tile = hidden.new_empty(0)
+        for span, tokens in _tiles(rows, len(hidden), size):
+            if keep or len(tile) < span.stop - span.start:
+                tile = hidden.new_empty(span.stop - span.start, vocabulary, dtype=accurate)
+            tile = tile[: span.stop - span.start]
+            _mapped_logits(hidden[span], weight, bias, logit_map, out=tile)
+            local = rows[tokens] - span.start
+            picked = tile[local, targets[tokens]]
+            slopes[tokens] = logit_map.slope(picked)
+            peaks[span] = tile.amax(dim=1, keepdim=True)
+            totals = _exponentials_(tile, peaks[span], logit_map)
+            logp[tokens] = picked - (peaks[span] + totals.log())[local, 0]
+            scales[span] = logit_map.factor / totals
+            if needs_hidden:
+                torch.mm(tile.to(weight.dtype), weight, out=expected[span])
+                expected[span] *= scales[span].to(expected.dtype)
+            if keep:
+                kept.append(tile)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, slopes, peaks, scales, expected, *kept)
+        ctx.logit_map, ctx.size, ctx.into = logit_map, size, backward.into
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, rows, targets, slopes, _, _, expected, *_ = ctx.saved_tensors
+        per_row = grad.new_zeros(len(hidden), 1).index_add_(0, rows, grad.unsqueeze(1))
+        at_target = (grad * slopes).to(hidden.dtype).unsqueeze(1)
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = expected * -per_row.to(hidden.dtype)
+            grad_hidden.index_add_(0, rows, weight[targets] * at_target)
+        if ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2]):
+            grad_weight, grad_bias = _head_gradient(ctx, per_row, at_target)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _mapped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap, *, out: Tensor) -> None:
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        out.copy_(hidden @ weight.t())  # half precision ends here: softmax and sums are in float32
+    if bias is not None:
+        out.add_(bias)
+    logit_map.apply_(out)
+
+
+def _exponentials_(tile: Tensor, peaks: Tensor, logit_map: LogitMap) -> Tensor:
+    """Turn mapped logits z into exp(z − peak), times the cap's slope where there is one; return their sums `[R, 1]`.
+
+    The sums are before the slope. What is left for p ∘ d is the row's `factor / sum`, applied to the small side of
+    each product instead of to the tile.
+    """
+    bend = None if logit_map.cap is None else logit_map.slope(tile) / logit_map.factor
+    totals = tile.sub_(peaks).exp_().sum(dim=1, keepdim=True)
+    if bend is not None:
+        tile.mul_(bend)
+    return totals
+
+
+def _head_gradient(ctx: Any, per_row: Tensor, at_target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    hidden, weight, bias, rows, targets, _, peaks, scales, _, *kept = ctx.saved_tensors
+    row_weight = -per_row * scales
+    weighted = hidden * row_weight.to(hidden.dtype)
+    grad_weight = torch.zeros_like(weight) if ctx.into is None else gradient_of(ctx.into)
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    for number, (span, _) in enumerate(_tiles(rows, len(hidden), ctx.size)):
+        if kept:
+            tile = kept[number]
+        else:
+            tile = peaks.new_empty(span.stop - span.start, len(weight))
+            _mapped_logits(hidden[span], weight, bias, ctx.logit_map, out=tile)
+            _exponentials_(tile, peaks[span], ctx.logit_map)
+        grad_weight.addmm_(tile.to(weight.dtype).t(), weighted[span])
+        if grad_bias is not None:
+            grad_bias.add_((row_weight[span].t() @ tile)[0].to(bias.dtype))
+    grad_weight.index_add_(0, targets, hidden[rows] * at_target)
+    if grad_bias is not None:
+        grad_bias.index_add_(0, targets, at_target[:, 0])
+    return (grad_weight if ctx.into is None else None), grad_bias

@@ -1,0 +1,81 @@
+"""The head of a reward model or classifier, read at the last real token of each prompt + completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exalign.data.batching import Group
+from exalign.models.logprobs import holds
+from exalign.models.packing import (
+    base_of,
+    device_of,
+    padded_rows,
+    plan_for,
+    row_hidden,
+    stream_hidden,
+    unflatten,
+)
+from exalign.models.prefix_tree import whole_stream
+
+
+class PackedScorer(nn.Module):
+    """A reward model or classifier whose forward takes groups: the module to give to Accelerate, DDP or FSDP."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        plan_for(model)  # before anything wraps the parameters
+
+    def forward(self, groups: Sequence[Group]) -> Tensor:
+        """Head outputs `[B, K, num_labels]`, see `completion_outputs`."""
+        return _packed_outputs(self.model, groups)
+
+
+def completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """Head outputs `[B, K, num_labels]` with gradient, float32 (float64 for a float64 model); 0 where no completion is.
+
+    The token is found by length, never by looking for padding, so a score depends on nothing but prompt and
+    completion. Each prompt is computed once for its K completions. `model` is a transformers sequence classifier, one
+    under PEFT, or a `PackedScorer`, wrapped or not. A classifier that pools in its own way (an encoder) is asked row by
+    row.
+    """
+    return model(groups) if holds(model, PackedScorer) else _packed_outputs(model, groups)
+
+
+def plain_completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """The slow twin of `completion_outputs`: one completion at a time, alone in its row, without padding."""
+    device, outputs = device_of(model), []
+    for group in groups:
+        for ids in group.completion_ids:
+            outputs.append(_row_output(base_of(model), torch.cat([group.prompt_ids, ids])[None].to(device)))
+    return unflatten(_accurate(torch.cat(outputs)), groups)
+
+
+def _row_output(base: Any, row: Tensor) -> Tensor:
+    if not hasattr(base, "score"):
+        return base(input_ids=row).logits
+    # Not the model's own forward: it takes the last token that is not padding, and padding may be the end token.
+    return base.score(row_hidden(base, row)[:, -1])
+
+
+def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    plan, base, device = plan_for(model), base_of(model), device_of(model)
+    if not hasattr(base, "score"):
+        return plain_completion_outputs(model, groups)
+    if plan.tree:
+        stream = whole_stream(groups, device)
+        last = [end - 1 for tree in stream.layout.trees for _, end in tree.leaf_spans]
+        hidden = stream_hidden(base, stream)[torch.tensor(last, device=device)]
+    else:
+        input_ids, attention_mask, _ = padded_rows(groups, device)
+        last_of_row = attention_mask.sum(dim=1) - 1
+        hidden = row_hidden(base, input_ids, attention_mask)[torch.arange(len(input_ids), device=device), last_of_row]
+    return unflatten(_accurate(base.score(hidden)), groups)
+
+
+def _accurate(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

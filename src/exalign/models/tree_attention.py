@@ -1,0 +1,238 @@
+"""Exact attention over a stream of trees, inside transformers models that were not changed.
+
+`use_tree_attention(model)` points the model's attention at functions registered with transformers. They behave as the
+model's own until a `TreeLayout` stands where the attention mask would be. The layout gets there because transformers
+asks the registered mask function for a mask and hands whatever it returns to every layer; so no mask is ever built, and
+a layer that activation checkpointing computes a second time still has it.
+
+On a CPU a tree is attended to by the flash kernel that returns the log-sum-exp: `[prompt | leaf_1]` is one causal call,
+every further leaf one causal call to itself, and all further leaves one full call to the prompt, merged by
+out = w out_self + (1 − w) out_prompt, w = σ(lse_self − lse_prompt). Elsewhere FlexAttention runs with a block mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from exalign.models.prefix_tree import Tree, TreeLayout
+
+_PREFIX = "tree_over_"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_current: ContextVar[TreeLayout | None] = ContextVar("exalign_tree_layout", default=None)
+
+
+class TreeUnsupportedError(Exception):
+    """This architecture asks for an attention that the tree form does not have; the message says which."""
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Point the model's attention at the tree functions. Without a layout it computes what it computed before."""
+    original = str(model.config._attn_implementation)
+    if original.startswith(_PREFIX):
+        return
+    name = _PREFIX + original
+    AttentionInterface.register(name, partial(_attention, original))
+    AttentionMaskInterface.register(name, partial(_mask, original))
+    model.config._attn_implementation = name
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Undo `use_tree_attention`."""
+    model.config._attn_implementation = model.config._attn_implementation.removeprefix(_PREFIX)
+
+
+@contextmanager
+def tree_layout(layout: TreeLayout) -> Iterator[None]:
+    """While open, a model under `use_tree_attention` reads its row of tokens as this stream."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(original: str, *args: Any, **kwargs: Any) -> Any:
+    """What transformers calls for a mask: the layout, or the mask of the model's own attention."""
+    layout = _current.get()
+    if layout is None:
+        own = AttentionMaskInterface._global_mapping.get(original)
+        return None if own is None else own(*args, **kwargs)
+    if kwargs.get("use_vmap"):
+        raise TreeUnsupportedError("it changes the causal mask")
+    return layout.with_window(kwargs.get("local_size"))
+
+
+def _attention(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls for attention: query `[1, H, N, D]`, key and value with as many or fewer heads."""
+    if not isinstance(attention_mask, TreeLayout):
+        own: Callable[..., Any] | None = AttentionInterface._global_mapping.get(original)
+        if own is None:  # "eager" is not in the table: each modelling file has its own
+            own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, attention_mask, **kwargs)
+    for name in ("s_aux", "position_bias", "sinks"):
+        if kwargs.get(name) is not None:
+            raise TreeUnsupportedError(f"its attention takes {name}")
+    if kwargs.get("dropout"):
+        raise TreeUnsupportedError("its attention has dropout")
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    layout, softcap = attention_mask.with_window(kwargs.get("sliding_window")), kwargs.get("softcap")
+    if query.device.type != "cpu":
+        return flex_tree_attention(module, query, key, value, layout, scale=scale, softcap=softcap), None
+    key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
+    if layout.window is None and softcap is None and value.shape[-1] == query.shape[-1]:
+        return merged_tree_attention(query, key, value, layout, scale=scale), None
+    return dense_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
+
+
+def repeat_heads(states: Tensor, num_heads: int) -> Tensor:
+    """`[1, G, N, D]` → `[1, H, N, D]`, each of the G heads H / G times in a row."""
+    repeats = num_heads // states.shape[1]
+    return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
+
+
+def merged_tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scale: float) -> Tensor:
+    """Tree attention by merged flash calls (CPU): `[1, H, N, D]` each → `[1, N, H, D]`."""
+    return _MergedFlash.apply(query, key, value, layout, scale)
+
+
+def dense_tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Tree by tree with a dense mask: the slow twin, and the way for windows and capped scores on a CPU."""
+    outputs = []
+    for tree in layout.trees:
+        q, k, v = (states[:, :, tree.start : tree.end] for states in (query, key, value))
+        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        hidden = ~layout.alone(tree).dense_mask(query.device)
+        outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def flex_tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Tree attention by FlexAttention, with transformers' own wrapper around its compilation."""
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    mask = block_mask(layout, query.device)
+    return flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)[0]
+
+
+def block_mask(layout: TreeLayout, device: torch.device) -> BlockMask:
+    """The layout as FlexAttention's block mask, built once per layout and device."""
+    cached = layout.__dict__.setdefault("_block_masks", {})
+    if device not in cached:
+        mask_mod = tree_mask_mod(layout, device)
+        cached[device] = create_block_mask(mask_mod, None, None, layout.num_tokens, layout.num_tokens, str(device))
+    return cached[device]
+
+
+def tree_mask_mod(layout: TreeLayout, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The layout as FlexAttention's `mask_mod`: the same rule as `TreeLayout.dense_mask`, elementwise."""
+    tree, leaf, position = (ids.to(device) for ids in (layout.tree_ids(), layout.leaf_ids(), layout.positions()))
+    window = layout.num_tokens if layout.window is None else layout.window
+
+    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same_path = (tree[q] == tree[k]) & ((leaf[k] == 0) | (leaf[q] == leaf[k]))
+        return same_path & (q >= k) & (position[q] - position[k] < window)
+
+    return mask_mod
+
+
+class _MergedFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float) -> Tensor:
+        _, heads, tokens, size = query.shape
+        out = query.new_empty(1, tokens, heads, size)
+        lse = query.new_empty(1, tokens, heads, dtype=torch.promote_types(query.dtype, torch.float32))
+        by_head, lse_by_head = out.transpose(1, 2), lse.transpose(1, 2)
+
+        def attend(begin: int, end: int) -> None:
+            q, k, v = (states[:, :, begin:end] for states in (query, key, value))
+            by_head[:, :, begin:end], lse_by_head[:, :, begin:end] = _flash(q, k, v, 0.0, True, scale=scale)
+
+        for tree in layout.trees:
+            chain, leaves, rest = _calls(tree)
+            attend(tree.start, chain)
+            for begin, end in leaves:
+                attend(begin, end)
+            if rest:
+                prompt = slice(tree.start, tree.start + tree.prompt_length)
+                q, k, v = query[:, :, chain : tree.end], key[:, :, prompt], value[:, :, prompt]
+                _merge(
+                    by_head[:, :, chain : tree.end], lse_by_head[:, :, chain : tree.end], *_flash(q, k, v, scale=scale)
+                )
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        out, lse, grad_out = out.transpose(1, 2), lse.transpose(1, 2), grad_out.transpose(1, 2)
+        # In the memory order of the interface's outputs, [1, N, H, D], so that what follows needs no copy.
+        grads = [torch.empty_like(out.transpose(1, 2)).transpose(1, 2) for _ in range(3)]
+
+        # Both halves get the merged output and log-sum-exp: their probabilities are then those of the whole softmax.
+        def backward(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            g, q, o, s = (states[:, :, queries] for states in (grad_out, query, out, lse))
+            return _flash_backward(g, q, key[:, :, keys], value[:, :, keys], o, s, 0.0, causal, scale=ctx.scale)
+
+        for tree in ctx.layout.trees:
+            chain, leaves, rest = _calls(tree)
+            for begin, end in [(tree.start, chain), *leaves]:
+                span = slice(begin, end)
+                for grad, part in zip(grads, backward(span, span, True), strict=True):
+                    grad[:, :, span] = part
+            if rest:
+                queries, prompt = slice(chain, tree.end), slice(tree.start, tree.start + tree.prompt_length)
+                spans = (queries, prompt, prompt)
+                for grad, part, span in zip(grads, backward(queries, prompt, False), spans, strict=True):
+                    grad[:, :, span] += part
+        return *grads, None, None
+
+
+def _calls(tree: Tree) -> tuple[int, list[tuple[int, int]], bool]:
+    """End of the chain `[prompt | leaf_1]`, the further leaves that have tokens, and whether there are any."""
+    spans = tree.leaf_spans
+    chain = spans[0][1] if spans else tree.start + tree.prompt_length
+    leaves = [(begin, end) for begin, end in spans[1:] if end > begin]
+    return chain, leaves, bool(leaves)
+
+
+def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Fold a second softmax over other keys into the first, in place: out `[1, H, n, D]`, lse `[1, H, n]`."""
+    weight = torch.sigmoid(other_lse - lse)
+    out.lerp_(other_out, weight.unsqueeze(-1).to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, other_lse))

@@ -1,0 +1,55 @@
+"""The mathematics of alignment as pure functions: `[B, K]` tensors in, `[B]` nats out.
+
+Two targets (rewards, a preference) times a family of divergences. A training loss is one line of composition:
+
+>>> import torch
+>>> policy_logp = torch.tensor([[-10.0, -12.0]], requires_grad=True)
+>>> reference_logp = torch.tensor([[-11.0, -11.0]])
+>>> p = log_policy_distribution(policy_logp, reference_logp, beta_pi=0.1)
+>>> t = log_preference_target(torch.tensor([0]), num_completions=2, epsilon=1e-3)
+>>> exo_pref, dpo_pref = reverse_kl(p, t), forward_kl(p, t)
+>>> print(f"EXO {exo_pref.item():.4f}, DPO {dpo_pref.item():.4f}")
+EXO 2.4220, DPO 0.5983
+"""
+
+from exalign.objectives.divergences import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
+from exalign.objectives.estimators import (
+    OptimalFrontier,
+    best_of_n_kl,
+    density_ratio,
+    distance_to_optimum,
+    effective_sample_size,
+    group_spread,
+    kl_estimate,
+    log_importance_weights,
+    log_partition,
+    optimal_frontier,
+    saturated,
+    weighted_mean,
+)
+from exalign.objectives.matching import log_policy_distribution, log_preference_target, log_reward_target
+from exalign.objectives.reward import bradley_terry_loss
+
+__all__ = [
+    "OptimalFrontier",
+    "alpha_divergence",
+    "best_of_n_kl",
+    "bradley_terry_loss",
+    "density_ratio",
+    "distance_to_optimum",
+    "effective_sample_size",
+    "forward_kl",
+    "group_spread",
+    "jeffreys",
+    "jensen_shannon",
+    "kl_estimate",
+    "log_importance_weights",
+    "log_partition",
+    "log_policy_distribution",
+    "log_preference_target",
+    "log_reward_target",
+    "optimal_frontier",
+    "reverse_kl",
+    "saturated",
+    "weighted_mean",
+]

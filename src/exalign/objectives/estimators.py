@@ -1,0 +1,223 @@
+"""What K samples per prompt say about a policy: KL, log Z, importance weights, the distance to the optimum.
+
+Nothing here is trained on; `policy_logp` and the like are numbers. `[B, K]` in, `[B]` out, nats, `mask` true where
+a sample exists, as everywhere in `exalign.objectives`. A prompt without samples gets 0: leave it out of averages.
+
+Which samples an estimator needs is part of its meaning. `kl_estimate` and `distance_to_optimum` average over samples
+of **π_θ**; `log_partition` and `optimal_frontier` over samples of **π_sft**.
+
+`optimal_frontier` draws the best that any method could do. π*_β is π_sft reweighted by exp(r/β), so samples of π_sft
+with their rewards are enough to estimate its reward and its KL for every β at once:
+
+>>> rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+>>> frontier = optimal_frontier(rewards, torch.tensor([1e6, 1.0, 1e-2]))
+>>> for reward, kl, ess in zip(frontier.mean_reward, frontier.mean_kl, frontier.mean_effective_samples):
+...     print(f"reward {reward:.3f} at KL {kl:.3f}, worth {ess:.2f} samples")
+reward 1.500 at KL 0.000, worth 4.00 samples
+reward 2.493 at KL 0.439, worth 2.09 samples
+reward 3.000 at KL 1.386, worth 1.00 samples
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exalign.objectives.divergences import reverse_kl
+from exalign.objectives.masked import as_groups, check_positive, masked_log_softmax, masked_mean, weighted_sum
+from exalign.objectives.matching import log_reward_target
+
+
+def kl_estimate(policy_logp: Tensor, reference_logp: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`KL(π_θ‖π_sft) ≈ mean_i (log π_θ(y_i|x) − log π_sft(y_i|x))`, y_i ~ π_θ. Unbiased; a sample may be below 0."""
+    (policy, reference), live = as_groups({"policy_logp": policy_logp, "reference_logp": reference_logp}, mask)
+    return masked_mean(policy - reference, live)
+
+
+def log_partition(rewards: Tensor, *, beta: float, mask: Tensor | None = None) -> Tensor:
+    """`log Z_β(x) ≈ log mean_i exp(r(x, y_i)/β)`, y_i ~ π_sft (Eq. 5).
+
+    Biased low, by about Var(exp(r/β)) / (2 K Z²), since the log of a mean is at least the mean of logs.
+
+    Raises:
+        ValueError: wrong shape or type, or β not above 0.
+    """
+    check_positive("beta", beta)
+    (reward,), live = as_groups({"rewards": rewards}, mask)
+    energy = torch.where(live.any(dim=-1, keepdim=True), (reward / beta).masked_fill(~live, -math.inf), 0)
+    log_count = live.sum(dim=-1).clamp(min=1).to(reward.dtype).log()
+    return torch.where(live.any(dim=-1), torch.logsumexp(energy, dim=-1) - log_count, 0)
+
+
+def distance_to_optimum(
+    policy_logp: Tensor,
+    reference_logp: Tensor,
+    rewards: Tensor,
+    log_z: Tensor,
+    *,
+    beta: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`KL(π_θ‖π*_β) ≈ mean_i (log π_θ − log π_sft − r/β)(x, y_i) + log Z_β(x)`, y_i ~ π_θ (Eq. 5).
+
+    β times it is what the policy leaves of the alignment objective (Eq. 4): `J(π*_β) − J(π_θ)`.
+
+    Args:
+        policy_logp: `[B, K]` log π_θ(y_i|x) of samples of π_θ.
+        reference_logp: `[B, K]` log π_sft(y_i|x) of the same.
+        rewards: `[B, K]` r(x, y_i) of the same.
+        log_z: `[B]` log Z_β(x), as `log_partition` estimates it from samples of π_sft.
+        beta: β > 0 of the optimum.
+        mask: `[B, K]` bool, true where a sample exists; all do by default.
+
+    Returns:
+        `[B]` nats; 0 for a prompt without samples.
+
+    Raises:
+        ValueError: wrong shape or type, or β not above 0.
+    """
+    check_positive("beta", beta)
+    values = {"policy_logp": policy_logp, "reference_logp": reference_logp, "rewards": rewards}
+    (policy, reference, reward), live = as_groups(values, mask)
+    if log_z.shape != policy.shape[:1]:
+        raise ValueError(f"log_z must be [{len(policy)}], one per row of policy_logp, not {list(log_z.shape)}")
+    gap = masked_mean(policy - reference - reward / beta, live) + log_z
+    return torch.where(live.any(dim=-1), gap, 0)
+
+
+def log_importance_weights(target_logp: Tensor, proposal_logp: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Self-normalised log-weights `log softmax_i (log target(y_i) − log q(y_i))`, y_i ~ q. `[B, K]` → `[B, K]`.
+
+    The target need not be normalised. Those of π*_β for samples of π_sft are `log_reward_target(rewards, beta_r=β)`.
+    """
+    (target, proposal), live = as_groups({"target_logp": target_logp, "proposal_logp": proposal_logp}, mask)
+    return masked_log_softmax(target - proposal, live)
+
+
+def effective_sample_size(log_weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`1 / Σ_i w_i²`: how many equal weights the self-normalised `log_weights` are worth. `[B, K]` → `[B]`.
+
+    From 1, one sample carries everything, to the number of samples, all weigh the same.
+    """
+    (weights,), live = as_groups({"log_weights": log_weights}, mask)
+    squares = weighted_sum(2 * weights, torch.ones_like(weights), live)
+    return torch.where(live.any(dim=-1), 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0)
+
+
+def density_ratio(log_weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`π̂(y_i|x) / π_sft(y_i|x) = M w_i` from self-normalised log-weights over M samples of π_sft (§4.1, Figure 3).
+
+    `[B, K]` → `[B, K]` with mean 1 over each prompt's samples, 0 where there is none. The weights of a policy are
+    `log_importance_weights(policy_logp, reference_logp)`, those of the optimum `log_reward_target(rewards, beta_r=β)`.
+    """
+    (weights,), live = as_groups({"log_weights": log_weights}, mask)
+    return torch.where(live, weights.exp(), 0) * live.sum(dim=-1, keepdim=True)
+
+
+def weighted_mean(log_weights: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`Σ_i w_i v_i` for normalised log-weights, such as the policy's distribution and rewards. `[B, K]` → `[B]`."""
+    (weights, numbers), live = as_groups({"log_weights": log_weights, "values": values}, mask)
+    return weighted_sum(weights, numbers, live)
+
+
+def group_spread(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Standard deviation over each prompt's completions (dividing by their number). `[B, K]` → `[B]`.
+
+    At π_θ = π_sft the gradient of EXO over a prompt's log-probabilities has length
+    `β_π/√K · group_spread(rewards)/β_r`: this spread over β_r sets the size of the first steps.
+    """
+    (numbers,), live = as_groups({"values": values}, mask)
+    centred = numbers - masked_mean(numbers, live)[:, None]
+    return masked_mean(centred.square(), live).sqrt()
+
+
+def saturated(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None = None, *, ratio: float = 0.01) -> Tensor:
+    """`[B]` bool: prompts that the reverse KL no longer corrects although the policy is far off.
+
+    Far off: total variation `½ Σ|p − t|` above ½. No longer corrects: the gradient of `reverse_kl` over the log-ratios
+    is shorter (in sum of absolute values) than `ratio` times that of `forward_kl`. For a preference pair with ε = 1e-3
+    and the default ratio that is a log-ratio of the loser more than 7.3 above the winner's.
+    """
+    (log_p, log_t), live = as_groups({"log_p_policy": log_p_policy, "log_p_target": log_p_target}, mask)
+    live = live & ~torch.isneginf(log_p) & ~torch.isneginf(log_t)
+    p, t = log_p.exp(), log_t.exp()
+    surprise = torch.where(live, log_p - log_t, 0)
+    mean = weighted_sum(log_p, surprise, live)[:, None]
+    reverse = torch.where(live, p * (surprise - mean), 0).abs().sum(dim=-1)
+    forward = torch.where(live, p - t, 0).abs().sum(dim=-1)
+    return (forward > 1) & (reverse < ratio * forward)
+
+
+def best_of_n_kl(n: int) -> float:
+    """`log N − (N−1)/N`: an upper bound, in nats, on the KL to π_sft of the best of N of its samples."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptimalFrontier:
+    """Reward against KL of the optimum π*_β, for a grid of β, per prompt: `[P, G]` each, for intervals over prompts.
+
+    Attributes:
+        betas: `[G]`.
+        reward: expected reward of π*_β.
+        kl: KL(π*_β‖π_sft), nats; it cannot exceed log N, so points near that bound say "at least".
+        effective_samples: how many of the N samples carry the estimate; near 1 it is not to be trusted.
+        log_z: log Z_β(x), what `distance_to_optimum` needs.
+    """
+
+    betas: Tensor
+    reward: Tensor
+    kl: Tensor
+    effective_samples: Tensor
+    log_z: Tensor
+
+    @property
+    def mean_reward(self) -> Tensor:
+        """`[G]` over prompts."""
+        return self.reward.mean(dim=0)
+
+    @property
+    def mean_kl(self) -> Tensor:
+        """`[G]` over prompts."""
+        return self.kl.mean(dim=0)
+
+    @property
+    def mean_effective_samples(self) -> Tensor:
+        """`[G]` over prompts."""
+        return self.effective_samples.mean(dim=0)
+
+
+def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None) -> OptimalFrontier:
+    """Estimate reward, KL(π*_β‖π_sft) and log Z for every β from samples of π_sft.
+
+    With `w = softmax(r/β)` over a prompt's N samples: reward `Σ w r`, KL `Σ w log(N w)`, which equals
+    `Σ w r / β − log Z_β`. Self-normalised importance sampling: consistent, biased by O(1/N) towards π_sft.
+
+    Args:
+        rewards: `[P, N]` rewards of N samples of π_sft for each of P prompts.
+        betas: `[G]` floating, each above 0.
+        mask: `[P, N]` bool, true where a sample exists; all do by default.
+
+    Raises:
+        ValueError: wrong shape or type, a β not above 0, no prompt, or a prompt without samples.
+    """
+    (reward,), live = as_groups({"rewards": rewards}, mask)
+    if betas.ndim != 1 or not betas.is_floating_point():
+        raise ValueError(f"betas must be floating [G], not {betas.dtype} {list(betas.shape)}")
+    if len(reward) == 0 or not bool(live.any(dim=-1).all()):
+        raise ValueError("every prompt needs at least one sample, and there must be a prompt")
+    log_count = live.sum(dim=-1).to(reward.dtype).log()
+    columns: list[tuple[Tensor, ...]] = []
+    for beta in betas.tolist():
+        log_w = log_reward_target(reward, beta_r=beta, mask=live)
+        # Against the uniform distribution over the samples, whose log-probability is −log N.
+        kl = reverse_kl(log_w, (-log_count)[:, None].expand_as(log_w), live)
+        log_z = log_partition(reward, beta=beta, mask=live)
+        columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live), log_z))
+    mean, kl, ess, log_z = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
+    return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess, log_z=log_z)

@@ -1,0 +1,22 @@
+"""From a recipe to a directory with everything it asks for.
+
+>>> from exalign.pipeline import load_recipe, run_recipe                                  # doctest: +SKIP
+>>> run = run_recipe(load_recipe("recipes/demo.yaml", ["align.exo-rw.beta_pi=0.2"]))      # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
+from exalign.pipeline.run import Run
+from exalign.pipeline.stages import plan
+
+__all__ = ["Recipe", "Run", "load_recipe", "make_recipe", "run_recipe"]
+
+
+def run_recipe(recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False) -> Run:
+    """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run.carry_out`."""
+    run = Run(recipe, Path(folder) if folder is not None else None, redo=redo)  # type: ignore[arg-type]
+    run.carry_out(plan(recipe), targets)
+    return run

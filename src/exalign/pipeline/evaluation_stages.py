@@ -1,0 +1,166 @@
+"""The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
+
+evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/METHOD … → evidence → report
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from exalign.data.records import Completion, Header, Record, RecordWriter, read_records, write_records
+from exalign.data.tokenization import tokenize_records
+from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
+from exalign.models.logprobs import reference_logprobs
+from exalign.pipeline.recipe import Recipe, ScorerSettings
+from exalign.pipeline.rollouts import sample_policy, sample_supervised, score_records, with_reference_logprobs
+from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.sources import (
+    SCORING_TOKENS,
+    data_identity,
+    device,
+    iter_records_of,
+    load_frozen_policy,
+    load_run_tokenizer,
+    load_scorer,
+    load_supervised,
+    model_identity,
+    scorer_identity,
+    scorer_needs,
+    supervised_needs,
+)
+from exalign.report import write_report
+from exalign.sampling import SampleSettings
+from exalign.storage import fingerprint
+
+
+def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
+    """Every stage after alignment; none where there is nothing to align."""
+    if not recipe.align:
+        return
+    settings, supervised = recipe.evaluate, supervised_needs(recipe)
+    scorer = evaluation_scorer(recipe)
+    scored = scorer_needs(scorer)
+    drawn = [recipe.seed, recipe.temperature, model_identity(recipe), scorer_identity(scorer)]
+    drawn += [_sampling(recipe).model_dump(exclude={"batch_completions"}), settings.samples]
+    chosen = [data_identity(recipe.data.evaluation), settings.prompts, scorer_identity(scorer)]
+    yield Stage("evaluation/prompts", scored, lambda: chosen, _prompts)
+    needs = ("evaluation/prompts", *supervised, *scored)
+    yield Stage("evaluation/sft", needs, lambda: drawn, _supervised)
+    if settings.pool_prompts:
+        pool = [settings.pool_prompts, settings.pool_samples]
+        yield Stage("evaluation/pool", needs, lambda: [drawn, pool], _pool)
+    for method in recipe.align:
+        yield Stage(f"evaluation/{method}", (*needs, f"align/{method}"), lambda: drawn, partial(_method, method=method))
+    before = ["evaluation/sft", *(["evaluation/pool"] if settings.pool_prompts else [])]
+    before += [f"evaluation/{method}" for method in recipe.align]
+    yield Stage("report", tuple(before), lambda: None, _report, always=True)
+
+
+def evaluation_scorer(recipe: Recipe) -> ScorerSettings:
+    """What judges the samples: as the recipe says, else the oracle, else what scored the rollouts."""
+    if recipe.evaluate.scorer is not None:
+        return recipe.evaluate.scorer
+    return ScorerSettings(stage="oracle") if recipe.oracle is not None else recipe.score.scorer
+
+
+def _sampling(recipe: Recipe) -> SampleSettings:
+    """M samples at the training τ from the whole distribution, whatever the rollouts were cut to."""
+    return recipe.sample.model_copy(update={"num_completions": recipe.evaluate.samples, "top_p": None, "top_k": None})
+
+
+def _prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
+    """The evaluation prompts, each with its reference text (scored) where the data has one."""
+    recipe = run.recipe
+    assert recipe.data.evaluation is not None
+    records: dict[str, Record] = {}
+    for record in iter_records_of(recipe.data.evaluation, run, counts):
+        records.setdefault(fingerprint(record.prompt), record)
+        if len(records) == recipe.evaluate.prompts:
+            break
+    if not records:
+        raise InputError(f"data.evaluation: {recipe.data.evaluation.source} has no usable rows.")
+    chosen = [_with_reference_text(record) for record in records.values()]
+    if all(record.completions for record in chosen):
+        chosen = score_records(load_scorer(evaluation_scorer(recipe), run), chosen)
+    else:
+        chosen = [Record(record.id, record.prompt, prompt_ids=record.prompt_ids) for record in chosen]
+    counts["prompts"] = len(chosen)
+    write_beside_the_stage(folder, chosen, Header(counts=dict(counts)))
+
+
+def write_beside_the_stage(folder: Path, records: list[Record], header: Header) -> None:
+    """Write records into a stage's own folder, next to the file that says how far the stage is."""
+    for shard in folder.glob("part-*.parquet"):
+        shard.unlink()
+    with RecordWriter(folder) as writer:
+        for record in records:
+            writer.write(record)
+        writer.close(header)
+
+
+def _with_reference_text(record: Record) -> Record:
+    """K = 1: the preferred completion, or the only one; several without a preference give no reference text."""
+    completions: tuple[Completion, ...] = ()
+    if record.preferred is not None:
+        completions = (record.completions[record.preferred],)
+    elif len(record.completions) == 1:
+        completions = record.completions
+    return Record(record.id, record.prompt, completions, record.prompt_ids)
+
+
+def _evaluation_prompts(run: Run) -> list[Record]:
+    return [Record(r.id, r.prompt, prompt_ids=r.prompt_ids) for r in read_records(run.path("evaluation", "prompts"))]
+
+
+def _supervised(run: Run, folder: Path, counts: Counter[str]) -> None:
+    prompts, settings = _evaluation_prompts(run), _sampling(run.recipe)
+    counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="evaluation"))
+    _score(run, folder / "drawn", folder / "samples")
+
+
+def _pool(run: Run, folder: Path, counts: Counter[str]) -> None:
+    """Many samples of π_sft for some prompts: what the optimal frontier is estimated from."""
+    settings = _sampling(run.recipe).model_copy(update={"num_completions": run.recipe.evaluate.pool_samples})
+    prompts = _evaluation_prompts(run)[: run.recipe.evaluate.pool_prompts]
+    counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="pool"))
+    drawn = read_records(folder / "drawn")
+    scored = score_records(load_scorer(evaluation_scorer(run.recipe), run), drawn)
+    write_beside_the_stage(folder, scored, Header(temperature=run.recipe.temperature, counts=dict(counts)))
+
+
+def _method(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
+    """Samples of every policy that the method saved along the way."""
+    tokenizer = load_run_tokenizer(run)
+    prompts, settings = _evaluation_prompts(run), _sampling(run.recipe)
+    for policy in sorted(run.path("align", method, "policies").glob("step-*")):
+        here = folder / policy.name
+        if (here / "samples" / "header.json").exists():
+            continue
+        model = load_frozen_policy(policy, run, tokenizer)
+        purpose = f"evaluation {method} {policy.name}"
+        counts.update(sample_policy(run, model, tokenizer, prompts, settings, folder=here / "drawn", purpose=purpose))
+        _score(run, here / "drawn", here / "samples")
+
+
+def _score(run: Run, drawn: Path, samples: Path) -> None:
+    """Rewards and log π_sft for what was drawn."""
+    tokenizer = load_run_tokenizer(run)
+    records = score_records(load_scorer(evaluation_scorer(run.recipe), run), read_records(drawn))
+    model = load_supervised(run, tokenizer).to(device()).eval()
+    longest = run.recipe.sample.max_prompt_tokens + run.recipe.sample.max_new_tokens
+    groups = list(
+        tokenize_records(records, tokenizer, max_prompt_tokens=longest, max_completion_tokens=longest, counts=Counter())
+    )
+    logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
+    header = Header(model=run.recipe.name, temperature=run.recipe.temperature, seed=run.recipe.seed)
+    write_records(samples, with_reference_logprobs(records, [values.tolist() for values in logps]), header)
+
+
+def _report(run: Run, folder: Path, counts: Counter[str]) -> None:
+    build_evidence(run.folder, seed=run.recipe.seed)
+    page = write_report(run.folder)
+    run.console.print(f"Report: [bold]{page}[/bold]")

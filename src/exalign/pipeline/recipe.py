@@ -1,0 +1,275 @@
+"""The recipe: one strict YAML file that says everything a run does.
+
+Every setting has a type, a default, a one-line description and an effect. An unknown key, a wrong type, or a
+setting that cannot take effect is an `InputError` that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from exalign.data.formats import DataSettings
+from exalign.errors import InputError
+from exalign.models.loading import ModelSettings
+from exalign.pipeline.messages import explain_validation_error
+from exalign.sampling import SampleSettings
+from exalign.settings import Settings
+from exalign.training.align import AlignSettings
+from exalign.training.classifier import ClassifierSettings
+from exalign.training.reward_model import RewardModelSettings
+from exalign.training.sft import SFTSettings
+
+
+class TokenizerSettings(Settings):
+    """Which tokenizer the policy uses; by default the one that comes with `model.source`."""
+
+    source: str | None = Field(None, description="folder or hub name of a tokenizer; None: the one of model.source")
+    vocab_size: int | None = Field(
+        None, gt=256, description="train a byte-level BPE of this size on data.sft instead (models from scratch)"
+    )
+
+
+class ScorerSettings(Settings):
+    """Where rewards come from: exactly one of these is given."""
+
+    stage: str | None = Field(None, pattern="^(reward|oracle)$", description="this run's own stage: reward or oracle")
+    reward_model: str | None = Field(None, description="folder or hub name of a sequence classifier with one label")
+    classifier: str | None = Field(None, description="folder or hub name of a classifier; the reward is its log-odds")
+    function: str | None = Field(None, description="module:function taking prompts and completions, giving rewards")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ScorerSettings:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of stage, reward_model, classifier, function")
+        return self
+
+
+class DataSection(Settings):
+    """What goes in. Each entry names a file, a folder or a hub data set."""
+
+    sft: DataSettings | None = Field(None, description="texts or prompt/completion rows for supervised fine-tuning")
+    labelled: DataSettings | None = Field(None, description="text/label rows (0 or 1) that train the oracle")
+    preferences: DataSettings | None = Field(
+        None, description="preference pairs; None: two samples of the supervised model, ordered by preferences.scorer"
+    )
+    prompts: DataSettings | None = Field(None, description="prompts to sample from; None: those of the preferences")
+    rewards: DataSettings | None = Field(
+        None, description="prompt/completions/rewards rows, used instead of the sample and score stages"
+    )
+    evaluation: DataSettings | None = Field(
+        None, description="held-out prompts, with reference texts where the rows have them"
+    )
+    max_prompt_tokens: int = Field(512, gt=0, description="longer prompts are cut on the left, once per group")
+    max_completion_tokens: int = Field(
+        512, gt=0, description="longer completions of data sets are cut on the right and get no end-of-sequence"
+    )
+
+
+class PreferenceSettings(Settings):
+    """Preferences made by the run itself: two samples of the supervised model, ordered by a scorer."""
+
+    scorer: ScorerSettings = Field(description="what orders the two samples; ties are dropped and counted")
+
+
+class ScoreSettings(Settings):
+    scorer: ScorerSettings = Field(
+        default_factory=lambda: ScorerSettings(stage="reward"), description="what gives the rollouts their rewards"
+    )
+
+
+class EvaluateSettings(Settings):
+    """The evidence: samples of every saved policy on held-out prompts, scored."""
+
+    scorer: ScorerSettings | None = Field(
+        None, description="what judges the samples; None: the oracle where there is one, else the score stage's"
+    )
+    prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
+    samples: int = Field(4, gt=0, description="samples of each policy for each prompt (M in the paper)")
+    pool_prompts: int = Field(
+        128, ge=0, description="prompts with a pool of supervised samples for the optimal frontier; 0: none"
+    )
+    pool_samples: int = Field(128, gt=1, description="supervised samples for each pool prompt")
+    kl_budget: float | None = Field(
+        None, gt=0, description="nats; the report names each method's best checkpoint within it"
+    )
+
+
+class Recipe(Settings):
+    """Everything a run does, from data to report. `exalign recipe --explain` prints every setting."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory, runs/NAME")
+    seed: int = Field(0, ge=0, description="seeds weights, data order and every sample")
+    temperature: float = Field(
+        1.0, gt=0, description="τ: one temperature for sampling, training log-probabilities, KL and evaluation"
+    )
+    model: ModelSettings = Field(description="the policy to start from")
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="the policy's tokenizer")
+    data: DataSection = Field(default_factory=DataSection, description="what goes in")
+    sft: SFTSettings | None = Field(None, description="supervised fine-tuning; None: the model is the supervised one")
+    oracle: OracleSettings | None = Field(None, description="a classifier trained on data.labelled, to score with")
+    preferences: PreferenceSettings | None = Field(None, description="preferences made from samples of this run")
+    reward: RewardStageSettings | None = Field(None, description="a reward model trained on the preferences")
+    sample: SampleSettings = Field(default_factory=SampleSettings, description="K completions per prompt")
+    score: ScoreSettings = Field(default_factory=ScoreSettings, description="rewards for the rollouts")
+    align: dict[str, AlignSettings] = Field(
+        default_factory=dict, description="methods to align with, each under a name of your own"
+    )
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
+
+    @model_validator(mode="after")
+    def _can_take_effect(self) -> Recipe:
+        for problem in contradictions(self):
+            raise ValueError(problem)
+        return self
+
+
+class OracleSettings(ClassifierSettings):
+    model: ModelSettings = Field(description="the classifier to start from; with a config it is trained from scratch")
+    max_tokens: int = Field(512, gt=1, description="longer texts are cut on the right")
+
+
+class RewardStageSettings(RewardModelSettings):
+    model: ModelSettings | None = Field(None, description="the model to start from; None: the supervised policy")
+
+
+Recipe.model_rebuild()
+
+
+def contradictions(recipe: Recipe) -> Iterable[str]:
+    """Sentences about settings that cannot take effect together, or that lack what they need."""
+    targets = {settings.target for settings in recipe.align.values()}
+    if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "sft" for name in recipe.align):
+        yield "align: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
+    for name, settings in recipe.align.items():
+        idle = "epsilon" if settings.target == "reward" else "beta_r"
+        if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
+            yield f"align.{name}.{idle} has no effect on a {settings.target} target; remove it"
+    if recipe.model.source is None and recipe.tokenizer.source is None and recipe.tokenizer.vocab_size is None:
+        yield "tokenizer: a model from scratch needs tokenizer.source or tokenizer.vocab_size"
+    if recipe.tokenizer.source is not None and recipe.tokenizer.vocab_size is not None:
+        yield "tokenizer: give source or vocab_size, not both"
+    if recipe.tokenizer.vocab_size is not None and recipe.data.sft is None:
+        yield "tokenizer.vocab_size needs data.sft to train the tokenizer on"
+    if recipe.sft is not None and recipe.data.sft is None and recipe.data.preferences is None:
+        yield "sft needs data.sft (or data.preferences, whose preferred completions it then uses)"
+    if recipe.sft is None and recipe.model.source is None:
+        yield "sft: a model from scratch needs the sft section"
+    if recipe.oracle is not None and recipe.data.labelled is None:
+        yield "oracle needs data.labelled, rows with text and label"
+    if recipe.oracle is None and recipe.data.labelled is not None:
+        yield "data.labelled has no effect without an oracle section"
+    if recipe.preferences is not None and recipe.data.preferences is not None:
+        yield "preferences has no effect beside data.preferences; remove one of them"
+    yield from _missing_inputs(recipe, targets)
+
+
+def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
+    has_preferences = recipe.data.preferences is not None or recipe.preferences is not None
+    for stage, needed in (("reward", recipe.reward is not None), ("align", "preference" in targets)):
+        if needed and not has_preferences:
+            yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
+    has_prompts = recipe.data.prompts is not None or recipe.data.preferences is not None
+    if (recipe.preferences is not None or ("reward" in targets and recipe.data.rewards is None)) and not has_prompts:
+        yield "data.prompts is missing: it says which prompts to sample from"
+    if recipe.data.rewards is not None and recipe.score != ScoreSettings():
+        yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
+    scorers = {"preferences.scorer": recipe.preferences and recipe.preferences.scorer}
+    if "reward" in targets and recipe.data.rewards is None:
+        scorers["score.scorer"] = recipe.score.scorer
+    scorers["evaluate.scorer"] = recipe.evaluate.scorer
+    for where, scorer in scorers.items():
+        if scorer is None or scorer.stage is None:
+            continue
+        if getattr(recipe, scorer.stage) is None:
+            yield f"{where} names the stage {scorer.stage!r}, but the recipe has no {scorer.stage} section"
+        if where == "preferences.scorer" and scorer.stage == "reward":
+            yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
+    if recipe.align and recipe.data.evaluation is None:
+        yield "data.evaluation is missing: held-out prompts for the evidence"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-6` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a setting's name is a word", key.start_mark)
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML safely; an error names the file and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error}).") from None
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+
+    Relative paths of local data and models are taken from the working directory, as in a shell.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
+        raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}).") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of settings, this is {type(values).__name__}.")
+    for override in overrides:
+        _apply_override(values, override)
+    return make_recipe(values, str(path))
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; every problem becomes one sentence."""
+    # Keys that start with "x-" hold YAML anchors and are otherwise ignored.
+    values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
+    try:
+        # Through JSON, where a YAML list may be a tuple but a string is never a number.
+        return Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain_validation_error(error, Recipe)}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {error}.") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r} is not KEY=VALUE, for example align.exo-rw.beta_pi=0.5.")
+    target = values
+    *parents, last = key.split(".")
+    for name in parents:
+        if target.get(name) is None:
+            target[name] = {}
+        target = target[name]
+        if not isinstance(target, dict):
+            raise InputError(f"{override!r}: {name} is a single value and has no settings below it.")
+    target[last] = parse_yaml(text, override)

@@ -1,0 +1,213 @@
+"""The directory of a run: which stages stand, which are to do, and what each was made from.
+
+A stage is a folder. While it works it holds `started.json`, when it is complete `done.json`, both with the
+fingerprint of everything the stage depends on: its settings, its data's content and the stages before it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from exalign.errors import InputError
+from exalign.pipeline.recipe import Recipe
+from exalign.storage import fingerprint, read_json, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: `work(run, folder, counts)` fills `folder`; `inputs` is what its content depends on."""
+
+    name: str
+    needs: tuple[str, ...]
+    inputs: Callable[[], Any]
+    work: Callable[[Run, Path, Counter[str]], None]
+    always: bool = False
+    """Cheap stages that are made anew each time."""
+
+
+@dataclass
+class Run:
+    """A recipe and the directory where it is carried out: `runs/NAME`, unless another is given.
+
+    With `redo`, stages that were made from something else are made again instead of refused.
+    """
+
+    recipe: Recipe
+    folder: Path = None  # type: ignore[assignment]
+    console: Console = field(default_factory=Console)
+    redo: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder)
+
+    def path(self, *parts: str) -> Path:
+        """A place in the run's directory."""
+        return self.folder.joinpath(*parts)
+
+    def carry_out(self, stages: Sequence[Stage], targets: Sequence[str] = ()) -> None:
+        """Carry out the stages that `targets` name (all by default), and whatever they need.
+
+        A target is a stage or a folder of stages (`align` means every method). Complete stages are skipped,
+        interrupted ones continue; a stage that was made from something else is an `InputError` before any work.
+        """
+        wanted = select({stage.name: stage for stage in stages}, targets)
+        with self._locked():
+            prints: dict[str, str] = {}
+            for stage in wanted:
+                before = [prints[name] for name in stage.needs]
+                prints[stage.name] = fingerprint({"stage": stage.name, "inputs": stage.inputs(), "needs": before})
+            self._check(wanted, prints)
+            self._describe()
+            for stage in wanted:
+                self._carry_out(stage, prints[stage.name])
+
+    def _check(self, stages: list[Stage], prints: dict[str, str]) -> None:
+        """Refuse, before any work, a directory whose stages were made from something else."""
+        for stage in stages:
+            found = self._found_fingerprint(stage)
+            if stage.always or found is None or found == prints[stage.name] or self.redo:
+                continue
+            raise InputError(
+                f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
+                "Choose another directory with --run DIR, or pass --redo to make again what differs."
+            )
+
+    def _found_fingerprint(self, stage: Stage) -> str | None:
+        for name in ("done.json", "started.json"):
+            path = self.path(stage.name, name)
+            if path.exists():
+                return str(read_json(path).get("fingerprint"))
+        return None
+
+    def _difference(self) -> str:
+        path = self.path("recipe.yaml")
+        before = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        now = flatten(dump_recipe(self.recipe))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if not changed:
+            return "the content of its data or of a model it starts from changed"
+        shown = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3]]
+        return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
+
+    def _describe(self) -> None:
+        text = yaml.safe_dump(dump_recipe(self.recipe), sort_keys=False, allow_unicode=True)
+        write_text(self.path("recipe.yaml"), text)
+        write_json(self.path("environment.json"), environment())
+
+    def _carry_out(self, stage: Stage, print_: str) -> None:
+        folder = self.path(stage.name)
+        found = self._found_fingerprint(stage)
+        if found is not None and (found != print_ or stage.always):
+            # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
+            remove_stage(folder)
+            found = None
+        if found is not None and (folder / "done.json").exists():
+            self.console.print(f"[dim]· {stage.name}: done before, skipped[/dim]")
+            return
+        self.console.print(f"[bold]▸ {stage.name}[/bold]" + (" (continues)" if found else ""))
+        seconds_before = read_json(folder / "started.json").get("seconds", 0.0) if found else 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "started.json", {"fingerprint": print_})
+        counts: Counter[str] = Counter()
+        start = time.monotonic()
+        stage.work(self, folder, counts)
+        seconds = seconds_before + time.monotonic() - start
+        done = {"fingerprint": print_, "seconds": round(seconds, 2), "counts": dict(counts)}
+        write_json(folder / "done.json", done)
+        (folder / "started.json").unlink()
+        listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+        self.console.print(f"[green]✓[/green] {stage.name} [dim]{_duration(seconds)}{listed}[/dim]", highlight=False)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"{self.folder} is in use by another exalign process; wait for it or choose --run DIR."
+                ) from None
+            yield
+
+
+def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:
+    """The stages that the targets name, with what they need, in the pipeline's order."""
+    wanted: set[str] = set()
+
+    def add(name: str) -> None:
+        if name not in wanted:
+            wanted.add(name)
+            for needed in stages[name].needs:
+                add(needed)
+
+    for target in targets or tuple(stages):
+        named = [name for name in stages if name == target or name.startswith(f"{target}/")]
+        if not named:
+            raise InputError(f"This recipe has no stage {target!r}; it has {', '.join(stages)}.")
+        for name in named:
+            add(name)
+    return [stage for name, stage in stages.items() if name in wanted]
+
+
+def remove_stage(folder: Path) -> None:
+    """Delete what a stage wrote, but not the stages whose folders lie below it."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+        elif not any(path.rglob("done.json")) and not any(path.rglob("started.json")):
+            shutil.rmtree(path)
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe: every setting that has a value."""
+    return json.loads(recipe.model_dump_json(exclude_none=True))
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        key: value
+        for name, below in values.items()
+        for key, value in flatten(below, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on; no names of users, hosts or folders."""
+    import torch
+
+    packages = {}
+    for name in ("exalign", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "threads": torch.get_num_threads(),
+        "accelerators": devices,
+    }
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,152 @@
+"""What the stages of one run share: its tokenizer, models, data and scorers, loaded on demand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.batching import Group
+from exalign.data.formats import DataSettings, read_source
+from exalign.data.records import Record
+from exalign.data.tokenization import tokenize_records
+from exalign.errors import InputError
+from exalign.models.loading import (
+    ModelSettings,
+    load_classifier,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+)
+from exalign.pipeline.recipe import Recipe, ScorerSettings
+from exalign.pipeline.run import Run
+from exalign.scoring import ClassifierScorer, FunctionScorer, RewardModelScorer, Scorer
+from exalign.storage import fingerprint_path
+
+SCORING_TOKENS = 8192
+"""Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def load_run_tokenizer(run: Run) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: trained by this run, named by the recipe, or the one of the model."""
+    recipe = run.recipe
+    trained = str(run.path("tokenizer")) if recipe.tokenizer.vocab_size is not None else None
+    source = trained or recipe.tokenizer.source or recipe.model.source
+    assert source is not None  # the recipe's own check
+    return load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def supervised_needs(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that make π_sft and its tokenizer."""
+    if recipe.sft is not None:
+        return ("sft",)
+    return ("tokenizer",) if recipe.tokenizer.vocab_size is not None else ()
+
+
+def model_identity(recipe: Recipe) -> Any:
+    """What the recipe's own model and tokenizer are: settings, and the content of local folders."""
+    return [
+        recipe.model.model_dump(mode="json"),
+        source_identity(recipe.model.source),
+        source_identity(recipe.tokenizer.source),
+    ]
+
+
+def supervised_settings(run: Run) -> ModelSettings:
+    """π_sft: what the sft stage made, else the model that the recipe starts from."""
+    if run.recipe.sft is None:
+        return run.recipe.model
+    return run.recipe.model.model_copy(update={"source": str(run.path("sft", "model")), "config": None})
+
+
+def load_supervised(run: Run, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = False) -> PreTrainedModel:
+    """π_sft; with fresh LoRA adapters only where it is to be trained."""
+    settings = supervised_settings(run)
+    return load_policy(settings if trainable else settings.model_copy(update={"lora": None}), tokenizer)
+
+
+def load_frozen_policy(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A policy that the run wrote, in evaluation mode on the device."""
+    settings = run.recipe.model.model_copy(update={"source": str(folder), "config": None, "lora": None})
+    return load_policy(settings, tokenizer).to(device()).eval()
+
+
+def data_identity(settings: DataSettings | None) -> Any:
+    """What a stage's content depends on: the settings and, for local data, the content itself."""
+    if settings is None:
+        return None
+    path = Path(settings.source)
+    return {
+        **settings.model_dump(mode="json"),
+        "content": fingerprint_path(path) if path.exists() else None,
+    }
+
+
+def source_identity(source: str | None) -> Any:
+    """A model's name and, for a local folder, its content."""
+    if source is None:
+        return None
+    path = Path(source)
+    return {"source": source, "content": fingerprint_path(path) if path.exists() else None}
+
+
+def scorer_identity(settings: ScorerSettings) -> Any:
+    model = settings.reward_model or settings.classifier
+    return {**settings.model_dump(mode="json"), "model": source_identity(model)}
+
+
+def scorer_needs(settings: ScorerSettings) -> tuple[str, ...]:
+    return (settings.stage,) if settings.stage else ()
+
+
+def load_scorer(settings: ScorerSettings, run: Run) -> Scorer:
+    """The scorer that a recipe names, ready to score."""
+    if settings.function is not None:
+        return FunctionScorer(settings.function)
+    log_odds = settings.classifier is not None or settings.stage == "oracle"
+    source = str(run.path(settings.stage, "model")) if settings.stage else settings.reward_model or settings.classifier
+    assert source is not None
+    model_settings = ModelSettings(source=source)
+    tokenizer = load_tokenizer(source)
+    if log_odds:
+        return ClassifierScorer(load_classifier(model_settings, tokenizer).to(device()).eval(), tokenizer)
+    return RewardModelScorer(load_reward_model(model_settings, tokenizer).to(device()).eval(), tokenizer)
+
+
+def tokenize(run: Run, records: list[Record], tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> list[Group]:
+    """Token groups of the records under the recipe's limits; an empty result is an error."""
+    data = run.recipe.data
+    groups = list(
+        tokenize_records(
+            records,
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_completion_tokens=data.max_completion_tokens,
+            counts=counts,
+        )
+    )
+    if not groups:
+        raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
+    return groups
+
+
+def iter_records_of(settings: DataSettings, run: Run, counts: Counter[str]) -> Iterator[Record]:
+    """The records of a data source; texts are split into prompt and completion by the run's tokenizer."""
+    return read_source(settings, counts, load_run_tokenizer(run) if settings.prompt_tokens is not None else None)
+
+
+def read_records_of(settings: DataSettings, run: Run, counts: Counter[str]) -> list[Record]:
+    """All records of a data source; none at all is an error."""
+    records = list(iter_records_of(settings, run, counts))
+    if not records:
+        raise InputError(f"{settings.source} has no usable rows.")
+    return records

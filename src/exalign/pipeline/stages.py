@@ -1,0 +1,304 @@
+"""The stages of a recipe in order, and the work of those that prepare and align.
+
+tokenizer → sft → oracle → preferences → reward → rollouts → scored → reference/… → align/… → evaluation/… → report
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exalign.data.batching import Group
+from exalign.data.formats import read_source
+from exalign.data.oracle_pairs import pairs_from_rewards
+from exalign.data.records import Header, Record, RecordWriter, iter_records, read_header, read_records, write_records
+from exalign.data.synthetic import build_tokenizer
+from exalign.data.tokenization import tokenize_records
+from exalign.errors import InputError
+from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
+from exalign.models.logprobs import reference_logprobs
+from exalign.pipeline.evaluation_stages import evaluation_stages
+from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
+from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.sources import (
+    SCORING_TOKENS,
+    data_identity,
+    device,
+    load_run_tokenizer,
+    load_scorer,
+    load_supervised,
+    model_identity,
+    read_records_of,
+    scorer_identity,
+    scorer_needs,
+    supervised_needs,
+    supervised_settings,
+    tokenize,
+)
+from exalign.sampling import SampleSettings
+from exalign.training.align import train_align
+from exalign.training.classifier import train_classifier
+from exalign.training.reward_model import train_reward_model
+from exalign.training.sft import train_sft
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """The stages that a recipe needs, each with what its content depends on."""
+    return [*_preparation(recipe), *_alignment(recipe), *evaluation_stages(recipe)]
+
+
+def _preparation(recipe: Recipe) -> Iterator[Stage]:
+    data = recipe.data
+    base = {"seed": recipe.seed, "limits": [data.max_prompt_tokens, data.max_completion_tokens]}
+    tokenizer: tuple[str, ...] = ()
+    if recipe.tokenizer.vocab_size is not None:
+        tokenizer = ("tokenizer",)
+        made_from = [recipe.tokenizer.model_dump(), data_identity(data.sft)]
+        yield Stage("tokenizer", (), lambda: made_from, _tokenizer)
+    model = model_identity(recipe)
+    if recipe.sft is not None:
+        source = data.sft or data.preferences
+        yield Stage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
+    supervised = supervised_needs(recipe)
+    if recipe.oracle is not None:
+        yield Stage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(data.labelled)], _oracle)
+    if data.preferences is not None:
+        yield Stage("preferences", (), lambda: data_identity(data.preferences), _given_preferences)
+    elif recipe.preferences is not None:
+        scorer = recipe.preferences.scorer
+        inputs = [base, model, recipe.temperature, _dump(recipe.sample), scorer_identity(scorer)]
+        prompts = data_identity(data.prompts)
+        needs = (*supervised, *scorer_needs(scorer))
+        yield Stage("preferences", needs, lambda: [inputs, prompts], _sampled_preferences)
+    if recipe.reward is not None:
+        yield Stage("reward", (*supervised, "preferences"), lambda: [base, model, _dump(recipe.reward)], _reward)
+
+
+def _alignment(recipe: Recipe) -> Iterator[Stage]:
+    data, supervised = recipe.data, supervised_needs(recipe)
+    targets = {settings.target for settings in recipe.align.values()}
+    base = [recipe.seed, recipe.temperature, data.max_prompt_tokens, data.max_completion_tokens]
+    model = model_identity(recipe)
+    if "reward" in targets and data.rewards is not None:
+        yield Stage("scored", (), lambda: data_identity(data.rewards), _given_rewards)
+    elif "reward" in targets:
+        needs = supervised if data.prompts is not None else (*supervised, "preferences")
+        prompts = data_identity(data.prompts)
+        yield Stage("rollouts", needs, lambda: [base, model, _dump(recipe.sample), prompts], _rollouts)
+        scorer = recipe.score.scorer
+        yield Stage("scored", ("rollouts", *scorer_needs(scorer)), lambda: scorer_identity(scorer), _scored)
+    for target, source in (("preference", "preferences"), ("reward", "scored")):
+        if target in targets:
+            name = f"reference/{target}"
+            yield Stage(name, (*supervised, source), lambda: [base, model], partial(_reference, source=source))
+    for method, settings in recipe.align.items():
+        needs = (*supervised, f"reference/{settings.target}")
+        inputs = [base, model, _dump(settings)]
+        yield Stage(f"align/{method}", needs, lambda inputs=inputs: inputs, partial(_align, method=method))  # type: ignore[misc]
+
+
+def _dump(settings: Any) -> Any:
+    return None if settings is None else settings.model_dump(mode="json")
+
+
+def _tokenizer(run: Run, folder: Path, counts: Counter[str]) -> None:
+    assert run.recipe.data.sft is not None and run.recipe.tokenizer.vocab_size is not None
+    records = read_records_of(run.recipe.data.sft, run, counts)
+    tokenizer = build_tokenizer(
+        (text for r in records for text in texts_of(r)), vocab_size=run.recipe.tokenizer.vocab_size
+    )
+    tokenizer.save_pretrained(folder)
+    counts["tokens_in_vocabulary"] = len(tokenizer)
+
+
+def texts_of(record: Record) -> list[str]:
+    prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(m["content"] for m in record.prompt)
+    return [text for text in (prompt, *(completion.text for completion in record.completions)) if text]
+
+
+def _sft(run: Run, folder: Path, counts: Counter[str]) -> None:
+    recipe = run.recipe
+    source = recipe.data.sft or recipe.data.preferences
+    assert source is not None and recipe.sft is not None
+    records = [preferred_only(record) for record in read_records_of(source, run, counts)]
+    tokenizer = load_run_tokenizer(run)
+    groups = tokenize(run, records, tokenizer, counts)
+    torch.manual_seed(recipe.seed)
+    model = load_policy(recipe.model, tokenizer)
+    train_sft(model, tokenizer, groups, recipe.sft, folder)
+
+
+def preferred_only(record: Record) -> Record:
+    """K = 1: the preferred completion of a pair, the only one of an SFT row."""
+    if record.preferred is None:
+        return record
+    return replace(record, completions=(record.completions[record.preferred],), preferred=None)
+
+
+def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
+    recipe = run.recipe
+    assert recipe.oracle is not None and recipe.data.labelled is not None
+    tokenizer = (
+        load_run_tokenizer(run)
+        if recipe.oracle.model.source is None
+        else load_tokenizer(recipe.oracle.model.source, trust_remote_code=recipe.oracle.model.trust_remote_code)
+    )
+    records = list(read_source(recipe.data.labelled, counts, tokenizer))
+    labels = [labels_of(record) for record in records]
+    groups = list(
+        tokenize_records(
+            records,
+            tokenizer,
+            max_prompt_tokens=recipe.oracle.max_tokens,
+            max_completion_tokens=recipe.oracle.max_tokens,
+            counts=counts,
+        )
+    )
+    torch.manual_seed(recipe.seed)
+    model = load_classifier(recipe.oracle.model, tokenizer)
+    train_classifier(model, tokenizer, groups, labels, recipe.oracle, folder)
+
+
+def labels_of(record: Record) -> int:
+    """The label of a text row; a row without one is an error."""
+    if record.rewards is None:
+        raise InputError(f"data.labelled: row {record.id} has no label (0 or 1).")
+    return int(record.rewards[0])
+
+
+def _given_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
+    source = run.recipe.data.preferences
+    assert source is not None
+    records = read_records_of(source, run, counts)
+    for record in records:
+        if record.preferred is None:
+            raise InputError(f"{source.source}: row {record.id} has no preference (prompt, chosen, rejected).")
+    write_records(folder / "records", records, Header(counts=dict(counts)))
+
+
+def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
+    """Two samples of π_sft per prompt, ordered by the scorer."""
+    recipe = run.recipe
+    assert recipe.preferences is not None
+    settings = recipe.sample.model_copy(update={"num_completions": 2})
+    drawn = folder / "samples"
+    counts.update(sample_supervised(run, prompts_of(run, counts), settings, folder=drawn, purpose="preferences"))
+    scorer = load_scorer(recipe.preferences.scorer, run)
+    scored = score_records(scorer, read_records(drawn))
+    pairs = list(pairs_from_rewards(scored, counts))
+    if not pairs:
+        raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
+    write_records(folder / "records", pairs, replace(read_header(drawn), counts=dict(counts)))
+
+
+def prompts_of(run: Run, counts: Counter[str]) -> list[Record]:
+    """The prompts to sample from, without their completions, each once."""
+    source = run.recipe.data.prompts
+    records: Iterable[Record] = (
+        read_records_of(source, run, counts) if source is not None else iter_records(run.path("preferences", "records"))
+    )
+    by_id = {record.id: replace(record, completions=(), preferred=None) for record in records}
+    return list(by_id.values())
+
+
+def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
+    recipe = run.recipe
+    assert recipe.reward is not None
+    settings = recipe.reward.model or supervised_settings(run)
+    tokenizer = load_run_tokenizer(run) if recipe.reward.model is None else load_tokenizer(str(settings.source))
+    groups = tokenize(run, read_records(run.path("preferences", "records")), tokenizer, counts)
+    torch.manual_seed(recipe.seed)
+    model = load_reward_model(settings, tokenizer)
+    train_reward_model(model, tokenizer, groups, recipe.reward, folder)
+
+
+def _rollouts(run: Run, folder: Path, counts: Counter[str]) -> None:
+    prompts = prompts_of(run, counts)
+    counts.update(sample_supervised(run, prompts, run.recipe.sample, folder=folder / "records", purpose="rollouts"))
+
+
+def _scored(run: Run, folder: Path, counts: Counter[str]) -> None:
+    source = run.path("rollouts", "records")
+    header = read_header(source)
+    scorer = load_scorer(run.recipe.score.scorer, run)
+    with RecordWriter(folder / "records", shard_size=SHARD) as writer:
+        for shard in shards(read_records(source)[writer.written :]):
+            for record in score_records(scorer, shard):
+                writer.write(record)
+        writer.close(header)
+    counts["completions"] = sum(len(record.completions) for record in iter_records(folder / "records"))
+
+
+def _given_rewards(run: Run, folder: Path, counts: Counter[str]) -> None:
+    source = run.recipe.data.rewards
+    assert source is not None
+    records = read_records_of(source, run, counts)
+    for record in records:
+        if record.rewards is None:
+            raise InputError(f"{source.source}: row {record.id} has no rewards (prompt, completions, rewards).")
+    write_records(folder / "records", records, Header(counts=dict(counts)))
+
+
+def _reference(run: Run, folder: Path, counts: Counter[str], *, source: str) -> None:
+    """Token ids and log π_sft of everything that is aligned on, by the code path that training uses."""
+    tokenizer = load_run_tokenizer(run)
+    records = read_records(run.path(source, "records"))
+    groups = tokenize(run, records, tokenizer, counts)
+    model = load_supervised(run, tokenizer).to(device()).eval()
+    logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
+    done = [with_reference(records[group.index], group, logp) for group, logp in zip(groups, logps, strict=True)]
+    write_records(folder / "records", done, Header(temperature=run.recipe.temperature, counts=dict(counts)))
+    counts["groups"] = len(done)
+
+
+def with_reference(record: Record, group: Group, logp: Tensor) -> Record:
+    """The record with the token ids that the model saw and log π_sft of each completion."""
+    completions = tuple(
+        replace(completion, token_ids=tuple(ids.tolist()), reference_logprob=float(value))
+        for completion, ids, value in zip(record.completions, group.completion_ids, logp, strict=True)
+    )
+    return replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions)
+
+
+def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
+    recipe = run.recipe
+    settings = recipe.align[method]
+    tokenizer = load_run_tokenizer(run)
+    records = read_records(run.path("reference", settings.target, "records"))
+    corrected = settings.target == "reward" and recipe.data.rewards is None and is_truncated(recipe.sample)
+    groups = [aligned_group(record, index, corrected) for index, record in enumerate(records)]
+    torch.manual_seed(settings.seed)
+    model = load_supervised(run, tokenizer, trainable=True)
+    train_align(model, tokenizer, groups, settings, folder, temperature=recipe.temperature)
+    counts["prompts"] = len(groups)
+    counts["completions"] = sum(group.num_completions for group in groups)
+
+
+def is_truncated(settings: SampleSettings) -> bool:
+    """Whether completions were drawn from something else than π_sft at τ, which the objective then corrects for."""
+    return settings.top_p is not None or settings.top_k is not None
+
+
+def aligned_group(record: Record, index: int, corrected: bool) -> Group:
+    """The group that alignment trains on; with the proposal's log-probs where it was not π_sft."""
+
+    def values(name: str) -> Tensor:
+        return torch.tensor([getattr(completion, name) for completion in record.completions], dtype=torch.float32)
+
+    return Group(
+        index=index,
+        prompt_ids=torch.tensor(record.prompt_ids),
+        completion_ids=tuple(torch.tensor(completion.token_ids) for completion in record.completions),
+        rewards=None if record.rewards is None else values("reward"),
+        preferred=record.preferred,
+        reference_logp=values("reference_logprob"),
+        proposal_logp=values("logprob") if corrected else None,
+    )

@@ -1,0 +1,135 @@
+"""The frontier: reward against KL to π_sft, every method, and the best that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
+from exalign.report.labels import label_right
+from exalign.report.style import LIGHT, Look
+
+
+def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure:
+    """Each method's checkpoints with intervals, π_sft, best-of-N, and the estimated optimum with its band.
+
+    `width` in inches: below 5 the labels stand under the axes instead of at the ends of the lines.
+    """
+    narrow = width < 5
+    figure = Figure(figsize=(width, 4.6 if narrow else 4.9), layout="constrained")
+    axes = figure.add_subplot()
+    ends: list[tuple[str, str, float, float]] = []
+    for method in evidence.methods:
+        if method.points:
+            _path(axes, evidence.sft, method.points, looks[method.name], method.name)
+            last = method.points[-1]
+            ends.append((method.name, looks[method.name].color, last.kl.estimate, last.reward.estimate))
+    low, high = _limits(evidence)
+    axes.set_xlim(low[0], high[0])
+    axes.set_ylim(low[1], high[1])
+    if evidence.best_of_n:
+        _best_of_n(axes, evidence.best_of_n)
+        ends += _end_within(axes, "best of N", LIGHT["muted"], [(p.kl_bound, p.reward) for p in evidence.best_of_n])
+    if evidence.optimum:
+        _optimum(axes, evidence.optimum.points)
+        curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
+        ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
+    if evidence.sft:
+        axes.plot(0, evidence.sft.reward.estimate, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
+        axes.annotate("SFT", (0, evidence.sft.reward.estimate), (7, -10), textcoords="offset points", fontsize=8.5)
+    axes.set_xlabel("KL to the supervised policy (nats)")
+    axes.set_ylabel("mean reward")
+    if narrow:
+        figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
+    else:
+        label_right(axes, ends)
+    return figure
+
+
+def _path(axes: Axes, sft: FrontierPoint | None, points: Sequence[FrontierPoint], look: Look, name: str) -> None:
+    start = [] if sft is None else [sft]
+    ordered = [*start, *points]
+    kls, rewards = (np.array([getattr(p, key).estimate for p in ordered]) for key in ("kl", "reward"))
+    axes.plot(kls, rewards, **{**look.line, "marker": ""}, zorder=3)
+    first = len(start)
+    axes.errorbar(
+        kls[first:],
+        rewards[first:],
+        xerr=_arms([p.kl for p in points]),
+        yerr=_arms([p.reward for p in points]),
+        fmt="none",
+        ecolor=look.color,
+        elinewidth=0.9,
+        alpha=0.55,
+        zorder=3,
+    )
+    axes.plot(kls[first:], rewards[first:], **{**look.line, "linestyle": ""}, zorder=4)
+    axes.plot([], [], **look.line, label=name)
+
+
+def _optimum(axes: Axes, points: Sequence[OptimumPoint]) -> None:
+    reliable = [p for p in points if p.reliable]
+    beyond = [*reliable[-1:], *(p for p in points if not p.reliable)]
+    kl = [p.kl.estimate for p in reliable]
+    if reliable:
+        low, high = zip(*(_bounds(p.reward) for p in reliable), strict=True)
+        axes.fill_between(kl, low, high, color=LIGHT["ink"], alpha=0.08, linewidth=0, zorder=1)
+        axes.plot(
+            kl, [p.reward.estimate for p in reliable], color=LIGHT["ink"], linewidth=1.4, label="estimated optimum"
+        )
+    xs, ys = [p.kl.estimate for p in beyond], [p.reward.estimate for p in beyond]
+    axes.plot(xs, ys, color=LIGHT["ink"], linewidth=1.2, linestyle=(0, (1, 2)), label="too few samples for it")
+
+
+def _best_of_n(axes: Axes, points: Sequence[BestOfN]) -> None:
+    xs, ys = [p.kl_bound for p in points], [p.reward.estimate for p in points]
+    style = {"color": LIGHT["muted"], "linewidth": 1.0, "marker": "|", "markersize": 6, "label": "best of N"}
+    axes.plot(xs, ys, zorder=2, **style)  # type: ignore[arg-type]
+    for point in points[1:]:
+        if axes.get_xlim()[0] < point.kl_bound < axes.get_xlim()[1]:
+            at = (point.kl_bound, point.reward.estimate)
+            axes.annotate(
+                str(point.n), at, (0, -10), textcoords="offset points", ha="center", fontsize=7, color=LIGHT["muted"]
+            ).set_clip_on(True)
+
+
+def _limits(evidence: Evidence) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What to show: all checkpoints with their intervals; of the other curves what lies in that range of KL."""
+    points = [p for method in evidence.methods for p in method.points] + ([evidence.sft] if evidence.sft else [])
+    xs = [x for p in points for x in _bounds(p.kl)] or [0.0]
+    farthest = max(max(xs) * 1.03, 0.05)
+    ys = [y for p in points for y in _bounds(p.reward)]
+    if evidence.optimum:
+        ys += [y for p in evidence.optimum.points if p.kl.estimate <= farthest for y in _bounds(p.reward)]
+    ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
+    ys = ys or [0.0]
+    room = 0.05 * (max(ys) - min(ys)) or 0.5
+    return (min(0.0, min(xs)) - 0.025 * farthest, min(ys) - room), (farthest, max(ys) + room)
+
+
+def _end_within(
+    axes: Axes, name: str, color: str, curve: Sequence[tuple[float, Interval]]
+) -> list[tuple[str, str, float, float]]:
+    """Where a curve leaves the visible range of KL, for its label."""
+    last = axes.get_xlim()[1]
+    xs, ys = np.array([x for x, _ in curve]), np.array([y.estimate for _, y in curve])
+    if not (xs <= last).any():
+        return []
+    x = min(last, float(xs.max()))
+    return [(name, color, x, float(np.interp(x, xs, ys)))]
+
+
+def _bounds(value: Interval) -> tuple[float, float]:
+    return (
+        value.estimate if value.low is None else value.low,
+        value.estimate if value.high is None else value.high,
+    )
+
+
+def _arms(values: Sequence[Interval]) -> np.ndarray:
+    bounds = np.array([_bounds(value) for value in values])
+    estimates = np.array([value.estimate for value in values])
+    return np.clip(np.stack([estimates - bounds[:, 0], bounds[:, 1] - estimates]), 0, None)

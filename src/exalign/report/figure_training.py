@@ -1,0 +1,152 @@
+"""Small multiples over steps: what training logged, and what the checkpoints are like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from exalign.evaluation.schema import Curve, Evidence, FrontierPoint, Interval
+from exalign.report.style import LIGHT, Look
+
+METRICS = {
+    "loss": "loss",
+    "kl": "KL to π_sft (nats)",
+    "reward": "weighted reward",
+    "log_ratio_spread": "std of log-ratios",
+    "saturated": "share saturated",
+    "reward_spread": "std(r) / β_r",
+    "completion_tokens": "completion tokens",
+    "accuracy": "accuracy",
+    "grad_norm": "gradient norm",
+}
+"""Metrics that are drawn, in this order, with their titles; the others stay in the evidence file."""
+
+_ALIGN = "align/"
+
+
+def draw_alignment(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """Every method's training metrics, a panel per metric; None where no method logged any."""
+    by_stage = {curve.stage: curve for curve in evidence.curves}
+    curves = {name: by_stage[_ALIGN + name] for name in looks if _ALIGN + name in by_stage}
+    shown = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves.values())]
+    if not shown:
+        return None
+    figure, panels = _panels([METRICS[metric] for metric in shown], width)
+    for axes, metric in zip(panels, shown, strict=True):
+        for name, curve in curves.items():
+            if _has(curve, metric):
+                _line(axes, curve, metric, looks[name].color, looks[name].dashes)
+    _legend(figure, {name: looks[name] for name in curves}, width, markers=False)
+    return figure
+
+
+def draw_other_stages(evidence: Evidence, *, width: float) -> Figure | None:
+    """Loss (and accuracy, where logged) of the stages before alignment; None where there are none."""
+    order = {stage.name: i for i, stage in enumerate(evidence.stages)}
+    panels_wanted = [
+        (curve, metric)
+        for curve in sorted(evidence.curves, key=lambda curve: order.get(curve.stage, len(order)))
+        if not curve.stage.startswith(_ALIGN)
+        for metric in ("loss", "accuracy")
+        if _has(curve, metric)
+    ]
+    if not panels_wanted:
+        return None
+    figure, panels = _panels([f"{curve.stage}: {METRICS[metric]}" for curve, metric in panels_wanted], width)
+    for axes, (curve, metric) in zip(panels, panels_wanted, strict=True):
+        _line(axes, curve, metric, LIGHT["ink"], "-")
+    return figure
+
+
+def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """What each checkpoint is like on the evaluation prompts: reward with its spread over samples, KL, and so on."""
+    wanted: dict[str, Callable[[FrontierPoint], Interval | float | None]] = {
+        "mean reward": lambda p: p.reward,
+        "std of reward over samples": lambda p: p.reward_std,
+        "KL to π_sft (nats)": lambda p: p.kl,
+        "win rate against SFT": lambda p: p.win_vs_sft.rate if p.win_vs_sft else None,
+        "accuracy (reward > 0)": lambda p: p.accuracy,
+        "tokens per sample": lambda p: p.tokens,
+        "share that finished": lambda p: p.finished,
+    }
+    points = {method.name: method.points for method in evidence.methods if method.points}
+    shown = {
+        title: read for title, read in wanted.items() if any(read(p) is not None for ps in points.values() for p in ps)
+    }
+    if not shown:
+        return None
+    figure, panels = _panels(list(shown), width)
+    for axes, read in zip(panels, shown.values(), strict=True):
+        for name, checkpoints in points.items():
+            start = [evidence.sft] if evidence.sft else []
+            _series(axes, [*start, *checkpoints], read, looks[name])
+    last = max(p.step for checkpoints in points.values() for p in checkpoints)
+    for axes in panels:
+        axes.set_xlim(-0.03 * last, 1.03 * last)
+    _legend(figure, {name: looks[name] for name in points}, width, markers=True)
+    return figure
+
+
+def _series(
+    axes: Axes,
+    points: Sequence[FrontierPoint],
+    read: Callable[[FrontierPoint], Interval | float | None],
+    look: Look,
+) -> None:
+    values = [(point.step, value) for point in points if (value := read(point)) is not None]
+    estimates = [value.estimate if isinstance(value, Interval) else value for _, value in values]
+    axes.plot([step for step, _ in values], estimates, **look.line, zorder=3)
+    for step, value in values:
+        if isinstance(value, Interval) and value.low is not None and value.high is not None and step > 0:
+            axes.vlines(step, value.low, value.high, color=look.color, linewidth=0.9, alpha=0.55, zorder=2)
+
+
+def _line(axes: Axes, curve: Curve, metric: str, color: str, dashes: str) -> None:
+    pairs = [(s, v) for s, v in zip(curve.steps, curve.values[metric], strict=True) if v is not None]
+    steps, values = np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])
+    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, smooth(values), color=color, linestyle=dashes, linewidth=1.4)
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A running mean over about a fifteenth of the curve, centred except at both ends.
+
+    >>> smooth(np.arange(5.0))
+    array([0., 1., 2., 3., 4.])
+    """
+    half = len(values) // 30
+    totals = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (totals[last] - totals[first]) / (last - first)
+
+
+def _has(curve: Curve, metric: str) -> bool:
+    return any(value is not None for value in curve.values.get(metric, ()))
+
+
+def _panels(titles: Sequence[str], width: float) -> tuple[Figure, list[Axes]]:
+    choices = (4, 3) if width >= 5 else (2,)
+    columns = min(len(titles), min(choices, key=lambda columns: -len(titles) % columns))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(width, 0.45 + 1.85 * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(len(titles))]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
+        axes.margins(x=0.02)
+    for axes in panels[-columns:]:
+        axes.set_xlabel("step")
+    return figure, panels
+
+
+def _legend(figure: Figure, looks: Mapping[str, Look], width: float, *, markers: bool) -> None:
+    handles = [
+        figure.axes[0].plot([], [], **(look.line if markers else {**look.line, "marker": ""}), label=name)[0]
+        for name, look in looks.items()
+    ]
+    columns = 2 if width < 5 else min(5, len(handles))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6)

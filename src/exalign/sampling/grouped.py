@@ -1,0 +1,229 @@
+"""The sampler for transformers models: K completions of each prompt, drawn while other prompts come and go."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.records import Completion, Record
+from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
+from exalign.errors import InputError
+from exalign.sampling.draw import draw_tokens, prompt_uniforms
+from exalign.sampling.plain_decoder import Branches, Decoder, PlainDecoder
+from exalign.sampling.protocol import SampleSettings
+from exalign.sampling.shared_decoder import SharedDecoder, why_not_shared
+
+_ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold
+_log = logging.getLogger(__name__)
+
+
+class GroupedSampler:
+    """Draws K completions per prompt from softmax(logits / τ) and keeps the log-probability of what it drew.
+
+    Each prompt's numbers come from a stream that depends on `seed` and the record's id only, so a completion does not
+    depend on the other prompts, on their order or on how many are decoded together (up to the rounding of the model's
+    own matrix products). A prompt is computed once for its K completions; a finished completion leaves at once, and
+    waiting prompts take the places; a model whose attention cannot be shared is decoded plainly, and a warning says so.
+
+    `temperature` is τ > 0. Raises `InputError` for a tokenizer without end-of-sequence token, a τ that is not
+    positive, or limits that exceed the model's positions. `counts` tells what was done: `prompts`, `prompts_cut` (their
+    left part was dropped), `completions`, `completions_stopped`, `prompt_tokens`, `completion_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SampleSettings,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        # Adapters live inside the layers of the base model; the wrapper around it hides its signature.
+        plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._model = plain
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._temperature = temperature
+        self._seed = seed
+        self._eos_ids = _eos_ids(self._model, tokenizer)
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"The temperature must be a positive number, not {temperature}.")
+        longest = settings.max_prompt_tokens + settings.max_new_tokens
+        _check_positions(self._model, longest)
+        self._decoder = _decoder(self._model, longest)
+
+    def sample(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield each record with `prompt_ids` and K completions, in the order given; see `Sampler`."""
+        waiting = _Waiting(self._enter(index, record) for index, record in enumerate(records))
+        running: list[_Running] = []
+        finished: dict[int, Record] = {}
+        next_index = 0
+        while True:
+            running = self._admit(waiting, running)
+            if not running:
+                return
+            self._step(running)
+            for group in running:
+                if not group.live:
+                    finished[group.index] = self._finish(group)
+            running = [group for group in running if group.live]
+            while next_index in finished:
+                yield finished.pop(next_index)
+                next_index += 1
+
+    def _enter(self, index: int, record: Record) -> _Running:
+        """A record made ready: its prompt as ids, its uniform numbers drawn."""
+        whole = prompt_token_ids(record, self._tokenizer)
+        ids = cut_prompt(whole, self._tokenizer, self._settings.max_prompt_tokens)
+        self.counts["prompts_cut"] += len(ids) < len(whole)
+        self.counts["prompts"] += 1
+        self.counts["prompt_tokens"] += len(ids)
+        number = self._settings.num_completions
+        uniforms = prompt_uniforms(self._seed, record.id, number, self._settings.max_new_tokens)
+        prompt = torch.tensor(ids, dtype=torch.long, device=self._model.device)
+        return _Running(index, replace(record, prompt_ids=tuple(ids)), uniforms, Branches(prompt, number))
+
+    def _admit(self, waiting: _Waiting, running: list[_Running]) -> list[_Running]:
+        """The running groups, and before them those that enter: while there is room, and always one where none runs."""
+        live = sum(len(group.live) for group in running)
+        entering: list[_Running] = []
+        tokens = 0
+        while (group := waiting.first) is not None:
+            live += len(group.live)
+            tokens += len(group.branches.prompt_ids)
+            crowded = live > self._settings.batch_completions and (entering or running)
+            if crowded or (tokens > _ENTERING_TOKENS and entering):
+                break
+            entering.append(group)
+            waiting.advance()
+        return entering + running
+
+    def _step(self, running: list[_Running]) -> None:
+        """One token more for every live completion; those that end leave."""
+        settings = self._settings
+        with torch.inference_mode(), _evaluating(self._model):
+            logits = self._decoder.step([group.branches for group in running])
+            draws_per_row: list[int] = []
+            for group in running:
+                draws_per_row += [len(group.live)] if group.branches.tokens is None else [1] * len(group.live)
+            uniforms = np.concatenate([group.uniforms[group.live, group.branches.length] for group in running])
+            ids, logps = draw_tokens(
+                logits,
+                torch.from_numpy(uniforms),
+                torch.tensor(draws_per_row),
+                temperature=self._temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+            )
+            start = 0
+            id_list, logp_list = ids.tolist(), logps.tolist()
+            for group in running:
+                part = slice(start, start + len(group.live))
+                start = part.stop
+                self._extend(group, ids[part], id_list[part], logp_list[part])
+
+    def _extend(self, group: _Running, tokens: Tensor, ids: list[int], logps: list[float]) -> None:
+        group.branches.length += 1
+        keep = []
+        for place, (number, token, logp) in enumerate(zip(group.live, ids, logps, strict=True)):
+            group.token_ids[number].append(token)
+            group.logps[number] += logp
+            if token not in self._eos_ids and group.branches.length < self._settings.max_new_tokens:
+                keep.append(place)
+        group.branches.tokens = tokens
+        if len(keep) < len(group.live):
+            group.branches.tokens = tokens[torch.tensor(keep, dtype=torch.long, device=tokens.device)]
+            group.live = [group.live[place] for place in keep]
+            if keep:
+                self._decoder.keep(group.branches, keep)
+
+    def _finish(self, group: _Running) -> Record:
+        completions = []
+        for ids, logp in zip(group.token_ids, group.logps, strict=True):
+            stopped = ids[-1] in self._eos_ids
+            text = self._tokenizer.decode(
+                ids[:-1] if stopped else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            assert isinstance(text, str)
+            completions.append(Completion(text, tuple(ids), "stop" if stopped else "length", logp))
+            self.counts["completions"] += 1
+            self.counts["completions_stopped"] += stopped
+            self.counts["completion_tokens"] += len(ids)
+        return replace(group.record, completions=tuple(completions), preferred=None)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A record on its way: `live` are the numbers (0…K−1) of its completions that have not ended."""
+
+    index: int
+    record: Record
+    uniforms: np.ndarray
+    branches: Branches
+    live: list[int] = field(init=False)
+    token_ids: list[list[int]] = field(init=False)
+    logps: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = list(range(self.branches.num_completions))
+        self.token_ids = [[] for _ in self.live]
+        self.logps = [0.0 for _ in self.live]
+
+
+class _Waiting:
+    """An iterator whose `first` element can be looked at before it is taken; None where there is none."""
+
+    def __init__(self, groups: Iterable[_Running]) -> None:
+        self._groups = iter(groups)
+        self.advance()
+
+    def advance(self) -> None:
+        self.first = next(self._groups, None)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def _decoder(model: PreTrainedModel, longest: int) -> Decoder:
+    with torch.inference_mode(), _evaluating(model):
+        reason = why_not_shared(model, longest=longest)
+    if reason is None:
+        return SharedDecoder(model)
+    _log.warning("%s is sampled without shared prompts, which is slower: %s.", type(model).__name__, reason)
+    return PlainDecoder(model)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a completion: the tokenizer's, and those of the model's generation settings."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return frozenset([eos_id(tokenizer), *more])
+
+
+def _check_positions(model: PreTrainedModel, longest: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {limit} positions; lower one of them."
+        )

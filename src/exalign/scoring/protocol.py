@@ -1,0 +1,57 @@
+"""What every scorer is: records in, one reward for each completion out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from exalign.data.records import Record
+from exalign.errors import InputError
+
+
+class Scorer(Protocol):
+    """Gives each completion a reward r(x, y): a finite number, higher is better.
+
+    `score` returns one list per record, as long as the record has completions, in the same order. A completion's
+    reward depends on its prompt and itself alone, never on what else is scored with it.
+    """
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]: ...
+
+
+def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record], *, source: str) -> list[list[float]]:
+    """The rewards as lists of floats; a wrong count, a value that is no number, NaN or infinity is an `InputError`.
+
+    >>> from exalign.data.records import Completion
+    >>> record = Record(id="7", prompt="Hi", completions=(Completion("a"), Completion("b")))
+    >>> check_rewards([[1, 2.5]], [record], source="length")
+    [[1.0, 2.5]]
+    >>> check_rewards([[1.0, float("nan")]], [record], source="length")
+    Traceback (most recent call last):
+    exalign.errors.InputError: length gave the reward nan to completion 1 of record 7; rewards must be finite numbers.
+    """
+    if len(rewards) != len(records):
+        raise InputError(f"{source} gave rewards for {len(rewards)} prompts, but there are {len(records)}.")
+    checked = []
+    for values, record in zip(rewards, records, strict=True):
+        if len(values) != len(record.completions):
+            raise InputError(
+                f"{source} gave {len(values)} rewards to record {record.id}, which has {len(record.completions)} "
+                "completions."
+            )
+        checked.append([_finite(value, record, position, source) for position, value in enumerate(values)])
+    return checked
+
+
+def _finite(value: object, record: Record, position: int, source: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{source} gave the reward {value} to completion {position} of record {record.id}; "
+            "rewards must be finite numbers."
+        )
+    return number

@@ -1,0 +1,73 @@
+"""Which groups a step sees, as a pure function of the seed and the step: a resumed run sees the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+from exalign.data.batching import Group, epoch_order
+from exalign.errors import InputError
+
+
+class Batches(Protocol):
+    """The batches of a run: one per optimizer step, addressed by the step (from 0)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content they are drawn from; a checkpoint is continued only where it is the same."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> list[Group]: ...
+
+
+class EpochBatches:
+    """`batch_prompts` groups at a time, each group once per epoch, in an order that depends on (seed, epoch) alone.
+
+    The last batch of an epoch holds what remains; its loss is normalised by its own weight.
+
+    >>> import torch
+    >>> one = torch.tensor([1])
+    >>> batches = EpochBatches([Group(i, one, (one,)) for i in range(5)], batch_prompts=2, epochs=3, seed=0)
+    >>> len(batches), [len(batches[step]) for step in range(3)]
+    (9, [2, 2, 1])
+    >>> sorted(group.index for step in (3, 4, 5) for group in batches[step])
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, groups: Sequence[Group], *, batch_prompts: int, epochs: int, seed: int) -> None:
+        if not groups:
+            raise InputError("There is nothing to train on: no row of the data was left.")
+        self.groups = groups
+        self.batch_prompts = batch_prompts
+        self.epochs = epochs
+        self.seed = seed
+        self._steps_per_epoch = -(-len(groups) // batch_prompts)
+        self._order: tuple[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return self.epochs * self._steps_per_epoch
+
+    def __getitem__(self, step: int) -> list[Group]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        epoch, position = divmod(step, self._steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.groups), self.seed, epoch)
+        start = position * self.batch_prompts
+        return [self.groups[i] for i in self._order[1][start : start + self.batch_prompts]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for group in self.groups:
+            values = (group.rewards, group.reference_logp, group.proposal_logp)
+            for tensor in (group.prompt_ids, *group.completion_ids, *values):
+                digest.update(tensor.numpy().tobytes() if isinstance(tensor, Tensor) else b"-")
+                digest.update(b"|")
+            digest.update(f"{group.index} {group.preferred}\n".encode())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""A binary classifier of texts, whose log-odds serve as the oracle reward of the controlled-sentiment experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from exalign.data.batching import Group
+from exalign.errors import InputError
+from exalign.models.scalar_head import PackedScorer, completion_outputs
+from exalign.training.batches import Batches, EpochBatches
+from exalign.training.card import model_card
+from exalign.training.loop import TrainSettings, train
+
+
+class ClassifierSettings(TrainSettings):
+    """How the classifier is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryCrossEntropy:
+    """−log p(label | text) in nats, `labels[group.index]` 0 or 1; one completion per group; the weight is the texts."""
+
+    batches: Batches
+    labels: Sequence[int]
+
+    def weight(self, groups: Sequence[Group]) -> float:
+        return len(groups)
+
+    def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = completion_outputs(model, groups)[:, 0]
+        labels = torch.tensor([self.labels[group.index] for group in groups], device=logits.device)
+        correct = (logits.argmax(dim=1) == labels).to(logits.dtype)
+        return cross_entropy(logits, labels, reduction="sum"), {"accuracy": correct.sum()}
+
+
+def train_classifier(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[Group],
+    labels: Sequence[int],
+    settings: ClassifierSettings,
+    folder: Path,
+) -> Path:
+    """Train a two-label sequence classifier; see `loop.train` for what is written."""
+    for group in groups:
+        if group.num_completions != 1 or not 0 <= group.index < len(labels) or labels[group.index] not in (0, 1):
+            raise InputError(f"Row {group.index} is not one text with a label 0 or 1, as a classifier needs.")
+    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
+    card = model_card(
+        "Classifier",
+        "A sequence classifier with two labels; its log-odds are a reward.",
+        settings,
+        pipeline_tag="text-classification",
+    )
+    return train(BinaryCrossEntropy(batches, labels), PackedScorer(model), tokenizer, settings, folder, card=card)

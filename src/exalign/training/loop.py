@@ -1,0 +1,249 @@
+"""The one training loop, on Accelerate. A task gives it batches and a loss; everything else is here or in `state`.
+
+The loss of a step is Σ over its groups of the task's loss, divided by the task's weight of the whole step: neither
+the token budget, nor accumulation, nor the number of processes changes it. Whatever a step needs is a function of
+(seed, step), so an interrupted run that is started again ends as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from exalign.data.batching import Group, microbatches
+from exalign.errors import InputError
+from exalign.models.loading import save_model
+from exalign.models.logprobs import PackedPolicy
+from exalign.models.scalar_head import PackedScorer
+from exalign.settings import Settings
+from exalign.storage import fingerprint
+from exalign.training.batches import Batches
+from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
+from exalign.training.progress import TrainingProgress
+from exalign.training.state import (
+    MetricsLog,
+    Position,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
+
+MAX_SKIPPED_IN_A_ROW = 10
+_WITHOUT_EFFECT_ON_RESULTS = {"token_budget", "gradient_checkpointing", "checkpoint_every", "trackers"}
+
+
+class TrainSettings(Settings):
+    """How a model is trained, whatever the task."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    batch_prompts: int = Field(64, gt=0, description="prompts per optimizer step, over all processes")
+    epochs: int = Field(1, gt=0, description="times each prompt is seen")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="how the rate falls after warm-up; linear and cosine end at 0"
+    )
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of weight matrices; biases and norms have none")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients with a larger norm are scaled down to it")
+    token_budget: int = Field(4096, gt=0, description="tokens per forward pass: memory and speed, never the result")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products in bfloat16, weights as is")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints that an interrupted run needs")
+    save_policies: int = Field(1, gt=0, description="models saved along the way, evenly spaced, the final one included")
+    seed: int = Field(0, ge=0, description="seeds the order of the prompts and any randomness of a step")
+    trackers: tuple[str, ...] = Field((), description="trackers known to Accelerate: tensorboard, wandb, trackio, …")
+
+
+class Task(Protocol):
+    """What a stage gives the loop."""
+
+    @property
+    def batches(self) -> Batches: ...
+
+    def weight(self, groups: Sequence[Group]) -> float:
+        """What a sum over these groups is divided by: their number, or their completion tokens."""
+
+    def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the metrics, each as a scalar sum in units of `weight`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trainer:
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    task: Task
+    settings: TrainSettings
+    warmup_steps: int
+
+
+def train(
+    task: Task,
+    module: PackedPolicy | PackedScorer,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    card: str,
+) -> Path:
+    """Train `module` in place, continuing what stands in `folder`; return the folder of the final model.
+
+    `module` is what the task calls, and so what is wrapped for several processes; `module.model`, the transformers
+    model inside it, is what is saved.
+
+    Writes `model`, `metrics.jsonl` (a row per optimizer step, counted from 1), `checkpoints` and `policies`. A step
+    whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1; `MAX_SKIPPED_IN_A_ROW` of
+    them end the run with an `InputError`.
+    """
+    folder = Path(folder)
+    num_steps = len(task.batches)
+    trainer = _prepare(task, module, settings, folder)
+    accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
+    if writes:
+        remove_leftovers(folder)
+    position = load_checkpoint(folder / "checkpoints", _fingerprint(task, settings), trainer.model, trainer.optimizer)
+    policy_steps = evenly_spaced(num_steps, settings.save_policies)
+    with (
+        TrainingProgress(folder.name, num_steps=num_steps, done=position.step, visible=writes) as progress,
+        MetricsLog(folder / "metrics.jsonl", step=position.step, writes=writes) as metrics,
+    ):
+        if position.step:
+            progress.say(f"{folder.name}: continues after step {position.step} of {num_steps}")
+        while position.step < num_steps:
+            row = _take_step(trainer, position.step)
+            accelerator.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
+            metrics.append(row)
+            progress.update(row)
+            position = _advance(position, skipped=bool(row["skipped"]))
+            if position.step in policy_steps and writes:
+                save_model(module.model, tokenizer, folder / "policies" / f"step-{position.step:06d}", card=card)
+            if position.step % settings.checkpoint_every == 0 or position.step == num_steps:
+                metrics.sync()
+                save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
+    if writes:
+        save_model(module.model, tokenizer, folder / "model", card=card)
+        prune_checkpoints(folder / "checkpoints", num_steps, keep=1)
+    for tracker in accelerator.trackers:
+        tracker.finish()  # but not `end_training`, which ends the processes' group: another stage may follow
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    return folder / "model"
+
+
+def evenly_spaced(num_steps: int, count: int) -> list[int]:
+    """At most `count` different steps out of 1…`num_steps`, evenly spaced, the last one included.
+
+    >>> evenly_spaced(10, 4), evenly_spaced(2, 5)
+    ([2, 5, 8, 10], [1, 2])
+    """
+    count = min(count, num_steps)
+    return [(index + 1) * num_steps // count for index in range(count)]
+
+
+def accumulate(
+    accelerator: Accelerator, model: nn.Module, task: Task, groups: Sequence[Group], token_budget: int
+) -> dict[str, float]:
+    """Put the gradient of the step's loss into the parameters; return loss and metrics, divided by the step's weight.
+
+    Process r of R takes micro-batches r, r + R, …; where they run out it repeats the first with factor 0, so that
+    every process makes the same number of passes (collective operations wait for all).
+    """
+    micro = microbatches(groups, token_budget=token_budget)
+    weight = sum(task.weight(part) for part in micro)
+    rounds = range(accelerator.process_index, len(micro) + accelerator.process_index, accelerator.num_processes)
+    sums: dict[str, Tensor] = {}
+    for index in rounds:
+        part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
+        synchronised = index == rounds[-1]
+        with nullcontext() if synchronised else accelerator.no_sync(model):
+            loss, part_metrics = task.loss(model, part)
+            # Processes are averaged, the loss is a sum over them.
+            accelerator.backward(loss * (factor * accelerator.num_processes))
+        for name, value in {"loss": loss, **part_metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() * factor
+    totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+    return dict(zip(sums, totals.tolist(), strict=True))
+
+
+def _take_step(trainer: _Trainer, step: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    settings, optimizer = trainer.settings, trainer.optimizer
+    torch.manual_seed(int(fingerprint([settings.seed, step, trainer.accelerator.process_index]), 16) >> 1)
+    groups = trainer.task.batches[step]
+    factor = learning_rate_factor(
+        step, num_steps=len(trainer.task.batches), warmup_steps=trainer.warmup_steps, schedule=settings.schedule
+    )
+    set_learning_rate(optimizer, settings.learning_rate * factor)
+    values = accumulate(trainer.accelerator, trainer.model, trainer.task, groups, settings.token_budget)
+    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.max_grad_norm)
+    values["grad_norm"] = float(norm)
+    skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds, tokens = time.perf_counter() - started, sum(group.num_tokens for group in groups)
+    return {
+        "step": step + 1,
+        **{name: value if math.isfinite(value) else None for name, value in values.items()},
+        "learning_rate": settings.learning_rate * factor,
+        "skipped": int(skipped),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _advance(position: Position, *, skipped: bool) -> Position:
+    in_a_row = position.skipped_in_a_row + 1 if skipped else 0
+    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise InputError(
+            f"Training stopped at step {position.step + 1}: loss or gradient was not finite {in_a_row} times in a row; "
+            "lower learning_rate, or look for extreme values in the data."
+        )
+    return replace(position, step=position.step + 1, skipped_in_a_row=in_a_row)
+
+
+def _prepare(task: Task, module: PackedPolicy | PackedScorer, settings: TrainSettings, folder: Path) -> _Trainer:
+    missing = [name for name in settings.trackers if name not in map(str, get_available_trackers())]
+    if missing:
+        raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
+    AcceleratorState._reset_state()  # a process may train several models, each in its own precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        log_with=list(settings.trackers) or None,
+        project_dir=str(folder),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(f"Training under {accelerator.distributed_type.value} is not supported yet; use DDP.")
+    flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
+    accelerator.init_trackers("exalign", config=flat)
+    module.train()
+    if settings.gradient_checkpointing:
+        model: Any = module.model
+        # The first is the name from transformers 5.2x on, the second the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    optimizer = adamw(module, betas=settings.adam_betas, weight_decay=settings.weight_decay, device=accelerator.device)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    warmup_steps = int(settings.warmup_fraction * len(task.batches))
+    return _Trainer(accelerator, model, optimizer, task, settings, warmup_steps)
+
+
+def _fingerprint(task: Task, settings: TrainSettings) -> str:
+    deciding = settings.model_dump(exclude=_WITHOUT_EFFECT_ON_RESULTS)
+    return fingerprint({"settings": deciding, "batches": task.batches.fingerprint, "steps": len(task.batches)})

@@ -1,0 +1,184 @@
+"""What a resume needs: checkpoints that are complete or absent, and metrics without doubled steps.
+
+A checkpoint is a folder `step-000123` with `state.pt` (tensors only, read with `weights_only=True`) and
+`checkpoint.json`, which holds the hash of `state.pt`. Nothing else is state: the learning rate, the batches and the
+random numbers of a step are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from exalign.errors import InputError
+from exalign.storage import atomic_path, fingerprint_path, read_json, write_json, write_text
+
+KEEP = 2
+"""Checkpoints kept: were the newest one damaged, the one before still serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands: steps done, steps skipped in a row just now, and the fingerprint of what it was made from."""
+
+    step: int
+    skipped_in_a_row: int
+    run: str
+
+
+def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer, *, writes: bool) -> None:
+    """Write `folder/step-NNNNNN` atomically and remove all but the last `KEEP`.
+
+    Every process calls it, because sharded weights are gathered; the one with `writes` writes. Frozen weights, which
+    come with the model that training starts from, are left out.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    if not writes:
+        return
+    with atomic_path(folder / f"step-{position.step:06d}") as temporary:
+        temporary.mkdir(parents=True)
+        with (temporary / "state.pt").open("wb") as stream:
+            _save_tensors(state, stream)
+        values = {**asdict(position), "state": fingerprint_path(temporary / "state.pt")}
+        write_json(temporary / "checkpoint.json", values)
+    prune_checkpoints(folder, position.step, keep=KEEP)
+
+
+def prune_checkpoints(folder: Path, step: int, *, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` of those up to `step`."""
+    kept = [path for path in _checkpoints(folder) if _step_of(path) <= step][-keep:]
+    for path in set(_checkpoints(folder)) - set(kept):
+        shutil.rmtree(path)
+
+
+def load_checkpoint(folder: Path, run: str, model: nn.Module, optimizer: Optimizer) -> Position:
+    """Put the newest intact checkpoint into model and optimizer; `Position(0, 0, run)` where there is none.
+
+    A damaged checkpoint is passed over with a warning. One of another run (`run` differs) is an `InputError`.
+    """
+    for path in reversed(_checkpoints(folder)):
+        try:
+            values = read_json(path / "checkpoint.json")
+            position = Position(values["step"], values["skipped_in_a_row"], values["run"])
+            intact = values["state"] == fingerprint_path(path / "state.pt")
+        except (InputError, OSError, KeyError, TypeError):
+            intact = False
+        if not intact:
+            warnings.warn(f"{path} is damaged; training continues from the checkpoint before it.", stacklevel=2)
+            continue
+        if position.run != run:
+            raise InputError(
+                f"{folder.parent} holds a run made with other settings or data; delete it or choose another folder."
+            )
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        return position
+    return Position(0, 0, run)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process had under way: the hidden siblings of `storage.atomic_path`."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class MetricsLog:
+    """A file with one JSON row per step. Opening it keeps the rows up to `step`: later ones are about to come again.
+
+    With `writes=False` it does nothing, for all processes but one. A disk that is full raises an `InputError`.
+    """
+
+    def __init__(self, path: Path, *, step: int, writes: bool) -> None:
+        self.path = path
+        self._stream: TextIO | None = None
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(_rows_up_to(path, step)))
+            self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row through to the operating system, where a kill of this process cannot lose it."""
+        if self._stream is not None:
+            with _named(self.path):
+                self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+                self._stream.flush()
+
+    def sync(self) -> None:
+        """Write the rows through to the disk; before a checkpoint that counts on them."""
+        if self._stream is not None:
+            with _named(self.path):
+                os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _rows_up_to(path: Path, step: int) -> Iterator[str]:
+    """The lines of the file whose step is at most `step`; what a kill left of a last one is dropped."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if row["step"] > step:
+            return
+        yield line + "\n"
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}. What was finished is intact.") from error
+
+
+def _save_tensors(state: dict[str, Any], stream: BinaryIO) -> None:
+    try:
+        torch.save(state, stream)
+    except RuntimeError as error:
+        # torch hides a full disk behind an error of its own; the cause is what callers can act on.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])

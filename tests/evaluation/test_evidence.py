@@ -1,0 +1,182 @@
+"""From a run folder to its evidence: what is there is used, what is missing is said."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evaluation.synthetic_run import World, write_run
+from exalign.data.records import read_records
+from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.schema import Evidence, read_evidence, write_evidence
+
+SMALL = World(
+    methods={"exo-rw": (0.9, (0.7, 1.4)), "dpo-rw": (0.5, (0.8, 1.6))}, num_prompts=40, pool=64, steps=40, ragged=True
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Evidence]:
+    run = write_run(tmp_path_factory.mktemp("runs") / "synthetic", SMALL)
+    return run, build_evidence(run, num_resamples=300)
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def test_the_truth_of_the_synthetic_world_is_found(finished):
+    _, evidence = finished
+    for method, (efficiency, distances) in zip(evidence.methods, SMALL.methods.values(), strict=True):
+        assert [p.step for p in method.points] == [20, 40]
+        for point, distance in zip(method.points, distances, strict=True):
+            assert point.kl.low < distance**2 / 2 < point.kl.high
+            # The level of the prompts is unknown; the gain over π_sft is not.
+        assert method.gain.low < efficiency * distances[-1] < method.gain.high
+        assert method.points[-1].win_vs_sft == method.win_rates[0]
+    assert [standing.method for standing in evidence.equal_kl.standings] == ["exo-rw", "dpo-rw"]
+    assert evidence.methods[0].gap.gap.estimate < evidence.methods[1].gap.gap.estimate
+
+
+def test_what_the_recipe_says_is_used(finished):
+    _, evidence = finished
+    assert (evidence.name, evidence.temperature, evidence.kl_budget) == ("synthetic", 0.8, 0.8)
+    assert [(m.family, m.target) for m in evidence.methods] == [("exo", "reward"), ("dpo", "reward")]
+    assert [m.selected_step for m in evidence.methods] == [20, 20]
+    assert evidence.sft.accuracy is not None
+
+
+def test_examples_show_the_first_sample_of_every_policy(finished):
+    run, evidence = finished
+    assert len(evidence.examples) == 8
+    last = {record.id: record for record in read_records(run / "evaluation" / "exo-rw" / "step-000040" / "samples")}
+    for example in evidence.examples:
+        assert [answer.source for answer in example.answers] == ["reference text", "SFT", "exo-rw", "dpo-rw"]
+        first = last[example.id].completions[0]
+        assert example.answers[2].text == first.text
+        assert example.answers[2].reward == first.reward
+        assert example.answers[2].log_ratio == first.logprob - first.reference_logprob
+
+
+def test_counts_and_times_are_carried(finished):
+    _, evidence = finished
+    stages = {stage.name: stage for stage in evidence.stages}
+    assert stages["preferences"].counts == {"rows": 400, "pairs_equal": 7}
+    assert stages["sft"].seconds == 45.2
+    assert evidence.record_counts["evaluation/sft/samples"] == {"prompts_cut": 3, "unfinished": 11}
+    assert {curve.stage for curve in evidence.curves} == {"sft", "reward", "align/exo-rw", "align/dpo-rw"}
+
+
+def test_the_file_is_the_evidence(finished):
+    run, evidence = finished
+    path = run / "evaluation" / "evidence.json"
+    assert read_evidence(path) == evidence
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_it_is_reproducible(finished):
+    run, evidence = finished
+    assert build_evidence(run, num_resamples=300) == evidence
+
+
+def test_missing_pieces_are_said(run):
+    for name in ("evaluation/pool", "evaluation/prompts", "align/dpo-rw/model", "evaluation/dpo-rw"):
+        shutil.rmtree(run / name)
+    for name in ("recipe.yaml", "environment.json"):
+        (run / name).unlink()
+    evidence = build_evidence(run, num_resamples=50)
+    assert evidence.optimum is None
+    assert evidence.best_of_n == []
+    assert [m.finished for m in evidence.methods] == [False, True]
+    assert [m.name for m in evidence.methods] == ["dpo-rw", "exo-rw"]
+    assert [rate.opponent for rate in evidence.methods[1].win_rates] == ["SFT"]
+    assert len(evidence.equal_kl.standings) == 1
+    notes = " ".join(evidence.notes)
+    for part in ("no pool", "no scored reference texts", "dpo-rw has no evaluated checkpoint"):
+        assert part in notes
+
+
+def test_an_incomplete_checkpoint_is_left_out_and_said(run):
+    (run / "evaluation" / "exo-rw" / "step-000040" / "samples" / "header.json").unlink()
+    evidence = build_evidence(run, num_resamples=50)
+    assert [p.step for p in evidence.methods[0].points] == [20]
+    assert "evaluation/exo-rw/step-000040/samples is incomplete and left out." in evidence.notes
+
+
+def test_only_the_supervised_policy(run):
+    shutil.rmtree(run / "align")
+    for method in SMALL.methods:
+        shutil.rmtree(run / "evaluation" / method)
+    evidence = build_evidence(run, num_resamples=50)
+    assert evidence.methods == []
+    assert evidence.equal_kl is None
+    assert evidence.sft is not None
+
+
+def test_without_supervised_samples_there_is_no_evidence(run):
+    shutil.rmtree(run / "evaluation" / "sft")
+    with pytest.raises(InputError, match="run the evaluate stage first"):
+        build_evidence(run)
+
+
+def test_damaged_metrics_are_counted(run):
+    path = run / "align" / "exo-rw" / "metrics.jsonl"
+    rows = path.read_text().splitlines()
+    values = json.loads(rows[3])
+    rows[3] = json.dumps({**values, "loss": None, "skipped": 1})
+    rows[4] = rows[4].replace('"loss": ', '"loss": NaN, "old": ')
+    # A resumed run logs some steps again, and a kill leaves half a line.
+    path.write_text("\n".join([*rows, rows[-1], rows[-1][:20]]))
+    evidence = build_evidence(run, num_resamples=50)
+    curve = next(c for c in evidence.curves if c.stage == "align/exo-rw")
+    assert curve.num_rows == 40
+    assert curve.values["loss"][3:5] == [None, None]
+    assert {"unreadable metric rows: 1", "skipped training steps: 1", "non finite metric values: 2"} <= set(
+        evidence.notes
+    )
+
+
+def test_long_curves_are_averaged(run):
+    path = run / "sft" / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i + 1, "loss": float(i)}) + "\n" for i in range(1000)))
+    curve = next(c for c in build_evidence(run, num_resamples=50).curves if c.stage == "sft")
+    assert len(curve.steps) <= 150
+    assert curve.num_rows == 1000
+    for step, loss in zip(curve.steps, curve.values["loss"], strict=True):
+        assert loss == pytest.approx(step - 1)
+
+
+def test_evidence_of_another_version_or_damaged_is_refused(finished, tmp_path):
+    _, evidence = finished
+    path = tmp_path / "evidence.json"
+    write_evidence(path, replace(evidence, version=99))
+    with pytest.raises(InputError, match="format 99"):
+        read_evidence(path)
+    write_evidence(path, evidence)
+    path.write_text(path.read_text().replace('"sft": {', '"sft": 3, "x": {', 1))
+    with pytest.raises(InputError, match="damaged at sft"):
+        read_evidence(path)
+
+
+def test_chat_prompts_are_shown_by_role(tmp_path):
+    run = write_run(tmp_path / "chat", replace(SMALL, chat=True, num_prompts=6, pool=0, steps=4))
+    prompt = build_evidence(run, num_resamples=50).examples[0].prompt
+    assert prompt.startswith("[system]\nBe kind.\n\n[user]\n")
+
+
+def test_a_method_whose_samples_lack_log_probabilities_is_an_error(run):
+    from exalign.data.records import Header, write_records
+
+    folder = run / "evaluation" / "exo-rw" / "step-000040" / "samples"
+    bare = [
+        replace(record, completions=tuple(replace(c, logprob=None) for c in record.completions))
+        for record in read_records(folder)
+    ]
+    write_records(folder, bare, Header())
+    with pytest.raises(InputError, match="evaluation/exo-rw/step-000040/samples: samples have no logprob"):
+        build_evidence(run)

@@ -1,0 +1,198 @@
+"""Frontier points, win rates, paths and comparisons, by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from exalign.data.records import Completion, Record
+from exalign.errors import InputError
+from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
+from exalign.evaluation.frontier import frontier_point, reward_at_kl, select_within
+from exalign.evaluation.tables import SampleTable, tabulate
+from exalign.evaluation.winrate import win_rate
+
+
+def completion(reward, log_ratio=0.0, tokens=3, finish="stop"):
+    return Completion("x", tuple(range(tokens)), finish, log_ratio - 20.0, -20.0, reward)
+
+
+def records(*prompts):
+    return [Record(f"p{i}", "x", tuple(completions)) for i, completions in enumerate(prompts)]
+
+
+def table_of(rewards, kls) -> SampleTable:
+    """One sample per prompt."""
+    return tabulate(records(*([completion(r, k)] for r, k in zip(rewards, kls, strict=True))), "test")
+
+
+RAGGED = records(
+    [completion(1.0, 0.5, 2), completion(3.0, 1.5, 4, "length")],
+    [completion(-2.0, 4.0, 6)],
+)
+
+
+def test_a_point_by_hand():
+    point = frontier_point(tabulate(RAGGED, "test"), step=7, rewards_are_log_odds=True)
+    assert (point.step, point.num_samples) == (7, 3)
+    # Prompts weigh the same: (2 + −2)/2 and (1 + 4)/2, not sums over three samples.
+    assert point.reward.estimate == pytest.approx((2 + -2) / 2)
+    assert point.kl.estimate == pytest.approx((1 + 4) / 2)
+    assert point.accuracy.estimate == pytest.approx((1 + 0) / 2)
+    assert point.tokens == pytest.approx((3 + 6) / 2)
+    assert point.finished == pytest.approx((0.5 + 1) / 2)
+    # Around the mean 0: ((1 + 9)/2 + 4)/2.
+    assert point.reward_std == pytest.approx(np.sqrt((5 + 4) / 2))
+    assert point.reward.num_prompts == 2
+
+
+def test_without_log_odds_there_is_no_accuracy():
+    assert frontier_point(tabulate(RAGGED, "test"), step=1).accuracy is None
+
+
+def test_the_supervised_policy_has_no_kl_to_itself():
+    point = frontier_point(tabulate(RAGGED, "test").as_reference(), step=0)
+    assert (point.kl.estimate, point.kl.low, point.kl.high) == (0, 0, 0)
+
+
+def test_lengths_are_absent_where_one_sample_does_not_say():
+    bare = [replace(RAGGED[0], completions=(replace(RAGGED[0].completions[0], token_ids=None, finish_reason=None),))]
+    point = frontier_point(tabulate([*bare, RAGGED[1]], "test"), step=1)
+    assert point.tokens is None
+    assert point.finished is None
+
+
+def test_prompts_without_samples_are_counted_not_averaged():
+    table = tabulate([*RAGGED, Record("empty", "x")], "test")
+    assert table.empty_prompts == 1
+    assert frontier_point(table, step=1).reward.num_prompts == 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (replace(RAGGED[1].completions[0], reward=None), "'p9' has reward None"),
+        (replace(RAGGED[1].completions[0], reward=float("nan")), "'p9' has reward nan"),
+        (replace(RAGGED[1].completions[0], logprob=None), "'p9' lacks a finite logprob"),
+        (replace(RAGGED[1].completions[0], logprob=float("-inf")), "'p9' lacks a finite logprob"),
+    ],
+)
+def test_a_broken_sample_is_named(broken, message):
+    with pytest.raises(InputError, match=message):
+        tabulate([*RAGGED, Record("p9", "x", (broken,))], "evaluation/exo")
+
+
+def test_an_id_that_occurs_twice_is_an_error():
+    with pytest.raises(InputError, match="'p0' occurs twice"):
+        tabulate([RAGGED[0], RAGGED[0]], "test")
+
+
+def test_without_log_probabilities_there_is_no_frontier():
+    bare = [Record("a", "x", (Completion("y", reward=1.0),))]
+    with pytest.raises(InputError, match="logprob"):
+        frontier_point(tabulate(bare, "test"), step=1)
+    with pytest.raises(InputError, match="no samples"):
+        frontier_point(tabulate([], "test"), step=1)
+
+
+def test_win_rate_by_hand():
+    ours = tabulate(records([completion(1.0), completion(3.0)], [completion(0.0)], [completion(9.0)]), "ours")
+    theirs = tabulate(records([completion(1.0), completion(2.0)], [completion(0.0), completion(-1.0)]), "theirs")
+    rate = win_rate(ours, theirs, opponent="SFT")
+    # p0: tie, loss, win, win → 2.5 of 4; p1: tie, win → 1.5 of 2; p2 has no opponent.
+    assert rate.rate.estimate == pytest.approx((2.5 / 4 + 1.5 / 2) / 2)
+    assert rate.ties == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert (rate.num_pairs, rate.missing_prompts) == (6, 1)
+
+
+def test_win_rates_of_two_sides_sum_to_one():
+    generator = np.random.default_rng(0)
+    ours, theirs = (table_of(generator.integers(0, 3, 30), np.zeros(30)) for _ in range(2))
+    there, back = win_rate(ours, theirs, opponent="b"), win_rate(theirs, ours, opponent="a")
+    assert there.rate.estimate + back.rate.estimate == pytest.approx(1)
+    assert there.ties == back.ties
+
+
+def test_no_shared_prompt_means_no_win_rate():
+    other = tabulate([Record("elsewhere", "x", (completion(1.0),))], "other")
+    assert win_rate(tabulate(RAGGED, "test"), other, opponent="SFT") is None
+    assert reward_gain(tabulate(RAGGED, "test"), other) is None
+
+
+def test_selection_takes_the_best_within_the_budget():
+    tables = [table_of([r, r], [k, k]) for r, k in ((1.0, 0.5), (3.0, 1.0), (2.0, 1.5), (9.0, 5.0))]
+    points = [frontier_point(table, step=i) for i, table in enumerate(tables)]
+    assert select_within(points, 2.0).step == 1
+    assert select_within(points, 5.0).step == 3
+    assert select_within(points, 0.1) is None
+
+
+KLS = np.array([[0.0, 2.0, 4.0], [0.0, 2.0, 4.0]])
+REWARDS = np.array([[0.0, 2.0, 3.0], [0.0, 4.0, 5.0]])
+
+
+@pytest.mark.parametrize(("kl", "reward"), [(0.0, 0.0), (1.0, 1.5), (2.0, 3.0), (3.0, 3.5), (4.0, 4.0)])
+def test_reward_at_kl_is_on_the_straight_lines(kl, reward):
+    assert reward_at_kl(KLS, REWARDS, kl).mean() == pytest.approx(reward)
+
+
+def test_reward_at_kl_does_not_depend_on_the_order_of_checkpoints():
+    shuffled = [0, 2, 1]
+    for kl in (0.3, 2.0, 3.9):
+        np.testing.assert_allclose(
+            reward_at_kl(KLS, REWARDS, kl), reward_at_kl(KLS[:, shuffled], REWARDS[:, shuffled], kl)
+        )
+
+
+def test_reward_at_kl_is_exact_in_the_mean_for_noisy_checkpoints():
+    generator = np.random.default_rng(0)
+    kls = np.hstack([np.zeros((50, 1)), generator.normal([1, 1.01, 3], 0.5, (50, 3))])
+    rewards = generator.normal(size=(50, 4))
+    order = np.argsort(kls.mean(0))
+    for kl in (0.2, 1.005, 2.5):
+        wanted = np.interp(kl, kls.mean(0)[order], rewards.mean(0)[order])
+        assert reward_at_kl(kls, rewards, kl).mean() == pytest.approx(wanted)
+
+
+def test_the_interval_at_equal_kl_counts_the_uncertainty_of_the_kl():
+    # Truth: reward = 2·KL for every prompt. At a fixed KL the reward is then certain, though both vary.
+    kl = np.random.default_rng(0).gamma(2.0, size=200)
+    values = reward_at_kl(np.stack([0 * kl, kl], 1), np.stack([0 * kl, 2 * kl], 1), float(kl.mean()))
+    np.testing.assert_allclose(values, 2 * kl.mean())
+
+
+def paths():
+    sft = table_of([0.0, 1.0], [0, 0])
+    exo = [table_of([2.0, 3.0], [1.0, 1.0]), table_of([3.0, 4.0], [2.0, 2.0])]
+    dpo = [table_of([3.0, 4.0], [4.0, 4.0])]
+    still = [table_of([0.0, 1.0], [0.01, 0.01])]
+    return Paths(sft, {"dpo": dpo, "exo": exo, "still": still, "absent": []})
+
+
+def test_pairs_are_compared_at_the_largest_kl_both_reach():
+    pairs = {(c.first, c.second): c for c in compare_pairs(paths())}
+    assert set(pairs) == {("exo", "dpo"), ("dpo", "still"), ("exo", "still")}
+    pair = pairs["exo", "dpo"]
+    # At KL 2, DPO is halfway from (0, 0.5) to (4, 3.5).
+    assert pair.kl == pytest.approx(2)
+    assert pair.difference.estimate == pytest.approx(3.5 - 2.0)
+
+
+def test_a_method_that_did_not_move_is_named_not_compared():
+    equal = compare_all(paths(), among=["dpo", "exo", "still"])
+    assert equal.kl == pytest.approx(2)
+    assert [s.method for s in equal.standings] == ["exo", "dpo"]
+    assert equal.standings[0].behind_leader is None
+    assert equal.standings[1].behind_leader.estimate == pytest.approx(1.5)
+    assert equal.left_out == ["still"]
+
+
+def test_nobody_moved():
+    assert compare_all(Paths(table_of([0.0], [0]), {}), among=[]) is None
+    sft = table_of([0.0, 0.0], [0, 0])
+    assert compare_all(Paths(sft, {"a": [table_of([1.0, 1.0], [-0.1, -0.1])]}), among=["a"]) is None
+
+
+def test_gain_is_paired():
+    gain = reward_gain(table_of([1.0, 11.0, 101.0], [1, 1, 1]), table_of([0.0, 10.0, 100.0], [0, 0, 0]))
+    assert (gain.estimate, gain.low, gain.high) == pytest.approx((1, 1, 1))

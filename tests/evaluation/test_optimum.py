@@ -1,0 +1,128 @@
+"""The estimated optimum where the truth can be enumerated."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from exalign.data.records import Completion, Record
+from exalign.evaluation.best_of_n import best_of_n, expected_best
+from exalign.evaluation.optimum import LEAST_ESS, gap_to_optimum, optimum, pool_frontier
+from exalign.evaluation.tables import tabulate
+
+PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1])
+REWARDS = np.array([0.0, 1.0, 2.0, 4.0])
+
+
+def exact(beta):
+    """Reward and KL of π* ∝ π exp(r/β), by enumeration."""
+    weights = PROBABILITIES * np.exp(REWARDS / beta)
+    best = weights / weights.sum()
+    return best @ REWARDS, best @ np.log(best / PROBABILITIES)
+
+
+def proportional_pool(scale):
+    """A pool in which every outcome occurs exactly in proportion to its probability: no sampling error is left."""
+    counts = np.round(PROBABILITIES * 10).astype(int) * scale
+    return list(np.repeat(REWARDS, counts))
+
+
+def test_the_optimum_is_exact_when_the_pool_is_the_distribution():
+    betas = np.array([8.0, 2.0, 1.0, 0.5])
+    pool = pool_frontier({"a": proportional_pool(1), "b": proportional_pool(3)}, betas)
+    for g, beta in enumerate(betas):
+        reward, kl = exact(beta)
+        np.testing.assert_allclose(pool.reward[:, g], reward)
+        np.testing.assert_allclose(pool.kl[:, g], kl)
+    np.testing.assert_allclose(pool.base, PROBABILITIES @ REWARDS)
+    assert list(pool.num_samples) == [10, 30]
+
+
+def test_random_pools_cover_the_truth():
+    generator = np.random.default_rng(0)
+    drawn = {f"p{i}": generator.choice(REWARDS, 256, p=PROBABILITIES) for i in range(60)}
+    points = optimum(pool_frontier(drawn)).points
+    checked = 0
+    for point in points:
+        reward, kl = exact(point.beta)
+        if point.reliable:
+            assert point.reward.estimate == pytest.approx(reward, abs=0.05)
+            assert point.kl.estimate == pytest.approx(kl, abs=0.05)
+            checked += 1
+    assert checked > 10
+    kls = [point.kl.estimate for point in points]
+    assert kls == sorted(kls)
+
+
+def test_a_point_is_reliable_while_enough_samples_carry_it():
+    generator = np.random.default_rng(1)
+    points = optimum(pool_frontier({f"p{i}": generator.normal(size=64) for i in range(20)})).points
+    assert all(point.reliable == (point.ess >= LEAST_ESS) for point in points)
+    assert points[0].reliable
+    assert not points[-1].reliable
+    assert points[-1].kl.estimate <= np.log(64)
+
+
+@pytest.mark.parametrize("pool", [{}, {"a": [1.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}])
+def test_without_differences_there_is_no_frontier(pool):
+    assert pool_frontier(pool) is None
+
+
+def samples(rewards, log_ratio):
+    texts = (Completion("y", logprob=log_ratio, reference_logprob=0.0, reward=float(r)) for r in rewards)
+    return tabulate([Record(f"p{i}", "x", (text,)) for i, text in enumerate(texts)], "test")
+
+
+def gaussian_world(efficiency, distance, num_prompts=64):
+    """A pool of N(0, 1) rewards, and a policy with reward efficiency·s at KL s²/2; the optimum has s there."""
+    generator = np.random.default_rng(0)
+    pool = pool_frontier({f"p{i}": generator.normal(size=256) for i in range(num_prompts)})
+    sft = samples(generator.normal(size=num_prompts), 0.0)
+    policy = samples(efficiency * distance + 0.1 * generator.normal(size=num_prompts), distance**2 / 2)
+    return pool, sft, policy
+
+
+def test_the_gap_of_a_policy_of_known_efficiency():
+    pool, sft, policy = gaussian_world(0.5, 1.2)
+    gap = gap_to_optimum(pool, sft, [policy])
+    assert gap.kl == pytest.approx(1.2**2 / 2)
+    assert gap.gap.low < 0.5 * 1.2 < gap.gap.high
+    assert gap.gap.estimate == pytest.approx(0.6, abs=0.1)
+    assert not gap.below_first_checkpoint
+
+
+def test_a_policy_beyond_the_reliable_optimum_is_judged_on_its_way_there():
+    pool, sft, policy = gaussian_world(0.5, 6.0)
+    gap = gap_to_optimum(pool, sft, [policy])
+    assert gap.kl < 3
+    assert gap.below_first_checkpoint
+
+
+def test_the_gap_needs_shared_prompts_and_a_policy_that_moved():
+    pool, sft, policy = gaussian_world(0.5, 1.0)
+    elsewhere = tabulate([Record("q", "x", (Completion("y", logprob=1.0, reference_logprob=0.0, reward=1.0),))], "t")
+    assert gap_to_optimum(pool, sft, [elsewhere]) is None
+    assert gap_to_optimum(pool, sft, []) is None
+    assert gap_to_optimum(pool, sft, [sft.as_reference()]) is None
+    assert gap_to_optimum(pool, sft, [policy]) is not None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_expected_best_is_the_mean_over_all_subsets(n):
+    rewards = [3.0, -1.0, 2.0, 2.0, 0.5]
+    wanted = np.mean([max(subset) for subset in itertools.combinations(rewards, n)])
+    assert expected_best(rewards, n) == pytest.approx(wanted)
+
+
+def test_best_of_n_doubles_up_to_the_smallest_pool():
+    points = best_of_n({"a": [0.0, 1.0, 2.0, 3.0, 4.0], "b": [1.0, 1.0, 1.0, 1.0]})
+    assert [point.n for point in points] == [1, 2, 4]
+    assert points[0].reward.estimate == pytest.approx((2 + 1) / 2)
+    assert points[0].kl_bound == 0
+    assert points[2].kl_bound == pytest.approx(np.log(4) - 3 / 4)
+    assert best_of_n({}) == []
+
+
+def test_expected_best_of_more_than_the_pool_is_refused():
+    with pytest.raises(ValueError, match="between 1 and the 2 rewards"):
+        expected_best([1.0, 2.0], 3)

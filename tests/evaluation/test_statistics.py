@@ -1,0 +1,97 @@
+"""Intervals cover as often as they claim, with prompts as the unit."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exalign.evaluation.statistics import mean_interval, paired_difference, resample_weights
+
+
+def coverage(draw, truth: float, trials: int = 600) -> float:
+    """Share of trials whose 95 % interval for the mean of `draw(generator)` holds `truth`."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(trials):
+        interval = mean_interval(draw(generator), num_resamples=400, seed=trial)
+        hits += interval.low <= truth <= interval.high
+    return hits / trials
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda g: g.normal(2.0, 3.0, 40), 2.0),
+        (lambda g: g.uniform(0, 1, 40), 0.5),
+        (lambda g: g.exponential(1.0, 120), 1.0),
+    ],
+    ids=["normal", "uniform", "exponential"],
+)
+def test_coverage_on_known_distributions(draw, truth):
+    # 600 trials have a standard error of 0.9 points at 95 %; skewed data may cost two more.
+    assert coverage(draw, truth) == pytest.approx(0.95, abs=0.035)
+
+
+def test_few_prompts_are_not_overconfident():
+    assert coverage(lambda g: g.normal(size=8), 0.0) >= 0.90
+
+
+def test_prompts_are_the_unit_not_samples():
+    # 30 prompts with 50 equal samples each say as much as 30 prompts, not as much as 1,500 samples.
+    levels = np.random.default_rng(1).normal(size=30)
+    by_prompt = mean_interval(levels)
+    as_if_independent = mean_interval(np.repeat(levels, 50))
+    ratio = (by_prompt.high - by_prompt.low) / (as_if_independent.high - as_if_independent.low)
+    assert ratio == pytest.approx(np.sqrt(50), rel=0.1)
+
+
+def test_width_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(2).normal(size=400)
+    interval = mean_interval(values, num_resamples=4000)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * values.std(ddof=1) / 20, rel=0.05)
+
+
+def test_pairing_removes_what_both_share():
+    generator = np.random.default_rng(3)
+    level = generator.normal(0, 10, 50)
+    first, second = level + 1 + 0.1 * generator.normal(size=50), level + 0.1 * generator.normal(size=50)
+    paired = paired_difference(first, second)
+    assert paired.estimate == pytest.approx(1, abs=0.1)
+    assert paired.high - paired.low < 0.15
+    assert mean_interval(first).high - mean_interval(first).low > 4
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
+def test_the_interval_holds_the_estimate(values):
+    interval = mean_interval(np.array(values), num_resamples=50)
+    assert interval.estimate == pytest.approx(np.mean(values))
+    if len(values) == 1:
+        assert interval.low is None
+        assert interval.high is None
+    else:
+        slack = 1e-9 * (1 + max(map(abs, values)))
+        assert interval.low - slack <= interval.high
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.random.default_rng(4).normal(size=20)
+    assert mean_interval(values, seed=7) == mean_interval(values, seed=7)
+    assert mean_interval(values, seed=7) != mean_interval(values, seed=8)
+
+
+def test_weights_are_resamples():
+    weights = resample_weights(5, num_resamples=100, seed=0)
+    assert weights.shape == (100, 5)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    np.testing.assert_allclose(weights * 5, np.round(weights * 5))
+
+
+@pytest.mark.parametrize("bad", [[], [1.0, np.nan], [np.inf]])
+def test_what_has_no_mean_is_refused(bad):
+    with pytest.raises(ValueError):
+        mean_interval(np.array(bad))
+
+
+def test_unequal_prompts_cannot_be_paired():
+    with pytest.raises(ValueError, match="same prompts"):
+        paired_difference(np.zeros(2), np.zeros(3))

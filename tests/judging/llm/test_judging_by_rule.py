@@ -1,0 +1,245 @@
+"""`exalign judge` against a server whose verdicts follow a rule, so that every number is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from exalign.errors import InputError
+from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
+
+PROMPTS = {str(i): f"Question {i}" for i in range(10)}
+SFT = dict.fromkeys(PROMPTS, ("plain answer",))
+# Of ten: six better than SFT's, two worse, one as good in other words, one the same text.
+EXO = {
+    **{str(i): ("good answer!", "ignored second sample") for i in range(6)},
+    **{str(i): ("worse",) for i in (6, 7)},
+    "8": ("other words",),
+    "9": ("plain answer",),
+}
+SFT_BETTER = {**SFT, "6": ("good plain",), "7": ("good plain",)}
+FAST = ("--retry-wait", 0.01, "--attempts", 3)
+
+
+def summary_of(run: Path, judge: str, match_up: str) -> dict:
+    return json.loads((run / "judging" / "llm" / judge / match_up / "summary.json").read_text())
+
+
+def exchanges_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "exchanges.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def run(make_run) -> Path:
+    references = {str(i): "a reference that is good" for i in range(4)}
+    return make_run("demo", PROMPTS, references, sft=SFT_BETTER, exo=EXO)
+
+
+def test_win_tie_lose_by_hand(run, rules, invoke):
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, result.output
+    summary = summary_of(run, "good-instruction", "exo-vs-sft")
+    assert [summary[name]["estimate"] for name in ("win", "tie", "lose", "score")] == [0.6, 0.2, 0.2, 0.7]
+    assert (summary["pairs"], summary["identical"], summary["unreadable_pairs"], summary["unanswered"]) == (10, 1, 0, 0)
+    # Nine pairs were asked about; the judge named the better answer wherever it stood.
+    assert summary["flip_rate"]["estimate"] == 0.0
+    assert summary["flip_rate"]["num_prompts"] == 9
+    assert summary["shown_first"]["estimate"] == 0.5
+    assert summary["asking"]["asked"] == 18
+    assert "60.0 %" in result.output
+    folder = run / "judging" / "llm" / "good-instruction" / "exo-vs-sft"
+    questions = [row["request"]["messages"][0]["content"] for row in exchanges_of(folder)]
+    assert summary["tokens"]["prompt"] == sum(len(question) for question in questions)
+
+
+def test_records_say_who_stood_where(run, rules, invoke):
+    invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    folder = run / "judging" / "llm" / "good-instruction" / "exo-vs-sft"
+    asked = {(c.prompt_id, c.left): c for c in read_comparisons(folder / "comparisons.jsonl")}
+    assert len(asked) == 18
+    assert (asked["0", "first"].shown_verdict, asked["0", "second"].shown_verdict) == ("left", "right")
+    assert (asked["6", "first"].shown_verdict, asked["6", "second"].shown_verdict) == ("right", "left")
+    assert asked["0", "first"].answer.endswith("**Verdict: A**")
+    assert asked["0", "first"].reference == "a reference that is good"
+    assert asked["0", "first"].first_text == "good answer!"
+    assert len(read_comparisons(folder / "verdicts.jsonl")) == 10
+
+
+def test_a_judge_that_always_says_a_gives_only_ties(run, rules, invoke):
+    invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "always-a", *FAST)
+    summary = summary_of(run, "always-a-instruction", "exo-vs-sft")
+    assert summary["tie"]["estimate"] == 1.0
+    assert summary["flip_rate"]["estimate"] == 1.0
+    assert summary["shown_first"]["estimate"] == 1.0
+
+
+def test_unreadable_answers_are_kept_and_counted(run, rules, invoke):
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "mumbles", *FAST)
+    summary = summary_of(run, "mumbles-instruction", "exo-vs-sft")
+    # The identical pair is a tie without asking; the other nine are unreadable in both orders.
+    assert (summary["unreadable_pairs"], summary["unreadable_answers"]) == (9, 18)
+    assert (summary["win"]["estimate"], summary["win"]["num_prompts"]) == (0.0, 1)
+    assert summary["flip_rate"] is None
+    assert result.exit_code == 0
+    folder = run / "judging" / "llm" / "mumbles-instruction" / "exo-vs-sft"
+    assert {c.answer for c in read_comparisons(folder / "comparisons.jsonl")} == {"I would rather not say."}
+
+
+def test_one_unreadable_order_makes_the_pair_unreadable(run, rules, invoke):
+    invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "half-mute", *FAST)
+    summary = summary_of(run, "half-mute-instruction", "exo-vs-sft")
+    # Readable only where A says "good": one order of prompts 0–7, none of prompt 8.
+    assert (summary["unreadable_pairs"], summary["unreadable_answers"]) == (9, 10)
+
+
+def test_a_judge_of_length_is_neutral_at_equal_length(make_run, rules, invoke):
+    # Length alone decides, and who is longer is balanced: σ(θ) is ½ by symmetry, however strong the effect.
+    answers = {key: ("x" * (40 if int(key) % 2 else 10),) for key in PROMPTS}
+    run = make_run("length", PROMPTS, {}, sft=dict.fromkeys(PROMPTS, ("y" * 25,)), exo=answers)
+    invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "longer", *FAST)
+    controlled = summary_of(run, "longer-instruction", "exo-vs-sft")["length_controlled"]
+    assert controlled["rate"]["estimate"] == pytest.approx(0.5, abs=1e-9)
+    assert controlled["length_effect"] > 1
+    assert controlled["longer"] == 0.5
+
+
+def test_a_second_run_asks_nothing_and_more_prompts_only_the_new_ones(run, rules, invoke):
+    arguments = ("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    folder = run / "judging" / "llm" / "good-instruction" / "exo-vs-sft"
+    invoke(*arguments, "--prompts", 4)
+    few = exchanges_of(folder)
+    invoke(*arguments, "--prompts", 10)
+    more = exchanges_of(folder)
+    assert more[: len(few)] == few
+    assert len({row["key"] for row in more}) == len(more) == 18
+    invoke(*arguments, "--prompts", 10)
+    assert exchanges_of(folder) == more
+    assert summary_of(run, "good-instruction", "exo-vs-sft")["asking"]["stored_before"] == 18
+
+
+def test_dry_run_asks_and_writes_nothing(run, rules, invoke):
+    before = httpx.get(f"{rules}/counts").json()
+    result = invoke(
+        "judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", "--dry-run", "--prompts", 10
+    )
+    assert result.exit_code == 0
+    assert "10 pairs, 18 requests to make (0 answered before)" in " ".join(result.output.split())
+    assert "at most 4,608 to write" in " ".join(result.output.split())
+    assert httpx.get(f"{rules}/counts").json() == before
+    assert not (run / "judging").exists()
+
+
+def test_against_the_reference_texts_where_they_are_known(run, rules, invoke):
+    invoke("judge", run, "--against", "chosen", "--endpoint", f"{rules}/v1", "--model", "longer", *FAST)
+    summary = summary_of(run, "longer-instruction", "exo-vs-chosen")
+    assert summary["pairs"] == 4
+    assert summary["lose"]["estimate"] == 1.0
+    assert summary["counts"] == {"no_reference_text": 6, "prompts_available": 4}
+
+
+def test_against_another_run_takes_the_method_of_the_same_name(make_run, run, rules, invoke):
+    changed = {**PROMPTS, "0": "Another question 0"}
+    del changed["1"]
+    other = make_run("other", changed, {}, exo=dict.fromkeys(changed, ("plain",)), dpo=SFT)
+    arguments = ("--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    result = invoke("judge", run, "--against", other, *arguments)
+    assert result.exit_code == 0, result.output
+    summary = summary_of(run, "good-instruction", "exo-vs-other-exo")
+    assert summary["second"] == "other:exo"
+    assert summary["counts"] == {
+        "prompt_differs_at_opponent": 1,
+        "prompt_missing_at_opponent": 1,
+        "prompts_available": 8,
+    }
+    assert summary["win"]["estimate"] == 4 / 8
+
+
+def test_one_step_of_one_method(run, rules, invoke):
+    step = run / "evaluation" / "exo" / "step-000005"
+    result = invoke("judge", step, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, result.output
+    summary = summary_of(run, "good-instruction", "exo@step-000005-vs-sft")
+    assert (summary["win"]["estimate"], summary["lose"]["estimate"]) == (0.0, 0.2)
+
+
+def test_agreement_with_people_and_another_judge(run, rules, invoke):
+    arguments = ("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1")
+    invoke(*arguments, "--model", "good", *FAST)
+    verdicts = read_comparisons(run / "judging" / "llm" / "good-instruction" / "exo-vs-sft" / "verdicts.jsonl")
+    # One person sees it as the judge does except on two wins, and tells the match-up the other way round.
+    changed = [Comparison(**{**fields(c), "judge": "ann"}) for c in verdicts]
+    changed = [Comparison(**{**fields(c), "verdict": "second"}) if c.prompt_id in "01" else c for c in changed]
+    (run / "judging" / "people").mkdir()
+    write_comparisons(run / "judging" / "people" / "verdicts.jsonl", [c.swapped() for c in changed])
+    result = invoke(*arguments, "--model", "good", *FAST)
+    (entry,) = summary_of(run, "good-instruction", "exo-vs-sft")["agreement"]
+    assert entry["with"] == ["ann"]
+    assert entry["pairs"] == 10
+    assert entry["raw"]["estimate"] == 0.8
+    # Judge: 6 wins, 2 ties, 2 losses; person: 4, 2, 4.
+    expected = 0.6 * 0.4 + 0.2 * 0.2 + 0.2 * 0.4
+    assert entry["kappa"] == pytest.approx((0.8 - expected) / (1 - expected))
+    assert entry["without_ties"]["estimate"] == 6 / 8
+    assert "agreement with ann on 10 pairs: 80.0 %" in result.output
+
+
+def fields(comparison: Comparison) -> dict:
+    return {name: getattr(comparison, name) for name in Comparison.__slots__}
+
+
+def test_grading_on_comparisons_by_people(tmp_path, rules, invoke):
+    def human(i: int, judge: str, verdict: str) -> Comparison:
+        return Comparison(str(i), f"Question {i}", "x", "y", "good", f"bad {i}", judge, verdict)
+
+    # Two people agree on the first three of four pairs; the judge finds x better everywhere.
+    said = [("first", "first"), ("first", "first"), ("second", "second"), ("first", "second")]
+    people = [human(i, judge, v) for i, both in enumerate(said) for judge, v in zip(("ann", "bob"), both, strict=True)]
+    write_comparisons(tmp_path / "people.jsonl", people)
+    result = invoke("grade-judge", tmp_path / "people.jsonl", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "people-graded" / "good-instruction" / "summary.json").read_text())
+    (entry,) = summary["agreement"]
+    assert (entry["pairs"], entry["verdicts"], entry["with"]) == (4, 8, ["ann", "bob"])
+    assert entry["raw"]["estimate"] == (1 + 1 + 0 + 0.5) / 4
+    assert entry["theirs_among_themselves"]["estimate"] == 3 / 4
+    assert entry["kappa"] == 0.0  # a judge that always says the same agrees no better than chance
+
+
+def test_grading_on_a_preference_set(tmp_path, rules, invoke):
+    rows = [{"prompt": f"Q{i}", "chosen": "good " * (i + 1), "rejected": "bad"} for i in range(3)]
+    rows.append({"prompt": "Q", "chosen": "bad", "rejected": "good"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke("grade-judge", tmp_path / "pairs.jsonl", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "pairs-graded" / "good-instruction" / "summary.json").read_text())
+    assert summary["agreement"][0]["raw"]["estimate"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--against", "sft"), "Who judges"),
+        (("--against", "sft", "--endpoint", "http://localhost/v1"), "Who judges"),
+        (("--against", "sft", "--endpoint", "localhost:80", "--model", "m"), "not a web address"),
+        (("--against", "sft", "--endpoint", "http://me:pw@localhost/v1", "--model", "m"), "must not carry a user"),
+        (("--against", "dpo", "--endpoint", "http://localhost/v1", "--model", "m"), "neither one of sft, chosen, exo"),
+        (
+            ("--against", "sft", "--endpoint", "http://localhost/v1", "--model", "m", "--template", "essay"),
+            "neither a file",
+        ),
+        (
+            ("--against", "sft", "--endpoint", "http://localhost/v1", "--model", "m", "--concurrency", 0),
+            "--concurrency",
+        ),
+        (("--against", "sft", "--endpoint", "http://localhost/v1", "--model", "m", "--request-fields", "{"), "JSON"),
+        (("--against", "sft", "--model-path", "x", "--model", "m"), "either --endpoint"),
+    ],
+)
+def test_wrong_input_is_one_sentence(run, invoke, arguments, message):
+    result = invoke("judge", run, *arguments)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert not (run / "judging").exists()

@@ -1,0 +1,199 @@
+"""Estimators against worlds where the answer is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from exalign.objectives import (
+    best_of_n_kl,
+    density_ratio,
+    distance_to_optimum,
+    effective_sample_size,
+    group_spread,
+    kl_estimate,
+    log_importance_weights,
+    log_partition,
+    log_reward_target,
+    optimal_frontier,
+    weighted_mean,
+)
+
+RAGGED = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
+
+
+def test_kl_estimate_is_the_mean_log_ratio_over_the_samples_that_exist(draw):
+    policy, reference = draw(3, 3), draw(3, 3)
+    ratio = policy - reference
+    expected = [ratio[0].mean(), (ratio[1, 0] + ratio[1, 2]) / 2, 0.0]
+    torch.testing.assert_close(kl_estimate(policy, reference, RAGGED), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_kl_estimate_agrees_with_the_exact_kl_within_its_standard_error(draw):
+    log_p, log_q = draw(6).log_softmax(-1), draw(6).log_softmax(-1)
+    picks = torch.multinomial(log_p.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(1))
+    estimate = kl_estimate(log_p[picks][None], log_q[picks][None]).item()
+    standard_error = group_spread((log_p - log_q)[picks][None]).item() / math.sqrt(20_000)
+    exact = (log_p.exp() * (log_p - log_q)).sum().item()
+    assert abs(estimate - exact) < 4 * standard_error
+
+
+def test_log_partition_is_the_log_of_the_mean(draw):
+    rewards = draw(3, 3)
+    energy = (rewards / 0.5).exp()
+    expected = [energy[0].mean().log(), energy[1, [0, 2]].mean().log(), 0.0]
+    torch.testing.assert_close(
+        log_partition(rewards, beta=0.5, mask=RAGGED), torch.tensor(expected, dtype=torch.float64)
+    )
+    assert log_partition(torch.tensor([[1e4, -1e4]]), beta=0.1).item() == pytest.approx(1e5 - math.log(2))
+
+
+def test_distance_to_optimum_is_exact_when_every_completion_is_listed_as_often_as_it_is_sampled():
+    """Policy ¼, ¾ over two completions, listed 1 : 3, so that the sample mean is the expectation."""
+    policy, reference, reward = [0.25, 0.75], [0.5, 0.5], [1.0, 0.0]
+    log_z = math.log(0.5 * math.exp(2.0) + 0.5)  # β = ½
+    optimum = [0.5 * math.exp(2.0 - log_z), 0.5 * math.exp(-log_z)]
+    expected = math.fsum(p * math.log(p / o) for p, o in zip(policy, optimum, strict=True))
+    listed = [0, 1, 1, 1]
+    actual = distance_to_optimum(
+        torch.tensor([[math.log(policy[i]) for i in listed]], dtype=torch.float64),
+        torch.tensor([[math.log(reference[i]) for i in listed]], dtype=torch.float64),
+        torch.tensor([[reward[i] for i in listed]], dtype=torch.float64),
+        torch.tensor([log_z], dtype=torch.float64),
+        beta=0.5,
+    )
+    assert actual.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_to_optimum_of_the_optimum_is_zero_for_every_sample(draw):
+    """log π* − log π_sft − r/β + log Z is 0 sample by sample: the estimate has no variance at the optimum."""
+    reference = draw(2, 6).log_softmax(-1)
+    rewards = draw(2, 6)
+    log_z = torch.logsumexp(reference + rewards / 0.3, -1)
+    optimum = reference + rewards / 0.3 - log_z[:, None]
+    for sample in range(6):
+        one = slice(sample, sample + 1)
+        distance = distance_to_optimum(optimum[:, one], reference[:, one], rewards[:, one], log_z, beta=0.3)
+        torch.testing.assert_close(distance, torch.zeros(2, dtype=torch.float64))
+
+
+def test_importance_weights_turn_one_expectation_into_another(draw):
+    """Completions listed once each are samples of the uniform proposal; the weights are then the target itself."""
+    target = draw(2, 5).log_softmax(-1)
+    log_w = log_importance_weights(target + 7.0, torch.full((2, 5), -math.log(5), dtype=torch.float64))
+    torch.testing.assert_close(log_w, target)
+    values = draw(2, 5)
+    torch.testing.assert_close(weighted_mean(log_w, values), (target.exp() * values).sum(-1))
+
+
+def test_effective_sample_size_runs_from_one_to_all():
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]).log()
+    torch.testing.assert_close(effective_sample_size(weights), torch.tensor([4.0, 1.0, 2.0]))
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    log_w = log_importance_weights(torch.zeros(2, 3), torch.zeros(2, 3), mask)
+    torch.testing.assert_close(effective_sample_size(log_w, mask), torch.tensor([2.0, 0.0]))
+
+
+def test_density_ratio_averages_to_one_and_is_the_ratio_up_to_its_mean(draw):
+    policy, reference = draw(3, 3), draw(3, 3)
+    ratio = density_ratio(log_importance_weights(policy, reference, RAGGED), RAGGED)
+    torch.testing.assert_close(ratio.sum(-1), torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64))
+    plain = (policy - reference).exp()
+    torch.testing.assert_close(ratio[0], plain[0] / plain[0].mean())
+    rewards = draw(1, 4)
+    optimum = density_ratio(log_reward_target(rewards, beta_r=0.5))
+    torch.testing.assert_close(optimum, (rewards / 0.5).exp() / (rewards / 0.5).exp().mean())
+
+
+def test_group_spread_sets_the_length_of_the_first_gradient(draw):
+    values = draw(4, 6)
+    torch.testing.assert_close(group_spread(values), values.std(-1, correction=0))
+    torch.testing.assert_close(group_spread(values, torch.zeros(4, 6).bool()), torch.zeros(4, dtype=torch.float64))
+    assert group_spread(torch.full((1, 3), 7.0)).item() == 0.0
+
+
+def test_best_of_n_bound():
+    assert best_of_n_kl(1) == 0.0
+    assert best_of_n_kl(128) == pytest.approx(math.log(128) - 127 / 128)
+    with pytest.raises(ValueError, match="at least 1"):
+        best_of_n_kl(0)
+
+
+def test_optimal_frontier_is_exact_where_samples_are_the_whole_space(draw):
+    """With π_sft uniform over N completions, each listed once, the estimates are the quantities themselves."""
+    rewards, betas = draw(3, 6), torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+    frontier = optimal_frontier(rewards, betas)
+    for column, beta in enumerate(betas.tolist()):
+        log_z = torch.logsumexp(rewards / beta, -1) - math.log(6)
+        optimum = -math.log(6) + rewards / beta - log_z[:, None]
+        torch.testing.assert_close(frontier.log_z[:, column], log_z)
+        torch.testing.assert_close(frontier.reward[:, column], (optimum.exp() * rewards).sum(-1))
+        kl = (optimum.exp() * (optimum + math.log(6))).sum(-1)
+        torch.testing.assert_close(frontier.kl[:, column], kl)
+        torch.testing.assert_close(frontier.effective_samples[:, column], 1 / optimum.exp().square().sum(-1))
+    torch.testing.assert_close(frontier.mean_reward, frontier.reward.mean(0))
+    torch.testing.assert_close(frontier.mean_kl, frontier.kl.mean(0))
+    torch.testing.assert_close(frontier.mean_effective_samples, frontier.effective_samples.mean(0))
+
+
+def test_optimal_frontier_of_a_gaussian_reward_is_a_parabola():
+    """r ~ N(0, 1) under π_sft makes π*_β's reward 1/β at KL 1/(2β²); ESS/N is exp(−1/β²)."""
+    rewards = torch.randn(40, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    betas = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    frontier = optimal_frontier(rewards, betas)
+
+    def agrees(values, expected):
+        standard_error = values.std(0) / math.sqrt(40)
+        return ((values.mean(0) - expected).abs() < 4 * standard_error + 1e-4).all()
+
+    assert agrees(frontier.reward, 1 / betas)
+    assert agrees(frontier.kl, 1 / (2 * betas**2))
+    torch.testing.assert_close(frontier.mean_effective_samples / 50_000, (-1 / betas**2).exp(), rtol=0.02, atol=0)
+
+
+def test_optimal_frontier_is_never_below_a_policy_of_the_same_kl(draw):
+    """Any reweighting with the KL of π*_β has no more reward: that is what optimal means."""
+    rewards = draw(1, 12)
+    frontier = optimal_frontier(rewards, torch.tensor([0.7], dtype=torch.float64))
+    budget = frontier.kl.item()
+    for _ in range(50):
+        direction = draw(1, 12)
+        low, high = 0.0, 200.0
+        for _ in range(60):  # bisection for the temperature at which this policy spends the same KL
+            scale = (low + high) / 2
+            log_w = (scale * direction).log_softmax(-1)
+            kl = (log_w.exp() * (log_w + math.log(12))).sum().item()
+            low, high = (scale, high) if kl < budget else (low, scale)
+        assert (log_w.exp() * rewards).sum().item() <= frontier.reward.item() + 1e-9
+
+
+def test_optimal_frontier_stays_finite_and_respects_masks(draw):
+    rewards = torch.tensor([[1e4, -1e4, math.nan], [3.0, 3.0, 3.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    frontier = optimal_frontier(rewards, torch.tensor([1e-3, 1e6]), mask)
+    for values in (frontier.reward, frontier.kl, frontier.effective_samples, frontier.log_z):
+        assert values.isfinite().all()
+    assert frontier.reward[0].tolist() == pytest.approx([1e4, 0.0], abs=101)
+    torch.testing.assert_close(frontier.kl[0, 0], torch.tensor(math.log(2)))
+    torch.testing.assert_close(frontier.kl[1], torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: optimal_frontier(torch.zeros(2, 3), torch.tensor([0.0])),
+        lambda: optimal_frontier(torch.zeros(2, 3), torch.tensor([1])),
+        lambda: optimal_frontier(torch.zeros(2, 3), torch.tensor(1.0)),
+        lambda: optimal_frontier(torch.zeros(0, 3), torch.tensor([1.0])),
+        lambda: optimal_frontier(torch.zeros(3, 3), torch.tensor([1.0]), RAGGED),
+        lambda: log_partition(torch.zeros(2, 3), beta=0.0),
+        lambda: kl_estimate(torch.zeros(2, 3), torch.zeros(3, 2)),
+        lambda: distance_to_optimum(*[torch.zeros(2, 3)] * 3, torch.zeros(3), beta=1.0),
+        lambda: distance_to_optimum(*[torch.zeros(2, 3)] * 3, torch.zeros(2), beta=-1.0),
+    ],
+)
+def test_wrong_input_is_a_value_error(call):
+    with pytest.raises(ValueError):
+        call()

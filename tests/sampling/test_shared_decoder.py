@@ -1,0 +1,96 @@
+"""Every step of the shared decoder gives the logits of a plain forward pass over the whole text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exalign.sampling.plain_decoder import Branches, PlainDecoder
+from exalign.sampling.shared_decoder import SharedDecoder, why_not_shared
+
+ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
+
+
+def full_logits(model, prompt, completion):
+    return model(input_ids=torch.cat([prompt, completion])[None], use_cache=False).logits[0, -1]
+
+
+def follow(model, decoder, *, steps: int, tolerance: float):
+    """Groups enter at different steps and lose rows; each step is compared with full passes."""
+    generator = torch.Generator().manual_seed(0)
+    entering = {0: [(1, 1), (9, 3)], 2: [(4, 2)], 5: [(12, 16)]}  # step → (prompt length, K)
+    leaving = {(3, 3): [0, 2], (6, 2): [1], (7, 16): [0, 3, 7, 15]}  # (step, K of the group) → rows that stay
+    groups: list[Branches] = []
+    texts: list[list[torch.Tensor]] = []
+    for step in range(steps):
+        new = [Branches(torch.randint(1, 23, (p,), generator=generator), k) for p, k in entering.get(step, [])]
+        running = new + groups
+        logits = decoder.step(running)
+        expected = []
+        for group in new:
+            expected.append(full_logits(model, group.prompt_ids, torch.tensor([], dtype=torch.long)))
+        for group, rows in zip(groups, texts, strict=True):
+            expected += [full_logits(model, group.prompt_ids, row) for row in rows]
+        torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
+        texts = [[torch.tensor([], dtype=torch.long)] * group.num_completions for group in new] + texts
+        groups = running
+        for group, rows in zip(groups, texts, strict=True):
+            group.tokens = torch.randint(1, 23, (len(rows),), generator=generator)
+            rows[:] = [torch.cat([row, token[None]]) for row, token in zip(rows, group.tokens, strict=True)]
+        for (when, number), stay in leaving.items():
+            if when == step:
+                place = [group.num_completions for group in groups].index(number)
+                decoder.keep(groups[place], stay)
+                groups[place].tokens = groups[place].tokens[stay]
+                texts[place] = [texts[place][row] for row in stay]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_each_step_equals_a_full_forward_pass(make_model, model_type):
+    model = make_model(model_type)
+    with torch.inference_mode():
+        # Gemma 2 computes its reference softmax in float32 whatever the weights are.
+        follow(model, SharedDecoder(model), steps=10, tolerance=1e-5 if model_type == "gemma2" else 1e-10)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_each_step_equals_a_full_forward_pass_in_float32(make_model, model_type):
+    model = make_model(model_type, dtype=torch.float32)
+    with torch.inference_mode():
+        follow(model, SharedDecoder(model), steps=10, tolerance=1e-4)
+
+
+def test_completions_longer_than_the_first_capacity(make_model):
+    model = make_model("llama")
+    with torch.inference_mode():
+        follow(model, SharedDecoder(model), steps=36, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "gemma3_text"])
+def test_the_plain_decoder_is_its_twin(make_model, model_type):
+    model = make_model(model_type)
+    with torch.inference_mode():
+        follow(model, PlainDecoder(model), steps=10, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_architectures_of_the_field_are_shared(make_model, model_type):
+    with torch.inference_mode():
+        assert why_not_shared(make_model(model_type), longest=64) is None
+
+
+def test_the_model_is_left_as_it_was(make_model):
+    model = make_model("llama")
+    before = model.config._attn_implementation
+    ids = torch.arange(1, 8)[None]
+    with torch.inference_mode():
+        logits = model(ids).logits
+        SharedDecoder(model).step([Branches(ids[0], 2)])
+        assert model.config._attn_implementation == before
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_model_outside_says_why(make_model):
+    model = make_model("bloom", vocab_size=23, hidden_size=32, n_layer=1, n_head=2)
+    with torch.inference_mode():
+        assert "position_ids" in why_not_shared(model, longest=64)

@@ -1,0 +1,145 @@
+"""The house rules, checked on the source itself: sizes, who may import whom, and what belongs in one place only."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "exalign"
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+
+FOUNDATION = {"errors", "settings", "storage"}
+MAY_IMPORT = {
+    "errors": set(),
+    "settings": set(),
+    "storage": {"errors"},
+    "objectives": set(),
+    "exact": {"objectives"},
+    "data": FOUNDATION,
+    "models": {*FOUNDATION, "data"},
+    "sampling": {*FOUNDATION, "data", "models"},
+    "scoring": {*FOUNDATION, "data", "models"},
+    "training": {*FOUNDATION, "data", "models", "sampling", "scoring", "objectives"},
+    "evaluation": {*FOUNDATION, "data", "models", "sampling", "scoring", "objectives"},
+    "judging": {*FOUNDATION, "data", "models", "sampling", "evaluation"},
+    "report": {*FOUNDATION, "evaluation"},
+    "pipeline": {*FOUNDATION, "data", "models", "sampling", "scoring", "training", "evaluation", "judging", "report"},
+    "cli": {*FOUNDATION, "data", "models", "evaluation", "judging", "report", "pipeline", "exact"},
+    "__init__": {"pipeline"},
+    "__main__": {"cli"},
+}
+
+
+def package_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_follow_the_arrows(file: Path) -> None:
+    package = package_of(file)
+    ours = {name.split(".")[1] for name in imports_of(TREES[file]) if name.startswith("exalign.")}
+    ours &= set(MAY_IMPORT)
+    assert ours - {package} <= MAY_IMPORT[package]
+
+
+def test_every_package_has_its_place() -> None:
+    assert {package_of(file) for file in FILES} <= set(MAY_IMPORT)
+
+
+def test_no_import_circle_between_modules() -> None:
+    module_of = {file: ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts) for file in FILES}
+    module_of = {file: name.removesuffix(".__init__") for file, name in module_of.items()}
+    known = set(module_of.values())
+    # Only what runs when a module is imported can close a circle: function bodies and TYPE_CHECKING blocks do not.
+    edges = {module_of[file]: {n for n in top_level_imports(TREES[file]) if n in known} for file in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in edges[module] - {module}:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(known):
+        visit(module, ())
+
+
+def top_level_imports(tree: ast.Module) -> set[str]:
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    return {name for node in kept if not isinstance(node, ast.FunctionDef | ast.ClassDef) for name in imports_of(node)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_a_file_fits_in_the_head(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= 60, f"{node.name} is longer than 60 lines"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments = [a for a in arguments if a.arg not in ("self", "cls")]
+            assert len(arguments) <= 8, f"{node.name} has more than 8 parameters"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_names(file: Path) -> None:
+    assert not re.search(r"utils?|helpers?|common|misc", file.stem)
+    names = {node.arg for node in ast.walk(TREES[file]) if isinstance(node, ast.arg)}
+    assert "loss_type" not in names
+    if file.relative_to(SOURCE).as_posix() not in PAIR_FILES:
+        assert not {name for name in names if re.match(r"(chosen|rejected)(_|$)", name)}
+
+
+PAIR_FILES = {"data/formats.py"}
+"""Where a preference pair is still called chosen and rejected: the reader of what the ecosystem writes."""
+
+
+def only_in(library: str, *allowed: str) -> None:
+    users = {
+        file.relative_to(SOURCE).as_posix()
+        for file in FILES
+        if any(name == library or name.startswith(library + ".") for name in imports_of(TREES[file]))
+    }
+    assert users <= set(allowed)
+
+
+def test_accelerate_is_known_in_two_files() -> None:
+    only_in("accelerate", "training/loop.py", "models/loading.py")
+
+
+def test_no_pickle() -> None:
+    only_in("pickle")
+    for file in FILES:
+        for node in ast.walk(TREES[file]):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), file
+
+
+def test_the_report_never_imports_torch() -> None:
+    for file in FILES:
+        if package_of(file) == "report":
+            assert not any(name.split(".")[0] in ("torch", "transformers") for name in imports_of(TREES[file]))
+
+
+def test_the_mathematics_imports_torch_only() -> None:
+    standard = {"__future__", "math", "collections", "dataclasses", "typing", "functools", "itertools"}
+    for file in FILES:
+        if package_of(file) in ("objectives", "exact"):
+            foreign = {name.split(".")[0] for name in imports_of(TREES[file])} - standard
+            assert foreign <= {"torch", "exalign"}

@@ -1,0 +1,287 @@
+"""Laws of the loop: what changes the result of a step, and what must not."""
+
+from __future__ import annotations
+
+import io
+import math
+import socket
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from exalign.data.batching import Group
+from exalign.errors import InputError
+from exalign.models.loading import LoraSettings, ModelSettings, load_policy
+from exalign.models.logprobs import PackedPolicy, completion_logprobs
+from exalign.training import (
+    AlignSettings,
+    SFTSettings,
+    TrainSettings,
+    train,
+    train_align,
+    train_sft,
+    with_reference_logp,
+)
+from exalign.training.align import Align
+from exalign.training.batches import EpochBatches
+from exalign.training.loop import MAX_SKIPPED_IN_A_ROW, accumulate
+from exalign.training.optimizer import learning_rate_factor
+from exalign.training.progress import TrainingProgress
+from exalign.training.sft import MaximumLikelihood
+from training.tiny_world import (
+    CONFIG,
+    TIMINGS,
+    make_groups,
+    make_policy,
+    make_tokenizer,
+    read_metrics,
+    share_of_align_run,
+    small_align_run,
+)
+
+
+def all_in_one(groups: list[Group]) -> EpochBatches:
+    return EpochBatches(groups, batch_prompts=len(groups), epochs=1, seed=0)
+
+
+def referenced(policy: nn.Module, groups: list[Group], *, temperature: float = 0.8) -> list[Group]:
+    """References as another policy would give them, so that log-ratios are not 0."""
+    return with_reference_logp(make_policy(seed=3).to(policy.dtype), groups, AlignSettings(), temperature=temperature)
+
+
+@pytest.mark.parametrize("task_name", ["align", "sft"])
+def test_one_pass_of_16_prompts_equals_16_passes_of_one(task_name: str) -> None:
+    """float64: the loss to 1e-12, every gradient to 1e-12 of its size. Ragged K and lengths, so means would differ."""
+    policy = make_policy().double()
+    groups = referenced(policy, make_groups(16))
+    batches = all_in_one(groups)
+    task = Align(batches, AlignSettings(), 0.8) if task_name == "align" else MaximumLikelihood(batches)
+    module = PackedPolicy(policy)
+    values, gradients = {}, {}
+    for name, token_budget in (("1 x 16", 10**6), ("16 x 1", 1), ("some", 60)):
+        policy.zero_grad()
+        values[name] = accumulate(Accelerator(cpu=True), module, task, batches[0], token_budget)
+        gradients[name] = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    for other in ("16 x 1", "some"):
+        assert values[other] == pytest.approx(values["1 x 16"], rel=1e-6 if task_name == "align" else 1e-12)
+        assert values[other]["loss"] == pytest.approx(values["1 x 16"]["loss"], rel=1e-12)
+        difference = (gradients[other] - gradients["1 x 16"]).norm()
+        assert float(difference) < 1e-12 * float(gradients["1 x 16"].norm())
+
+
+def test_gradient_is_that_of_the_mean_over_prompts() -> None:
+    policy = make_policy().double()
+    groups = referenced(policy, make_groups(5))
+    task = Align(all_in_one(groups), AlignSettings(), 0.8)
+    accumulate(Accelerator(cpu=True), PackedPolicy(policy), task, groups, 40)
+    accumulated = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    mean = sum(task.loss(policy, [group])[0] for group in groups) / len(groups)
+    mean.backward()
+    for parameter, gradient in zip(policy.parameters(), accumulated, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_several_processes_give_the_run_of_one(tmp_path: Path, workers: ForkServerContext) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shares = [workers.Process(target=share_of_align_run, args=(tmp_path / "two", rank, 2, port)) for rank in range(2)]
+    for share in shares:
+        share.start()
+    small_align_run(tmp_path / "one")
+    for share in shares:
+        share.join()
+    assert [share.exitcode for share in shares] == [0, 0]
+    one, two = (read_metrics(tmp_path / name, without=TIMINGS) for name in ("one", "two"))
+    assert len(one) == len(two) == 12
+    for row, other in zip(one, two, strict=True):
+        assert other == pytest.approx(row, rel=2e-4, abs=2e-6)
+    single, shared = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in single.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_schedule_values_by_formula() -> None:
+    def factors(schedule: str) -> list[float]:
+        return [learning_rate_factor(s, num_steps=10, warmup_steps=2, schedule=schedule) for s in range(10)]
+
+    assert factors("constant") == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
+    assert factors("linear") == pytest.approx([1 / 3, 2 / 3] + [1 - i / 8 for i in range(8)])
+    assert factors("cosine") == pytest.approx([1 / 3, 2 / 3] + [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)])
+
+
+def test_schedule_counts_optimizer_steps_not_micro_batches(tmp_path: Path) -> None:
+    rates = []
+    for token_budget in (1, 10**6):
+        settings = SFTSettings(
+            learning_rate=0.5e-3, batch_prompts=4, epochs=2, warmup_fraction=0.34, token_budget=token_budget
+        )
+        folder = tmp_path / str(token_budget)
+        train_sft(make_policy(), make_tokenizer(), make_groups(10), settings, folder)
+        rates.append([row["learning_rate"] for row in read_metrics(folder)])
+    assert rates[0] == rates[1]
+    expected = [learning_rate_factor(s, num_steps=6, warmup_steps=2, schedule="cosine") for s in range(6)]
+    assert rates[0] == pytest.approx([0.5e-3 * factor for factor in expected])
+
+
+def test_policies_are_evenly_spaced_and_the_last_is_the_model(tmp_path: Path) -> None:
+    policy = make_policy()
+    settings = SFTSettings(learning_rate=1e-2, batch_prompts=2, save_policies=2)
+    folder = tmp_path / "sft"
+    assert train_sft(policy, make_tokenizer(), make_groups(9), settings, folder) == folder / "model"
+    assert sorted(path.name for path in (folder / "policies").iterdir()) == ["step-000002", "step-000005"]
+    groups = make_groups(3, seed=1)
+    expected = completion_logprobs(policy, groups, temperature=1.0)
+    for path, same in (("model", True), ("policies/step-000005", True), ("policies/step-000002", False)):
+        saved = load_policy(ModelSettings(source=str(folder / path)), make_tokenizer())
+        found = completion_logprobs(saved, groups, temperature=1.0)
+        assert torch.allclose(found, expected, atol=1e-6) is same
+
+
+def test_lora_trains_adapters_only_and_saves_plain_weights(tmp_path: Path) -> None:
+    policy = make_policy(settings=ModelSettings(config=CONFIG, lora=LoraSettings(rank=4)))
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, epochs=2, checkpoint_every=1)
+    train_sft(policy, make_tokenizer(), make_groups(12), settings, tmp_path)
+    changed = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert changed == trainable
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = load_policy(ModelSettings(source=str(tmp_path / "model")), make_tokenizer())
+    assert not any("lora" in name for name, _ in saved.named_parameters())
+    groups = make_groups(3, seed=1)
+    found, expected = (completion_logprobs(model, groups, temperature=1.0) for model in (saved, policy))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    again = make_policy(settings=ModelSettings(config=CONFIG, lora=LoraSettings(rank=4)))
+    train_sft(again, make_tokenizer(), make_groups(12), settings, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), policy.parameters(), strict=True))
+
+
+def losses_of_sft(folder: Path, **changes: object) -> list[float]:
+    settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, **changes)  # type: ignore[arg-type]
+    train_sft(make_policy(), make_tokenizer(), make_groups(16), settings, folder)
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def test_gradient_checkpointing_changes_memory_not_the_result(tmp_path: Path) -> None:
+    """With it the inside of every block runs a second time in the backward pass, and gives the same."""
+    runs = {}
+    for recompute in (False, True):
+        policy, calls = make_policy(), []
+        policy.base_model.h[0].ln_1.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, gradient_checkpointing=recompute)
+        train_sft(policy, make_tokenizer(), make_groups(16), settings, tmp_path / str(recompute))
+        runs[recompute] = len(calls), [row["loss"] for row in read_metrics(tmp_path / str(recompute))]
+    assert runs[True][1] == pytest.approx(runs[False][1], rel=1e-5)
+    assert runs[True][0] - runs[False][0] == 4  # one more per step; the model's trial runs are in both
+
+
+def test_bfloat16_products_keep_float32_weights(tmp_path: Path) -> None:
+    expected = losses_of_sft(tmp_path / "fp32")
+    found = losses_of_sft(tmp_path / "bf16", precision="bf16")
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert found != expected
+    saved = load_policy(ModelSettings(source=str(tmp_path / "bf16" / "model")), make_tokenizer())
+    assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"max_grad_norm": 0.01}, {"adam_betas": (0.5, 0.6)}])
+def test_settings_of_the_optimizer_act(change: dict[str, object], tmp_path: Path) -> None:
+    expected, found = losses_of_sft(tmp_path / "default"), losses_of_sft(tmp_path / "changed", **change)
+    assert found[0] == expected[0]  # nothing acts before the first step
+    assert found[-1] != expected[-1]
+
+
+def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="half precision"):
+        train_sft(make_policy().bfloat16(), make_tokenizer(), make_groups(4), SFTSettings(), tmp_path)
+
+
+def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'wanb' is not installed"):
+        train_sft(make_policy(), make_tokenizer(), make_groups(4), SFTSettings(trackers=("wanb",)), tmp_path)
+
+
+@dataclass(frozen=True)
+class PoisonedTask:
+    """Squared weights; not finite, in value or only in gradient, where a batch holds a poisoned index."""
+
+    batches: EpochBatches
+    poisoned: frozenset[int]
+    poison: str
+
+    def weight(self, groups: list[Group]) -> float:
+        return len(groups)
+
+    def loss(self, model: nn.Module, groups: list[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = sum(parameter.square().sum() for parameter in model.parameters()) * len(groups)
+        if any(group.index in self.poisoned for group in groups):
+            parameter = next(model.parameters()).flatten()[0]
+            # The square root at 0 has value 0 and an infinite derivative.
+            loss = loss * math.nan if self.poison == "loss" else loss + (parameter - parameter.detach()).sqrt()
+        return loss, {}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_step_that_is_not_finite_is_skipped_and_recorded(poison: str, tmp_path: Path) -> None:
+    settings = TrainSettings(learning_rate=1e-3, batch_prompts=1, schedule="constant", warmup_fraction=0.0)
+    batches = EpochBatches(make_groups(6), batch_prompts=1, epochs=1, seed=0)
+    policies = []
+    for poisoned in (frozenset({batches[2][0].index}), frozenset()):
+        policies.append(make_policy())
+        task = PoisonedTask(batches, poisoned, poison)
+        train(task, PackedPolicy(policies[-1]), make_tokenizer(), settings, tmp_path / str(len(poisoned)), card="")
+    rows, clean = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "0")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert rows[2]["grad_norm"] is None
+    assert (rows[2]["loss"] is None) == (poison == "loss")
+    # The batches do not matter to this loss, so the run lags the clean one by exactly the step that was not taken.
+    assert [row["loss"] for row in rows[3:]] == [row["loss"] for row in clean[2:5]]
+    assert all(bool(parameter.isfinite().all()) for parameter in policies[0].parameters())
+
+
+def test_too_many_skipped_steps_in_a_row_stop_with_a_reason(tmp_path: Path) -> None:
+    count = MAX_SKIPPED_IN_A_ROW + 5
+    batches = EpochBatches(make_groups(count), batch_prompts=1, epochs=1, seed=0)
+    task = PoisonedTask(batches, frozenset(range(count)), "loss")
+    settings = TrainSettings(batch_prompts=1, checkpoint_every=4)
+    for _ in range(2):  # started again, it continues after the checkpoint at 8 and comes to the same end
+        with pytest.raises(InputError, match=f"stopped at step {MAX_SKIPPED_IN_A_ROW}: .* not finite"):
+            train(task, PackedPolicy(make_policy()), make_tokenizer(), settings, tmp_path, card="")
+        assert [row["skipped"] for row in read_metrics(tmp_path)] == [1] * MAX_SKIPPED_IN_A_ROW
+
+
+def test_no_groups_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to train on"):
+        train_align(make_policy(), make_tokenizer(), [], AlignSettings(), tmp_path, temperature=1.0)
+
+
+def test_each_epoch_visits_every_group_once_in_another_order() -> None:
+    batches = EpochBatches(make_groups(7), batch_prompts=3, epochs=2, seed=5)
+    assert [len(batches[step]) for step in range(len(batches))] == [3, 3, 1, 3, 3, 1]
+    epochs = [[group.index for step in steps for group in batches[step]] for steps in ((0, 1, 2), (3, 4, 5))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_numbers_and_a_quiet_line_where_there_is_no_terminal(terminal: bool) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=100)
+    with TrainingProgress("sft", num_steps=50, done=0, visible=True, console=console) as progress:
+        for step in range(1, 51):
+            progress.update({"step": step, "loss": 1 / step})
+    text = written.getvalue()
+    assert "50/50" in text
+    assert "loss 0.02" in text
+    if not terminal:
+        assert len(text.splitlines()) == 2  # the first step and the last: the rest came too soon after

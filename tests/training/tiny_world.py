@@ -1,0 +1,95 @@
+"""A world of a few words: random tiny models and groups whose rewards count one word. Imported by tests and workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from exalign.data.batching import Group
+from exalign.models.loading import ModelSettings, load_policy
+from exalign.training import AlignSettings, train_align, with_reference_logp
+
+EOS = 0
+GOOD_WORD = 5
+VOCABULARY = 12
+CONFIG: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_positions": 32,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<eos>", "<unk>", *(f"w{i}" for i in range(2, VOCABULARY))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+
+
+def make_policy(seed: int = 0, *, settings: ModelSettings | None = None) -> nn.Module:
+    torch.manual_seed(seed)
+    return load_policy(settings or ModelSettings(config=CONFIG), make_tokenizer())
+
+
+def make_groups(count: int, *, num_completions: int = 4, seed: int = 0) -> list[Group]:
+    """Ragged prompts and completions of random words; the reward of a completion is the share of the good word."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(low: int, high: int) -> torch.Tensor:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(2, VOCABULARY, (length,), generator=generator)
+
+    groups = []
+    for index in range(count):
+        k = num_completions - (index % 2 if num_completions > 2 else 0)  # ragged K
+        completions = tuple(torch.cat([words(2, 7), torch.tensor([EOS])]) for _ in range(k))
+        rewards = torch.stack([(ids == GOOD_WORD).float().mean() for ids in completions])
+        rewards = rewards + 0.01 * torch.arange(k)  # no ties
+        groups.append(Group(index, words(2, 6), completions, rewards, preferred=int(rewards.argmax())))
+    return groups
+
+
+def read_metrics(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in without} for row in rows]
+
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def small_align_run(folder: Path, *, token_budget: int = 512) -> nn.Module:
+    """Twelve steps of EXO from a fixed start, with checkpoints at odd places. A worker may be killed anywhere in it."""
+    torch.set_num_threads(1)
+    settings = AlignSettings(
+        learning_rate=1e-3,
+        batch_prompts=3,
+        epochs=4,
+        warmup_fraction=0.2,
+        checkpoint_every=2,
+        save_policies=3,
+        token_budget=token_budget,
+    )
+    policy = make_policy()
+    groups = with_reference_logp(policy, make_groups(8), settings, temperature=0.8)
+    train_align(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
+    return policy
+
+
+def share_of_align_run(folder: Path, rank: int, num_processes: int, port: int) -> None:
+    """One of several processes of `small_align_run`, with micro-batches so small that some steps leave one idle."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
+    small_align_run(folder, token_budget=30)
