@@ -42,6 +42,7 @@ def _carry_out(recipe: Path, overrides: list[str] | None, folder: Path | None, r
     from exalign.pipeline import Run, load_recipe
     from exalign.pipeline.stages import plan
 
+    _quiet_libraries()
     loaded = load_recipe(recipe, overrides or ())
     run = Run(loaded, folder, console=console, redo=redo)  # type: ignore[arg-type]
     run.carry_out(plan(loaded), targets)
@@ -75,6 +76,7 @@ def demo(
     from exalign.pipeline.demo import demo_recipe
     from exalign.pipeline.stages import plan
 
+    _quiet_libraries()
     recipe = demo_recipe(run, overrides or ())
     Run(recipe, run, console=console, redo=redo).carry_out(plan(recipe))
 
@@ -138,6 +140,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         error.show()
         sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Bars for every file that a library reads or writes would drown what a stage says."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -33,7 +33,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}. What was finished before is intact.") from error
+        reason = error.strerror or error
+        raise InputError(f"Cannot write {path}: {reason}. What was finished before is intact.") from error
     finally:
         _remove(temporary)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from exalign.data.formats import DataSettings, read_source
-from exalign.data.synthetic import build_tokenizer, make_completion, make_prompts, remark_reward, reward, write_world
+from exalign.data.synthetic import make_completion, make_prompts, remark_reward, reward, write_world
 from exalign.data.synthetic_reward import read_remark
+from exalign.data.vocabulary import build_tokenizer
 
 PROMPT = "This comedy about a shy baker"
 

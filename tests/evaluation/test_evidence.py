@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.records import read_records
+from exalign.data.records import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.schema import Evidence, read_evidence, write_evidence
+from exalign.evaluation.schema import Evidence, Interval, read_evidence, write_evidence
 
 SMALL = World(
     methods={"exo-rw": (0.9, (0.7, 1.4)), "dpo-rw": (0.5, (0.8, 1.6))}, num_prompts=40, pool=64, steps=40, ragged=True
@@ -30,14 +30,17 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
+def within_three_standard_errors(interval: Interval, truth: float) -> bool:
+    return abs(interval.estimate - truth) < 3 * (interval.high - interval.low) / (2 * 1.96)
+
+
 def test_the_truth_of_the_synthetic_world_is_found(finished):
     _, evidence = finished
     for method, (efficiency, distances) in zip(evidence.methods, SMALL.methods.values(), strict=True):
         assert [p.step for p in method.points] == [20, 40]
         for point, distance in zip(method.points, distances, strict=True):
-            assert point.kl.low < distance**2 / 2 < point.kl.high
-            # The level of the prompts is unknown; the gain over π_sft is not.
-        assert method.gain.low < efficiency * distances[-1] < method.gain.high
+            assert within_three_standard_errors(point.kl, distance**2 / 2)
+        assert within_three_standard_errors(method.gain, efficiency * distances[-1])
         assert method.points[-1].win_vs_sft == method.win_rates[0]
     assert [standing.method for standing in evidence.equal_kl.standings] == ["exo-rw", "dpo-rw"]
     assert evidence.methods[0].gap.gap.estimate < evidence.methods[1].gap.gap.estimate
@@ -170,8 +173,6 @@ def test_chat_prompts_are_shown_by_role(tmp_path):
 
 
 def test_a_method_whose_samples_lack_log_probabilities_is_an_error(run):
-    from exalign.data.records import Header, write_records
-
     folder = run / "evaluation" / "exo-rw" / "step-000040" / "samples"
     bare = [
         replace(record, completions=tuple(replace(c, logprob=None) for c in record.completions))

@@ -8,7 +8,7 @@ import pytest
 from exalign.data.records import Completion, Record
 from exalign.errors import InputError
 from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
-from exalign.evaluation.frontier import frontier_point, reward_at_kl, select_within
+from exalign.evaluation.frontier import frontier_point, reach, reward_at_kl, select_within
 from exalign.evaluation.tables import SampleTable, tabulate
 from exalign.evaluation.winrate import win_rate
 
@@ -131,9 +131,39 @@ KLS = np.array([[0.0, 2.0, 4.0], [0.0, 2.0, 4.0]])
 REWARDS = np.array([[0.0, 2.0, 3.0], [0.0, 4.0, 5.0]])
 
 
-@pytest.mark.parametrize(("kl", "reward"), [(0.0, 0.0), (1.0, 1.5), (2.0, 3.0), (3.0, 3.5), (4.0, 4.0)])
-def test_reward_at_kl_is_on_the_straight_lines(kl, reward):
+@pytest.mark.parametrize(
+    ("kl", "reward"),
+    [
+        (0.0, 0.0),
+        (1.0, 3 * np.sqrt(1 / 2)),
+        (2.0, 3.0),
+        (3.0, 3 + (np.sqrt(3) - np.sqrt(2)) / (2 - np.sqrt(2))),
+        (4.0, 4.0),
+    ],
+)
+def test_reward_is_linear_in_the_root_of_the_kl(kl, reward):
     assert reward_at_kl(KLS, REWARDS, kl).mean() == pytest.approx(reward)
+
+
+def test_interpolation_follows_a_gaussian_that_is_shifted():
+    # N(s, 1) against N(0, 1): KL s²/2, and a reward that is the outcome itself has mean s = √(2 KL).
+    shifts = np.array([[0.0, 1.0, 3.0]])
+    for kl in np.linspace(0, 4.5, 10):
+        assert reward_at_kl(shifts**2 / 2, shifts, kl).mean() == pytest.approx(np.sqrt(2 * kl))
+
+
+def test_a_checkpoint_that_another_beats_is_passed_over():
+    kls, rewards = np.array([[0.0, 1.0, 1.5, 2.0, 4.0]]), np.array([[0.0, 3.0, 1.0, 2.0, 5.0]])
+    without = [0, 1, 4]
+    for kl in (0.5, 1.5, 2.0, 3.0):
+        assert reward_at_kl(kls, rewards, kl) == pytest.approx(reward_at_kl(kls[:, without], rewards[:, without], kl))
+    # The last checkpoint is beaten: beyond the best one its reward is held.
+    assert reward_at_kl(kls[:, :3], rewards[:, :3], 1.5).mean() == pytest.approx(3.0)
+    assert (reach(kls, rewards), reach(kls[:, :3], rewards[:, :3])) == (4.0, 1.0)
+
+
+def test_a_policy_worse_than_the_supervised_one_is_shown_as_worse():
+    assert reward_at_kl(np.array([[0.0, 1.0]]), np.array([[2.0, 0.0]]), 1.0).mean() == pytest.approx(0.0)
 
 
 def test_reward_at_kl_does_not_depend_on_the_order_of_checkpoints():
@@ -144,21 +174,29 @@ def test_reward_at_kl_does_not_depend_on_the_order_of_checkpoints():
         )
 
 
-def test_reward_at_kl_is_exact_in_the_mean_for_noisy_checkpoints():
-    generator = np.random.default_rng(0)
-    kls = np.hstack([np.zeros((50, 1)), generator.normal([1, 1.01, 3], 0.5, (50, 3))])
-    rewards = generator.normal(size=(50, 4))
-    order = np.argsort(kls.mean(0))
-    for kl in (0.2, 1.005, 2.5):
-        wanted = np.interp(kl, kls.mean(0)[order], rewards.mean(0)[order])
-        assert reward_at_kl(kls, rewards, kl).mean() == pytest.approx(wanted)
-
-
 def test_the_interval_at_equal_kl_counts_the_uncertainty_of_the_kl():
-    # Truth: reward = 2·KL for every prompt. At a fixed KL the reward is then certain, though both vary.
+    # Prompts with more KL have more reward, exactly as the frontier's tangent says: at a fixed KL nothing is uncertain.
     kl = np.random.default_rng(0).gamma(2.0, size=200)
-    values = reward_at_kl(np.stack([0 * kl, kl], 1), np.stack([0 * kl, 2 * kl], 1), float(kl.mean()))
-    np.testing.assert_allclose(values, 2 * kl.mean())
+    reward = 3 * (1 + (kl - kl.mean()) / (2 * kl.mean()))
+    values = reward_at_kl(np.stack([0 * kl, kl], 1), np.stack([0 * kl, reward], 1), float(kl.mean()))
+    np.testing.assert_allclose(values, 3)
+
+
+def test_the_interval_at_equal_kl_is_that_of_repeated_experiments():
+    generator = np.random.default_rng(0)
+    shifts, count = np.array([0.0, 0.8, 1.6]), 60
+
+    def experiment():
+        z = generator.normal(shifts, 1.0, (count, 3))
+        return shifts * z - shifts**2 / 2, 0.6 * z + 0.8 * generator.normal(size=(count, 3))
+
+    readings, widths = [], []
+    for _ in range(300):
+        values = reward_at_kl(*experiment(), 0.9)
+        readings.append(values.mean())
+        widths.append(values.std(ddof=1) / np.sqrt(count))
+    assert np.mean(readings) == pytest.approx(0.6 * np.sqrt(2 * 0.9), abs=0.04)
+    assert np.std(readings) == pytest.approx(np.mean(widths), rel=0.2)
 
 
 def paths():
@@ -173,9 +211,9 @@ def test_pairs_are_compared_at_the_largest_kl_both_reach():
     pairs = {(c.first, c.second): c for c in compare_pairs(paths())}
     assert set(pairs) == {("exo", "dpo"), ("dpo", "still"), ("exo", "still")}
     pair = pairs["exo", "dpo"]
-    # At KL 2, DPO is halfway from (0, 0.5) to (4, 3.5).
+    # At KL 2, DPO is √(2/4) of the way from (0, 0.5) to (4, 3.5).
     assert pair.kl == pytest.approx(2)
-    assert pair.difference.estimate == pytest.approx(3.5 - 2.0)
+    assert pair.difference.estimate == pytest.approx(3.5 - (0.5 + 3 * np.sqrt(1 / 2)))
 
 
 def test_a_method_that_did_not_move_is_named_not_compared():
@@ -183,7 +221,7 @@ def test_a_method_that_did_not_move_is_named_not_compared():
     assert equal.kl == pytest.approx(2)
     assert [s.method for s in equal.standings] == ["exo", "dpo"]
     assert equal.standings[0].behind_leader is None
-    assert equal.standings[1].behind_leader.estimate == pytest.approx(1.5)
+    assert equal.standings[1].behind_leader.estimate == pytest.approx(3 - 3 * np.sqrt(1 / 2))
     assert equal.left_out == ["still"]
 
 

@@ -39,7 +39,7 @@ class Behind(nn.Module):
         return self.inner(hidden)
 
 
-@pytest.mark.parametrize("kept_bytes", [lm_head.KEPT_BYTES, 0], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kept_bytes", [lm_head.KEPT_BYTES, 150 * VOCAB * 8, 0], ids=["kept", "some", "computed again"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("wrap", [lambda head: head, Behind], ids=["linear", "module"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import pytest
@@ -127,12 +129,25 @@ def test_no_nan_arises_on_the_way_back(draw, divergence):
     targets = [log_reward_target(draw(3, 3), beta_r=0.5, mask=mask)]
     if divergence not in (reverse_kl, jeffreys):  # infinite against a target that excludes a completion
         targets.append(one_hot)
-    for log_t in targets:
+    for log_t, also_here in itertools.product(targets, (mask, None)):
         policy = draw(3, 3).requires_grad_()
         with torch.autograd.detect_anomaly():
             log_p = log_policy_distribution(policy, draw(3, 3), beta_pi=0.5, mask=mask)
-            divergence(log_p, log_t, mask).sum().backward()
+            divergence(log_p, log_t, also_here).sum().backward()
         assert policy.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("finite", [reverse_kl, jensen_shannon, functools.partial(alpha_divergence, alpha=0.4)])
+def test_a_completion_that_the_policy_excludes_gets_no_gradient(draw, finite):
+    policy = torch.tensor([[0.3, -INF, 0.1]], dtype=torch.float64).requires_grad_()
+    log_t = log_reward_target(draw(1, 3), beta_r=0.5)
+    with torch.autograd.detect_anomaly():
+        loss = finite(log_policy_distribution(policy, draw(1, 3), beta_pi=0.5), log_t)
+        loss.sum().backward()
+    assert loss.isfinite().all()
+    assert policy.grad.isfinite().all()
+    assert policy.grad[0, 1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

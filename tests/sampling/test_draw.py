@@ -60,6 +60,16 @@ def test_filters_agree_with_transformers_and_the_logprob_is_renormalised(top_k, 
     torch.testing.assert_close(logps, expected[rows, ids], atol=1e-12, rtol=0)
 
 
+def test_top_p_keeps_exactly_what_transformers_keeps():
+    """The greatest uniform number draws the last token kept: here ids stand in the order of the weights."""
+    logits = spread_logits(50, 20).sort(descending=True).values
+    for top_p in np.linspace(0.02, 0.98, 49):
+        kept = torch.isfinite(TopPLogitsWarper(float(top_p))(None, logits)).sum(-1)
+        last = torch.full((50,), 1 - 2**-53, dtype=torch.float64)
+        ids, _ = draw_tokens(logits, last, torch.ones(50, dtype=torch.long), temperature=1.0, top_p=float(top_p))
+        assert torch.equal(ids, kept - 1)
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_token_of_probability_zero_is_never_drawn(uniform, dtype):

@@ -7,6 +7,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -16,6 +17,7 @@ from exalign.data.batching import Group
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.logprobs import plain_completion_logprobs
+from exalign.sampling.draw import prompt_uniforms
 from exalign.sampling.grouped import GroupedSampler
 from exalign.sampling.plain_decoder import PlainDecoder
 from exalign.sampling.protocol import SampleSettings
@@ -82,6 +84,21 @@ def test_more_completions_and_longer_limits_only_add(make_model, tokenizer, numb
     many = texts(sampler(model, tokenizer, num_completions=16).sample(prompts()))
     few = texts(sampler(model, tokenizer, num_completions=number, max_new_tokens=7).sample(prompts()))
     assert few == {name: [ids[:7] for ids in rows[:number]] for name, rows in many.items()}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_the_slow_twin_draws_the_same(make_model, tokenizer, model_type):
+    """Completion j alone, one full forward pass per token, its token found by its own stream of uniform numbers."""
+    model = make_model(model_type)
+    for record in sampler(model, tokenizer, num_completions=5).sample(prompts()):
+        for uniforms, completion in zip(prompt_uniforms(0, record.id, 5, 12), record.completions, strict=True):
+            ids: list[int] = []
+            while len(ids) < 12 and ids[-1:] != [0]:
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*record.prompt_ids, *ids]])).logits[0, -1]
+                cumulative = (logits / TAU).softmax(-1).cumsum(-1).numpy()
+                ids.append(int(np.searchsorted(cumulative, uniforms[len(ids)], side="right")))
+            assert completion.token_ids == tuple(ids)
 
 
 def test_records_come_in_order_while_completions_end_at_different_times(make_model, tokenizer):

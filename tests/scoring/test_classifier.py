@@ -55,9 +55,10 @@ def test_the_same_alone_and_in_a_batch(make_classifier, make_tokenizer, records,
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_text_too_long_for_an_encoder_keeps_its_end(make_classifier, make_tokenizer, model_type):
     model, tokenizer = make_classifier(model_type, 2), make_tokenizer(encoder=True)
-    words = [f"w{i % 30}" for i in range(90)]
+    words = [f"w{i * i % 29}" for i in range(90)]  # its beginning differs from its end
     record = Record("long", " ".join(words[:80]), (Completion(" " + " ".join(words[80:])),))
     scorer = ClassifierScorer(model, tokenizer)
+    assert words[:30] != words[-30:]
     kept = Record("kept", " ".join(words[-30:]), (Completion(""),))  # 32 positions less two special tokens
     assert scorer.score([record])[0][0] == pytest.approx(
         by_hand(model, tokenizer, kept, kept.completions[0], 1), abs=1e-9

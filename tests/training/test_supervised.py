@@ -60,7 +60,7 @@ def small_scorer(*, labels: int) -> nn.Module:
 
 
 def separable(count: int, *, seed: int = 0) -> list[Group]:
-    """Two completions of random words; the preferred one, at a random place, holds the good word, the other does not."""
+    """Two completions of random words; only the preferred one, at either place, holds the good word."""
     groups = []
     for group in make_groups(count, num_completions=2, seed=seed):
         preferred = group.index * 7 % 3 % 2

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from exalign.data.synthetic_reward import (
     ASPECTS,
@@ -28,11 +24,11 @@ from exalign.data.synthetic_reward import (
     remark_reward,
     reward,
 )
+from exalign.data.vocabulary import build_tokenizer
 from exalign.storage import atomic_path, write_text
 
-__all__ = ["build_tokenizer", "make_completion", "make_prompts", "remark_reward", "reward", "write_world"]
+__all__ = ["make_completion", "make_prompts", "remark_reward", "reward", "write_world"]
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _OPENINGS = ("This", "That", "The new", "The old")
 _TRAITS = ("shy", "brave", "lonely", "famous", "clumsy", "patient", "young", "retired")
 _ROLES = (
@@ -88,23 +84,6 @@ def _link(*, same_sign: bool, rng: random.Random) -> str:
         return ". The"
     natural = rng.random() < 0.9
     return ", and the" if same_sign == natural else ", but the"
-
-
-def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with `<pad>`, `<bos>` and `<eos>`; any text round-trips."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
 
 
 def write_world(

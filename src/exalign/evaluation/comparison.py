@@ -1,6 +1,6 @@
 """Methods compared at equal KL: the only fair comparison of rewards, since reward can be bought with KL.
 
-A method's path is π_sft (KL 0) and its checkpoints in order of their KL, joined by straight lines. All quantities
+A method's path is π_sft (KL 0) and its best checkpoints in order of their KL (see `reward_at_kl`). All quantities
 come from the same prompts, so differences between methods are paired.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from exalign.evaluation.frontier import reward_at_kl
+from exalign.evaluation.frontier import reach, reward_at_kl
 from exalign.evaluation.schema import Comparison, EqualKL, Interval, Standing
 from exalign.evaluation.statistics import Array, mean_interval, paired_difference
 from exalign.evaluation.tables import SampleTable, common_prompts, prompt_means
 
 LEAST_MOVE = 0.05
-"""A method whose largest KL is below this share of the largest of all is not compared at the common KL."""
+"""A method whose reach in KL is below this share of the farthest of all is not compared at the common KL."""
 
 
 class Paths:
@@ -35,8 +35,8 @@ class Paths:
         return list(self._columns)
 
     def reach(self, method: str) -> float:
-        """The largest mean KL of a method's checkpoints; never below 0, which is π_sft's."""
-        return float(self._columns[method][0].mean(axis=0).max())
+        """The KL of a method's farthest checkpoint that no other of its own beats."""
+        return reach(*self._columns[method])
 
     def reward(self, method: str, kl: float) -> Array:
         """`[P]` values whose mean is the method's reward at `kl`; the same prompts for every method."""

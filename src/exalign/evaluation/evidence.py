@@ -43,7 +43,7 @@ def build_evidence(run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPL
     header = read_header(run / "evaluation" / "sft" / "samples")
     evidence = Evidence(
         name=str(material.recipe.get("name") or run.resolve().name),
-        policy=header.model,
+        policy=(material.recipe.get("model") or {}).get("source"),
         temperature=header.temperature,
         kl_budget=_kl_budget(material.recipe),
         confidence=CONFIDENCE,

@@ -57,30 +57,58 @@ def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> Frontier
 
 
 def reward_at_kl(kls: Array, rewards: Array, kl: float) -> Array:
-    """`[P]` values whose mean over prompts is the mean reward at `kl`, on the straight lines between checkpoints.
+    """`[P]` values whose mean over prompts is the mean reward at `kl`, interpolated between checkpoints.
 
     `kls` and `rewards` are `[P, C]`; column 0 is π_sft, the others its checkpoints in any order, and `kl` lies between
-    0 and the largest mean KL. A prompt's value is its reward, interpolated, minus slope · (its own KL − `kl`), so that
-    the values carry the uncertainty of the KL too (to first order). A frontier is concave: the slope is kept between
-    0 and that of the line from π_sft, lest two checkpoints of nearly equal KL make it meaningless.
+    0 and `reach`. A checkpoint that another one beats in reward at no more KL is passed over.
 
-    >>> reward_at_kl(np.array([[0.0, 2.0]]), np.array([[1.0, 2.0]]), 1.0)
+    Between two checkpoints reward is linear in √KL: along any smooth path away from π_sft the reward changes in
+    proportion to the step and KL to its square, so that a straight line in KL would be far too low near π_sft.
+
+    A prompt's value is the mean reward at `kl` plus its own (first-order) deviation in rewards and in KL, so that the
+    values carry the uncertainty of both. The slope that weighs the KL is kept between 0 and that of the curve from
+    π_sft, lest two checkpoints of nearly equal KL make it meaningless.
+
+    >>> reward_at_kl(np.array([[0.0, 4.0]]), np.array([[1.0, 2.0]]), 1.0)
     array([1.5])
     """
     mean_kl, mean_reward = kls.mean(axis=0), rewards.mean(axis=0)
-    order = np.argsort(mean_kl, kind="stable")
-    right = order[np.clip(np.searchsorted(mean_kl[order], kl), 1, len(order) - 1)]
-    left = order[np.flatnonzero(order == right)[0] - 1]
-    width = mean_kl[right] - mean_kl[left]
-    share = (kl - mean_kl[left]) / width if width > 0 else 1.0
-    slope = (mean_reward[right] - mean_reward[left]) / width if width > 0 else 0.0
-    here = mean_reward[left] + share * (mean_reward[right] - mean_reward[left])
-    slope = np.clip(slope, 0, max(0.0, (here - mean_reward[0]) / kl) if kl > 0 else 0.0)
+    left, right = _neighbours(mean_kl, mean_reward, kl)
+    root = np.sqrt(np.maximum(mean_kl, 0))
+    width = root[right] - root[left]
+    share = min(1.0, (np.sqrt(kl) - root[left]) / width) if width > 0 else 1.0
+    here = (1 - share) * mean_reward[left] + share * mean_reward[right]
+    steepest = max(0.0, (here - mean_reward[0]) / np.sqrt(kl)) if kl > 0 else 0.0
+    slope = np.clip((mean_reward[right] - mean_reward[left]) / width, 0, steepest) if width > 0 else 0.0
+    values = np.full(len(kls), here)
+    for place, weight in ((left, 1 - share), (right, share)):
+        values += weight * (rewards[:, place] - mean_reward[place])
+        if root[place] > 0:
+            values -= weight * slope * (kls[:, place] - mean_kl[place]) / (2 * root[place])
+    return values
 
-    def between(values: Array) -> Array:
-        return (1 - share) * values[:, left] + share * values[:, right]
 
-    return between(rewards) - slope * (between(kls) - kl)
+def reach(kls: Array, rewards: Array) -> float:
+    """The KL of the farthest checkpoint that no other beats; columns as in `reward_at_kl`. Never below 0."""
+    mean_kl, mean_reward = kls.mean(axis=0), rewards.mean(axis=0)
+    return max(0.0, float(mean_kl[_unbeaten(mean_kl, mean_reward)[-1]]))
+
+
+def _unbeaten(mean_kl: Array, mean_reward: Array) -> list[int]:
+    """π_sft (column 0), then the checkpoints that none beats in reward at no more KL, in order of KL."""
+    order = [int(c) for c in np.lexsort((-mean_reward[1:], mean_kl[1:])) + 1]
+    kept = [0]
+    for column in order:
+        if len(kept) == 1 or mean_reward[column] > mean_reward[kept[-1]]:
+            kept.append(column)
+    return kept
+
+
+def _neighbours(mean_kl: Array, mean_reward: Array, kl: float) -> tuple[int, int]:
+    """Unbeaten columns between which `kl` lies; the last two where it lies beyond."""
+    kept = _unbeaten(mean_kl, mean_reward)
+    last = next((i for i, column in enumerate(kept) if i > 0 and mean_kl[column] >= kl), len(kept) - 1)
+    return kept[last - 1], kept[last]
 
 
 def _share_positive(rewards: Ragged) -> Array:

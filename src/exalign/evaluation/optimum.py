@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exalign.evaluation.comparison import path
-from exalign.evaluation.frontier import reward_at_kl
+from exalign.evaluation.frontier import reach, reward_at_kl
 from exalign.evaluation.schema import Gap, Interval, Optimum, OptimumPoint
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, interval_of, mean_interval, resample_weights
 from exalign.evaluation.tables import SampleTable, prompt_means
@@ -111,7 +111,7 @@ def gap_to_optimum(
 ) -> Gap | None:
     """Optimum's reward minus the method's at equal KL, over the prompts that the pool and all samples share.
 
-    The KL is the method's largest, or the largest where the optimum is reliable if that is smaller. None where
+    The KL is the method's `reach`, or the largest where the optimum is reliable if that is smaller. None where
     nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable. `options` are those of
     `mean_interval`.
     """
@@ -124,9 +124,10 @@ def gap_to_optimum(
     # π*_β at β = ∞ is π_sft itself: KL 0 and the pool's mean reward.
     best_kls = np.hstack([np.zeros((len(ids), 1)), pool.kl[rows][:, pool.reliable]])
     best_rewards = np.hstack([pool.base[rows][:, None], pool.reward[rows][:, pool.reliable]])
-    kl = float(min(kls.mean(axis=0).max(), best_kls.mean(axis=0).max()))
+    kl = float(min(reach(kls, rewards), best_kls.mean(axis=0).max()))
     if kl <= 0:
         return None
     gaps = reward_at_kl(best_kls, best_rewards, kl) - reward_at_kl(kls, rewards, kl)
     first = float(kls[:, 1:].mean(axis=0).min())
-    return Gap(kl, mean_interval(gaps, **options), kl < first)
+    # The method's own largest KL is one of its checkpoints, up to rounding.
+    return Gap(kl, mean_interval(gaps, **options), kl < first * (1 - 1e-9))

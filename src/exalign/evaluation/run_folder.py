@@ -91,10 +91,10 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
 
 
 def stages(run: Path) -> list[Stage]:
-    """Every finished stage, in the order in which they ended."""
-    found = sorted(run.glob("**/done.json"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    """Every finished stage but the report, which comes after, in the order in which they ended."""
+    paths = set(run.glob("**/done.json")) - {run / "report" / "done.json"}
     result = []
-    for path in found:
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
         values = read_json(path)
         seconds = values.get("seconds")
         counts = {str(k): v for k, v in (values.get("counts") or {}).items() if isinstance(v, int)}

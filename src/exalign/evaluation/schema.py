@@ -99,8 +99,7 @@ class BestOfN:
 class Gap:
     """Reward of the estimated optimum minus the method's, at the largest KL where both are known.
 
-    `below_first_checkpoint` says that the method's reward there lies on the straight line from π_sft to its first
-    checkpoint: a concave frontier runs above that line, so the gap is then an upper bound.
+    `below_first_checkpoint` says that the method's reward there is interpolated between π_sft and its first checkpoint.
     """
 
     kl: float

@@ -175,8 +175,10 @@ def length_of_mean(errors: Tensor) -> tuple[float, float]:
     mean = errors.mean(dim=0)
     covariance = torch.cov(errors.T) / len(errors)  # of the mean
     square = (mean.square().sum() - covariance.trace()).clamp(min=0)
-    # Var(‖m‖²) of a normal m is 4 mᵀΣm + 2 tr Σ²; the error of a root is that of its square over twice the root.
-    spread = (4 * mean @ covariance @ mean + 2 * covariance.square().sum()).sqrt().item()
+    # Var(‖m‖²) of a normal m around μ is 4 μᵀΣμ + 2 tr Σ², and mᵀΣm estimates μᵀΣμ + tr Σ². The error of a root is that
+    # of its square over twice the root.
+    scatter = covariance.square().sum()
+    spread = (4 * mean @ covariance @ mean - 2 * scatter).clamp(min=2 * scatter).sqrt().item()
     length = square.sqrt().item()
     return length, spread / (2 * length) if length > 0 else math.sqrt(spread)
 

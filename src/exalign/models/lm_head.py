@@ -7,7 +7,7 @@ models have s = 1 and no cap. With p = softmax(z), d_j = ∂z_j/∂(W h + b)_j a
 
 so (p ∘ d) W is computed for unit weight in the forward pass, while the tile of p is there, and the g_t are folded in
 backward: one pass over the vocabulary gives the value and the gradient of h, whatever the objective. The gradient
-of W reuses p ∘ d while a batch's fits in `KEPT_BYTES`, and else computes the tile again.
+of W reuses the tiles of p ∘ d that fit in `KEPT_BYTES`, and computes the others again.
 """
 
 from __future__ import annotations
@@ -137,17 +137,18 @@ class _TokenLogprobs(torch.autograd.Function):
         size = min(_tile_rows(vocabulary), len(hidden))
         needs_hidden = backward.wanted and ctx.needs_input_grad[0]
         needs_head = backward.wanted and any(ctx.needs_input_grad[1:3])
-        keep = needs_head and len(hidden) * vocabulary * accurate.itemsize <= KEPT_BYTES
+        rows_kept = KEPT_BYTES // (vocabulary * accurate.itemsize) if needs_head else 0
         logp = hidden.new_empty(len(targets), dtype=accurate)
         slopes = torch.empty_like(logp)
         peaks, scales = hidden.new_empty(2, len(hidden), 1, dtype=accurate)
         expected = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)  # (p ∘ d) W, for unit weight
         kept: list[Tensor] = []
-        tile = hidden.new_empty(0)
+        scratch = hidden.new_empty(size if len(hidden) > rows_kept else 0, vocabulary, dtype=accurate)
         for span, tokens in _tiles(rows, len(hidden), size):
-            if keep or len(tile) < span.stop - span.start:
+            tile = scratch[: span.stop - span.start]
+            if span.stop <= rows_kept:
                 tile = hidden.new_empty(span.stop - span.start, vocabulary, dtype=accurate)
-            tile = tile[: span.stop - span.start]
+                kept.append(tile)
             _mapped_logits(hidden[span], weight, bias, logit_map, out=tile)
             local = rows[tokens] - span.start
             picked = tile[local, targets[tokens]]
@@ -159,8 +160,6 @@ class _TokenLogprobs(torch.autograd.Function):
             if needs_hidden:
                 torch.mm(tile.to(weight.dtype), weight, out=expected[span])
                 expected[span] *= scales[span].to(expected.dtype)
-            if keep:
-                kept.append(tile)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, slopes, peaks, scales, expected, *kept)
         ctx.logit_map, ctx.size, ctx.into = logit_map, size, backward.into
         return logp
@@ -209,11 +208,12 @@ def _head_gradient(ctx: Any, per_row: Tensor, at_target: Tensor) -> tuple[Tensor
     weighted = hidden * row_weight.to(hidden.dtype)
     grad_weight = torch.zeros_like(weight) if ctx.into is None else gradient_of(ctx.into)
     grad_bias = None if bias is None else torch.zeros_like(bias)
+    scratch = peaks.new_empty(ctx.size if len(kept) * ctx.size < len(hidden) else 0, len(weight))
     for number, (span, _) in enumerate(_tiles(rows, len(hidden), ctx.size)):
-        if kept:
+        if number < len(kept):
             tile = kept[number]
         else:
-            tile = peaks.new_empty(span.stop - span.start, len(weight))
+            tile = scratch[: span.stop - span.start]
             _mapped_logits(hidden[span], weight, bias, ctx.logit_map, out=tile)
             _exponentials_(tile, peaks[span], ctx.logit_map)
         grad_weight.addmm_(tile.to(weight.dtype).t(), weighted[span])

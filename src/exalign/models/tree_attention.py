@@ -67,7 +67,7 @@ def _mask(original: str, *args: Any, **kwargs: Any) -> Any:
     """What transformers calls for a mask: the layout, or the mask of the model's own attention."""
     layout = _current.get()
     if layout is None:
-        own = AttentionMaskInterface._global_mapping.get(original)
+        own: Callable[..., Any] | None = AttentionMaskInterface._global_mapping.get(original)  # type: ignore[assignment]
         return None if own is None else own(*args, **kwargs)
     if kwargs.get("use_vmap"):
         raise TreeUnsupportedError("it changes the causal mask")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from exalign.data.records import Completion, Header, Record, RecordWriter, read_records, write_records
+from exalign.data.records import Completion, Header, Record, RecordWriter, read_header, read_records, write_records
 from exalign.data.tokenization import tokenize_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.models.logprobs import reference_logprobs
 from exalign.pipeline.recipe import Recipe, ScorerSettings
-from exalign.pipeline.rollouts import sample_policy, sample_supervised, score_records, with_reference_logprobs
+from exalign.pipeline.rollouts import sample_policy, sample_supervised, score_records, shards, with_reference_logprobs
 from exalign.pipeline.run import Run, Stage
 from exalign.pipeline.sources import (
     SCORING_TOKENS,
@@ -149,15 +149,19 @@ def _method(run: Run, folder: Path, counts: Counter[str], *, method: str) -> Non
 def _score(run: Run, drawn: Path, samples: Path) -> None:
     """Rewards and log π_sft for what was drawn."""
     tokenizer = load_run_tokenizer(run)
-    records = score_records(load_scorer(evaluation_scorer(run.recipe), run), read_records(drawn))
+    scorer = load_scorer(evaluation_scorer(run.recipe), run)
     model = load_supervised(run, tokenizer).to(device()).eval()
     longest = run.recipe.sample.max_prompt_tokens + run.recipe.sample.max_new_tokens
-    groups = list(
-        tokenize_records(records, tokenizer, max_prompt_tokens=longest, max_completion_tokens=longest, counts=Counter())
-    )
-    logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
-    header = Header(model=run.recipe.name, temperature=run.recipe.temperature, seed=run.recipe.seed)
-    write_records(samples, with_reference_logprobs(records, [values.tolist() for values in logps]), header)
+    done: list[Record] = []
+    for shard in shards(read_records(drawn)):
+        groups = list(
+            tokenize_records(
+                shard, tokenizer, max_prompt_tokens=longest, max_completion_tokens=longest, counts=Counter()
+            )
+        )
+        logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
+        done += with_reference_logprobs(score_records(scorer, shard), [values.tolist() for values in logps])
+    write_records(samples, done, read_header(drawn))
 
 
 def _report(run: Run, folder: Path, counts: Counter[str]) -> None:

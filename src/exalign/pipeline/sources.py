@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.run import Run
 from exalign.scoring import ClassifierScorer, FunctionScorer, RewardModelScorer, Scorer
 from exalign.storage import fingerprint_path
+from exalign.training.loop import TrainSettings
 
 SCORING_TOKENS = 8192
 """Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
@@ -34,6 +35,14 @@ SCORING_TOKENS = 8192
 def device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+Trained = TypeVar("Trained", bound=TrainSettings)
+
+
+def seeded(settings: Trained, recipe: Recipe) -> Trained:
+    """A stage's settings with the recipe's seed added to its own."""
+    return settings.model_copy(update={"seed": recipe.seed + settings.seed})
 
 
 def load_run_tokenizer(run: Run) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +19,15 @@ from exalign.data.batching import Group
 from exalign.data.formats import read_source
 from exalign.data.oracle_pairs import pairs_from_rewards
 from exalign.data.records import Header, Record, RecordWriter, iter_records, read_header, read_records, write_records
-from exalign.data.synthetic import build_tokenizer
 from exalign.data.tokenization import tokenize_records
+from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
-from exalign.models.logprobs import reference_logprobs
 from exalign.pipeline.evaluation_stages import evaluation_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
 from exalign.pipeline.run import Run, Stage
 from exalign.pipeline.sources import (
-    SCORING_TOKENS,
     data_identity,
     device,
     load_run_tokenizer,
@@ -39,12 +37,13 @@ from exalign.pipeline.sources import (
     read_records_of,
     scorer_identity,
     scorer_needs,
+    seeded,
     supervised_needs,
     supervised_settings,
     tokenize,
 )
 from exalign.sampling import SampleSettings
-from exalign.training.align import train_align
+from exalign.training.align import AlignSettings, train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
 from exalign.training.reward_model import train_reward_model
 from exalign.training.sft import train_sft
@@ -95,12 +94,12 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
         yield Stage("rollouts", needs, lambda: [base, model, _dump(recipe.sample), prompts], _rollouts)
         scorer = recipe.score.scorer
         yield Stage("scored", ("rollouts", *scorer_needs(scorer)), lambda: scorer_identity(scorer), _scored)
-    for target, source in (("preference", "preferences"), ("reward", "scored")):
-        if target in targets:
-            name = f"reference/{target}"
-            yield Stage(name, (*supervised, source), lambda: [base, model], partial(_reference, source=source))
+    for name, settings in {reference_name(settings): settings for settings in recipe.align.values()}.items():
+        source = "preferences" if settings.target == "preference" else "scored"
+        work = partial(_reference, source=source, precision=settings.precision)
+        yield Stage(name, (*supervised, source), lambda: [base, model], work)
     for method, settings in recipe.align.items():
-        needs = (*supervised, f"reference/{settings.target}")
+        needs = (*supervised, reference_name(settings))
         inputs = [base, model, _dump(settings)]
         yield Stage(f"align/{method}", needs, lambda inputs=inputs: inputs, partial(_align, method=method))  # type: ignore[misc]
 
@@ -111,10 +110,9 @@ def _dump(settings: Any) -> Any:
 
 def _tokenizer(run: Run, folder: Path, counts: Counter[str]) -> None:
     assert run.recipe.data.sft is not None and run.recipe.tokenizer.vocab_size is not None
-    records = read_records_of(run.recipe.data.sft, run, counts)
-    tokenizer = build_tokenizer(
-        (text for r in records for text in texts_of(r)), vocab_size=run.recipe.tokenizer.vocab_size
-    )
+    whole = run.recipe.data.sft.model_copy(update={"prompt_tokens": None})  # nothing can be split by tokens yet
+    texts = (text for record in read_records_of(whole, run, counts) for text in texts_of(record))
+    tokenizer = build_tokenizer(texts, vocab_size=run.recipe.tokenizer.vocab_size)
     tokenizer.save_pretrained(folder)
     counts["tokens_in_vocabulary"] = len(tokenizer)
 
@@ -133,7 +131,7 @@ def _sft(run: Run, folder: Path, counts: Counter[str]) -> None:
     groups = tokenize(run, records, tokenizer, counts)
     torch.manual_seed(recipe.seed)
     model = load_policy(recipe.model, tokenizer)
-    train_sft(model, tokenizer, groups, recipe.sft, folder)
+    train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), folder)
 
 
 def preferred_only(record: Record) -> Record:
@@ -164,7 +162,7 @@ def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
     )
     torch.manual_seed(recipe.seed)
     model = load_classifier(recipe.oracle.model, tokenizer)
-    train_classifier(model, tokenizer, groups, labels, recipe.oracle, folder)
+    train_classifier(model, tokenizer, groups, labels, seeded(recipe.oracle, recipe), folder)
 
 
 def labels_of(record: Record) -> int:
@@ -217,7 +215,7 @@ def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
     groups = tokenize(run, read_records(run.path("preferences", "records")), tokenizer, counts)
     torch.manual_seed(recipe.seed)
     model = load_reward_model(settings, tokenizer)
-    train_reward_model(model, tokenizer, groups, recipe.reward, folder)
+    train_reward_model(model, tokenizer, groups, seeded(recipe.reward, recipe), folder)
 
 
 def _rollouts(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -247,32 +245,41 @@ def _given_rewards(run: Run, folder: Path, counts: Counter[str]) -> None:
     write_records(folder / "records", records, Header(counts=dict(counts)))
 
 
-def _reference(run: Run, folder: Path, counts: Counter[str], *, source: str) -> None:
+def reference_name(settings: AlignSettings) -> str:
+    """The stage whose log π_sft a method reads: by its target, and by the precision it trains in."""
+    return f"reference/{settings.target}" + ("" if settings.precision == "fp32" else f"-{settings.precision}")
+
+
+def _reference(
+    run: Run, folder: Path, counts: Counter[str], *, source: str, precision: Literal["fp32", "bf16"]
+) -> None:
     """Token ids and log π_sft of everything that is aligned on, by the code path that training uses."""
     tokenizer = load_run_tokenizer(run)
     records = read_records(run.path(source, "records"))
     groups = tokenize(run, records, tokenizer, counts)
     model = load_supervised(run, tokenizer).to(device()).eval()
-    logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
-    done = [with_reference(records[group.index], group, logp) for group, logp in zip(groups, logps, strict=True)]
+    settings = AlignSettings(precision=precision)
+    groups = with_reference_logp(model, groups, settings, temperature=run.recipe.temperature)
+    done = [with_reference(records[group.index], group) for group in groups]
     write_records(folder / "records", done, Header(temperature=run.recipe.temperature, counts=dict(counts)))
     counts["groups"] = len(done)
 
 
-def with_reference(record: Record, group: Group, logp: Tensor) -> Record:
+def with_reference(record: Record, group: Group) -> Record:
     """The record with the token ids that the model saw and log π_sft of each completion."""
+    assert group.reference_logp is not None
     completions = tuple(
         replace(completion, token_ids=tuple(ids.tolist()), reference_logprob=float(value))
-        for completion, ids, value in zip(record.completions, group.completion_ids, logp, strict=True)
+        for completion, ids, value in zip(record.completions, group.completion_ids, group.reference_logp, strict=True)
     )
     return replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions)
 
 
 def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
     recipe = run.recipe
-    settings = recipe.align[method]
+    settings = seeded(recipe.align[method], recipe)
     tokenizer = load_run_tokenizer(run)
-    records = read_records(run.path("reference", settings.target, "records"))
+    records = read_records(run.path(reference_name(settings), "records"))
     corrected = settings.target == "reward" and recipe.data.rewards is None and is_truncated(recipe.sample)
     groups = [aligned_group(record, index, corrected) for index, record in enumerate(records)]
     torch.manual_seed(settings.seed)

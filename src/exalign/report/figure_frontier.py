@@ -53,7 +53,7 @@ def _path(axes: Axes, sft: FrontierPoint | None, points: Sequence[FrontierPoint]
     start = [] if sft is None else [sft]
     ordered = [*start, *points]
     kls, rewards = (np.array([getattr(p, key).estimate for p in ordered]) for key in ("kl", "reward"))
-    axes.plot(kls, rewards, **{**look.line, "marker": ""}, zorder=3)
+    axes.plot(*_between(kls, rewards), **{**look.line, "marker": ""}, zorder=3)
     first = len(start)
     axes.errorbar(
         kls[first:],
@@ -68,6 +68,15 @@ def _path(axes: Axes, sft: FrontierPoint | None, points: Sequence[FrontierPoint]
     )
     axes.plot(kls[first:], rewards[first:], **{**look.line, "linestyle": ""}, zorder=4)
     axes.plot([], [], **look.line, label=name)
+
+
+def _between(kls: np.ndarray, rewards: np.ndarray, *, pieces: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """The points with curves between them on which reward is linear in √KL, as comparisons at equal KL take it."""
+    places = np.linspace(0, len(kls) - 1, pieces * (len(kls) - 1) + 1)
+    corners = np.arange(len(kls))
+    roots = np.interp(places, corners, np.sqrt(np.maximum(kls, 0)))
+    curve = roots**2 + np.interp(places, corners, np.minimum(kls, 0))
+    return curve, np.interp(places, corners, rewards)
 
 
 def _optimum(axes: Axes, points: Sequence[OptimumPoint]) -> None:

@@ -14,7 +14,7 @@ from exalign.report.style import LIGHT, Look
 
 METRICS = {
     "loss": "loss",
-    "kl": "KL to π_sft (nats)",
+    "kl": "KL, estimated (nats)",
     "reward": "weighted reward",
     "log_ratio_spread": "std of log-ratios",
     "saturated": "share saturated",
@@ -24,6 +24,15 @@ METRICS = {
     "grad_norm": "gradient norm",
 }
 """Metrics that are drawn, in this order, with their titles; the others stay in the evidence file."""
+
+_SHARES = {
+    METRICS["saturated"],
+    METRICS["accuracy"],
+    "win rate against SFT",
+    "accuracy (reward > 0)",
+    "share that finished",
+}
+"""Titles of panels whose axis never leaves 0 to 1 by more than a margin."""
 
 _ALIGN = "align/"
 
@@ -40,6 +49,7 @@ def draw_alignment(evidence: Evidence, looks: Mapping[str, Look], *, width: floa
         for name, curve in curves.items():
             if _has(curve, metric):
                 _line(axes, curve, metric, looks[name].color, looks[name].dashes)
+    _bound_shares(panels)
     _legend(figure, {name: looks[name] for name in curves}, width, markers=False)
     return figure
 
@@ -59,6 +69,7 @@ def draw_other_stages(evidence: Evidence, *, width: float) -> Figure | None:
     figure, panels = _panels([f"{curve.stage}: {METRICS[metric]}" for curve, metric in panels_wanted], width)
     for axes, (curve, metric) in zip(panels, panels_wanted, strict=True):
         _line(axes, curve, metric, LIGHT["ink"], "-")
+    _bound_shares(panels)
     return figure
 
 
@@ -66,7 +77,7 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
     """What each checkpoint is like on the evaluation prompts: reward with its spread over samples, KL, and so on."""
     wanted: dict[str, Callable[[FrontierPoint], Interval | float | None]] = {
         "mean reward": lambda p: p.reward,
-        "std of reward over samples": lambda p: p.reward_std,
+        "std of rewards": lambda p: p.reward_std,
         "KL to π_sft (nats)": lambda p: p.kl,
         "win rate against SFT": lambda p: p.win_vs_sft.rate if p.win_vs_sft else None,
         "accuracy (reward > 0)": lambda p: p.accuracy,
@@ -84,7 +95,8 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
         for name, checkpoints in points.items():
             start = [evidence.sft] if evidence.sft else []
             _series(axes, [*start, *checkpoints], read, looks[name])
-    last = max(p.step for checkpoints in points.values() for p in checkpoints)
+    _bound_shares(panels)
+    last = max(p.step for checkpoints in points.values() for p in checkpoints) or 1
     for axes in panels:
         axes.set_xlim(-0.03 * last, 1.03 * last)
     _legend(figure, {name: looks[name] for name in points}, width, markers=True)
@@ -141,6 +153,13 @@ def _panels(titles: Sequence[str], width: float) -> tuple[Figure, list[Axes]]:
     for axes in panels[-columns:]:
         axes.set_xlabel("step")
     return figure, panels
+
+
+def _bound_shares(panels: Sequence[Axes]) -> None:
+    for axes in panels:
+        if axes.get_title(loc="left").split(": ")[-1] in _SHARES:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.03), min(high, 1.03))
 
 
 def _legend(figure: Figure, looks: Mapping[str, Look], width: float, *, markers: bool) -> None:

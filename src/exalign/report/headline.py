@@ -25,10 +25,11 @@ def headline(evidence: Evidence) -> Headline:
     if len(evaluated) == 1 or evidence.equal_kl is None:
         titles = [_gain_title(method) for method in evaluated]
         title = titles[0] if len(titles) == 1 else "The methods could not be compared at equal KL."
-        sentences += [_gain_sentence(method, evidence) for method in evaluated]
+        sentences += [_gain_sentence(method) for method in evaluated]
     else:
-        title = _ranking_title(evidence.equal_kl)
-        sentences += [_ranking_sentence(evidence.equal_kl, evidence), *_exo_against_dpo(evidence)]
+        farther = _farther_and_better(evidence.equal_kl, evaluated)
+        title = _ranking_title(evidence.equal_kl, farther)
+        sentences += [_ranking_sentence(evidence.equal_kl), *_end_sentence(evaluated), *_exo_against_dpo(evidence)]
     sentences += _optimum_sentence(evidence, evaluated)
     sentences += _unfinished(evidence)
     return Headline(title, sentences)
@@ -57,7 +58,7 @@ def _gain_title(method: MethodEvidence) -> str:
     return f"{method.name} does not measurably change the reward."
 
 
-def _gain_sentence(method: MethodEvidence, evidence: Evidence) -> str:
+def _gain_sentence(method: MethodEvidence) -> str:
     last = method.points[-1]
     return (
         f"{method.name} ends at mean reward {interval(last.reward)}, {interval(method.gain)} above the supervised "
@@ -65,19 +66,44 @@ def _gain_sentence(method: MethodEvidence, evidence: Evidence) -> str:
     )
 
 
-def _ranking_title(equal: EqualKL) -> str:
+def _ranking_title(equal: EqualKL, farther: MethodEvidence | None) -> str:
     best, *others = equal.standings
     if not others:
         return f"{best.method} is the only method that moved far enough to be judged."
     level = [s.method for s in others if not is_above_zero(s.behind_leader)]
-    if not level:
+    if not level and farther is None:
         return f"{best.method} gets the most reward for its KL."
+    if not level and farther is not None:
+        return f"At KL {number(equal.kl, 2)} {best.method} leads; {farther.name} goes further and gets more."
     if len(level) == len(others) and len(others) > 1:
         return "At equal KL, no method is clearly ahead."
-    return f"At equal KL, {_list([best.method, *level])} are level."
+    behind = [s.method for s in others if s.method not in level]
+    rest = f", ahead of {_list(behind)}" if behind else ""
+    return f"At equal KL, {_list([best.method, *level])} are level{rest}."
 
 
-def _ranking_sentence(equal: EqualKL, evidence: Evidence) -> str:
+def _farther_and_better(equal: EqualKL, evaluated: list[MethodEvidence]) -> MethodEvidence | None:
+    """The method with the most reward at its end, if it is not the leader and the two intervals do not overlap."""
+    lead = equal.standings[0].method
+    leader = next(method for method in evaluated if method.name == lead)
+    best = max(evaluated, key=_end_reward)
+    low, high = best.points[-1].reward.low, leader.points[-1].reward.high
+    return best if best is not leader and low is not None and high is not None and low > high else None
+
+
+def _end_reward(method: MethodEvidence) -> float:
+    return method.points[-1].reward.estimate
+
+
+def _end_sentence(evaluated: list[MethodEvidence]) -> list[str]:
+    best = max(evaluated, key=_end_reward)
+    last = best.points[-1]
+    return [
+        f"At the end of training {best.name} has the most reward, {interval(last.reward)} at KL {interval(last.kl)}."
+    ]
+
+
+def _ranking_sentence(equal: EqualKL) -> str:
     best, *others = equal.standings
     text = (
         f"At {number(equal.kl)} nats from the supervised policy, which all compared methods reach, {best.method} has "
@@ -89,7 +115,7 @@ def _ranking_sentence(equal: EqualKL, evidence: Evidence) -> str:
         if not is_above_zero(second.behind_leader):
             text += "; that interval includes 0, so the order may be chance"
     if equal.left_out:
-        text += f". Not compared, since too close to the supervised policy: {_list(equal.left_out)}"
+        text += f". Not compared, since at their best too close to the supervised policy: {_list(equal.left_out)}"
     return text + "."
 
 
@@ -106,10 +132,10 @@ def _exo_against_dpo(evidence: Evidence) -> list[str]:
 
 def _duel(pair: Comparison, first: MethodEvidence, second: MethodEvidence) -> str:
     on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
-    at = f"at KL {number(pair.kl)}, {interval(pair.difference)}"
+    amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"
     if is_above_zero(pair.difference):
-        return f"{on}, {_titled(first)} is ahead of {_titled(second)} {at} in reward."
-    return f"{on}, {_titled(first)} and {_titled(second)} are level {at} in reward."
+        return f"{on}, {_titled(first)} is ahead of {_titled(second)}: {amount} more reward {at}."
+    return f"{on}, {_titled(first)} and {_titled(second)} are level: a difference of {amount} {at}."
 
 
 def _titled(method: MethodEvidence) -> str:
@@ -121,10 +147,8 @@ def _optimum_sentence(evidence: Evidence, evaluated: list[MethodEvidence]) -> li
     if not gaps:
         return []
     name, gap = min(gaps, key=lambda pair: pair[1].gap.estimate)
-    bound = "at most " if gap.below_first_checkpoint else ""
     return [
-        f"The best possible policy at KL {number(gap.kl)} is estimated {bound}{interval(gap.gap)} above {name}, "
-        "the closest to it."
+        f"The best possible policy at KL {number(gap.kl)} is estimated {interval(gap.gap)} above {name}, the closest."
     ]
 
 

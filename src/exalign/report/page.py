@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from exalign.evaluation.schema import Evidence, MethodEvidence, read_evidence
-from exalign.report import wording
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.figure_training import draw_alignment, draw_checkpoints, draw_other_stages
 from exalign.report.headline import headline
 from exalign.report.style import DARK, LIGHT, figure_style, looks_of
 from exalign.report.svg import inline_svg, save_figure
+from exalign.report.wording import duration, interval, number, percent, visible, words
 from exalign.storage import write_text
 
 WIDE, NARROW = 8.8, 3.75
@@ -49,9 +50,11 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         # Every printed value passes here before it is escaped, so no text can be forgotten.
         finalize=_finalize,
     )
-    for name in ("number", "interval", "percent", "duration", "words"):
-        environment.filters[name] = getattr(wording, name)
+    for function in (number, interval, percent, duration, words):
+        environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
+    names = [method.name for method in evidence.methods]
+    environment.filters["names"] = lambda text: _mark_names(text, names)
     return environment.get_template("page.html.jinja").render(
         evidence=evidence,
         headline=headline(evidence),
@@ -76,7 +79,7 @@ def describe(method: MethodEvidence) -> str:
         for key, sign in names.items()
         if key != unused and isinstance(method.settings.get(key), int | float)
     ]
-    return ", ".join(part for part in (wording.words(family), target, *values) if part)
+    return ", ".join(part for part in (words(family), target, *values) if part)
 
 
 def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
@@ -117,9 +120,23 @@ def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
 def _finalize(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
-    return wording.visible(value) if isinstance(value, str) else value
+    return visible(value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> str:
-    """A setting's value as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+    """A value of the environment as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _mark_names(text: str, names: list[str]) -> Markup:
+    """Escaped text in which the methods' names stand out and are not broken at their hyphens."""
+    text = str(escape(visible(text)))
+    if names:
+        longest_first = sorted((str(escape(visible(name))) for name in names), key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first))
+        text = re.sub(rf"(?<![\w-])({pattern})(?![\w-])", r'<span class="method">\1</span>', text)
+    return Markup(text)

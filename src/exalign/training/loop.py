@@ -55,7 +55,7 @@ class TrainSettings(Settings):
     epochs: int = Field(1, gt=0, description="times each prompt is seen")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="how the rate falls after warm-up; linear and cosine end at 0"
+        "cosine", description="how the rate falls after warm-up; linear and cosine fall towards 0"
     )
     adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of weight matrices; biases and norms have none")
@@ -65,7 +65,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints that an interrupted run needs")
     save_policies: int = Field(1, gt=0, description="models saved along the way, evenly spaced, the final one included")
-    seed: int = Field(0, ge=0, description="seeds the order of the prompts and any randomness of a step")
+    seed: int = Field(0, ge=0, description="seeds the order of the prompts; a recipe adds its own seed to it")
     trackers: tuple[str, ...] = Field((), description="trackers known to Accelerate: tensorboard, wandb, trackio, …")
 
 
@@ -149,7 +149,7 @@ def evenly_spaced(num_steps: int, count: int) -> list[int]:
     """At most `count` different steps out of 1…`num_steps`, evenly spaced, the last one included.
 
     >>> evenly_spaced(10, 4), evenly_spaced(2, 5)
-    ([2, 5, 8, 10], [1, 2])
+    ([2, 5, 7, 10], [1, 2])
     """
     count = min(count, num_steps)
     return [(index + 1) * num_steps // count for index in range(count)]
@@ -235,7 +235,7 @@ def _prepare(task: Task, module: PackedPolicy | PackedScorer, settings: TrainSet
     module.train()
     if settings.gradient_checkpointing:
         model: Any = module.model
-        # The first is the name from transformers 5.2x on, the second the one before.
+        # The second name is that of older transformers 5 releases.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     optimizer = adamw(module, betas=settings.adam_betas, weight_decay=settings.weight_decay, device=accelerator.device)

@@ -68,6 +68,7 @@ def preference_accuracy(rewards: Tensor, preferred: Tensor, mask: Tensor) -> tup
 
     Shapes: `rewards` `[B, K]`, `preferred` `[B]`, `mask` `[B, K]` → two `[B]`; the margin is mean(r_w − r_l).
 
+    >>> import torch
     >>> preference_accuracy(torch.tensor([[3.0, 1.0, 3.0]]), torch.tensor([0]), torch.ones(1, 3).bool())
     (tensor([0.7500]), tensor([1.]))
     """

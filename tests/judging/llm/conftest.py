@@ -44,7 +44,7 @@ def serve(app: str, **environment: str) -> Iterator[str]:
             process.wait()
 
 
-def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], *, seconds: float = 60) -> None:
+def wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], *, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, "the process ended early"

@@ -45,7 +45,7 @@ def rules() -> Starlette:
         body = await request.json()
         keys[request.headers.get("authorization", "none")] += 1
         question = body["messages"][0]["content"]
-        answers = re.findall(r"<answer_([ab])>\n(.*?)\n?</answer_", question, flags=re.S)
+        answers = re.findall(r"<(?:answer|summary|message)_([ab])>\n(.*?)\n?</", question, flags=re.S)
         if body["model"] == "key-echo":
             return JSONResponse({"error": {"message": f"bad {request.headers['authorization']}"}}, status_code=401)
         if "too-long" in question:
@@ -66,7 +66,7 @@ def rules() -> Starlette:
 
 def faults() -> Starlette:
     """A proxy to `UPSTREAM`: two attempts at each question fail, in ways chosen by its content; the third passes."""
-    upstream = os.environ["UPSTREAM"]
+    upstream, slow = os.environ["UPSTREAM"], float(os.environ.get("SLOW", "1.5"))
     attempts: Counter[str] = Counter()
     injected: Counter[str] = Counter()
     client = httpx.AsyncClient(timeout=60)
@@ -85,7 +85,7 @@ def faults() -> Starlette:
             case "503-html":
                 return PlainTextResponse("<html>Service Unavailable</html>", status_code=503)
             case "slow":
-                await asyncio.sleep(1.5)
+                await asyncio.sleep(slow)
                 return PlainTextResponse(good)
             case "cut-off":  # half of the announced body, then the connection closes
                 half = good[: len(good) // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -134,7 +135,7 @@ def test_dry_run_asks_and_writes_nothing(run, rules, invoke):
 
 def test_against_the_reference_texts_where_they_are_known(run, rules, invoke):
     invoke("judge", run, "--against", "chosen", "--endpoint", f"{rules}/v1", "--model", "longer", *FAST)
-    summary = summary_of(run, "longer-instruction", "exo-vs-chosen")
+    summary = summary_of(run, "longer-instruction", "exo-vs-reference")
     assert summary["pairs"] == 4
     assert summary["lose"]["estimate"] == 1.0
     assert summary["counts"] == {"no_reference_text": 6, "prompts_available": 4}
@@ -161,33 +162,52 @@ def test_one_step_of_one_method(run, rules, invoke):
     step = run / "evaluation" / "exo" / "step-000005"
     result = invoke("judge", step, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
     assert result.exit_code == 0, result.output
-    summary = summary_of(run, "good-instruction", "exo@step-000005-vs-sft")
+    summary = summary_of(run, "good-instruction", "exo@5-vs-sft")
     assert (summary["win"]["estimate"], summary["lose"]["estimate"]) == (0.0, 0.2)
 
 
-def test_agreement_with_people_and_another_judge(run, rules, invoke):
+def test_agreement_with_another_judge_and_with_exported_people(run, rules, invoke):
     arguments = ("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1")
     invoke(*arguments, "--model", "good", *FAST)
     verdicts = read_comparisons(run / "judging" / "llm" / "good-instruction" / "exo-vs-sft" / "verdicts.jsonl")
     # One person sees it as the judge does except on two wins, and tells the match-up the other way round.
-    changed = [Comparison(**{**fields(c), "judge": "ann"}) for c in verdicts]
-    changed = [Comparison(**{**fields(c), "verdict": "second"}) if c.prompt_id in "01" else c for c in changed]
-    (run / "judging" / "people").mkdir()
-    write_comparisons(run / "judging" / "people" / "verdicts.jsonl", [c.swapped() for c in changed])
+    changed = [replace(c, judge="ann", verdict="second" if c.prompt_id in "01" else c.verdict) for c in verdicts]
+    (run / "assessment").mkdir()
+    write_comparisons(run / "assessment" / "export.jsonl", [c.swapped() for c in changed])
+    invoke(*arguments, "--model", "always-a", *FAST)
     result = invoke(*arguments, "--model", "good", *FAST)
+    machine, ann = summary_of(run, "good-instruction", "exo-vs-sft")["agreement"]
+    assert machine["with"] == ["always-a"]
+    assert machine["raw"]["estimate"] == pytest.approx(1 / 9)  # of its nine ties, one is one
+    # The identical pair was not asked about and does not count. Judge: 6 wins, 1 tie, 2 losses; person: 4, 1, 4.
+    assert (ann["with"], ann["pairs"], ann["source"]) == (["ann"], 9, "assessment/export.jsonl")
+    assert ann["raw"]["estimate"] == pytest.approx(7 / 9)
+    expected = (6 * 4 + 1 * 1 + 2 * 4) / 81
+    assert ann["kappa"] == pytest.approx((7 / 9 - expected) / (1 - expected))
+    assert ann["without_ties"]["estimate"] == 6 / 8
+    assert "agreement with ann on 9 pairs: 77.8 %" in result.output
+
+
+def test_agreement_with_a_study_of_the_same_run(run, rules, invoke):
+    store_module = pytest.importorskip("exalign.judging.people.store", reason="needs SQLAlchemy")
+    from exalign.judging.people.study import plan_study
+
+    study = plan_study(run, [("sft", "exo")], name="study", num_prompts=10, assessors=["ann", "bob"])
+    (run / "assessment").mkdir()
+    store = store_module.Store(str(run / "assessment" / "study.sqlite"))
+    for token in store.create(study).values():
+        assessor = store.assessor(token)
+        while (position := store.next_open(assessor.id)) is not None:
+            task = store.task(assessor.id, position)
+            verdict = "left" if "good" in task.left_text else ("right" if "good" in task.right_text else "tie")
+            store.submit(assessor.id, position, task.revision, {"verdict": verdict, "criteria": {}, "comment": ""})
+    store.close()
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, (result.output, result.exception)
     (entry,) = summary_of(run, "good-instruction", "exo-vs-sft")["agreement"]
-    assert entry["with"] == ["ann"]
-    assert entry["pairs"] == 10
-    assert entry["raw"]["estimate"] == 0.8
-    # Judge: 6 wins, 2 ties, 2 losses; person: 4, 2, 4.
-    expected = 0.6 * 0.4 + 0.2 * 0.2 + 0.2 * 0.4
-    assert entry["kappa"] == pytest.approx((0.8 - expected) / (1 - expected))
-    assert entry["without_ties"]["estimate"] == 6 / 8
-    assert "agreement with ann on 10 pairs: 80.0 %" in result.output
-
-
-def fields(comparison: Comparison) -> dict:
-    return {name: getattr(comparison, name) for name in Comparison.__slots__}
+    assert (entry["pairs"], entry["verdicts"], entry["with"]) == (9, 18, ["ann", "bob"])
+    assert (entry["raw"]["estimate"], entry["theirs_among_themselves"]["estimate"]) == (1.0, 1.0)
+    assert entry["kappa"] == pytest.approx(1)
 
 
 def test_grading_on_comparisons_by_people(tmp_path, rules, invoke):
@@ -209,13 +229,17 @@ def test_grading_on_comparisons_by_people(tmp_path, rules, invoke):
 
 
 def test_grading_on_a_preference_set(tmp_path, rules, invoke):
-    rows = [{"prompt": f"Q{i}", "chosen": "good " * (i + 1), "rejected": "bad"} for i in range(3)]
-    rows.append({"prompt": "Q", "chosen": "bad", "rejected": "good"})
+    rows = [{"prompt": f"Q{i}", "chosen": "good " * (i + 1), "rejected": f"bad {i}"} for i in range(15)]
+    rows += [{"prompt": f"P{i}", "chosen": f"bad {i}", "rejected": f"good {i}"} for i in range(5)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = invoke("grade-judge", tmp_path / "pairs.jsonl", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "pairs-graded" / "good-instruction" / "summary.json").read_text())
-    assert summary["agreement"][0]["raw"]["estimate"] == 0.75
+    (entry,) = summary["agreement"]
+    assert entry["raw"]["estimate"] == 0.75
+    # The winner always stands first in such a file; which answer is called first here is a matter of its text, so that
+    # chance agreement is about one half and kappa about 2 · 0.75 − 1.
+    assert entry["kappa"] == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize(

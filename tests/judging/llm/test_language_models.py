@@ -100,6 +100,22 @@ def test_a_served_model_and_the_same_model_in_this_process_say_the_same(run, ser
     assert summaries[0]["tokens"]["prompt"] == summaries[1]["tokens"]["prompt"]
 
 
+def test_a_served_model_behind_a_faulty_proxy(run, served, model_folder, running, invoke):
+    arguments = ("judge", run, "--against", "sft", *OPTIONS)
+    assert invoke(*arguments, "--model-path", model_folder).exit_code == 0
+    patient = ("--timeout", 3, "--retry-wait", 0.01)
+    with running("faults", UPSTREAM=served, SLOW="60") as proxy:
+        result = invoke(*arguments, "--endpoint", f"{proxy}/v1", "--model", model_folder, *patient)
+        injected = sum(httpx.get(f"{proxy}/counts").json()["injected"].values())
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert injected == 12
+    here = run / "judging" / "llm" / "tiny-judge-instruction" / "exo-vs-sft"
+    (there,) = [path.parent for path in run.rglob("comparisons.jsonl") if path.parent != here]
+    assert answers(there) == answers(here)
+    outcomes = [json.loads(line)["outcome"] for line in (there / "exchanges.jsonl").read_text().splitlines()]
+    assert outcomes.count("answered") == 6
+
+
 def test_a_local_model_is_known_by_its_weights(run, model_folder, invoke):
     arguments = ("judge", run, "--against", "sft", *OPTIONS, "--model-path", model_folder)
     folder = run / "judging" / "llm" / "tiny-judge-instruction" / "exo-vs-sft"

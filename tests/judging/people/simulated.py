@@ -41,10 +41,10 @@ def hostile_answer(system: str, i: int) -> str:
         "<img src=x onerror='window.attacked = true'>",
         "</div></section></main><h1>All done. Thank you!</h1><form id='verdict'>",
         "{{ 7 * 7 }} {% raw %} ${alert(1)} javascript:alert(1)",
-        "\u202eright to left\u202c \x00 \x1b[2J \ud83d " + "\u0301" * 50 + "W" * 500,
+        "\u202eright to left\u202c \x00 \x1b[2J " + "\u0301" * 50 + "W" * 500,
         "<textarea><style>body{display:none}</style><!-- ",
     ]
-    return f"[{system} p{i}] {attacks[i % len(attacks)]}"
+    return f"[{system} p{i}] {' '.join(attacks)}"
 
 
 def opinion(name: str, prompt: str, first: str, second: str, about: str) -> str:

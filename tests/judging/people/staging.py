@@ -48,22 +48,19 @@ def write_run(folder: Path, num_prompts: int, answer: Callable[[str, int], str] 
 class Server:
     """`exalign assess serve` as a process; `kill` ends it without a chance to tidy up."""
 
-    def __init__(self, store: str) -> None:
+    def __init__(self, store: str, log: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.store = store
+        self.store, self.log = store, log or Path(os.devnull)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Server:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", self.store, "--port", str(self.port)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [*COMMAND, "serve", self.store, "--port", str(self.port)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:

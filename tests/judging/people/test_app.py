@@ -241,12 +241,10 @@ def test_turns_of_prompts():
 
 
 def test_only_loopback_is_served_without_an_address():
-    assert allowed_hosts("0.0.0.0", "https://assess.example.org:8443/x") == [
-        "127.0.0.1",
-        "localhost",
-        "assess.example.org",
-    ]
-    assert allowed_hosts("::1", None) == ["127.0.0.1", "localhost"]
+    assert allowed_hosts("localhost", None) == ["127.0.0.1", "localhost"]
+    assert allowed_hosts("0.0.0.0", "https://assess.example.org:8443/x")[-1] == "assess.example.org"
+    with pytest.raises(InputError, match="IPv4"):
+        allowed_hosts("::1", None)
     for host, url in (("0.0.0.0", None), ("example.org", None), ("127.0.0.1", "assess.example.org")):
         with pytest.raises(InputError, match="--url"):
             allowed_hosts(host, url)

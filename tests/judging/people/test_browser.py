@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from exalign.judging.people.store import Store
+from exalign.judging.people.study import plan_study
 from judging.people.simulated import ARGUMENTS, CHROMIUM, WAIT, hostile_answer, simulate
-from judging.people.staging import Server
+from judging.people.staging import MATCHES, Server, write_run
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not installed")
 
@@ -31,9 +31,24 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def links(store: Store, make_study, serve: Callable[[str], Server], tmp_path) -> tuple[Server, dict[str, str]]:
+    """A study of one's own, on a server that may be killed."""
     tokens = store.create(make_study(num_prompts=2, answer=hostile_answer))
     server = serve(str(tmp_path / "study.sqlite"))
     return server, {name: f"{server.url}/a/{token}" for name, token in tokens.items()}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Iterator[tuple[Store, dict[str, str]]]:
+    """A server that nobody kills, with an assessor for each test that only looks."""
+    folder = tmp_path_factory.mktemp("shared")
+    run = write_run(folder / "run", 2, hostile_answer)
+    names = ["keys", "form", "text", "roles", "light", "dark"]
+    store = Store(str(folder / "study.sqlite"))
+    tokens = store.create(plan_study(run, MATCHES, name="study", num_prompts=2, assessors=names))
+    server = Server(str(folder / "study.sqlite")).start()
+    yield store, {name: f"{server.url}/a/{token}" for name, token in tokens.items()}
+    server.kill()
+    store.close()
 
 
 def open_page(browser: Browser, link: str, **options) -> Page:
@@ -92,8 +107,8 @@ def test_what_was_entered_while_the_server_was_away_survives_the_window(browser,
     context.close()
 
 
-def test_keys_can_be_switched_off(browser, links):
-    page = open_page(browser, links[1]["ann"])
+def test_keys_can_be_switched_off(browser, shared):
+    page = open_page(browser, shared[1]["keys"])
     page.uncheck("#use-keys")
     page.keyboard.press("b")
     expect(page.locator("#verdict-right")).not_to_be_checked()
@@ -102,25 +117,25 @@ def test_keys_can_be_switched_off(browser, links):
     page.context.close()
 
 
-def test_without_a_script_the_page_is_a_form(browser, links, store):
-    page = open_page(browser, links[1]["bob"], java_script_enabled=False)
+def test_without_a_script_the_page_is_a_form(browser, shared):
+    page = open_page(browser, shared[1]["form"], java_script_enabled=False)
     for position in range(1, 7):
         expect(page.locator("h1")).to_have_text(f"Comparison {position} of 6")
         page.locator("label[for=verdict-tie]").click()
         page.locator("#save").click()
     expect(page.locator("h1")).to_have_text("All done. Thank you!")
-    assert len(list(store.comparisons("study"))) == 6
+    assert [c.verdict for c in shared[0].comparisons("study") if c.judge == "form"] == ["tie"] * 6
     page.locator("#undo").click()
     expect(page.locator("h1")).to_have_text("Comparison 6 of 6")
     expect(page.locator("#verdict-tie")).to_be_checked()
     page.context.close()
 
 
-def test_completions_are_shown_as_text(browser, links):
-    page = open_page(browser, links[1]["cho"])
+def test_completions_are_shown_as_text(browser, shared):
+    page = open_page(browser, shared[1]["text"])
     shown = []
     for position in range(1, 7):
-        page.goto(f"{links[1]['cho']}/{position}")
+        page.goto(f"{shared[1]['text']}/{position}")
         assert page.locator("h1").count() == page.locator("form#verdict").count() == page.locator("main").count() == 1
         assert page.locator("main script, main img, main style").count() == 0
         shown += page.locator(".answer .text").all_inner_texts()
@@ -130,8 +145,8 @@ def test_completions_are_shown_as_text(browser, links):
     page.context.close()
 
 
-def test_names_roles_and_focus(browser, links):
-    page = open_page(browser, links[1]["ann"])
+def test_names_roles_and_focus(browser, shared):
+    page = open_page(browser, shared[1]["roles"])
     for name in ("Overall", "Follows the instruction", "Correct", "Fluent", "Safe", "Helpful"):
         group = page.get_by_role("group", name=name, exact=True)
         expect(group.get_by_role("radio")).to_have_count(3)
@@ -151,10 +166,9 @@ def test_names_roles_and_focus(browser, links):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_and_a_phone_shows_everything(browser, links, scheme):
+def test_text_has_contrast_and_a_phone_shows_everything(browser, shared, scheme):
     phone = {"width": 360, "height": 740}
-    page = open_page(browser, links[1]["ann"], viewport=phone, color_scheme=scheme, has_touch=True)
-    time.sleep(0.1)
+    page = open_page(browser, shared[1][scheme], viewport=phone, color_scheme=scheme, has_touch=True)
     page.locator("label[for=verdict-left]").tap()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     contrasts = page.evaluate(_CONTRASTS)

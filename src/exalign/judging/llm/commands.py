@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from exalign.errors import InputError
-from exalign.judging.comparison import Comparison, read_comparisons
 from exalign.judging.llm.endpoint import Asker, Endpoint
 from exalign.judging.llm.grading import human_pairs, read_human
 from exalign.judging.llm.instructions import Instructions, load_instructions
 from exalign.judging.llm.judge import Questions, estimate, judge_pairs, questions
 from exalign.judging.llm.local import LocalModel
 from exalign.judging.llm.options import read_settings, with_settings
+from exalign.judging.llm.others import other_judgements
 from exalign.judging.llm.pairs import MatchUp, match_ups, open_run
 from exalign.judging.llm.settings import JudgeSettings
 
@@ -64,7 +64,7 @@ def judge(
         if dry_run:
             _print_estimate(console, f"{match_up.first} against {match_up.second}", asked, folder, settings)
             continue
-        others = _others(opened.root, folder)
+        others = other_judgements(opened.root, folder)
         about = _about(match_up, instructions, endpoint)
         rows.append(judge_pairs(asked, asker, settings, folder, about=about, others=others, console=console))
     if not dry_run:
@@ -127,12 +127,6 @@ def _about(match_up: MatchUp, instructions: Instructions, endpoint: str | None) 
     }
 
 
-def _others(root: Path, folder: Path) -> dict[str, list[Comparison]]:
-    """Verdicts of other judges on this run: models', and people's as exported."""
-    paths = sorted(path for path in (root / "judging").rglob("verdicts.jsonl") if path.parent != folder)
-    return {str(path.relative_to(root)): read_comparisons(path) for path in paths}
-
-
 def _print_estimate(console: Console, name: str, asked: Questions, folder: Path, settings: JudgeSettings) -> None:
     cost = estimate(asked, folder, settings)
     console.print(
@@ -178,8 +172,8 @@ def _print_grade(console: Console, summary: dict[str, Any]) -> None:
 def _agreement_text(entry: dict[str, Any]) -> str:
     judges = entry["with"]
     who = ", ".join(judges) if len(judges) <= 3 else f"{len(judges)} judges"
-    kappa = "–" if entry["kappa"] is None else f"{entry['kappa']:.2f}"
-    alpha = "–" if entry["alpha"] is None else f"{entry['alpha']['estimate']:.2f}"
+    kappa = "–" if entry["kappa"] is None else f"{entry['kappa']:z.2f}"
+    alpha = "–" if entry["alpha"] is None else f"{entry['alpha']['estimate']:z.2f}"
     among = entry["theirs_among_themselves"]
     bound = f" (they among themselves {_percent(among)})" if among else ""
     return (
@@ -194,7 +188,9 @@ def _percent(interval: dict[str, Any] | None, *, bounds: bool = False) -> str:
     text = f"{100 * interval['estimate']:.1f} %"
     if not bounds or interval["low"] is None:
         return text
-    return f"{text} ({100 * interval['low']:.0f}–{100 * interval['high']:.0f})"
+    # The widening of intervals for few prompts can reach beyond what a share can be.
+    low, high = max(0.0, interval["low"]), min(1.0, interval["high"])
+    return f"{text} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def _exit_if_unanswered(console: Console, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ def read_human(path: Path, counts: Counter[str]) -> list[Comparison]:
         from exalign.data.formats import read_source
 
         records = read_source(settings, counts)
-        found = list(from_preference_records(records, judge=f"preferences of {path.name}", counts=counts))
+        preferences = from_preference_records(records, judge=f"preferences of {path.name}", counts=counts)
+        found = [_unordered(comparison) for comparison in preferences]
     if not found:
-        raise InputError(f"{path} holds no judged pair ({dict(counts)}).")
+        said = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()) or "no rows"
+        raise InputError(f"{path} holds no pair that somebody judged: {said}.")
     return found
 
 
@@ -58,6 +62,17 @@ def human_pairs(human: Sequence[Comparison], *, prompts: int, seed: int) -> tupl
         for comparison in reversed(human)
     }
     return choose(unique.values(), prompts=prompts, seed=seed)
+
+
+def _unordered(comparison: Comparison) -> Comparison:
+    """The two answers called `one` and `other` by a hash of their texts, and told in that order.
+
+    A preference set lists the winner first, row after row. Told so, people would have said the same thing every time,
+    and an agreement beyond chance (kappa, alpha) would not exist.
+    """
+    named = replace(comparison, first="one", second="other")
+    digests = [hashlib.sha256(text.encode()).digest() for text in (comparison.first_text, comparison.second_text)]
+    return named if digests[0] < digests[1] else replace(named, first="other", second="one").swapped()
 
 
 def _is_ours(path: Path) -> bool:

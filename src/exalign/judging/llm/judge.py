@@ -129,7 +129,7 @@ def judge_pairs(
 
 
 def _agreements(judgements: Sequence[Judgement], others: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
-    ours: list[Comparison] = together(judgements)
+    ours = together(judgement for judgement in judgements if not judgement.pair.identical)
     found = ((name, agreement_with(ours, theirs)) for name, theirs in others.items())
     return [{"source": name, **result} for name, result in found if result is not None]
 

@@ -34,10 +34,11 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 def agreement_with(ours: Sequence[Comparison], theirs: Sequence[Comparison]) -> dict[str, Any] | None:
     """Agreement of a judge with others on the pairs that both judged, or None where there is no such pair.
 
-    `ours` holds one verdict per pair, `theirs` any number. `raw` is the share of equal verdicts over (ours, theirs),
-    `without_ties` the same where neither said tie, both with intervals over prompts; `kappa` is Cohen's, over the same
-    pairs of verdicts (with several others they are pooled); `alpha` is Krippendorff's ordinal alpha of all of them;
-    `theirs_among_themselves` is the share of equal pairs among the others, which bounds what can be asked of a judge.
+    `ours` holds one verdict per pair that was asked about, `theirs` any number. `raw` is the share of equal verdicts
+    over (ours, theirs), `without_ties` the same where neither said tie, both with intervals over prompts; `kappa` is
+    Cohen's over the same pairs of verdicts (with several others they are pooled); `alpha` is Krippendorff's ordinal
+    alpha of all of them; `theirs_among_themselves` is the share of equal pairs among the others, which bounds what can
+    be asked of a judge.
     """
     readable = [comparison for comparison in ours if comparison.verdict != "unreadable"]
     others = _by_pair(comparison for comparison in theirs if comparison.verdict != "unreadable")

@@ -15,6 +15,8 @@ from exalign.judging.comparison import Comparison, Side, Verdict
 
 _STEP = re.compile(r"step-(\d+)")
 _NOT_METHODS = ("sft", "prompts", "pool")
+REFERENCE = "reference"
+"""The system name of the reference texts, in studies by people too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ def open_run(path: Path) -> RunPolicies:
     if "evaluation" not in parts[:-1]:
         raise InputError(f"{path} is no run directory with evaluation samples, nor a folder below RUN/evaluation.")
     depth = len(parts) - 1 - parts[::-1].index("evaluation")
-    name = "@".join(part for part in parts[depth + 1 :] if part != "samples")
+    named = [part for part in parts[depth + 1 :] if part != "samples"]
+    name = "@".join(str(int(step[1])) if (step := _STEP.fullmatch(part)) else part for part in named)
     policy = Policy(name, path) if path.name == "samples" and path.is_dir() else _policy(path, name)
     if policy is None:
         raise InputError(f"{path} holds no evaluation samples (expected samples, or step-*/samples).")
@@ -138,8 +141,8 @@ def _policy(folder: Path, name: str) -> Policy | None:
 
 def _opponent(run: RunPolicies, policy: Policy, against: str) -> Policy:
     evaluation = run.root / "evaluation"
-    if against == "chosen":
-        return Policy("chosen", evaluation / "prompts")
+    if against in ("chosen", REFERENCE):
+        return Policy(REFERENCE, evaluation / "prompts")
     if against not in ("prompts", "pool") and (evaluation / against).is_dir() and "/" not in against:
         found = _policy(evaluation / against, against)
         if found is None:
@@ -167,7 +170,7 @@ def _references(root: Path) -> dict[str, str]:
 def _match_up(policy: Policy, opponent: Policy, references: dict[str, str], *, prompts: int, seed: int) -> MatchUp:
     counts: Counter[str] = Counter()
     theirs = {record.id: record for record in iter_records(opponent.samples)}
-    is_reference = opponent.name == "chosen"
+    is_reference = opponent.name == REFERENCE
     pairs = []
     for record in iter_records(policy.samples):
         other = theirs.get(record.id)

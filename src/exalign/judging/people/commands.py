@@ -26,7 +26,6 @@ Where = Annotated[
 Named = Annotated[str | None, typer.Option("--name", help="Which study of the store; needed where it holds several.")]
 DEFAULT_PORT = 8765
 LOOPBACK = f"http://127.0.0.1:{DEFAULT_PORT}"
-Address = Annotated[str, typer.Option("--url", help="The address by which assessors reach the page.")]
 
 
 @app.command("new")
@@ -41,7 +40,6 @@ def new_study(
     store: Annotated[str | None, typer.Option(help="SQLite file or database URL instead of the run's own.")] = None,
     name: Annotated[str, typer.Option(help="Name of the study, shown to assessors.")] = "study",
     seed: Annotated[int, typer.Option(help="Chooses prompts, sides and orders.")] = 0,
-    url: Address = LOOPBACK,
 ) -> None:
     """Make a study and print each assessor's private link, once: only hashes of the tokens are stored."""
     people = _names(assessors)
@@ -53,9 +51,9 @@ def new_study(
     typer.echo(f"{len(study.items)} comparisons, {len(study.assignments)} assignments in {place.location}.")
     for key, count in study.counts.items():
         typer.echo(f"  {key}: {count}")
-    typer.echo("Private links, shown only now:")
+    typer.echo("Private links, shown only now (served elsewhere, put that address in front):")
     for person, token in tokens.items():
-        typer.echo(f"  {person}  {_link(url, token)}")
+        typer.echo(f"  {person}  {_link(LOOPBACK, token)}")
 
 
 @app.command("link")
@@ -63,7 +61,7 @@ def renew_link(
     where: Where,
     assessor: Annotated[str, typer.Argument(help="Name of the assessor.")],
     name: Named = None,
-    url: Address = LOOPBACK,
+    url: Annotated[str, typer.Option(help="The address by which assessors reach the page.")] = LOOPBACK,
 ) -> None:
     """Print a new private link for an assessor; the old one stops working."""
     place, study = _open(where, name)

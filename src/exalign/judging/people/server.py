@@ -21,8 +21,16 @@ def serve(store: Store, *, host: str = "127.0.0.1", port: int = 8765, url: str |
     """
     store.check()
     app = create_app(store, allowed_hosts=allowed_hosts(host, url))
+    # A person reads for longer than uvicorn's 5 s; a form sent on a connection closed just then would be lost.
     config = uvicorn.Config(
-        app, host=host, port=port, access_log=False, log_level="warning", server_header=False, proxy_headers=False
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=120,
     )
     try:
         uvicorn.Server(config).run()

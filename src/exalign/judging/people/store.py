@@ -140,19 +140,13 @@ class Store:
 
     def progress(self, assessor_id: int) -> tuple[int, int]:
         """How many of an assessor's assignments are decided, and how many there are."""
-        counts = sa.select(sa.func.count(_ROW.decided_at), sa.func.count()).where(_ROW.assessor_id == assessor_id)
         with self.engine.connect() as connection:
-            done, total = connection.execute(counts).one()
-        return done, total
+            return _progress(connection, assessor_id)
 
     def last_decided(self, assessor_id: int) -> tuple[int, int] | None:
         """Position and revision of the assignment decided last."""
-        last = sa.select(_ROW.position, _ROW.revision).where(
-            _ROW.assessor_id == assessor_id, _ROW.decided_at.is_not(None)
-        )
         with self.engine.connect() as connection:
-            row = connection.execute(last.order_by(_ROW.decided_at.desc(), _ROW.position.desc()).limit(1)).first()
-        return None if row is None else (row.position, row.revision)
+            return _last_decided(connection, assessor_id)
 
     def task(self, assessor_id: int, position: int) -> Task | None:
         """One assignment for its page; notes when it was first opened."""
@@ -166,7 +160,8 @@ class Store:
                 opened = sa.update(ASSIGNMENT).where(_ROW.id == row.id, _ROW.opened_at.is_(None))
                 connection.execute(opened.values(opened_at=now()))
                 connection.commit()
-        done, total = self.progress(assessor_id)
+            done, total = _progress(connection, assessor_id)
+            previous = _last_decided(connection, assessor_id)
         content, first_left = row.content, row.left == "first"
         texts = content["first_text"], content["second_text"]
         return Task(
@@ -181,7 +176,7 @@ class Store:
             draft=row.draft,
             total=total,
             done=done,
-            previous=self.last_decided(assessor_id),
+            previous=previous,
         )
 
     def save_draft(self, assessor_id: int, position: int, revision: int, draft: Answer) -> bool:
@@ -245,6 +240,19 @@ class Store:
             yield
         except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
             raise InputError(f"{self.location} cannot be used as a study database: {error.orig}") from None
+
+
+def _progress(connection: sa.Connection, assessor_id: int) -> tuple[int, int]:
+    counts = sa.select(sa.func.count(_ROW.decided_at), sa.func.count()).where(_ROW.assessor_id == assessor_id)
+    done, total = connection.execute(counts).one()
+    return done, total
+
+
+def _last_decided(connection: sa.Connection, assessor_id: int) -> tuple[int, int] | None:
+    decided = [_ROW.assessor_id == assessor_id, _ROW.decided_at.is_not(None)]
+    last = sa.select(_ROW.position, _ROW.revision).where(*decided)
+    row = connection.execute(last.order_by(_ROW.decided_at.desc(), _ROW.position.desc()).limit(1)).first()
+    return None if row is None else (row.position, row.revision)
 
 
 def _inserted(connection: sa.Connection, table: sa.Table, values: dict[str, Any]) -> int:

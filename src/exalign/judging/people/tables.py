@@ -65,10 +65,11 @@ def open_engine(location: str) -> Engine:
         url = make_url(location if "://" in location else f"sqlite:///{Path(location).absolute()}")
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
-        engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_timeout=30, pool_pre_ping=True)
+        local = url.get_backend_name() == "sqlite"
+        engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_timeout=30, pool_pre_ping=not local)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InputError(f"The store is neither a path nor a database URL that can be opened here: {error}") from None
-    if url.get_backend_name() == "sqlite":
+    if local:
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         sa.event.listen(engine, "connect", _prepare_sqlite)

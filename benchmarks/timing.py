@@ -1,0 +1,63 @@
+"""Interleaved measurement: every contender once per round, in turning order, so that a drift of the machine hits all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Times:
+    """Seconds of one contender. `first` was the warm-up, whose numbers were compared; it counts only if alone."""
+
+    first: float
+    later: list[float] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[float]:
+        return self.later or [self.first]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.counted)
+
+    def summary(self) -> dict[str, float | int]:
+        return {
+            "seconds": self.median,
+            "n": len(self.counted),
+            "fastest": min(self.counted),
+            "slowest": max(self.counted),
+            "warm": int(bool(self.later)),
+        }
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def fastest_of(candidates: Mapping[int, Callable[[], object]]) -> int:
+    """The candidate that takes least, each run once; the only one is not run at all."""
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    return min(candidates, key=lambda name: timed(candidates[name]))
+
+
+def interleave(
+    work: Mapping[str, Callable[[], object]], first: Mapping[str, float], *, rounds: int, seconds_each: float
+) -> dict[str, Times]:
+    """Up to `rounds` more passes of each, as long as its passes so far took less than `seconds_each` in all.
+
+    `first` holds the seconds of each contender's first pass, which was made by the caller.
+    """
+    times = {name: Times(first[name]) for name in work}
+    names = list(work)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            entry = times[name]
+            if entry.first + sum(entry.later) < seconds_each:
+                entry.later.append(timed(work[name]))
+    return times

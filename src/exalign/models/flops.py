@@ -1,0 +1,126 @@
+"""How much arithmetic a model must do for a list of groups, and how fast this machine multiplies its matrices.
+
+The necessary work is: every distinct prompt and completion token once (the last token of a completion is only ever a
+target), the head only where a completion token is predicted (the K first tokens of a group share one position), causal
+attention only. A multiplication and an addition are two operations. Norms, activations, softmax and the optimizer are
+not counted, so a share of the peak below 1 is what remains after them as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from exalign.data.batching import Group
+from exalign.models.packing import base_of
+
+_PEAK_ROWS = (256, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What the groups ask for: `tokens` through the body, `rows` through the head, `pairs` of query and key."""
+
+    tokens: int
+    rows: int
+    pairs: int
+
+
+def necessary_positions(groups: Sequence[Group]) -> Positions:
+    """Count them. With a prompt of P tokens and completions of T_i, of which the last token is never read:
+
+    tokens = P + Σ (T_i − 1), rows = 1 + Σ (T_i − 1), pairs = P (P + 1) / 2 + Σ (T_i − 1) (P + T_i / 2).
+
+    >>> ids = torch.arange(9)
+    >>> necessary_positions([Group(0, ids[:4], (ids[:3], ids[:1]))])
+    Positions(tokens=6, rows=3, pairs=21)
+    """
+    tokens = rows = pairs = 0
+    for group in groups:
+        prompt, read = len(group.prompt_ids), [len(ids) - 1 for ids in group.completion_ids]
+        tokens += prompt + sum(read)
+        rows += 1 + sum(read)
+        pairs += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in read)
+    return Positions(tokens, rows, pairs)
+
+
+def forward_flops(model: nn.Module, groups: Sequence[Group]) -> float:
+    """Operations of one forward pass: also what drawing these completions costs, each token read once.
+
+    Of the body, every linear layer is counted for every token, so experts that a token does not visit are counted too,
+    and a sliding window is not subtracted.
+    """
+    return sum(count for _, count in _products(model, groups)) + _attention(model, groups)
+
+
+def training_flops(model: nn.Module, groups: Sequence[Group]) -> float:
+    """Operations of a forward and a backward pass: three times the forward's, two for weights that are not trained."""
+    products = sum(count * (3 if trained else 2) for trained, count in _products(model, groups))
+    return products + 3 * _attention(model, groups)
+
+
+@torch.no_grad()
+def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: int = 3) -> float:
+    """The best rate, in operations per second, measured now over the matrix products of this model.
+
+    Each shape of weight is multiplied with 256 and with 1,024 rows, as the forward does and as the gradient of the
+    input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy with
+    other work the result is the rate that was left.
+    """
+    weights = {tuple(weight.shape): weight for _, weight in (*_body(model), *_head(model))}
+    best = 0.0
+    for weight in weights.values():
+        matrix = weight.detach().to(dtype or weight.dtype)
+        for rows in _PEAK_ROWS:
+            for factor in (matrix, matrix.t()):
+                left = torch.ones(rows, factor.shape[0], dtype=matrix.dtype, device=matrix.device)
+                seconds = min(_seconds(left, factor) for _ in range(repeats))
+                best = max(best, 2.0 * rows * weight.numel() / seconds)
+    return best
+
+
+def _seconds(left: Tensor, right: Tensor) -> float:
+    _wait(left.device)
+    started = time.perf_counter()
+    left @ right
+    _wait(left.device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _products(model: nn.Module, groups: Sequence[Group]) -> list[tuple[bool, float]]:
+    """Of each matrix of the model: whether it is trained, and the operations of its product in the forward pass."""
+    positions = necessary_positions(groups)
+    counted = [(trained, 2.0 * positions.tokens * weight.numel()) for trained, weight in _body(model)]
+    return counted + [(trained, 2.0 * positions.rows * weight.numel()) for trained, weight in _head(model)]
+
+
+def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
+    """q·k and p·v of every pair, head and layer."""
+    config: Any = base_of(model).config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4.0 * necessary_positions(groups).pairs * size * config.num_attention_heads * config.num_hidden_layers
+
+
+def _body(model: nn.Module) -> list[tuple[bool, Tensor]]:
+    return _matrices(base_of(model).base_model)
+
+
+def _head(model: nn.Module) -> list[tuple[bool, Tensor]]:
+    head = base_of(model).get_output_embeddings()
+    return [] if head is None else _matrices(head)
+
+
+def _matrices(module: nn.Module) -> list[tuple[bool, Tensor]]:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    return [(bool(layer.weight.requires_grad), layer.weight) for layer in layers]

@@ -1,0 +1,170 @@
+"""A run is a directory: complete stages are skipped, interrupted ones continue, foreign ones are refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from exalign.data.records import read_header, read_records
+from exalign.errors import InputError
+from exalign.pipeline import Recipe, Run, run_recipe
+from exalign.pipeline.stages import plan
+from exalign.storage import fingerprint_path, read_json
+from pipeline.conftest import tiny_overrides
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def carry_out(recipe: Recipe, folder: Path, *targets: str, redo: bool = False) -> str:
+    printed = io.StringIO()
+    Run(recipe, folder, Console(file=printed, width=200), redo).carry_out(plan(recipe), targets)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    from exalign.pipeline.demo import RECIPE
+    from exalign.pipeline.recipe import load_recipe
+
+    recipe = load_recipe(RECIPE, tiny_overrides(world))
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_recipe(recipe, folder=folder)
+    return recipe, folder
+
+
+def test_a_whole_run_leaves_what_the_documentation_promises(finished: tuple[Recipe, Path]) -> None:
+    _, folder = finished
+    for name in ("recipe.yaml", "environment.json", "report/index.html", "evaluation/evidence.json"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("sft", "reward", "align/exo-rw", "align/dpo-pref"):
+        assert (folder / name / "model" / "model.safetensors").exists()
+        assert (folder / name / "metrics.jsonl").exists()
+    rollouts = read_records(folder / "scored" / "records")
+    assert [len(record.completions) for record in rollouts] == [3] * 24
+    assert all(record.rewards is not None for record in rollouts)
+    assert read_header(folder / "rollouts" / "records").temperature == 1.0
+    samples = read_records(folder / "evaluation" / "exo-rw" / "step-000003" / "samples")
+    assert all(c.reference_logprob is not None and c.logprob is not None for r in samples for c in r.completions)
+
+
+def test_before_the_first_step_every_log_ratio_is_zero(finished: tuple[Recipe, Path]) -> None:
+    import json
+
+    _, folder = finished
+    first = json.loads((folder / "align" / "exo-rw" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) < 1e-5
+    assert first["log_ratio_spread"] < 1e-5
+
+
+def test_running_again_skips_everything_but_the_report(finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = finished
+    before = fingerprint_path(folder / "align")
+    printed = carry_out(recipe, folder)
+    assert printed.count("skipped") == len(plan(recipe)) - 1
+    assert fingerprint_path(folder / "align") == before
+
+
+def test_a_directory_of_another_recipe_is_refused_and_named(finished: tuple[Recipe, Path], tiny: MakeRecipe) -> None:
+    _, folder = finished
+    with pytest.raises(InputError, match=r"align.exo-rw.beta_pi was 0.5, is 0.25.*--redo"):
+        carry_out(tiny("align.exo-rw.beta_pi=0.25"), folder)
+
+
+def test_redo_makes_again_what_differs_and_nothing_else(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    import shutil
+
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    printed = carry_out(tiny("align.exo-rw.beta_pi=0.25"), copy, "align", redo=True)
+    again = [line.split()[1] for line in printed.splitlines() if line.startswith("▸")]
+    assert again == ["align/exo-rw"]
+    assert (copy / "evaluation" / "sft" / "done.json").exists()
+
+
+def test_changed_data_is_noticed(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    data.write_text((world / "sft.jsonl").read_text())
+    recipe = tiny(f"data.sft.source={data}")
+    carry_out(recipe, tmp_path / "run", "sft")
+    data.write_text("\n".join(data.read_text().splitlines()[:-1]))
+    with pytest.raises(InputError, match="content of its data"):
+        carry_out(recipe, tmp_path / "run", "sft")
+
+
+def test_the_order_of_methods_and_what_else_a_recipe_aligns_change_no_method(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, folder = finished
+    alone = tiny()
+    alone = alone.model_copy(update={"align": {"exo-rw": alone.align["exo-rw"]}})
+    run_recipe(alone, "align", folder=tmp_path / "alone")
+    assert fingerprint_path(tmp_path / "alone/align/exo-rw/model/model.safetensors") == fingerprint_path(
+        folder / "align/exo-rw/model/model.safetensors"
+    )
+
+
+def test_a_second_process_is_told_and_leaves(tiny: MakeRecipe, tmp_path: Path) -> None:
+    run = Run(tiny(), tmp_path / "run")
+    with run._locked(), pytest.raises(InputError, match="in use by another exalign process"):
+        carry_out(tiny(), tmp_path / "run", "sft")
+
+
+def test_an_unknown_stage_lists_those_there_are(tiny: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no stage 'oracle'; it has sft, preferences"):
+        carry_out(tiny(), tmp_path / "run", "oracle")
+
+
+def models_and_samples(folder: Path) -> dict[str, str]:
+    kept = [*folder.rglob("*.safetensors"), *folder.rglob("*.parquet")]
+    kept = [path for path in kept if "checkpoints" not in path.parts]
+    return {path.relative_to(folder).as_posix(): fingerprint_path(path) for path in kept}
+
+
+def test_killed_at_random_moments_and_started_again_it_ends_as_if_nothing_happened(
+    finished: tuple[Recipe, Path], world: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, several times, wherever the run happens to be: final weights and samples are equal bit for bit."""
+    _, undisturbed = finished
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "exalign", "demo", "--run", str(folder), *tiny_overrides(world)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(__import__("torch").get_num_threads())
+    rng = random.Random(7)
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = 0
+        if kills < 4:
+            known = len(list(folder.rglob("done.json")))
+            while process.poll() is None and len(list(folder.rglob("done.json"))) < known + 2:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.6))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        done = process.wait()
+        if done == 0:
+            break
+        assert done == -signal.SIGKILL, process.stderr.read().decode() if process.stderr else ""
+    assert kills == 4
+    assert models_and_samples(folder) == models_and_samples(undisturbed)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:
+    _, folder = finished
+    counts = read_json(folder / "rollouts" / "done.json")["counts"]
+    assert counts["completions"] == 72
+    assert counts["prompts"] == 24

@@ -1,0 +1,89 @@
+"""The page in a real browser: it needs no network, fits phones, and what models wrote stays text."""
+
+from __future__ import annotations
+
+import pytest
+
+from report.conftest import HOSTILE
+
+
+def open_page(browser, path, *, width=1280, scheme="light"):
+    """The opened page, and every address it asked for."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    return page, asked
+
+
+def test_it_asks_for_nothing_but_itself(browser, evidence_and_page):
+    path = evidence_and_page[1]
+    page, asked = open_page(browser, path)
+    page.wait_for_load_state("networkidle")
+    assert asked == [path.as_uri()]
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 768, 375, 320])
+def test_no_horizontal_scrolling(browser, evidence_and_page, hostile_page, width):
+    for path in (evidence_and_page[1], hostile_page):
+        page, _ = open_page(browser, path, width=width)
+        page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
+
+
+def test_figures_fit_the_screen(browser, evidence_and_page):
+    for width, shown, hidden in ((1280, "wide", "narrow"), (375, "narrow", "wide")):
+        page, _ = open_page(browser, evidence_and_page[1], width=width)
+        assert page.locator(f"#frontier .{shown} svg").is_visible()
+        assert not page.locator(f"#frontier .{hidden} svg").is_visible()
+        size = page.locator(f"#frontier .{shown} svg text").first.evaluate(
+            "text => parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a"
+        )
+        assert size > 8
+        page.close()
+
+
+def test_dark_and_light(browser, evidence_and_page):
+    seen = {}
+    for scheme in ("light", "dark"):
+        page, _ = open_page(browser, evidence_and_page[1], scheme=scheme)
+        ink = page.locator("#frontier .wide svg text").first.evaluate("text => getComputedStyle(text).fill")
+        seen[scheme] = (page.evaluate("getComputedStyle(document.body).backgroundColor"), ink)
+        page.close()
+    assert seen["light"][0] != seen["dark"][0]
+    assert seen["light"][1] != seen["dark"][1]
+
+
+def test_what_models_wrote_is_inert_and_visible(browser, hostile_page):
+    page, asked = open_page(browser, hostile_page)
+    assert page.evaluate("window.hacked") is None
+    assert asked == [hostile_page.as_uri()]
+    assert page.locator("script, img, iframe, object, article svg").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).display") != "none"
+    shown = page.locator("article .text").first.text_content()
+    for part in ("<script>window.hacked = 1</script>", "</p></article>", "␀␇␛[31m", "[U+202E]desrever", "{{ 7 * 7 }}"):
+        assert part in shown
+    assert page.locator("article").count() == 2 * page.locator("section#samples details").count()
+    assert page.locator(".prompt").first.text_content() == shown.strip()
+    assert len(shown.strip()) >= len(HOSTILE.strip())
+    page.close()
+
+
+def test_bidirectional_text_does_not_leave_its_box(browser, hostile_page):
+    page, _ = open_page(browser, hostile_page)
+    assert page.locator("article .text").first.evaluate("e => getComputedStyle(e).unicodeBidi") == "isolate"
+    for character in "\u202e\u2066\x00\x07\x1b":
+        assert character not in page.content()
+    page.close()
+
+
+def test_everything_is_on_paper_too(browser, evidence_and_page, tmp_path):
+    page, _ = open_page(browser, evidence_and_page[1])
+    page.emulate_media(media="print")
+    assert page.locator("#frontier .wide svg").is_visible()
+    assert page.locator("details:not([open]) .prompt").first.is_visible()
+    page.pdf(path=tmp_path / "report.pdf", format="A4")
+    assert (tmp_path / "report.pdf").stat().st_size > 20_000
+    page.close()

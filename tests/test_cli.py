@@ -1,0 +1,104 @@
+"""The command line as a person meets it: one sentence and status 2 for every mistake, before any long work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exalign.data.synthetic import write_world
+from exalign.pipeline.demo import RECIPE
+
+
+def exalign(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "exalign", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_world(folder, num_sft=16, num_prompts=4, num_test=4)
+    return folder
+
+
+def recipe_problem(world: Path, *overrides: str) -> str:
+    places = [
+        f"tokenizer.source={world}/tokenizer",
+        f"data.sft.source={world}/sft.jsonl",
+        f"data.prompts.source={world}/prompts.jsonl",
+        f"data.evaluation.source={world}/test.jsonl",
+    ]
+    result = exalign("run", str(RECIPE), "--run", str(world / "run"), *places, *overrides)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+def test_a_misspelt_setting(world: Path) -> None:
+    assert "did you mean epochs?" in recipe_problem(world, "sft.epohs=3")
+
+
+def test_a_missing_file_names_the_nearest(world: Path) -> None:
+    line = recipe_problem(world, f"data.sft.source={world}/stf.jsonl")
+    assert "stf.jsonl" in line
+    assert "sft.jsonl" in line
+
+
+def test_a_malformed_row_is_named_with_file_and_row(world: Path) -> None:
+    bad = world / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    line = recipe_problem(world, f"data.sft.source={bad}")
+    assert "bad.jsonl, row 2" in line
+
+
+def test_bad_evaluation_data_is_found_before_any_training(world: Path) -> None:
+    bad = world / "bad-test.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    assert "bad-test.jsonl, row 2" in recipe_problem(world, f"data.evaluation.source={bad}")
+    assert not (world / "run" / "sft" / "metrics.jsonl").exists()
+
+
+def test_a_function_that_does_not_exist(world: Path) -> None:
+    assert "no_such_module" in recipe_problem(world, "preferences.scorer={function: 'no_such_module:reward'}")
+    assert not (world / "run" / "sft" / "metrics.jsonl").exists()
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    result = exalign("algn")
+    assert result.returncode == 2
+    assert "align" in result.stderr
+
+
+def test_help_lists_every_stage() -> None:
+    result = exalign("--help")
+    assert result.returncode == 0
+    for command in ("sft", "reward", "sample", "score", "align", "evaluate", "report", "run", "demo", "inspect", "recipe"):
+        assert f" {command} " in result.stdout
+
+
+def test_recipe_prints_what_can_be_read_again(tmp_path: Path) -> None:
+    printed = exalign("recipe", str(RECIPE), "align.exo-rw.beta_pi=0.25").stdout
+    (tmp_path / "again.yaml").write_text(printed)
+    assert exalign("recipe", str(tmp_path / "again.yaml")).stdout == printed
+    assert "beta_pi: 0.25" in printed
+
+
+def test_explain_prints_every_setting() -> None:
+    printed = exalign("recipe", "--explain").stdout
+    assert "align.NAME.beta_pi" in printed
+    assert "sample.num_completions" in printed
+
+
+def test_inspect_shows_tokens_and_counts(world: Path) -> None:
+    rows = [{"prompt": "This drama", "chosen": " was fine.", "rejected": " was dull."}]
+    rows.append({"prompt": "This drama", "chosen": " was fine.", "rejected": " was fine."})
+    (world / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = exalign("inspect", str(world / "pairs.jsonl"), "--model", str(world / "tokenizer"))
+    assert result.returncode == 0
+    assert "preferred" in result.stdout
+    assert "pairs equal" in result.stdout
