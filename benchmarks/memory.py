@@ -32,6 +32,7 @@ from benchmarks.workload import (
 )
 from exalign.errors import InputError
 
+CONTENDERS = "exalign,trl-best,trl-best:4,trl-completions,trl-completions:4,official,trl-defaults"
 KEEPS_REFERENCE = ("official", "trl-defaults")
 
 
@@ -64,10 +65,12 @@ def measure(name: str, shape: str, k: int, *, model: str, prompts: int, micro: i
 
 
 def compare(shape: str, k: int, *, model: str, prompts: int, names: list[str], threads: int) -> dict[str, Any]:
-    """All contenders, each in a fresh process, at its smallest micro-batch: the least memory it can do with."""
+    """All contenders, each in a fresh process. `name:4` asks for a micro-batch size; else it is the smallest."""
     rows = {}
     for name in names:
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", name, "--shape", shape, "--k", str(k)]
+        one, _, micro = name.partition(":")
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", one, "--shape", shape, "--k", str(k)]
+        command += ["--micro", micro or "0"]
         command += ["--model", model, "--prompts", str(prompts), "--threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         if done.returncode:
@@ -106,8 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tldr", help="mean lengths")
     parser.add_argument("--k", type=int, default=2, help="completions per prompt")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of the step; the peak is that of a micro-batch")
-    parser.add_argument("--contenders", default=",".join(NAMES[:-1]), help="the first is the base of the ratios")
-    parser.add_argument("--micro", type=int, default=0, help="micro-batch size, with --one; 0: the contender's smallest")
+    parser.add_argument("--contenders", default=CONTENDERS, help="the first is the base; name:size sets micro-batch")
+    parser.add_argument("--micro", type=int, default=0, help="micro-batch size, with --one; 0: the smallest")
     parser.add_argument("--one", choices=NAMES, help="measure this one in this very process")
     given = parser.parse_args(arguments)
     prepare_process(given.threads)

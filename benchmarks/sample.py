@@ -126,9 +126,7 @@ class ContinuousBatching(Sampling):
         if len(outputs) != len(prompts) * self.k:
             raise InputError(f"transformers' continuous batching gave {len(outputs)} completions; see its messages.")
         self.logprobs = [[sum(o.logprobs) for o in outputs[i : i + self.k]] for i in range(0, len(outputs), self.k)]
-        return [
-            [list(o.generated_tokens) for o in outputs[i : i + self.k]] for i in range(0, len(outputs), self.k)
-        ]
+        return [[list(o.generated_tokens) for o in outputs[i : i + self.k]] for i in range(0, len(outputs), self.k)]
 
 
 def generation_config(k: int, tokens: int) -> GenerationConfig:
@@ -181,7 +179,7 @@ def compare(
         for name, way in ways.items()
     }
     about = {"benchmark": "sample", "shape": shape, "k": k, "model": model, "prompts": prompts, "tokens": tokens}
-    return {**about, "peak_gflops": peak / 1e9, "machine": describe_machine(), "contenders": rows}
+    return {**about, "peak_gflops": {"fp32": peak / 1e9}, "machine": describe_machine(), "contenders": rows}
 
 
 def make_way(name: str, plain: Any, k: int, tokens: int) -> Sampling:

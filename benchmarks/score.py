@@ -108,7 +108,7 @@ def compare(shape: str, k: int, *, model: str, prompts: int, rounds: int, second
         for name, way in ways.items()
     }
     about = {"benchmark": "score", "shape": shape, "k": k, "model": model, "prompts": prompts, "tokens": tokens}
-    return {**about, "peak_gflops": peak / 1e9, "machine": describe_machine(), "contenders": rows}
+    return {**about, "peak_gflops": {"fp32": peak / 1e9}, "machine": describe_machine(), "contenders": rows}
 
 
 def show(result: dict[str, Any]) -> str:

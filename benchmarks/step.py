@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, Exalign, Official, copy_of, gradient_of
@@ -79,9 +80,9 @@ def compare(
         del gradient
         first[name] += timed(contender.update)
     steps = {name: _step(contender, groups, sizes[name]) for name, contender in contenders.items()}
-    peak = matmul_peak(policy)
+    before = _peaks(policy)
     times = interleave(steps, first, rounds=rounds, seconds_each=seconds_each)
-    peak = max(peak, matmul_peak(policy))
+    peaks = {precision: max(rate, before[precision]) for precision, rate in _peaks(policy).items()}
     work, tokens = training_flops(policy, groups), sum(group.num_tokens for group in groups)
     base = times[names[0]].median
     rows = {
@@ -93,26 +94,32 @@ def compare(
             "ratio": times[name].median / base,
             "tokens_per_second": tokens / times[name].median,
             "gflops": work / times[name].median / 1e9,
-            "share_of_peak": work / times[name].median / peak,
+            "share_of_peak": work / times[name].median / peaks[contender.precision],
             "difference": differences[name],
         }
         for name, contender in contenders.items()
     }
     about = {"benchmark": "step", "shape": shape, "k": k, "model": model, "prompts": prompts, "tokens": tokens}
-    return {**about, "peak_gflops": peak / 1e9, "machine": describe_machine(), "contenders": rows}
+    gflops = {precision: rate / 1e9 for precision, rate in peaks.items()}
+    return {**about, "peak_gflops": gflops, "machine": describe_machine(), "contenders": rows}
+
+
+def _peaks(model: Any) -> dict[str, float]:
+    """The best rate of the model's matrix products now, by precision."""
+    return {"fp32": matmul_peak(model), "bf16": matmul_peak(model, dtype=torch.bfloat16)}
 
 
 def _best_size(contender: Contender, groups: Sequence[Group]) -> int:
-    """The fastest micro-batch size on the first few prompts, gradients thrown away."""
-    few = list(groups[: max(4, max(contender.sizes) if contender.unit == "prompts" else 4)])
+    """The fastest micro-batch size, gradients thrown away; peers, which take longer, are tried on fewer prompts."""
+    few = groups[: max(contender.sizes)] if contender.unit == "prompts" else groups
+    if len(contender.sizes) > 1:
+        contender.gradient(few[:1], contender.sizes[0])  # what the first call allocates is not the first size's fault
     best = fastest_of({size: lambda size=size: contender.gradient(few, size) for size in contender.sizes})  # type: ignore[misc]
     contender.model.zero_grad(set_to_none=True)
     return best
 
 
-def _difference(
-    contender: Contender, found: tuple[float, Tensor], expected: tuple[float, Tensor]
-) -> dict[str, float]:
+def _difference(contender: Contender, found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> dict[str, float]:
     loss = abs(found[0] - expected[0]) / max(abs(expected[0]), 1e-6)
     gradient = float((found[1] - expected[1]).norm() / expected[1].norm())
     limit = TOLERANCE[contender.precision]
@@ -136,7 +143,7 @@ def show(result: dict[str, Any]) -> str:
     """The result as a table for a terminal."""
     lines = [
         f"step, {result['shape']}, K = {result['k']}, {result['prompts']} prompts, {result['tokens']} tokens, "
-        f"peak {result['peak_gflops']:.0f} GFLOP/s",
+        f"peak {result['peak_gflops']['fp32']:.0f} GFLOP/s in fp32, {result['peak_gflops']['bf16']:.0f} in bf16",
         f"{'':34}{'precision':>10}{'micro-batch':>16}{'n':>4}{'seconds':>10}{'ratio':>8}{'peak':>7}",
     ]
     for row in result["contenders"].values():

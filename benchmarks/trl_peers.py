@@ -58,9 +58,7 @@ class GroupTrainer(TokenisedTrainer):
             reference = found.view(-1, len(groups)).t()
         logp = outputs.log_probs.sum(1).view(-1, len(groups)).t()
         predicted = inputs["completion_mask"][:, 1:]
-        self._metrics["train"]["entropy"].append(
-            float((outputs.entropy.detach() * predicted).sum() / predicted.sum())
-        )
+        self._metrics["train"]["entropy"].append(float((outputs.entropy.detach() * predicted).sum() / predicted.sum()))
         self._metrics["train"]["logits"].append(float((outputs.mean_logits * predicted).sum() / predicted.sum()))
         self._metrics["train"]["top1"].append(float((outputs.is_top1 & predicted.bool()).sum() / predicted.sum()))
         return exo_loss(logp, reference, groups).mean()

@@ -77,7 +77,19 @@ def test_an_unknown_command_names_the_nearest() -> None:
 def test_help_lists_every_stage() -> None:
     result = exalign("--help")
     assert result.returncode == 0
-    for command in ("sft", "reward", "sample", "score", "align", "evaluate", "report", "run", "demo", "inspect", "recipe"):
+    for command in (
+        "sft",
+        "reward",
+        "sample",
+        "score",
+        "align",
+        "evaluate",
+        "report",
+        "run",
+        "demo",
+        "inspect",
+        "recipe",
+    ):
         assert f" {command} " in result.stdout
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from exalign.errors import InputError
+from exalign.judging.llm.commands import grade_judge, judge
 
 app = typer.Typer(
     name="exalign",
@@ -39,13 +40,12 @@ STAGES = {
 
 
 def _carry_out(recipe: Path, overrides: list[str] | None, folder: Path | None, redo: bool, *targets: str) -> None:
-    from exalign.pipeline import Run, load_recipe
-    from exalign.pipeline.stages import plan
+    from exalign.pipeline import Run, carry_out, load_recipe
 
     _quiet_libraries()
     loaded = load_recipe(recipe, overrides or ())
     run = Run(loaded, folder, console=console, redo=redo)  # type: ignore[arg-type]
-    run.carry_out(plan(loaded), targets)
+    carry_out(run, *targets)
 
 
 @app.command("run")
@@ -72,13 +72,12 @@ def demo(
     redo: Redo = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
-    from exalign.pipeline import Run
+    from exalign.pipeline import Run, carry_out
     from exalign.pipeline.demo import demo_recipe
-    from exalign.pipeline.stages import plan
 
     _quiet_libraries()
     recipe = demo_recipe(run, overrides or ())
-    Run(recipe, run, console=console, redo=redo).carry_out(plan(recipe))
+    carry_out(Run(recipe, run, console=console, redo=redo))
 
 
 @app.command()
@@ -123,6 +122,54 @@ def inspect(
         max_completion_tokens=max_completion_tokens,
     )
     console.print(render_inspection(found))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a policy.")],
+    prompts: Annotated[int, typer.Option(min=1)] = 8,
+    k: Annotated[int, typer.Option("--k", min=2, help="Completions of each prompt.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 350,
+    completion_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each completion.")] = 40,
+) -> None:
+    """Measure training and sampling on your model and shape: tokens/s, and the share of this machine's peak."""
+    from exalign.models.loading import ModelSettings
+    from exalign.pipeline.bench import BenchShape, bench_table
+    from exalign.pipeline.bench import bench as measure
+
+    _quiet_libraries()
+    shape = BenchShape(
+        prompts=prompts, num_completions=k, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
+    )
+    console.print(bench_table(measure(ModelSettings(source=model), shape)))
+
+
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="The folder for PNG and SVG files.")] = Path("figures"),
+) -> None:
+    """Draw the paper's theorems and its Figures 1 and 5, computed exactly on a world small enough to enumerate."""
+    from exalign.pipeline.exact_figures import draw_exact_figures
+
+    for path in draw_exact_figures(out):
+        console.print(f"wrote {path} and .svg", highlight=False)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help="Judge by people: a blind study on a web page (new, serve, export, agreement; see assess --help).",
+)
+def assess(context: typer.Context) -> None:
+    try:
+        from exalign.judging.people.commands import app as people
+    except ModuleNotFoundError as error:
+        raise InputError(f"assess needs {error.name}: pip install 'exalign[people]'.") from None
+    people(args=context.args, prog_name="exalign assess", standalone_mode=False)
+
+
+app.command("judge")(judge)
+app.command("grade-judge")(grade_judge)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -58,7 +58,10 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["score.scorer={stage: oracle}"], "score.scorer names the stage 'oracle', but the recipe has no oracle section"),
+        (
+            ["score.scorer={stage: oracle}"],
+            "score.scorer names the stage 'oracle', but the recipe has no oracle section",
+        ),
         (["preferences.scorer={stage: reward}"], "cannot be this run's reward model"),
         (["data.prompts=null"], "data.prompts is missing"),
         (["data.labelled={source: x.jsonl}"], "data.labelled has no effect without an oracle"),
@@ -79,11 +82,13 @@ def test_what_cannot_take_effect_is_refused(overrides: list[str], sentence: str)
 
 def test_a_missing_file_names_the_recipes_that_exist(tmp_path: Path) -> None:
     (tmp_path / "imdb.yaml").write_text("name: x")
-    with pytest.raises(InputError, match="does not exist; there are .*imdb.yaml"):
+    with pytest.raises(InputError, match=r"does not exist; there are .*imdb\.yaml"):
         load_recipe(tmp_path / "imbd.yaml")
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "- 1", "a: !!python/object:os.system {}", "\t", "", "a: &x [*x]"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: 1\na: 2", "- 1", "a: !!python/object:os.system {}", "\t", "", "a: &x [*x]"]
+)
 def test_yaml_that_is_no_recipe_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError) as caught:

@@ -79,7 +79,7 @@ def test_metrics_by_hand() -> None:
     weights = ratio.softmax(0)
     log_p, log_t = (0.5 * ratio).log_softmax(0), (group.rewards.double() / 0.25).log_softmax(0)
     expected = {
-        "kl": (weights * ratio).sum(),
+        "kl": (weights * (3 * weights).log()).sum(),
         "log_ratio_spread": ratio.std(correction=0),
         "saturated": torch.tensor(0.0),
         "completion_tokens": torch.tensor(sum(map(len, group.completion_ids)) / 3),

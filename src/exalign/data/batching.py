@@ -83,6 +83,20 @@ def completion_mask(groups: Sequence[Group]) -> Tensor:
     return torch.arange(width)[None, :] < sizes[:, None]
 
 
+def completion_token_mask(groups: Sequence[Group]) -> Tensor:
+    """Which places hold a token of a completion: bool `[B, K, T]`, T the longest completion of the batch.
+
+    >>> group = Group(0, torch.ones(1), (torch.ones(1), torch.ones(3)))
+    >>> completion_token_mask([group]).tolist()
+    [[[True, False, False], [True, True, True]]]
+    """
+    lengths = torch.zeros(completion_mask(groups).shape, dtype=torch.long)
+    for row, group in enumerate(groups):
+        lengths[row, : group.num_completions] = torch.tensor([len(ids) for ids in group.completion_ids])
+    width = int(lengths.max()) if len(groups) else 0
+    return torch.arange(width) < lengths[..., None]
+
+
 def stack_values(groups: Sequence[Group], name: Literal["rewards", "reference_logp", "proposal_logp"]) -> Tensor:
     """The per-completion values `name` of every group: float32 `[B, K]`, 0 where `completion_mask` is False.
 

@@ -16,7 +16,7 @@ from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, rew
 from exalign.evaluation.examples import choose_examples
 from exalign.evaluation.frontier import frontier_point, select_within
 from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
-from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence, WinRate, write_evidence
+from exalign.evaluation.schema import Evidence, FrontierPoint, Judgements, MethodEvidence, WinRate, write_evidence
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
 from exalign.evaluation.tables import SampleTable, tabulate
 from exalign.evaluation.winrate import win_rate
@@ -25,13 +25,22 @@ SFT = "SFT"
 _FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 
 
-def build_evidence(run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, num_examples: int = 8) -> Evidence:
+def build_evidence(
+    run: Path,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    num_examples: int = 8,
+    judgements: Judgements | None = None,
+) -> Evidence:
     """Compute everything the report says about the run in folder `run` and write `evaluation/evidence.json`.
 
     Missing pieces (no pool, no reference texts, a method that was stopped, one method only) leave their part empty
-    and a sentence in `notes`. Without samples of the supervised policy there is nothing to compare with: `InputError`.
+    and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.evidence` reads it).
+    Without samples of the supervised policy there is nothing to compare with: `InputError`.
     """
     run = Path(run)
+    judgements = Judgements() if judgements is None else judgements
     material = _Material.read(run)
     options: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
     log_odds = _rewards_are_log_odds(material.recipe)
@@ -58,9 +67,12 @@ def build_evidence(run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPL
         curves=curves,
         stages=run_folder.stages(run),
         record_counts=run_folder.record_counts(run),
-        notes=material.notes + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n],
+        notes=material.notes
+        + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
+        + judgements.notes,
         environment=run_folder.read_environment(run),
         recipe=material.recipe_text,
+        judgements=judgements,
         **options,
     )
     write_evidence(run / "evaluation" / "evidence.json", evidence)
@@ -161,8 +173,8 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
         gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), **options)
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
-    settings = (material.recipe.get("align") or {}).get(name)
-    settings = settings if isinstance(settings, dict) else {}
+    sections = [material.recipe.get(section) or {} for section in ("align", "ppo")]
+    settings = next((section[name] for section in sections if isinstance(section.get(name), dict)), {})
     return MethodEvidence(
         name=name,
         family=_family(name, settings),

@@ -60,7 +60,7 @@ def evaluated_steps(run: Path, method: str) -> list[tuple[int, Path]]:
 
 def methods_of(run: Path, recipe: dict[str, Any]) -> list[str]:
     """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
-    in_recipe = [str(name) for name in recipe.get("align") or {}]
+    in_recipe = [str(name) for section in ("align", "ppo") for name in recipe.get(section) or {}]
     trained = {path.name for path in (run / "align").glob("*") if path.is_dir()}
     evaluated = {path.parent.name for path in (run / "evaluation").glob("*/step-*") if path.is_dir()}
     there = trained | evaluated

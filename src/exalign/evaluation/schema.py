@@ -196,6 +196,129 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """How `first` fared against `second`: shares in [0, 1] with 95 % intervals over prompts, None without verdicts.
+
+    A prompt's shares are averaged over its judgements first, so that every prompt weighs the same. `score` is
+    win + tie/2. `unreadable` judgements are counted and take no part in the shares.
+    """
+
+    first: str
+    second: str
+    criterion: str
+    win: Interval | None
+    tie: Interval | None
+    lose: Interval | None
+    score: Interval | None
+    num_judgements: int
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class ModelMatchUp:
+    """A match-up judged by a language model, every pair asked about in both orders.
+
+    `tally` counts a pair as won where both orders say so. `length_controlled` is the win rate at equal length,
+    `flip_rate` the share of pairs in which each order named another winner, `half_ties` that in which one order alone
+    was a tie, `shown_first` the share of all decisions for the answer shown first (½ is no position bias). `unanswered`
+    pairs have not been judged yet, `identical` ones are the same text twice, a tie that nobody was asked about. Tokens
+    leave out `answers_without_usage`. `outdated` pairs compare an answer that the run has since replaced.
+    """
+
+    tally: Tally
+    num_pairs: int
+    identical: int
+    unanswered: int
+    length_controlled: Interval | None
+    flip_rate: Interval | None
+    half_ties: Interval | None
+    shown_first: Interval | None
+    prompt_tokens: int
+    completion_tokens: int
+    answers_without_usage: int
+    outdated: int
+
+
+@dataclass(frozen=True)
+class ModelJudge:
+    """What one language model said, asked with one template."""
+
+    name: str
+    template: str
+    match_ups: list[ModelMatchUp]
+
+
+@dataclass(frozen=True)
+class AssessorAgreement:
+    """How far the people of a study agree, on the comparisons (`num_items`) that at least two of them judged.
+
+    `alpha` is Krippendorff's, ordinal over lose < tie < win; `pairwise` the share of equal pairs of verdicts,
+    `without_ties` the same where neither is a tie.
+    """
+
+    criterion: str
+    alpha: Interval | None
+    pairwise: Interval | None
+    without_ties: Interval | None
+    num_items: int
+    num_assessors: int
+
+
+@dataclass(frozen=True)
+class PeopleStudy:
+    """What people said in one study. Nobody is named. `num_asked` is how many verdicts were asked for, where known.
+
+    `tallies` (by criterion, then match-up) and `agreement` hold the overall verdict first, then the criteria that
+    anybody answered.
+    """
+
+    name: str
+    num_assessors: int
+    num_prompts: int
+    num_verdicts: int
+    num_asked: int | None
+    outdated: int
+    tallies: list[Tally]
+    agreement: list[AssessorAgreement]
+
+
+@dataclass(frozen=True)
+class JudgeAgreement:
+    """A model's verdicts on a match-up against those of `other` (another model, or the people of a study).
+
+    Over the `num_pairs` that both judged, identical texts left out: `raw` is the share of equal verdicts,
+    `without_ties` the same where neither is a tie, `kappa` Cohen's, `alpha` Krippendorff's (ordinal), and
+    `among_others` the share of equal verdicts among the others themselves, where there are several.
+    """
+
+    first: str
+    second: str
+    judge: str
+    other: str
+    by_people: bool
+    num_pairs: int
+    raw: Interval | None
+    without_ties: Interval | None
+    kappa: float | None
+    alpha: Interval | None
+    among_others: Interval | None
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What language models and people said about the run's answers. Intervals are over prompts, as everywhere.
+
+    `seed` is that of their resamples; `notes` are sentences about what was left out.
+    """
+
+    judges: list[ModelJudge] = field(default_factory=list)
+    studies: list[PeopleStudy] = field(default_factory=list)
+    agreement: list[JudgeAgreement] = field(default_factory=list)
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """A run's evidence. `notes` are sentences about what is missing or was left out."""
 
@@ -220,6 +343,7 @@ class Evidence:
     notes: list[str]
     environment: dict[str, Any]
     recipe: str
+    judgements: Judgements = field(default_factory=Judgements)
     version: int = EVIDENCE_VERSION
 
 

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
-from exalign.evaluation.schema import Interval
+from exalign.evaluation.schema import Interval, Tally
 from exalign.evaluation.statistics import mean_interval
 from exalign.judging.comparison import Comparison, Verdict
 
 OVERALL = "overall"
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How `first` fared against `second`: shares in [0, 1] with 95 % intervals over prompts, None without verdicts.
-
-    A prompt's shares are averaged over its judgements first, so that every prompt weighs the same. `score` is
-    win + tie/2. `unreadable` judgements are counted and take no part in the shares.
-    """
-
-    first: str
-    second: str
-    criterion: str
-    win: Interval | None
-    tie: Interval | None
-    lose: Interval | None
-    score: Interval | None
-    num_judgements: int
-    unreadable: int
 
 
 def verdict_on(comparison: Comparison, criterion: str) -> Verdict | None:

@@ -16,9 +16,11 @@ from exalign.models.packing import (
     device_of,
     padded_rows,
     plan_for,
+    predicted_tokens,
     row_hidden,
     stream_hidden,
     unflatten,
+    unflatten_tokens,
 )
 from exalign.models.prefix_tree import policy_stream, predictions
 from exalign.models.vocabulary import embed, may_add_in_place
@@ -71,14 +73,32 @@ def reference_logprobs(
     return [found[id(group)] for group in groups]
 
 
+def completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
+    """log π(y_t|x, y_<t) `[B, K, T]` in nats, with gradient; 0 where there is no token. T is the longest completion.
+
+    The terms of the sum that `completion_logprobs` returns, by the same code; `model` is a bare transformers model.
+    """
+    _check(temperature)
+    return unflatten_tokens(*_token_logprobs(model, groups, temperature, add_in_place=False), groups)
+
+
+def packed_token_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> Tensor:
+    """`completion_token_logprobs` for the forward of a module: vocabulary gradients are added to `.grad` in place."""
+    return unflatten_tokens(*_token_logprobs(model, groups, temperature, add_in_place=True), groups)
+
+
 def plain_completion_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
     """The slow twin of `completion_logprobs`: one padded row per completion, full logits. For tests and comparison."""
     _check(temperature)
-    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(model))
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # before the softmax and the sum, never after
-    logp = torch.log_softmax(logits[:, :-1] / temperature, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
-    return unflatten((logp * _predicted(attention_mask, prompt_lengths)).sum(dim=1), groups)
+    logp, predicted = _plain_logprobs(model, groups, temperature)
+    return unflatten((logp * predicted).sum(dim=1), groups)
+
+
+def plain_completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
+    """The slow twin of `completion_token_logprobs`."""
+    _check(temperature)
+    logp, predicted = _plain_logprobs(model, groups, temperature)
+    return unflatten_tokens(logp[predicted], predicted.nonzero()[:, 0], groups)
 
 
 def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
@@ -92,9 +112,19 @@ def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _packed_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool) -> Tensor:
+    logp, sequences = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
+    num_sequences = sum(group.num_completions for group in groups)
+    return unflatten(logp.new_zeros(num_sequences).index_add(0, sequences, logp), groups)
+
+
+def _token_logprobs(
+    model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """log π of every completion token `[N]`, and the completion it belongs to `[N]`, counted through the groups."""
     plan, base, device = plan_for(model), base_of(model), device_of(model)
     if plan.logit_map is None:
-        return plain_completion_logprobs(model, groups, temperature=temperature)
+        logp, predicted = _plain_logprobs(model, groups, temperature)
+        return logp[predicted], predicted.nonzero()[:, 0]
     logit_map = replace(plan.logit_map, temperature=temperature)
     if not plan.tree:
         return _padded_logprobs(base, groups, logit_map)
@@ -105,24 +135,25 @@ def _packed_logprobs(model: nn.Module, groups: Sequence[Group], temperature: flo
     hidden = stream_hidden(base, stream, embed(stream.input_ids, embedding) if direct else None)
     hidden = torch.cat([hidden[begin:end] for begin, end in wanted.spans])
     logp = token_logprobs(hidden, head, wanted.rows, wanted.targets, logit_map=logit_map, add_in_place=add_in_place)
-    return unflatten(logp.new_zeros(wanted.num_sequences).index_add(0, wanted.sequences, logp), groups)
+    return logp, wanted.sequences
 
 
-def _padded_logprobs(base: Any, groups: Sequence[Group], logit_map: LogitMap) -> Tensor:
+def _padded_logprobs(base: Any, groups: Sequence[Group], logit_map: LogitMap) -> tuple[Tensor, Tensor]:
     input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(base))
-    predicted = _predicted(attention_mask, prompt_lengths)
+    predicted = predicted_tokens(attention_mask, prompt_lengths)
     hidden = row_hidden(base, input_ids, attention_mask)[:, :-1][predicted]
     rows = torch.arange(len(hidden), device=hidden.device)
     head, targets = base.get_output_embeddings(), input_ids[:, 1:][predicted]
-    logp = token_logprobs(hidden, head, rows, targets, logit_map=logit_map)
-    sequences = predicted.nonzero()[:, 0]
-    return unflatten(logp.new_zeros(len(input_ids)).index_add(0, sequences, logp), groups)
+    return token_logprobs(hidden, head, rows, targets, logit_map=logit_map), predicted.nonzero()[:, 0]
 
 
-def _predicted(attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Which of the positions 1 … L − 1 of padded rows hold completion tokens, bool `[N, L − 1]`."""
-    positions = torch.arange(1, attention_mask.shape[1], device=attention_mask.device)
-    return (positions >= prompt_lengths[:, None]) & attention_mask[:, 1:].bool()
+def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Tensor]:
+    """log π of the tokens at positions 1 … L − 1 of padded rows, and which of them are completion tokens."""
+    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(model))
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # before the softmax and the sum, never after
+    logp = torch.log_softmax(logits[:, :-1] / temperature, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return logp, predicted_tokens(attention_mask, prompt_lengths)
 
 
 def _check(temperature: float) -> None:

@@ -80,6 +80,12 @@ def padded_rows(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, 
     return input_ids, attention_mask, prompts
 
 
+def predicted_tokens(attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """Which of the positions 1 … L − 1 of padded rows hold completion tokens, bool `[N, L − 1]`."""
+    positions = torch.arange(1, attention_mask.shape[1], device=attention_mask.device)
+    return (positions >= prompt_lengths[:, None]) & attention_mask[:, 1:].bool()
+
+
 def unflatten(values: Tensor, groups: Sequence[Group]) -> Tensor:
     """One row of `values [N, …]` per completion, in order → `[B, K, …]`, 0 where a group has no i-th completion."""
     width = max(group.num_completions for group in groups)
@@ -87,6 +93,17 @@ def unflatten(values: Tensor, groups: Sequence[Group]) -> Tensor:
     flat = values.new_zeros(len(groups) * width, *values.shape[1:])
     flat = flat.index_copy(0, torch.tensor(rows, device=values.device), values)
     return flat.unflatten(0, (len(groups), width))
+
+
+def unflatten_tokens(values: Tensor, sequences: Tensor, groups: Sequence[Group]) -> Tensor:
+    """One value per completion token → `[B, K, T]`, padded with 0 on the right; T is the longest completion.
+
+    `values` `[N]`; `sequences` `[N]` the completion that a token belongs to, counted through the groups; the tokens of
+    one completion come in their order, whatever stands between them.
+    """
+    lengths = [len(ids) for group in groups for ids in group.completion_ids]
+    rows = values[sequences.argsort(stable=True)].split(lengths)
+    return unflatten(nn.utils.rnn.pad_sequence(rows, batch_first=True), groups)
 
 
 def _make_plan(base: Any) -> Plan:

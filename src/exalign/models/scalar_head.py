@@ -1,4 +1,4 @@
-"""The head of a reward model or classifier, read at the last real token of each prompt + completion."""
+"""Scalar heads: a reward model's or classifier's, read at the last real token; a critic's, read before each token."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from exalign.models.packing import (
     device_of,
     padded_rows,
     plan_for,
+    predicted_tokens,
     row_hidden,
     stream_hidden,
     unflatten,
+    unflatten_tokens,
 )
-from exalign.models.prefix_tree import whole_stream
+from exalign.models.prefix_tree import policy_stream, predictions, whole_stream
 
 
 class PackedScorer(nn.Module):
@@ -46,6 +48,38 @@ def completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     return model(groups) if holds(model, PackedScorer) else _packed_outputs(model, groups)
 
 
+def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """The critic's value of the state before each completion token, `[B, K, T]` with gradient; 0 where no token is.
+
+    V_t is the head of a sequence classifier with one label, read at the position that predicts token t: the last
+    token of the prompt for the first one, which all K completions share. float32 (float64 for a float64 model).
+    `ValueError` for a model without such a head.
+    """
+    plan, base, device = plan_for(model), _critic(model), device_of(model)
+    if plan.tree:
+        stream = policy_stream(groups, device)
+        wanted = predictions(groups, stream.layout, device)
+        hidden = stream_hidden(base, stream)
+        values = base.score(torch.cat([hidden[begin:end] for begin, end in wanted.spans]))[wanted.rows, 0]
+        return unflatten_tokens(_accurate(values), wanted.sequences, groups)
+    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device)
+    predicted = predicted_tokens(attention_mask, prompt_lengths)
+    values = base.score(row_hidden(base, input_ids, attention_mask)[:, :-1][predicted])[:, 0]
+    return unflatten_tokens(_accurate(values), predicted.nonzero()[:, 0], groups)
+
+
+def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """The slow twin of `completion_values`: for each token, what stands before it alone in a row."""
+    base, device, values = _critic(model), device_of(model), []
+    for group in groups:
+        for ids in group.completion_ids:
+            path = torch.cat([group.prompt_ids, ids]).to(device)
+            ends = range(len(group.prompt_ids), len(path))
+            values.append(torch.cat([_row_output(base, path[None, :end])[:, 0] for end in ends]))
+    sequences = torch.repeat_interleave(torch.arange(len(values)), torch.tensor([len(row) for row in values]))
+    return unflatten_tokens(_accurate(torch.cat(values)), sequences.to(device), groups)
+
+
 def plain_completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """The slow twin of `completion_outputs`: one completion at a time, alone in its row, without padding."""
     device, outputs = device_of(model), []
@@ -53,6 +87,13 @@ def plain_completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tenso
         for ids in group.completion_ids:
             outputs.append(_row_output(base_of(model), torch.cat([group.prompt_ids, ids])[None].to(device)))
     return unflatten(_accurate(torch.cat(outputs)), groups)
+
+
+def _critic(model: nn.Module) -> Any:
+    base = base_of(model)
+    if not hasattr(base, "score") or base.config.num_labels != 1:
+        raise ValueError("a critic is a causal model with one label and a head named score")
+    return base
 
 
 def _row_output(base: Any, row: Tensor) -> Tensor:

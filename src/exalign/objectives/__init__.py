@@ -1,6 +1,7 @@
 """The mathematics of alignment as pure functions: `[B, K]` tensors in, `[B]` nats out.
 
-Two targets (rewards, a preference) times a family of divergences. A training loss is one line of composition:
+Two targets (rewards, a preference) times a family of divergences; beside them `policy_gradient`, for PPO, which works
+on the tokens of completions. A training loss is one line of composition:
 
 >>> import torch
 >>> policy_logp = torch.tensor([[-10.0, -12.0]], requires_grad=True)
@@ -28,6 +29,15 @@ from exalign.objectives.estimators import (
     weighted_mean,
 )
 from exalign.objectives.matching import log_policy_distribution, log_preference_target, log_reward_target
+from exalign.objectives.policy_gradient import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    generalised_advantages,
+    is_clipped,
+    token_rewards,
+    whiten,
+)
 from exalign.objectives.reward import bradley_terry_loss
 
 __all__ = [
@@ -35,11 +45,16 @@ __all__ = [
     "alpha_divergence",
     "best_of_n_kl",
     "bradley_terry_loss",
+    "clipped_policy_loss",
+    "clipped_value_loss",
     "density_ratio",
     "distance_to_optimum",
     "effective_sample_size",
+    "explained_variance",
     "forward_kl",
+    "generalised_advantages",
     "group_spread",
+    "is_clipped",
     "jeffreys",
     "jensen_shannon",
     "kl_estimate",
@@ -51,5 +66,7 @@ __all__ = [
     "optimal_frontier",
     "reverse_kl",
     "saturated",
+    "token_rewards",
     "weighted_mean",
+    "whiten",
 ]

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exalign.pipeline.preflight import check_inputs
 from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
 from exalign.pipeline.run import Run
 from exalign.pipeline.stages import plan
 
-__all__ = ["Recipe", "Run", "load_recipe", "make_recipe", "run_recipe"]
+__all__ = ["Recipe", "Run", "carry_out", "load_recipe", "make_recipe", "run_recipe"]
 
 
 def run_recipe(recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False) -> Run:
     """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run.carry_out`."""
     run = Run(recipe, Path(folder) if folder is not None else None, redo=redo)  # type: ignore[arg-type]
-    run.carry_out(plan(recipe), targets)
+    carry_out(run, *targets)
     return run
+
+
+def carry_out(run: Run, *targets: str) -> None:
+    """Check everything that the recipe names, then carry out the stages."""
+    stages = plan(run.recipe)
+    if not run.is_complete(stages):
+        check_inputs(run.recipe)
+    run.carry_out(stages, targets)

@@ -14,6 +14,7 @@ from exalign.data.records import Completion, Header, Record, RecordWriter, read_
 from exalign.data.tokenization import tokenize_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
+from exalign.judging.evidence import read_judgements
 from exalign.models.logprobs import reference_logprobs
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.rollouts import sample_policy, sample_supervised, score_records, shards, with_reference_logprobs
@@ -39,7 +40,7 @@ from exalign.storage import fingerprint
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     """Every stage after alignment; none where there is nothing to align."""
-    if not recipe.align:
+    if not recipe.methods:
         return
     settings, supervised = recipe.evaluate, supervised_needs(recipe)
     scorer = evaluation_scorer(recipe)
@@ -53,10 +54,10 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     if settings.pool_prompts:
         pool = [settings.pool_prompts, settings.pool_samples]
         yield Stage("evaluation/pool", needs, lambda: [drawn, pool], _pool)
-    for method in recipe.align:
+    for method in recipe.methods:
         yield Stage(f"evaluation/{method}", (*needs, f"align/{method}"), lambda: drawn, partial(_method, method=method))
     before = ["evaluation/sft", *(["evaluation/pool"] if settings.pool_prompts else [])]
-    before += [f"evaluation/{method}" for method in recipe.align]
+    before += [f"evaluation/{method}" for method in recipe.methods]
     yield Stage("report", tuple(before), lambda: None, _report, always=True)
 
 
@@ -151,7 +152,7 @@ def _score(run: Run, drawn: Path, samples: Path) -> None:
     tokenizer = load_run_tokenizer(run)
     scorer = load_scorer(evaluation_scorer(run.recipe), run)
     model = load_supervised(run, tokenizer).to(device()).eval()
-    longest = run.recipe.sample.max_prompt_tokens + run.recipe.sample.max_new_tokens
+    longest = run.recipe.data.max_prompt_tokens + run.recipe.sample.max_new_tokens
     done: list[Record] = []
     for shard in shards(read_records(drawn)):
         groups = list(
@@ -165,6 +166,6 @@ def _score(run: Run, drawn: Path, samples: Path) -> None:
 
 
 def _report(run: Run, folder: Path, counts: Counter[str]) -> None:
-    build_evidence(run.folder, seed=run.recipe.seed)
+    build_evidence(run.folder, seed=run.recipe.seed, judgements=read_judgements(run.folder))
     page = write_report(run.folder)
     run.console.print(f"Report: [bold]{page}[/bold]")

@@ -23,6 +23,7 @@ from exalign.sampling import SampleSettings
 from exalign.settings import Settings
 from exalign.training.align import AlignSettings
 from exalign.training.classifier import ClassifierSettings
+from exalign.training.ppo import PPOSettings
 from exalign.training.reward_model import RewardModelSettings
 from exalign.training.sft import SFTSettings
 
@@ -122,7 +123,17 @@ class Recipe(Settings):
     align: dict[str, AlignSettings] = Field(
         default_factory=dict, description="methods to align with, each under a name of your own"
     )
+    ppo: dict[str, PPOStageSettings] = Field(
+        default_factory=dict,
+        description="policies trained by PPO on samples that sample describes and score.scorer rewards, each under a "
+        "name of your own",
+    )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of all policies that the recipe aligns, in whatever way."""
+        return (*self.align, *self.ppo)
 
     @model_validator(mode="after")
     def _can_take_effect(self) -> Recipe:
@@ -140,14 +151,28 @@ class RewardStageSettings(RewardModelSettings):
     model: ModelSettings | None = Field(None, description="the model to start from; None: the supervised policy")
 
 
+class PPOStageSettings(PPOSettings):
+    critic: ModelSettings | None = Field(
+        None,
+        description="the critic to start from, with the policy's tokenizer; None: this run's reward model where it "
+        "started from the supervised policy, else the supervised policy with a new head",
+    )
+
+
 Recipe.model_rebuild()
 
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
     targets = {settings.target for settings in recipe.align.values()}
-    if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "sft" for name in recipe.align):
-        yield "align: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
+    for section in ("align", "ppo"):
+        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n == "sft" for n in getattr(recipe, section)):
+            yield f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
+    for name in recipe.ppo:
+        if name in recipe.align:
+            yield f"ppo.{name} has the name of a method in align; give it another"
+    if recipe.ppo and (recipe.sample.top_p is not None or recipe.sample.top_k is not None):
+        yield "ppo needs samples of the policy itself; remove sample.top_p and sample.top_k"
     for name, settings in recipe.align.items():
         idle = "epsilon" if settings.target == "reward" else "beta_r"
         if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
@@ -176,13 +201,22 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     for stage, needed in (("reward", recipe.reward is not None), ("align", "preference" in targets)):
         if needed and not has_preferences:
             yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
+    rewarded = bool(recipe.ppo) or ("reward" in targets and recipe.data.rewards is None)
+    drawn = recipe.preferences is not None or rewarded
+    if drawn and recipe.sample.max_new_tokens > recipe.data.max_completion_tokens:
+        yield (
+            f"sample.max_new_tokens = {recipe.sample.max_new_tokens} is above data.max_completion_tokens = "
+            f"{recipe.data.max_completion_tokens}, and sampled completions are never cut; raise the latter"
+        )
+    if recipe.sample.max_prompt_tokens != SampleSettings.model_fields["max_prompt_tokens"].default:
+        yield "sample.max_prompt_tokens has no effect in a recipe; set data.max_prompt_tokens"
     has_prompts = recipe.data.prompts is not None or recipe.data.preferences is not None
-    if (recipe.preferences is not None or ("reward" in targets and recipe.data.rewards is None)) and not has_prompts:
+    if drawn and not has_prompts:
         yield "data.prompts is missing: it says which prompts to sample from"
-    if recipe.data.rewards is not None and recipe.score != ScoreSettings():
+    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not recipe.ppo:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
     scorers = {"preferences.scorer": recipe.preferences and recipe.preferences.scorer}
-    if "reward" in targets and recipe.data.rewards is None:
+    if rewarded:
         scorers["score.scorer"] = recipe.score.scorer
     scorers["evaluate.scorer"] = recipe.evaluate.scorer
     for where, scorer in scorers.items():
@@ -192,7 +226,7 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
             yield f"{where} names the stage {scorer.stage!r}, but the recipe has no {scorer.stage} section"
         if where == "preferences.scorer" and scorer.stage == "reward":
             yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
-    if recipe.align and recipe.data.evaluation is None:
+    if recipe.methods and recipe.data.evaluation is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
 
 

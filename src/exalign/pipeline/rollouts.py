@@ -44,7 +44,11 @@ def sample_policy(
     folder: Path,
     purpose: str,
 ) -> Counter[str]:
-    """Write samples of the policy at τ to `folder`, continuing what stands there; return what was counted."""
+    """Write samples of the policy at τ to `folder`, continuing what stands there; return what was counted.
+
+    `purpose` seeds the samples, and names them in the header.
+    """
+    settings = settings.model_copy(update={"max_prompt_tokens": run.recipe.data.max_prompt_tokens})
     sampler = GroupedSampler(
         model, tokenizer, settings, temperature=run.recipe.temperature, seed=purpose_seed(run, purpose)
     )
@@ -54,7 +58,7 @@ def sample_policy(
                 writer.write(record)
         writer.close(
             Header(
-                model=run.recipe.name,
+                model=run.recipe.model.source or run.recipe.name,
                 temperature=run.recipe.temperature,
                 seed=run.recipe.seed,
                 sampler=type(sampler).__name__,

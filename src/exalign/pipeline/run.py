@@ -58,6 +58,10 @@ class Run:
         """A place in the run's directory."""
         return self.folder.joinpath(*parts)
 
+    def is_complete(self, stages: Sequence[Stage]) -> bool:
+        """Whether every stage stands, whatever it was made from."""
+        return all(self.path(stage.name, "done.json").exists() for stage in stages)
+
     def carry_out(self, stages: Sequence[Stage], targets: Sequence[str] = ()) -> None:
         """Carry out the stages that `targets` name (all by default), and whatever they need.
 

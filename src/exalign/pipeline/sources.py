@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
 from exalign.data.formats import DataSettings, read_source
-from exalign.data.records import Record
+from exalign.data.records import Record, iter_records
 from exalign.data.tokenization import tokenize_records
 from exalign.errors import InputError
 from exalign.models.loading import (
@@ -159,3 +160,13 @@ def read_records_of(settings: DataSettings, run: Run, counts: Counter[str]) -> l
     if not records:
         raise InputError(f"{settings.source} has no usable rows.")
     return records
+
+
+def prompts_of(run: Run, counts: Counter[str]) -> list[Record]:
+    """The prompts to sample from, without their completions, each once."""
+    source = run.recipe.data.prompts
+    records: Iterable[Record] = (
+        read_records_of(source, run, counts) if source is not None else iter_records(run.path("preferences", "records"))
+    )
+    by_id = {record.id: replace(record, completions=(), preferred=None) for record in records}
+    return list(by_id.values())

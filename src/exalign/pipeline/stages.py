@@ -6,7 +6,7 @@ tokenizer → sft → oracle → preferences → reward → rollouts → scored 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
 from exalign.pipeline.evaluation_stages import evaluation_stages
+from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
 from exalign.pipeline.run import Run, Stage
@@ -34,6 +35,7 @@ from exalign.pipeline.sources import (
     load_scorer,
     load_supervised,
     model_identity,
+    prompts_of,
     read_records_of,
     scorer_identity,
     scorer_needs,
@@ -51,7 +53,7 @@ from exalign.training.sft import train_sft
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe needs, each with what its content depends on."""
-    return [*_preparation(recipe), *_alignment(recipe), *evaluation_stages(recipe)]
+    return [*_preparation(recipe), *_alignment(recipe), *ppo_stages(recipe), *evaluation_stages(recipe)]
 
 
 def _preparation(recipe: Recipe) -> Iterator[Stage]:
@@ -195,16 +197,6 @@ def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
     if not pairs:
         raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
     write_records(folder / "records", pairs, replace(read_header(drawn), counts=dict(counts)))
-
-
-def prompts_of(run: Run, counts: Counter[str]) -> list[Record]:
-    """The prompts to sample from, without their completions, each once."""
-    source = run.recipe.data.prompts
-    records: Iterable[Record] = (
-        read_records_of(source, run, counts) if source is not None else iter_records(run.path("preferences", "records"))
-    )
-    by_id = {record.id: replace(record, completions=(), preferred=None) for record in records}
-    return list(by_id.values())
 
 
 def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:

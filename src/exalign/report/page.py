@@ -18,6 +18,7 @@ from exalign.report.figure_training import draw_alignment, draw_checkpoints, dra
 from exalign.report.headline import headline
 from exalign.report.style import DARK, LIGHT, figure_style, looks_of
 from exalign.report.svg import inline_svg, save_figure
+from exalign.report.verdict_bar import verdict_bar
 from exalign.report.wording import duration, interval, number, percent, visible, words
 from exalign.storage import write_text
 
@@ -55,12 +56,14 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
     environment.filters["plain"] = _plain
     names = [method.name for method in evidence.methods]
     environment.filters["names"] = lambda text: _mark_names(text, names)
+    looks = looks_of(evidence.methods)
     return environment.get_template("page.html.jinja").render(
         evidence=evidence,
         headline=headline(evidence),
         figures=figures,
-        looks=looks_of(evidence.methods),
+        looks=looks,
         describe=describe,
+        verdict_bar=lambda tally: verdict_bar(tally, looks),
         light=LIGHT,
         dark=DARK,
         total_seconds=sum(stage.seconds or 0 for stage in evidence.stages),

@@ -64,19 +64,23 @@ def interval(value: Interval | None) -> str:
 
 
 def percent(value: Interval | None) -> str:
-    """A share with its interval, in per cent.
+    """A share with its interval, in per cent, cut to what a share can be: widened for few prompts, it can reach beyond.
 
-    >>> percent(Interval(0.5, 0.45, 0.55, 10))
-    '50\xa0% [45,\xa055]'
+    >>> percent(Interval(0.5, 0.45, 0.55, 10)), percent(Interval(0.01, -0.002, 0.02, 200))
+    ('50\xa0% [45,\xa055]', '1\xa0% [0,\xa02]')
     """
     if value is None:
         return "–"
-    bounds = (
-        ""
-        if value.low is None or value.high is None
-        else f" [{100 * value.low:.0f},\N{NO-BREAK SPACE}{100 * value.high:.0f}]"
-    )
-    return f"{100 * value.estimate:.0f}\N{NO-BREAK SPACE}%{bounds}"
+    text = f"{100 * value.estimate:.0f}\N{NO-BREAK SPACE}%"
+    if value.low is None or value.high is None:
+        return text
+    low, high = within_a_share(value.low), within_a_share(value.high)
+    return f"{text} [{100 * low:.0f},\N{NO-BREAK SPACE}{100 * high:.0f}]"
+
+
+def within_a_share(bound: float) -> float:
+    """`bound` cut to [0, 1]."""
+    return min(1.0, max(0.0, bound))
 
 
 def duration(seconds: float | None) -> str:

@@ -3,14 +3,17 @@
 from exalign.training.align import AlignSettings, check_groups, train_align, with_reference_logp
 from exalign.training.classifier import ClassifierSettings, train_classifier
 from exalign.training.loop import Task, TrainSettings, train
+from exalign.training.ppo import PPOSettings, Surroundings, train_ppo
 from exalign.training.reward_model import RewardModelSettings, train_reward_model
 from exalign.training.sft import SFTSettings, nats_per_token, train_sft
 
 __all__ = [
     "AlignSettings",
     "ClassifierSettings",
+    "PPOSettings",
     "RewardModelSettings",
     "SFTSettings",
+    "Surroundings",
     "Task",
     "TrainSettings",
     "check_groups",
@@ -18,6 +21,7 @@ __all__ = [
     "train",
     "train_align",
     "train_classifier",
+    "train_ppo",
     "train_reward_model",
     "train_sft",
     "with_reference_logp",

@@ -79,12 +79,13 @@ class Align:
         log_p_target = self._log_target(groups, mask, reference_logp, proposal_logp)
         loss = DIVERGENCES[self.settings.divergence](log_p_policy, log_p_target, mask)
         with torch.no_grad():
-            log_weights = log_importance_weights(
-                policy_logp, reference_logp if proposal_logp is None else proposal_logp, mask
-            )
+            sampled_from = reference_logp if proposal_logp is None else proposal_logp
+            log_weights = log_importance_weights(policy_logp, sampled_from, mask)
+            reference_weights = log_importance_weights(reference_logp, sampled_from, mask)
             log_ratio = policy_logp - reference_logp
             metrics = {
-                "kl": weighted_mean(log_weights, log_ratio, mask),
+                # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
+                "kl": reverse_kl(log_weights, reference_weights, mask),
                 "log_ratio_spread": group_spread(log_ratio, mask),
                 "saturated": saturated(log_p_policy, log_p_target, mask).to(loss.dtype),
                 "completion_tokens": _completion_lengths(groups).to(loss),

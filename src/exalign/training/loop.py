@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
 from exalign.errors import InputError
+from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import save_model
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.scalar_head import PackedScorer
@@ -43,6 +44,7 @@ from exalign.training.state import (
     save_checkpoint,
 )
 
+Trainable = PackedPolicy | PackedScorer | ActorCritic
 MAX_SKIPPED_IN_A_ROW = 10
 _WITHOUT_EFFECT_ON_RESULTS = {"token_budget", "gradient_checkpointing", "checkpoint_every", "trackers"}
 
@@ -67,6 +69,10 @@ class TrainSettings(Settings):
     save_policies: int = Field(1, gt=0, description="models saved along the way, evenly spaced, the final one included")
     seed: int = Field(0, ge=0, description="seeds the order of the prompts; a recipe adds its own seed to it")
     trackers: tuple[str, ...] = Field((), description="trackers known to Accelerate: tensorboard, wandb, trackio, …")
+
+    def rate_of(self, name: str) -> float:
+        """What the learning rate is multiplied with for the parameter of this name; a task with parts overrides it."""
+        return 1.0
 
 
 class Task(Protocol):
@@ -94,7 +100,7 @@ class _Trainer:
 
 def train(
     task: Task,
-    module: PackedPolicy | PackedScorer,
+    module: Trainable,
     tokenizer: PreTrainedTokenizerBase,
     settings: TrainSettings,
     folder: Path,
@@ -218,7 +224,7 @@ def _advance(position: Position, *, skipped: bool) -> Position:
     return replace(position, step=position.step + 1, skipped_in_a_row=in_a_row)
 
 
-def _prepare(task: Task, module: PackedPolicy | PackedScorer, settings: TrainSettings, folder: Path) -> _Trainer:
+def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Path) -> _Trainer:
     missing = [name for name in settings.trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
@@ -234,14 +240,21 @@ def _prepare(task: Task, module: PackedPolicy | PackedScorer, settings: TrainSet
     accelerator.init_trackers("exalign", config=flat)
     module.train()
     if settings.gradient_checkpointing:
-        model: Any = module.model
-        # The second name is that of older transformers 5 releases.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    optimizer = adamw(module, betas=settings.adam_betas, weight_decay=settings.weight_decay, device=accelerator.device)
-    model, optimizer = accelerator.prepare(module, optimizer)
+        for model in module.children():
+            part: Any = model
+            # The second name is that of older transformers 5 releases.
+            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    optimizer = adamw(
+        module,
+        betas=settings.adam_betas,
+        weight_decay=settings.weight_decay,
+        device=accelerator.device,
+        rate_of=settings.rate_of,
+    )
+    prepared, optimizer = accelerator.prepare(module, optimizer)
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
-    return _Trainer(accelerator, model, optimizer, task, settings, warmup_steps)
+    return _Trainer(accelerator, prepared, optimizer, task, settings, warmup_steps)
 
 
 def _fingerprint(task: Task, settings: TrainSettings) -> str:

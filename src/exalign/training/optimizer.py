@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,30 +14,40 @@ from exalign.errors import InputError
 
 
 def adamw(
-    model: nn.Module, *, betas: tuple[float, float], weight_decay: float, device: torch.device
+    model: nn.Module,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    device: torch.device,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the weights that are trained; only those with two dimensions or more decay.
 
-    Trained weights in half precision are an `InputError`: a step of relative size 1e-6 would round to nothing.
+    `rate_of` a parameter's name is what its learning rate is multiplied with. Trained weights in half precision are an
+    `InputError`: a step of relative size 1e-6 would round to nothing.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in trained):
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for _, parameter in trained):
         raise InputError(
             "Weights in half precision cannot take small steps: set the model's dtype to float32 (precision may be "
             "bf16), or train LoRA adapters."
         )
-    decaying = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for rate in sorted({rate_of(name) for name, _ in trained}):
+        some = [parameter for name, parameter in trained if rate_of(name) == rate]
+        decaying = [parameter for parameter in some if parameter.ndim >= 2]
+        others = [parameter for parameter in some if parameter.ndim < 2]
+        groups.append({"params": decaying, "weight_decay": weight_decay, "rate": rate})
+        groups.append({"params": others, "weight_decay": 0.0, "rate": rate})
     # The rate is set before every step; the fused kernel exists where models are trained.
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every parameter group this rate."""
+    """Give every parameter group this rate, times its own."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate"]
 
 
 def learning_rate_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:

@@ -104,8 +104,10 @@ class Endpoint:
         return Reply(outcome, self._blot(raw), status, self._blot(error), retry_after, seconds)
 
     async def close(self) -> None:
+        # The next match-up is asked in another event loop, with a client of its own.
         if self._client is not None:
-            await self._client.close()
+            client, self._client = self._client, None
+            await client.close()
 
     def _open_client(self) -> AsyncOpenAI:
         if self._client is None:

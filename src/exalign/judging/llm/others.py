@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, read_comparisons
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the people of one study said. `num_asked` verdicts were asked for; None where only an export is there."""
+
+    source: str
+    name: str
+    comparisons: list[Comparison]
+    num_asked: int | None = None
 
 
 def other_judgements(root: Path, folder: Path) -> dict[str, list[Comparison]]:
@@ -15,19 +26,39 @@ def other_judgements(root: Path, folder: Path) -> dict[str, list[Comparison]]:
     kept in another database, what was exported to `assessment/*.jsonl`.
     """
     models = sorted(path for path in (root / "judging").rglob("verdicts.jsonl") if path.parent != folder)
-    study = root / "assessment" / "study.sqlite"
-    exported = [] if study.is_file() else sorted((root / "assessment").glob("*.jsonl"))
-    found = {str(path.relative_to(root)): read_comparisons(path) for path in [*models, *exported]}
-    return {**found, **_studies(study)} if study.is_file() else found
+    found = {str(path.relative_to(root)): read_comparisons(path) for path in models}
+    people = stored_studies(root) if study_file(root).is_file() else exported_studies(root)
+    return {**found, **{said.source: said.comparisons for said in people}}
 
 
-def _studies(path: Path) -> dict[str, list[Comparison]]:
+def study_file(root: Path) -> Path:
+    """Where a run keeps its studies, unless they are in another database."""
+    return root / "assessment" / "study.sqlite"
+
+
+def exported_studies(root: Path) -> list[Said]:
+    """What was exported to `assessment/*.jsonl`."""
+    paths = sorted((root / "assessment").glob("*.jsonl"))
+    return [Said(str(path.relative_to(root)), path.stem, read_comparisons(path)) for path in paths]
+
+
+def stored_studies(root: Path) -> list[Said]:
+    """The studies of `assessment/study.sqlite`; `InputError` where SQLAlchemy is not installed."""
+    path = study_file(root)
     try:
         from exalign.judging.people.store import Store
     except ImportError:
         raise InputError(f"Reading {path} needs SQLAlchemy: pip install 'exalign[people]'.") from None
     store = Store(str(path))
     try:
-        return {f"assessment: {name}": list(store.comparisons(name)) for name in store.check()}
+        return [
+            Said(
+                f"assessment: {name}",
+                name,
+                list(store.comparisons(name)),
+                sum(total for _, total in store.standing(name).values()),
+            )
+            for name in store.check()
+        ]
     finally:
         store.close()

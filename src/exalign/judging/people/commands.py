@@ -19,7 +19,7 @@ from exalign.judging.people.store import Store
 from exalign.judging.people.study import parse_matches, plan_study
 from exalign.judging.tally import OVERALL, tally
 
-app = typer.Typer(no_args_is_help=True, help="Judge by people: a blind study on a web page.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Judge by people: a blind study on a web page.")
 Where = Annotated[
     str, typer.Argument(help="A run folder (its assessment/study.sqlite), an SQLite file, or a database URL.")
 ]

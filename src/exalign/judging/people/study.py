@@ -132,7 +132,7 @@ def _items(
     run: Path, matches: Sequence[tuple[str, str]], num_prompts: int, rng: random.Random
 ) -> tuple[tuple[Item, ...], Counter[str]]:
     names = list(dict.fromkeys(name for match in matches for name in match))
-    answers = {name: _first_answers(run, name) for name in names}
+    answers = {name: first_answers(run, name) for name in names}
     references = _references(run)
     prompts: dict[str, Prompt] = {}
     for name in names:
@@ -154,7 +154,7 @@ def _items(
     return tuple(items), +counts
 
 
-def _first_answers(run: Path, name: str) -> dict[str, tuple[Prompt, str]]:
+def first_answers(run: Path, name: str) -> dict[str, tuple[Prompt, str]]:
     """The first sample of every prompt that the system answered."""
     folder = run / "evaluation" / "prompts" if name == REFERENCE else _samples_folder(run, name)
     answers = {r.id: (r.prompt, r.completions[0].text) for r in iter_records(folder) if r.completions}

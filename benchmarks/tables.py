@@ -1,0 +1,226 @@
+"""Render the results of `benchmarks.all` into docs/performance.md: `python -m benchmarks.tables FOLDER`.
+
+The document holds `<!-- NAME -->` … `<!-- /NAME -->` pairs; what stands between them is replaced. A result that is not
+in the folder is said to be missing; no number is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+SHAPE_NAMES = {"tldr": "TL;DR (350 / 40)", "hh": "HH (150 / 70)", "imdb": "IMDB (10 / 230)", "tiny": "tiny (12 / 6)"}
+NOT_MEASURED = "Not measured yet."
+Results = dict[str, dict[str, Any]]
+
+
+def read(folder: Path) -> Results:
+    """All results of the folder, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def render(document: str, results: Results) -> str:
+    """The document with every table made anew; an unknown name in it is a `KeyError`."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- {name} -->\n{TABLES[name](results) or NOT_MEASURED}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, document, flags=re.DOTALL)
+
+
+def machine(results: Results) -> str:
+    timed = [result["machine"] for name, result in results.items() if not name.startswith("memory")]
+    if not timed:
+        return ""
+    about = timed[0]
+    loads = [entry["load"] for entry in timed]
+    return (
+        f"{about['processor']} with {about['instructions']}, {about['cores']} cores, {about['threads']} threads, "
+        f"{about['memory_gib']} GiB; Python {about['python']}, torch {about['torch']}, transformers "
+        f"{about['transformers']}, accelerate {about['accelerate']}, TRL {about['trl']}. "
+        f"Load average while measuring: {min(loads):.1f}–{max(loads):.1f}."
+    )
+
+
+def step(results: Results) -> str:
+    peers = ["trl-best", "trl-completions", "official", "trl-defaults"]
+    rows = []
+    for result in _of(results, "step"):
+        found = result["contenders"]
+        ours = found["exalign"]
+        cells = [SHAPE_NAMES[result["shape"]], result["k"], result["prompts"], f"{ours['seconds']:.2f} s"]
+        cells += [_ratio(found.get(name)) for name in peers]
+        rows.append([*cells, f"{ours['tokens_per_second']:,.0f}", f"{ours['share_of_peak']:.0%}"])
+    return _table(
+        "shape (mean prompt / completion tokens)|K|prompts|exalign|TRL, best shipped options|"
+        "TRL, head on completions only|official code's way|TRL, defaults (bf16)|exalign tokens/s|share of peak",
+        rows,
+    )
+
+
+def sizes(results: Results) -> str:
+    rows = []
+    for result in _of(results, "step"):
+        for row in result["contenders"].values():
+            difference = row["difference"]
+            measured = f"{row['seconds']:.2f} ({row['fastest']:.2f}–{row['slowest']:.2f}, n = {row['n']})"
+            rows.append(
+                [
+                    SHAPE_NAMES[result["shape"]],
+                    result["k"],
+                    row["label"],
+                    row["precision"],
+                    row["micro_batch"],
+                    measured,
+                    f"{difference['loss']:.0e}",
+                    f"{difference['gradient']:.0e}",
+                ]
+            )
+    return _table("shape|K|way|precision|micro-batch|seconds, median|loss off by|gradient off by", rows)
+
+
+def bf16(results: Results) -> str:
+    rows = []
+    for result in _of(results, "step"):
+        row = result["contenders"].get("exalign-bf16")
+        if row:
+            base = result["contenders"]["exalign"]["seconds"]
+            peak = result["peak_gflops"]
+            rows.append(
+                [
+                    SHAPE_NAMES[result["shape"]],
+                    result["k"],
+                    f"{row['seconds']:.2f} s",
+                    f"{base / row['seconds']:.2f}",
+                    f"{peak['fp32']:,.0f}",
+                    f"{peak['bf16']:,.0f}",
+                    f"{row['share_of_peak']:.0%}",
+                ]
+            )
+    return _table("shape|K|seconds|times faster than fp32|peak fp32, GFLOP/s|peak bf16|share of bf16 peak", rows)
+
+
+def sample(results: Results) -> str:
+    rows = []
+    for result in _of(results, "sample"):
+        for row in result["contenders"].values():
+            rows.append(
+                [
+                    SHAPE_NAMES[result["shape"]],
+                    result["k"],
+                    result["prompts"],
+                    row["label"],
+                    row["rows_at_once"],
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['share_of_peak']:.0%}",
+                    row["n"],
+                ]
+            )
+    return _table("shape|K|prompts|way|completions at once|tokens/s|time, exalign = 1|share of peak|n", rows)
+
+
+def score(results: Results) -> str:
+    rows = []
+    for result in _of(results, "score"):
+        for row in result["contenders"].values():
+            rows.append(
+                [
+                    SHAPE_NAMES[result["shape"]],
+                    result["k"],
+                    result["prompts"],
+                    row["label"],
+                    row["micro_batch"],
+                    f"{row['seconds']:.2f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['share_of_peak']:.0%}",
+                    row["n"],
+                ]
+            )
+    return _table("shape|K|prompts|way|at once|seconds|time, exalign = 1|share of peak|n", rows)
+
+
+def memory(results: Results) -> str:
+    rows = []
+    for result in _of(results, "memory"):
+        for row in result["contenders"].values():
+            rows.append(
+                [
+                    SHAPE_NAMES[result["shape"]],
+                    result["k"],
+                    row["label"],
+                    row["micro_batch"],
+                    f"{row['bytes'] / 1000000.0:,.0f}",
+                    f"{row['ratio']:.1f}",
+                ]
+            )
+    return _table("shape|K|way|micro-batch|peak above state, MB|exalign = 1", rows)
+
+
+def sweep(results: Results) -> str:
+    rows = []
+    for found in results.get("sweep", {}).get("sweeps", []):
+        points = ", ".join(f"{point['value']}: {point['seconds']:.2f} s" for point in found["points"])
+        others = ", ".join(f"{name} {value}" for name, value in found["others"].items())
+        rows.append([found["dimension"], points, f"{found['slope']:.2f}", f"{found['work_slope']:.2f}", others])
+    return _table("grows|seconds of a step|slope|slope of the necessary work|the others", rows)
+
+
+def profile(results: Results) -> str:
+    rows = []
+    for result in _of(results, "profile"):
+        for row in result["terms"]:
+            if row["share"] >= 0.03:
+                kernels = ", ".join(f"{name.removeprefix('aten::')} {s:.0%}" for name, s in row["kernels"].items())
+                mark = "yes" if row["necessary"] else "**no**"
+                rows.append(
+                    [SHAPE_NAMES[result["shape"]], result["k"], row["term"], f"{row['share']:.1%}", mark, kernels]
+                )
+    return _table("shape|K|term|share of the step|necessary|largest kernels", rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "step": step,
+    "sizes": sizes,
+    "bf16": bf16,
+    "sample": sample,
+    "score": score,
+    "memory": memory,
+    "sweep": sweep,
+    "profile": profile,
+}
+
+
+def _of(results: Results, benchmark: str) -> list[dict[str, Any]]:
+    found = [result for result in results.values() if result["benchmark"] == benchmark]
+    return sorted(found, key=lambda result: (list(SHAPE_NAMES).index(result["shape"]), result["k"]))
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['ratio']:.1f}"
+
+
+def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    names = header.split("|")
+    return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *lines]) if lines else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where `benchmarks.all` wrote")
+    given = parser.parse_args()
+    results = read(given.folder)
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"{DOCUMENT.name}: {len(results)} results")
+
+
+if __name__ == "__main__":
+    main()

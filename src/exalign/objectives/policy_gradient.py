@@ -1,0 +1,171 @@
+"""Proximal policy optimisation as pure functions of `[N, T]`: N sampled completions, T tokens, ragged under a mask.
+
+An action is a token, the state before it is everything to its left. The reward of a completion arrives with its last
+token, and every token pays for leaving π_sft. `mask` is boolean, true on the real tokens, which come first in a row;
+what stands in the other places reaches neither values nor gradients. Losses come back per token, 0 on padding, to be
+summed and divided by the number of tokens. Sources: Schulman et al. 2015 (arXiv 1506.02438, generalised advantage
+estimation, "GAE") and 2017 (arXiv 1707.06347, PPO); the per-token penalty is that of Ziegler et al. 2019.
+
+>>> import torch
+>>> mask = torch.tensor([[True, True, False]])
+>>> rewards = token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 9.0]]), mask, beta=0.1)
+>>> rewards
+tensor([[-0.0500,  1.9000,  0.0000]])
+>>> generalised_advantages(rewards, torch.zeros(1, 3), mask, gamma=1.0, lam=1.0)  # what is still to come
+tensor([[1.8500, 1.9000, 0.0000]])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exalign.objectives.masked import as_groups, check_positive
+
+
+def token_rewards(rewards: Tensor, log_ratio: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """`r_t = −β (log π(y_t|·) − log π_sft(y_t|·)) + [t is the last token] r(x, y)`.
+
+    Their sum over a completion is `r(x, y) − β log(π(y|x)/π_sft(y|x))`, whose mean the alignment objective is (Eq. 4).
+
+    Args:
+        rewards: `[N]` r(x, y).
+        log_ratio: `[N, T]` nats, of the policy that the completions were drawn from.
+        mask: `[N, T]` bool.
+        beta: β ≥ 0, reward per nat.
+
+    Returns:
+        `[N, T]`, 0 on padding.
+
+    Raises:
+        ValueError: wrong shape or type, padding before a real token, or β below 0.
+    """
+    if not beta >= 0:
+        raise ValueError(f"beta must be at least 0, not {beta}")
+    (ratio,), live = as_groups({"log_ratio": log_ratio}, mask)
+    _check_right_padded(live)
+    if rewards.shape != ratio.shape[:1]:
+        raise ValueError(f"rewards must be [{len(ratio)}], one per row of log_ratio, not {list(rewards.shape)}")
+    last = live & ~torch.nn.functional.pad(live[:, 1:], (0, 1))
+    return torch.where(last, rewards.to(ratio)[:, None], 0) - beta * ratio
+
+
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """`A_t = Σ_{l ≥ 0} (γλ)^l δ_{t+l}` with `δ_t = r_t + γ V_{t+1} − V_t`, V = 0 after the last token (2015, Eq. 16).
+
+    λ = 1 gives the rewards to come less the value, unbiased; λ = 0 gives δ_t, which is as biased as the critic.
+    The returns that a critic learns are `A_t + V_t`.
+
+    Args:
+        rewards: `[N, T]` r_t, as `token_rewards` gives them.
+        values: `[N, T]` V_t, the critic's value of the state before token t.
+        mask: `[N, T]` bool.
+        gamma: γ in [0, 1], the discount per token.
+        lam: λ in [0, 1].
+
+    Returns:
+        `[N, T]` in units of reward, 0 on padding.
+
+    Raises:
+        ValueError: wrong shape or type, padding before a real token, γ or λ outside [0, 1].
+    """
+    for name, share in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {share}")
+    (reward, value), live = as_groups({"rewards": rewards, "values": values}, mask)
+    _check_right_padded(live)
+    # Padding holds zeros now, so that an episode ends with its last token of itself.
+    delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value
+    advantages, running = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages
+
+
+def whiten(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
+    """`(v − mean) / √(variance + ε)` over all real tokens of the batch together; 0 on padding. `[N, T]` → `[N, T]`.
+
+    The variance divides by the number of tokens.
+    """
+    (numbers,), live = as_groups({"values": values}, mask)
+    count = live.sum().clamp(min=1)
+    centred = torch.where(live, numbers - numbers.sum() / count, 0)
+    return centred * torch.rsqrt(centred.square().sum() / count + epsilon)
+
+
+def clipped_policy_loss(logp: Tensor, sampled_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip: float) -> Tensor:
+    """`−min(ρ_t A_t, clamp(ρ_t, 1 − c, 1 + c) A_t)` with `ρ_t = exp(log π_θ(y_t) − log π_sampled(y_t))` (2017, Eq. 7).
+
+    The gradient is `−A_t ρ_t ∂log π_θ`, and 0 where ρ has gone further than c in the direction that A asks for; at
+    ρ = 1 it is that of the policy gradient.
+
+    Args:
+        logp: `[N, T]` log π_θ of each token, with gradient.
+        sampled_logp: `[N, T]` the same of the policy that the tokens were drawn from.
+        advantages: `[N, T]` A_t.
+        mask: `[N, T]` bool.
+        clip: c > 0.
+
+    Returns:
+        `[N, T]` in units of the advantages, 0 on padding.
+
+    Raises:
+        ValueError: wrong shape or type, or a clip not above 0.
+    """
+    check_positive("clip", clip)
+    named = {"logp": logp, "sampled_logp": sampled_logp, "advantages": advantages}
+    (policy, sampled, advantage), _ = as_groups(named, mask)
+    ratio = (policy - sampled).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def is_clipped(logp: Tensor, sampled_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip: float) -> Tensor:
+    """Bool `[N, T]`: the tokens whose gradient `clipped_policy_loss` cuts off. Arguments as there."""
+    check_positive("clip", clip)
+    named = {"logp": logp, "sampled_logp": sampled_logp, "advantages": advantages}
+    (policy, sampled, advantage), live = as_groups(named, mask)
+    ratio = (policy - sampled).exp()
+    too_far = torch.where(advantage > 0, ratio > 1 + clip, (advantage < 0) & (ratio < 1 - clip))
+    return live & too_far
+
+
+def clipped_value_loss(values: Tensor, sampled_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float) -> Tensor:
+    """`½ max((V − R)², (V' − R)²)` with `V' = V_old + clamp(V − V_old, −c, c)`, V_old the value at sampling time.
+
+    The gradient is `V − R`, and 0 where V has moved towards R by more than c since the completions were drawn. It is
+    the loss of OpenAI's implementation of PPO (baselines, ppo2); the paper has the square without the clip.
+
+    Args:
+        values: `[N, T]` V of the critic, with gradient.
+        sampled_values: `[N, T]` V_old.
+        returns: `[N, T]` R, the advantages (not whitened) plus V_old.
+        mask: `[N, T]` bool.
+        clip: c > 0 in units of reward.
+
+    Returns:
+        `[N, T]` in squared units of reward, 0 on padding.
+
+    Raises:
+        ValueError: wrong shape or type, or a clip not above 0.
+    """
+    check_positive("clip", clip)
+    named = {"values": values, "sampled_values": sampled_values, "returns": returns}
+    (value, sampled, target), _ = as_groups(named, mask)
+    near = sampled + (value - sampled).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value - target).square(), (near - target).square())
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """`1 − Var(R − V) / Var(R)` over all real tokens, a scalar; 1 for a perfect critic, 0 for a constant one.
+
+    0 where the returns do not vary at all.
+    """
+    (value, target), live = as_groups({"values": values, "returns": returns}, mask)
+    total, rest = target[live].var(correction=0), (target - value)[live].var(correction=0)
+    return torch.where(total > 0, 1 - rest / total, 0.0)
+
+
+def _check_right_padded(live: Tensor) -> None:
+    if bool((live[:, 1:] & ~live[:, :-1]).any()):
+        raise ValueError("mask must be true on the first tokens of a row and false on the rest")

@@ -1,0 +1,235 @@
+"""PPO, the baseline: rollouts of the current policy, rewarded per token, and clipped steps of policy and critic.
+
+The reward of a completion comes with its last token; every token pays β per nat by which the policy has left π_sft
+there. Mathematics: `objectives.policy_gradient`. What differs from the paper's sources is said at `PPOSettings`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.batching import Group, completion_token_mask, microbatches
+from exalign.data.records import Record
+from exalign.errors import InputError
+from exalign.models.actor_critic import ActorCritic
+from exalign.models.logprobs import completion_token_logprobs
+from exalign.models.packing import device_of
+from exalign.objectives import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    generalised_advantages,
+    is_clipped,
+    token_rewards,
+    whiten,
+)
+from exalign.sampling import GroupedSampler, SampleSettings
+from exalign.scoring import Scorer
+from exalign.storage import fingerprint
+from exalign.training.card import model_card
+from exalign.training.loop import TrainSettings, train
+from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.sft import completion_tokens
+
+
+class PPOSettings(TrainSettings):
+    """How a policy is trained by PPO. `epochs` counts how often each prompt is sampled.
+
+    β is fixed. There is no entropy bonus, and no coefficient of the value loss: policy and critic share no weights,
+    so each has a learning rate instead. `max_grad_norm` is of both together.
+    """
+
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of the policy's AdamW")
+    critic_learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the critic's AdamW")
+    rollout_prompts: int = Field(256, gt=0, description="prompts sampled from the policy at a time, then trained on")
+    passes: int = Field(4, gt=0, description="times each rollout is trained on, in minibatches of batch_prompts")
+    critic_steps: int = Field(0, ge=0, description="first steps, in which only the critic is trained")
+    beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs, per token")
+    gamma: float = Field(1.0, ge=0, le=1, description="γ: discount of later rewards, per token")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of the advantages: 1 trusts rewards, 0 trusts the critic")
+    clip: float = Field(0.2, gt=0, description="how far a token's probability ratio may go from 1 in one rollout")
+    value_clip: float = Field(0.2, gt=0, description="how far a value may go in one rollout, in units of reward")
+
+    def rate_of(self, name: str) -> float:
+        """The critic has its own learning rate, on the same schedule."""
+        return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a policy acts in: prompts, how it is sampled at `temperature`, what rewards it, and π_sft.
+
+    `counts` takes what the sampler counts; prompts that are sampled again after an interruption count again.
+    """
+
+    prompts: Sequence[Record]
+    sampling: SampleSettings
+    scorer: Scorer
+    reference: PreTrainedModel
+    temperature: float
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A rollout as `[R, K, T]` tensors on the policy's device, 0 on padding, and its numbers, each over the rollout."""
+
+    logp: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    numbers: dict[str, float]
+
+    def of(self, name: str, groups: Sequence[Group], like: Tensor) -> Tensor:
+        """The rows of these groups as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
+        rows = torch.tensor([group.index for group in groups], device=like.device)
+        values: Tensor = getattr(self, name)
+        return values[rows, : like.shape[1], : like.shape[2]].flatten(0, 1)
+
+
+class PPO:
+    """The task: per token the clipped loss of the policy, in units of whitened advantages, plus that of the critic.
+
+    The weight is the completion tokens. During the first `critic_steps` the loss is the critic's alone: the policy
+    gets no gradient at all. Metrics `reward`, `kl` (nats per completion, log π_θ − log π_sft), `entropy` (nats per
+    token, estimated by −log π of the tokens drawn), `completion_tokens` and `explained_variance` are those of the
+    rollout that the step belongs to; `policy_loss`, `value_loss` and `clip_fraction` of the step itself.
+    """
+
+    def __init__(
+        self, module: ActorCritic, tokenizer: PreTrainedTokenizerBase, world: Surroundings, settings: PPOSettings
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.world = world
+        self.settings = settings
+        self._experience: Experience | None = None
+        how = fingerprint([world.sampling.model_dump(exclude={"batch_completions"}), world.temperature])
+        self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
+
+    def weight(self, groups: Sequence[Group]) -> float:
+        return completion_tokens(groups)
+
+    def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._experience is not None
+        experience, settings = self._experience, self.settings
+        logp, values = model(groups, temperature=self.world.temperature)
+        mask = completion_token_mask(groups).to(logp.device).flatten(0, 1)
+        sampled_logp, advantages, sampled_values, returns = (
+            experience.of(name, groups, logp) for name in ("logp", "advantages", "values", "returns")
+        )
+        ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
+        policy_loss = clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
+        value_loss = clipped_value_loss(values.flatten(0, 1), sampled_values, returns, mask, clip=settings.value_clip)
+        value_loss = value_loss.sum()
+        metrics = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "clip_fraction": is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
+        }
+        weight = self.weight(groups)
+        metrics |= {name: value_loss.new_tensor(number * weight) for name, number in experience.numbers.items()}
+        return (value_loss if self.critic_alone else policy_loss + value_loss), metrics
+
+    @property
+    def critic_alone(self) -> bool:
+        """Whether the step under way is one of those before the policy moves."""
+        return self.batches.step < self.settings.critic_steps
+
+    def draw(self, records: list[Record], number: int) -> list[Group]:
+        """Sample, score and value rollout `number` from policy and critic as they are now."""
+        world = self.world
+        seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
+        policy: PreTrainedModel = self.module.model  # type: ignore[assignment]
+        sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)
+        drawn = list(sampler.sample(records))
+        world.counts.update(sampler.counts)
+        groups = [_group(record, index) for index, record in enumerate(drawn)]
+        rewards = torch.tensor(world.scorer.score(drawn), device=device_of(policy))
+        self._experience = self._experience_of(groups, rewards)
+        return groups
+
+    @torch.no_grad()
+    def _experience_of(self, groups: list[Group], rewards: Tensor) -> Experience:
+        settings, mask = self.settings, completion_token_mask(groups).to(rewards.device)
+        logp, values, reference_logp = (rewards.new_zeros(mask.shape) for _ in range(3))
+        self.world.reference.to(rewards.device)  # type: ignore[arg-type]  # a stub's overloads
+        for part in microbatches(groups, token_budget=settings.token_budget):
+            rows = torch.tensor([group.index for group in part], device=rewards.device)
+            with _precision(settings, rewards.device):
+                found = self.module(part, temperature=self.world.temperature)
+                reference = completion_token_logprobs(self.world.reference, part, temperature=self.world.temperature)
+            for whole, some in zip((logp, values, reference_logp), (*found, reference), strict=True):
+                whole[rows, :, : some.shape[2]] = some
+        flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
+        log_ratio = (logp - reference_logp).flatten(0, 1)
+        per_token = token_rewards(rewards.flatten(), log_ratio, flat_mask, beta=settings.beta)
+        advantages = generalised_advantages(per_token, flat_values, flat_mask, gamma=settings.gamma, lam=settings.lam)
+        returns, tokens = advantages + flat_values, flat_mask.sum()
+        numbers = {
+            "reward": rewards.mean(),
+            "kl": log_ratio.sum() / rewards.numel(),
+            "entropy": -logp.sum() / tokens,
+            "completion_tokens": tokens / rewards.numel(),
+            "explained_variance": explained_variance(flat_values, returns, flat_mask),
+        }
+        return Experience(
+            logp,
+            values,
+            whiten(advantages, flat_mask).view(mask.shape),
+            returns.view(mask.shape),
+            {name: float(value) for name, value in numbers.items()},
+        )
+
+
+def train_ppo(
+    module: ActorCritic,
+    tokenizer: PreTrainedTokenizerBase,
+    world: Surroundings,
+    settings: PPOSettings,
+    folder: Path,
+) -> Path:
+    """Train the policy of `module`, and its critic with it; `loop.train` says what is written: the policy alone.
+
+    The critic is trained on states of completions that the policy draws, and is kept in checkpoints only.
+    Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole rollouts.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("PPO runs in a single process; start it without accelerate launch or torchrun.")
+    if world.sampling.top_p is not None or world.sampling.top_k is not None:
+        raise InputError("PPO needs samples of the policy itself; remove top_p and top_k.")
+    plan = rollout_plan(settings)
+    placed = settings.model_copy(update={"checkpoint_every": plan.whole_rollouts(settings.checkpoint_every)})
+    card = model_card(
+        "Policy trained by PPO",
+        f"A language model trained by PPO with a KL penalty per token at τ = {world.temperature}.",
+        settings,
+        pipeline_tag="text-generation",
+    )
+    return train(PPO(module, tokenizer, world, settings), module, tokenizer, placed, folder, card=card)
+
+
+def rollout_plan(settings: PPOSettings) -> RolloutPlan:
+    """How these settings turn rollouts into steps."""
+    return RolloutPlan(
+        settings.rollout_prompts, settings.batch_prompts, settings.passes, settings.epochs, settings.seed
+    )
+
+
+def _group(record: Record, index: int) -> Group:
+    completions = tuple(torch.tensor(completion.token_ids) for completion in record.completions)
+    return Group(index, torch.tensor(record.prompt_ids), completions)
+
+
+def _precision(settings: PPOSettings, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")

@@ -1,0 +1,139 @@
+"""What the page says about judgements: the numbers of the records, and nothing where nobody judged."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from exalign.evaluation.schema import Interval, MethodEvidence, Tally
+from exalign.judging.comparison import read_comparisons
+from exalign.judging.llm.others import stored_studies
+from exalign.judging.tally import OVERALL, tally
+from exalign.report.style import looks_of
+from exalign.report.verdict_bar import verdict_bar
+from exalign.report.wording import interval, percent
+from report.conftest import HOSTILE
+from report.test_browser import open_page
+
+
+class Rows(HTMLParser):
+    """The rows of the tables in one section, each as its cells' texts."""
+
+    def __init__(self, section: str) -> None:
+        super().__init__()
+        self.section, self.inside, self.rows = section, False, []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "section":
+            self.inside = dict(attrs).get("id") == self.section
+        if self.inside and tag == "tr":
+            self.rows.append([])
+        if self.inside and tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        if self.inside and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def rows_of(run, section):
+    parser = Rows(section)
+    parser.feed((run / "report" / "index.html").read_text())
+    return [[re.sub(r"[ \n]+", " ", cell).strip() for cell in row] for row in parser.rows]
+
+
+def shares(counted):
+    return [percent(share) for share in (counted.win, counted.tie, counted.lose)]
+
+
+NAMES = {"sft": "SFT", "reference": "reference texts"}
+
+
+def match_up(counted):
+    return f"{counted.first} against {NAMES.get(counted.second, counted.second)}"
+
+
+def test_a_models_verdicts_are_on_the_page(judged_run):
+    run, _ = judged_run
+    rows = rows_of(run, "judged-by-model")
+    files = sorted(run.glob("judging/llm/*/*/verdicts.jsonl"))
+    assert len(files) == 4
+    for file in files:
+        (counted,) = tally(read_comparisons(file))
+        expected = [match_up(counted), "", *shares(counted), percent(counted.score)]
+        assert expected in [row[:6] for row in rows]
+
+
+def test_how_far_a_model_can_be_trusted_is_on_the_page(judged_run):
+    run, judgements = judged_run
+    rows = rows_of(run, "judged-by-model")
+    assert sum(one.tally.unreadable for judge in judgements.judges for one in judge.match_ups) > 0
+    for judge in judgements.judges:
+        for one in judge.match_ups:
+            tokens = f"{one.prompt_tokens + one.completion_tokens:,}"
+            numbers = [percent(one.flip_rate), percent(one.half_ties), percent(one.shown_first)]
+            assert [match_up(one.tally), "16", *numbers, str(one.tally.unreadable), tokens] in rows
+    for one in judgements.agreement:
+        assert [percent(one.raw), percent(one.without_ties)] in [row[3:5] for row in rows]
+
+
+def test_what_people_said_is_on_the_page(judged_run):
+    run, judgements = judged_run
+    rows = rows_of(run, "judged-by-people")
+    (said,) = stored_studies(run)
+    for counted in tally(said.comparisons, OVERALL):
+        verdicts = str(counted.num_judgements)
+        assert [match_up(counted), "", *shares(counted), percent(counted.score), verdicts] in rows
+    for counted in tally(said.comparisons, "instruction"):
+        verdicts = str(counted.num_judgements)
+        assert ["follows the instruction", match_up(counted), "", *shares(counted), verdicts] in rows
+    (study,) = judgements.studies
+    html = (run / "report" / "index.html").read_text()
+    assert "3 people gave 54 of 60 verdicts on 10 prompts." in html
+    assert f"Krippendorff's alpha is {interval(study.agreement[0].alpha)}" in html.replace("&#39;", "'")
+
+
+def test_where_nobody_judged_there_is_no_section(evidence_and_page):
+    html = evidence_and_page[1].read_text()
+    assert "judged-by" not in html
+    assert "Judged by" not in html
+
+
+def test_bars_are_as_long_as_the_shares():
+    looks = looks_of(MethodEvidence(name, "exo", "preference", True, [], []) for name in ("exo-pref",))
+    parts = Interval(0.5, 0.4, 0.61, 9), Interval(0.2, None, None, 9), Interval(0.3, -0.01, 0.36, 9)
+    bar = verdict_bar(Tally("exo-pref@5", "sft", OVERALL, *parts, parts[0], 9, 0), looks)
+    assert '<i class="win hollow" style="--c: var(--exo-1); --share: 50.0%"></i>' in bar
+    assert '<i class="lose" style="--c: var(--muted); --share: 30.0%"></i>' in bar
+    assert '<b class="above" style="--low: 40.0%; --high: 61.0%"></b>' in bar
+    assert '<b class="below" style="--low: 0.0%; --high: 36.0%"></b>' in bar
+    assert verdict_bar(Tally("a", "b", OVERALL, None, None, None, None, 0, 3), looks) == ""
+
+
+@pytest.mark.parametrize("width", [1280, 375, 320])
+def test_hostile_names_are_inert_and_the_sections_fit(browser, judged_run, width):
+    path = judged_run[0] / "report" / "index.html"
+    page, asked = open_page(browser, path, width=width)
+    page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
+    assert page.evaluate("window.hacked") is None
+    assert asked == [path.as_uri()]
+    assert page.locator("script, img, iframe, #judged-by-model svg, #judged-by-people svg").count() == 0
+    assert "<script>window.hacked = 1</script>" in page.locator("#judged-by-model").text_content()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    left, right = page.locator("#judged-by-model .verdicts").first.evaluate(
+        "bar => [bar, ...bar.children].reduce(([l, r], e) => { const b = e.getBoundingClientRect();"
+        " return [Math.min(l, b.left), Math.max(r, b.right)]; }, [1e9, 0])"
+    )
+    assert 0 <= left < right <= width
+    page.close()
+
+
+def test_comments_and_names_of_people_stay_out_of_the_page(judged_run):
+    html = (judged_run[0] / "report" / "index.html").read_text()
+    people = html[html.index('id="judged-by-people"') : html.index('id="training"')]
+    assert "bob" not in people
+    # The study's own name is cut off before these words of the comment.
+    assert "onload" not in people
+    assert "onload" in HOSTILE
