@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -67,7 +69,10 @@ def judge_run(run: Path, judge: str, rule: Rule, *, against: str = "sft", prompt
         about = {"first": found.first, "second": found.second, "template": "instruction", "endpoint": None}
         folder = run / "judging" / "llm" / f"{len(judge)}-{rule.__name__}" / f"match-up-{number}"
         asked = questions(found.pairs, instructions, asker)
-        judge_pairs(asked, asker, settings, folder, about=about, others={}, console=Console(file=io.StringIO()))
+        ask = partial(judge_pairs, about=about, others={}, console=Console(file=io.StringIO()))
+        # Playwright keeps an event loop running in the thread of the tests; the judge brings one of its own.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(ask, asked, asker, settings, folder).result()
 
 
 def assess_run(

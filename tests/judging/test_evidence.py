@@ -99,9 +99,8 @@ def test_judges_are_compared_with_people_and_once_with_each_other(judged: Path) 
         ("exo-rw", "sft", "a moody one, instruction"),
     }
     machine = next(one for one in by_people if one.judge.startswith("machine"))
-    (verdicts,) = (
-        v for f in folders(judged, "machine") if (v := read_comparisons(f / "verdicts.jsonl"))[0].first == "exo-rw"
-    )
+    files = [read_comparisons(folder / "verdicts.jsonl") for folder in folders(judged, "machine")]
+    verdicts = next(file for file in files if file[0].first == "exo-rw")
     assert machine.raw == agreement_between(verdicts, people(judged))
     assert machine.among_others is not None
     others = [one for one in found if not one.by_people]
@@ -132,14 +131,17 @@ def test_nothing_judged_is_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_left_out_and_said(run: Path) -> None:
     interrupted, damaged = folders(run, "machine")
+    foreign = folders(run, "a moody one")[0]
     (interrupted / "summary.json").unlink()
+    (foreign / "summary.json").write_text('{"version": 1, "graded_on": "people.jsonl"}')
     (damaged / "summary.json").write_text("{")
     study_file(run).write_text("this is not a database, though it is long enough to be looked at" * 9)
     found = read_judgements(run)
-    assert [judge.name for judge in found.judges] == ["a moody one"]
+    assert [(judge.name, len(judge.match_ups)) for judge in found.judges] == [("a moody one", 1)]
     assert found.studies == []
     text = "\n".join(found.notes)
-    assert len(found.notes) == 3
+    assert len(found.notes) == 4
+    assert "is of no match-up of this run" in text
     assert f"{interrupted.relative_to(run)} was interrupted" in text
     assert "summary.json is not valid JSON" in text
     assert "cannot be used as a study database" in text
@@ -161,6 +163,16 @@ def test_without_sqlalchemy_an_export_is_read(run: Path, monkeypatch: pytest.Mon
     found = read_judgements(run)
     assert found.studies == [replace(stored, num_asked=None)]
     assert "pip install 'exalign[people]'" in found.notes[0]
+
+
+def test_an_export_repeats_no_stored_study_but_adds_one_kept_elsewhere(run: Path) -> None:
+    stored = read_judgements(run).studies
+    write_comparisons(run / "assessment" / "again.jsonl", people(run)[:30])
+    assert read_judgements(run).studies == stored
+    write_comparisons(run / "assessment" / "elsewhere.jsonl", [replace(c, judge="dan") for c in people(run)[:18]])
+    here, elsewhere = read_judgements(run).studies
+    assert [here] == stored
+    assert (elsewhere.name, elsewhere.num_verdicts, elsewhere.num_asked) == ("elsewhere", 18, None)
 
 
 def test_verdicts_on_answers_that_were_replaced_are_counted(run: Path) -> None:

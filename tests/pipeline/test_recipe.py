@@ -74,6 +74,13 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.exo-pref.beta_r=0.7"], "beta_r"),
         (["align.exo-rw.epsilon=0.2"], "epsilon"),
         (["align.sft={}"], "is not 'sft'"),
+        (["ppo={sft: {}}"], "ppo: a method's name"),
+        (["ppo={exo-rw: {}}"], "ppo.exo-rw has the name of a method in align"),
+        (["ppo={ppo: {}}", "sample.top_p=0.9"], "remove sample.top_p and sample.top_k"),
+        (["ppo={ppo: {}}", "align={}", "score.scorer={stage: oracle}"], "score.scorer names the stage 'oracle'"),
+        (["ppo={ppo: {}}", "align={}", "data.evaluation=null"], "data.evaluation is missing"),
+        (["ppo={ppo: {lamb: 0.9}}"], "ppo.ppo.lamb is not a setting; did you mean lam?"),
+        (["ppo={ppo: {gamma: 1.5}}"], "ppo.ppo.gamma:"),
     ],
 )
 def test_what_cannot_take_effect_is_refused(overrides: list[str], sentence: str) -> None:

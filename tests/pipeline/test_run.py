@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from exalign.errors import InputError
 from exalign.pipeline import Recipe, Run, run_recipe
 from exalign.pipeline.stages import plan
 from exalign.storage import fingerprint_path, read_json
+from judging.judged_run import judge_run, longer
 from pipeline.conftest import tiny_overrides
 
 MakeRecipe = Callable[..., Recipe]
@@ -75,6 +77,17 @@ def test_running_again_skips_everything_but_the_report(finished: tuple[Recipe, P
     assert fingerprint_path(folder / "align") == before
 
 
+def test_the_report_shows_what_was_judged_since(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    carry_out(recipe, copy, "report")
+    assert "judged-by-model" not in (copy / "report" / "index.html").read_text()
+    judge_run(copy, "machine", longer, prompts=3)
+    carry_out(recipe, copy, "report")
+    assert 'id="judged-by-model"' in (copy / "report" / "index.html").read_text()
+
+
 def test_a_directory_of_another_recipe_is_refused_and_named(finished: tuple[Recipe, Path], tiny: MakeRecipe) -> None:
     _, folder = finished
     with pytest.raises(InputError, match=r"align.exo-rw.beta_pi was 0.5, is 0.25.*--redo"):
@@ -84,8 +97,6 @@ def test_a_directory_of_another_recipe_is_refused_and_named(finished: tuple[Reci
 def test_redo_makes_again_what_differs_and_nothing_else(
     finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
 ) -> None:
-    import shutil
-
     _, folder = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -161,6 +172,26 @@ def test_killed_at_random_moments_and_started_again_it_ends_as_if_nothing_happen
     assert kills == 4
     assert models_and_samples(folder) == models_and_samples(undisturbed)
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_where_nothing_more_can_be_written_one_sentence_is_said_and_the_run_goes_on_later(
+    finished: tuple[Recipe, Path], world: Path, tmp_path: Path
+) -> None:
+    """A limit on file size stands for the full disk: writing fails in the middle of a model."""
+    _, undisturbed = finished
+    command = [sys.executable, "-m", "exalign", "demo", "--run", str(tmp_path / "full"), *tiny_overrides(world)]
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)); "
+    limited += "from exalign.cli import main; main(sys.argv[1:])"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    full = subprocess.run(
+        [sys.executable, "-c", limited, *command[3:]], env=environment, capture_output=True, text=True
+    )
+    assert full.returncode == 2, full.stderr
+    (line,) = full.stderr.strip().splitlines()
+    assert "Cannot write" in line
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert models_and_samples(tmp_path / "full") == models_and_samples(undisturbed)
 
 
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:

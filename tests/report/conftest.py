@@ -10,8 +10,10 @@ import pytest
 
 from evaluation.synthetic_run import World, write_run
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.schema import Evidence
+from exalign.evaluation.schema import Evidence, Judgements
+from exalign.judging.evidence import read_judgements
 from exalign.report import write_report
+from judging.judged_run import assess_run, first_letter, judge_run, longer, moody, shorter
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -39,6 +41,22 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def judged_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Judgements]:
+    """A run with its report that two models and three people have judged; all who name themselves are hostile."""
+    methods = {"exo-rw": (0.9, (1.0,)), "dpo-pref": (0.5, (1.0,))}
+    run = write_run(tmp_path_factory.mktemp("runs") / "judged", World(methods, num_prompts=16, pool=0, steps=4))
+    judge_run(run, "plain judge", moody)
+    judge_run(run, HOSTILE, longer, against="chosen")
+    people = {HOSTILE[:40]: longer, "bob": shorter, "cho": first_letter}
+    matches = [("exo-rw", "dpo-pref"), ("exo-rw", "reference")]
+    assess_run(run, HOSTILE[:200], matches, rules=people, prompts=10, verdicts=18, comment="a private remark")
+    judgements = read_judgements(run)
+    build_evidence(run, num_resamples=50, judgements=judgements)
+    write_report(run)
+    return run, judgements
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from markupsafe import Markup
 
-from exalign.evaluation.schema import Interval, MethodEvidence, Tally
+from exalign.evaluation.schema import Interval, Judgements, MethodEvidence, Tally
 from exalign.judging.comparison import read_comparisons
 from exalign.judging.llm.others import stored_studies
 from exalign.judging.tally import OVERALL, tally
+from exalign.report.page import render_page
 from exalign.report.style import looks_of
 from exalign.report.verdict_bar import verdict_bar
 from exalign.report.wording import interval, percent
-from report.conftest import HOSTILE
 from report.test_browser import open_page
 
 
@@ -23,7 +25,7 @@ class Rows(HTMLParser):
 
     def __init__(self, section: str) -> None:
         super().__init__()
-        self.section, self.inside, self.rows = section, False, []
+        self.section, self.inside, self.in_cell, self.rows = section, False, False, []
 
     def handle_starttag(self, tag, attrs):
         if tag == "section":
@@ -32,9 +34,13 @@ class Rows(HTMLParser):
             self.rows.append([])
         if self.inside and tag in ("td", "th"):
             self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
-        if self.inside and self.rows and self.rows[-1]:
+        if self.in_cell:
             self.rows[-1][-1] += data
 
 
@@ -101,6 +107,38 @@ def test_where_nobody_judged_there_is_no_section(evidence_and_page):
     assert "Judged by" not in html
 
 
+def text_with(evidence, judgements):
+    page = render_page(replace(evidence, judgements=judgements), {"frontier": Markup("")})
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+
+
+def test_what_limits_the_judgements_is_said(evidence_and_page, judged_run):
+    evidence, judgements = evidence_and_page[0], judged_run[1]
+    (study,) = judgements.studies
+    alone = replace(study.agreement[0], alpha=None, pairwise=None, without_ties=None, num_items=0)
+    single = replace(study, num_assessors=1, num_asked=None, outdated=7, agreement=[alone])
+    judge = judgements.judges[0]
+    match_up = replace(judge.match_ups[0], outdated=3, unanswered=2, identical=1, answers_without_usage=4)
+    limited = Judgements([replace(judge, match_ups=[match_up])], [single], seed=5)
+    text = text_with(evidence, limited)
+    assert "1 person gave 54 verdicts on 10 prompts." in text
+    assert "nothing is known about their agreement" in text
+    assert "7 of the comparisons compare an answer that this run has since replaced" in text
+    assert "3 of the pairs compare an answer that this run has since replaced" in text
+    assert "2 not yet answered" in text
+    assert "1 with the same text twice" in text
+    assert "4 answers did not say" in text
+    assert "seed 0; 5 for judgements" in text
+    assert "Question by question" not in text
+    assert "Agreement of judges" not in text
+
+
+def test_people_alone_have_their_bars_explained(evidence_and_page, judged_run):
+    text = text_with(evidence_and_page[0], Judgements([], judged_run[1].studies))
+    assert "Judged by a language model" not in text
+    assert text.count("Bars: from the left") == 1
+
+
 def test_bars_are_as_long_as_the_shares():
     looks = looks_of(MethodEvidence(name, "exo", "preference", True, [], []) for name in ("exo-pref",))
     parts = Interval(0.5, 0.4, 0.61, 9), Interval(0.2, None, None, 9), Interval(0.3, -0.01, 0.36, 9)
@@ -134,6 +172,4 @@ def test_comments_and_names_of_people_stay_out_of_the_page(judged_run):
     html = (judged_run[0] / "report" / "index.html").read_text()
     people = html[html.index('id="judged-by-people"') : html.index('id="training"')]
     assert "bob" not in people
-    # The study's own name is cut off before these words of the comment.
-    assert "onload" not in people
-    assert "onload" in HOSTILE
+    assert "private remark" not in people

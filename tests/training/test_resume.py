@@ -24,23 +24,14 @@ from exalign.models.logprobs import PackedPolicy
 from exalign.training import TrainSettings, train
 from exalign.training.batches import EpochBatches
 from exalign.training.state import MetricsLog, Position, load_checkpoint, save_checkpoint
-from training.tiny_world import TIMINGS, make_groups, make_policy, make_tokenizer, read_metrics, small_align_run
-
-
-def outcome(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, object]]]:
-    """Every weight that a run wrote, and its metrics without the clock."""
-    models = sorted([folder / "model", *(folder / "policies").iterdir()])
-    weights = {path.name: load_file(path / "model.safetensors") for path in models}
-    return weights, read_metrics(folder, without=TIMINGS)
-
-
-def assert_same_outcome(folder: Path, other: Path) -> None:
-    (weights, metrics), (other_weights, other_metrics) = outcome(folder), outcome(other)
-    assert metrics == other_metrics
-    assert weights.keys() == other_weights.keys()
-    for name, tensors in weights.items():
-        assert tensors.keys() == other_weights[name].keys()
-        assert all(torch.equal(tensor, other_weights[name][key]) for key, tensor in tensors.items())
+from training.tiny_world import (
+    assert_same_outcome,
+    make_groups,
+    make_policy,
+    make_tokenizer,
+    read_metrics,
+    small_align_run,
+)
 
 
 @pytest.fixture(scope="module")

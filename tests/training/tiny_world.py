@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from exalign.data.batching import Group
-from exalign.models.loading import ModelSettings, load_policy
-from exalign.training import AlignSettings, train_align, with_reference_logp
+from exalign.data.records import Record
+from exalign.models.actor_critic import ActorCritic
+from exalign.models.loading import ModelSettings, load_policy, load_reward_model
+from exalign.sampling import SampleSettings
+from exalign.training import (
+    AlignSettings,
+    PPOSettings,
+    Surroundings,
+    train_align,
+    train_ppo,
+    with_reference_logp,
+)
 
 EOS = 0
 GOOD_WORD = 5
@@ -78,6 +91,58 @@ def small_align_run(folder: Path, *, token_budget: int = 512) -> nn.Module:
     groups = with_reference_logp(policy, make_groups(8), settings, temperature=0.8)
     train_align(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
     return policy
+
+
+class GoodWords:
+    """Rewards a completion by the share of the good word among its tokens and its longest length, 8."""
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]:
+        return [[(c.token_ids or ()).count(GOOD_WORD) / 8 for c in record.completions] for record in records]
+
+
+def make_prompts(count: int) -> list[Record]:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(2, VOCABULARY, (count, 3), generator=generator).tolist()
+    return [Record(str(i), " ".join(f"w{word}" for word in row)) for i, row in enumerate(words)]
+
+
+def make_actor_critic(*, settings: ModelSettings | None = None) -> ActorCritic:
+    policy = make_policy(settings=settings)
+    return ActorCritic(policy, load_reward_model(ModelSettings(config=CONFIG), make_tokenizer()))
+
+
+def make_surroundings(*, count: int = 8, **changes: Any) -> Surroundings:
+    """The policy of `make_policy()` as reference, prompts of three words, four completions each."""
+    policy: Any = make_policy().eval()
+    sampling = SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8)
+    return replace(Surroundings(make_prompts(count), sampling, GoodWords(), policy, 0.8), **changes)
+
+
+def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
+    """Four rollouts of four steps, in the first six of which the critic is alone. A worker may be killed in it."""
+    torch.set_num_threads(1)
+    chosen = {"learning_rate": 1e-2, "critic_learning_rate": 2e-2, "critic_steps": 6, "value_clip": 0.05}
+    chosen |= {"rollout_prompts": 4, "batch_prompts": 2, "passes": 2, "epochs": 2, "checkpoint_every": 3}
+    module = make_actor_critic()
+    settings = PPOSettings(**({"save_policies": 4} | chosen | changes))
+    train_ppo(module, make_tokenizer(), make_surroundings(), settings, folder)
+    return module
+
+
+def outcome(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+    """Every weight that a run wrote, and its metrics without the clock."""
+    models = sorted([folder / "model", *(folder / "policies").iterdir()])
+    weights = {path.name: load_file(path / "model.safetensors") for path in models}
+    return weights, read_metrics(folder, without=TIMINGS)
+
+
+def assert_same_outcome(folder: Path, other: Path) -> None:
+    (weights, metrics), (other_weights, other_metrics) = outcome(folder), outcome(other)
+    assert metrics == other_metrics
+    assert weights.keys() == other_weights.keys()
+    for name, tensors in weights.items():
+        assert tensors.keys() == other_weights[name].keys()
+        assert all(torch.equal(tensor, other_weights[name][key]) for key, tensor in tensors.items())
 
 
 def share_of_align_run(folder: Path, rank: int, num_processes: int, port: int) -> None:

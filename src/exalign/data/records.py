@@ -8,8 +8,10 @@ Files are folders of Parquet shards, `header.json` beside them; `datasets.load_d
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,15 +104,17 @@ SCHEMA = pa.schema(
         ("preferred", pa.int32()),
     ]
 )
+_COUNTS = b"exalign.counts"
 _SHARD_NAME = re.compile(r"part-(\d{6})\.parquet")
 
 
 class RecordWriter:
     """Writes records shard by shard, each atomically: a kill loses at most the shard under way.
 
-    Opening a folder that already has shards continues after them: `written` says how many records stand there,
-    so that a stage can skip what is done. Shards behind a missing or damaged one are removed, as what is written next
-    takes their place. `close` writes the header, which marks the folder as complete.
+    Opening a folder that already has shards continues after them: `written` says how many records stand there, so that
+    a stage can skip what is done, and `counts` sums what was counted while they were made. Shards behind a missing or
+    damaged one are removed, as what is written next takes their place. `close` writes the header, which marks the
+    folder as complete.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "rollouts"
@@ -126,6 +130,7 @@ class RecordWriter:
         self.folder = Path(folder)
         self.shard_size = shard_size
         self.written = 0
+        self.counts: Counter[str] = Counter()
         self._next_shard = 0
         self._pending: list[Record] = []
         self._continue_after_finished_shards()
@@ -137,6 +142,7 @@ class RecordWriter:
             intact = intact and rows is not None and shard.name == _shard_name(self._next_shard)
             if intact:
                 self.written += rows or 0
+                self.counts.update(_shard_counts(shard))
                 self._next_shard += 1
             else:
                 shard.unlink()
@@ -149,14 +155,20 @@ class RecordWriter:
 
     def flush(self) -> None:
         """Write what is pending as a shard."""
-        if not self._pending:
-            return
-        table = pa.Table.from_pylist([_to_row(record) for record in self._pending], schema=SCHEMA)
+        if self._pending:
+            records, self._pending = self._pending, []
+            self.write_shard(records, Counter())
+
+    def write_shard(self, records: Sequence[Record], counts: Counter[str]) -> None:
+        """Write these records as a shard of their own, and with them what was counted while they were made."""
+        self.flush()
+        schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts, sort_keys=True)})
+        table = pa.Table.from_pylist([_to_row(record) for record in records], schema=schema)
         with atomic_path(self.folder / _shard_name(self._next_shard)) as temporary:
             pq.write_table(table, temporary)
-        self.written += len(self._pending)
+        self.written += len(records)
+        self.counts.update(counts)
         self._next_shard += 1
-        self._pending = []
 
     def close(self, header: Header) -> None:
         """Write what is pending and the header: the folder is complete."""
@@ -207,6 +219,11 @@ def read_header(folder: Path) -> Header:
         found = values.get("version") if isinstance(values, dict) else None
         raise InputError(f"{folder} has record format {found}; this exalign reads {FORMAT_VERSION}.")
     return Header(**{name: values[name] for name in Header.__slots__ if name in values})
+
+
+def _shard_counts(shard: Path) -> Counter[str]:
+    metadata = pq.read_schema(shard).metadata or {}
+    return Counter(json.loads(metadata.get(_COUNTS, b"{}")))
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -174,10 +174,11 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
     sections = [material.recipe.get(section) or {} for section in ("align", "ppo")]
-    settings = next((section[name] for section in sections if isinstance(section.get(name), dict)), {})
+    found = [section[name] for section in sections if isinstance(section.get(name), dict)]
+    settings: dict[str, Any] = found[0] if found else {}
     return MethodEvidence(
         name=name,
-        family=_family(name, settings),
+        family="ppo" if name in sections[1] else _family(name, settings),
         target=_target(name, settings),
         finished=run_folder.is_finished(material.run, name),
         points=points,

@@ -22,7 +22,7 @@ from exalign.evaluation.schema import (
 from exalign.judging.agreement import agreement
 from exalign.judging.comparison import CRITERIA, Comparison, read_comparisons
 from exalign.judging.llm.kappa import agreement_with
-from exalign.judging.llm.others import Said, exported_studies, stored_studies, study_file
+from exalign.judging.llm.others import Said, exported_studies, kept_elsewhere, stored_studies, study_file
 from exalign.judging.llm.summary import SUMMARY_VERSION
 from exalign.judging.people.study import first_answers
 from exalign.judging.tally import OVERALL, tally
@@ -35,12 +35,12 @@ def read_judgements(run: Path) -> Judgements:
     """Everything that `exalign judge` and `exalign assess` left in the folder `run`, counted.
 
     Models: `judging/llm/*/*/summary.json` and the `verdicts.jsonl` beside it. People: the studies of
-    `assessment/study.sqlite`; where SQLAlchemy is not installed or there is no such file, `assessment/*.jsonl`. What
+    `assessment/study.sqlite` (where SQLAlchemy is installed), and what `assessment/*.jsonl` holds besides them. What
     cannot be read is left out, with a sentence in `notes`: it withholds no report.
     """
     run, notes = Path(run), list[str]()
     answers = _Answers(run)
-    reads = (partial(_judged, run, folder) for folder in _judged_folders(run))
+    reads = (partial(_judged, run, folder, answers) for folder in _judged_folders(run))
     judged = [found for read in reads if (found := _kept(read, notes))]
     said = []
     for one in _said(run, notes):
@@ -49,7 +49,7 @@ def read_judgements(run: Path) -> Judgements:
         else:
             notes.append(f"The study {one.name} has no verdicts yet.")
     return Judgements(
-        judges=_judges(judged, answers),
+        judges=_judges(judged),
         studies=[_study(one, answers) for one in said],
         agreement=list(_agreements(judged, said)),
         notes=notes,
@@ -62,7 +62,7 @@ class _Judged:
 
     judge: str
     template: str
-    summary: Mapping[str, Any]
+    match_up: ModelMatchUp
     verdicts: list[Comparison]
 
     @property
@@ -82,38 +82,40 @@ def _judged_folders(run: Path) -> list[Path]:
     return sorted({path.parent for path in (run / "judging" / "llm").glob("*/*/exchanges.jsonl")})
 
 
-def _judged(run: Path, folder: Path) -> _Judged:
+def _judged(run: Path, folder: Path, answers: _Answers) -> _Judged:
     where = folder.relative_to(run)
     if not (folder / "summary.json").is_file():
         raise InputError(f"judging into {where} was interrupted; run the same command again to end it.")
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or summary.get("version") != SUMMARY_VERSION:
         raise InputError(f"{where / 'summary.json'} is not of a format that this exalign reads; judge again.")
-    if not all(isinstance(summary.get(name), str) for name in ("first", "second", "judge", "template")):
-        raise InputError(f"{where / 'summary.json'} is of no match-up of this run.")
     verdicts = read_comparisons(folder / "verdicts.jsonl")
-    return _Judged(summary["judge"], summary["template"], summary, verdicts)
+    try:
+        match_up = _match_up(summary, verdicts, outdated=answers.outdated(verdicts))
+        return _Judged(summary["judge"], summary["template"], match_up, verdicts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where / 'summary.json'} is of no match-up of this run ({error!r}).") from None
 
 
 def _said(run: Path, notes: list[str]) -> list[Said]:
-    if study_file(run).is_file() and (stored := _kept(lambda: stored_studies(run), notes)) is not None:
-        return stored
-    return _kept(lambda: exported_studies(run), notes) or []
+    stored = _kept(lambda: stored_studies(run), notes) if study_file(run).is_file() else None
+    exported = _kept(lambda: exported_studies(run), notes)
+    return [*(stored or []), *kept_elsewhere(exported or [], stored or [])]
 
 
-def _judges(judged: Sequence[_Judged], answers: _Answers) -> list[ModelJudge]:
+def _judges(judged: Sequence[_Judged]) -> list[ModelJudge]:
     by_judge: dict[tuple[str, str], list[ModelMatchUp]] = {}
     for one in judged:
-        by_judge.setdefault((one.judge, one.template), []).append(_match_up(one, answers))
+        by_judge.setdefault((one.judge, one.template), []).append(one.match_up)
     return [ModelJudge(name, template, match_ups) for (name, template), match_ups in by_judge.items()]
 
 
-def _match_up(one: _Judged, answers: _Answers) -> ModelMatchUp:
-    summary, tokens = one.summary, one.summary["tokens"]
+def _match_up(summary: Mapping[str, Any], verdicts: Sequence[Comparison], *, outdated: int) -> ModelMatchUp:
+    tokens = summary["tokens"]
     nothing = Tally(summary["first"], summary["second"], OVERALL, None, None, None, None, 0, 0)
     length_controlled = summary["length_controlled"] or {}
     return ModelMatchUp(
-        tally=next(iter(tally(one.verdicts)), nothing),
+        tally=next(iter(tally(verdicts)), nothing),
         num_pairs=summary["pairs"],
         identical=summary["identical"],
         unanswered=summary["unanswered"],
@@ -124,7 +126,7 @@ def _match_up(one: _Judged, answers: _Answers) -> ModelMatchUp:
         prompt_tokens=tokens["prompt"],
         completion_tokens=tokens["completion"],
         answers_without_usage=tokens["answers_without_usage"],
-        outdated=answers.outdated(one.verdicts),
+        outdated=outdated,
     )
 
 
@@ -166,8 +168,8 @@ def _agreements(judged: Sequence[_Judged], said: Sequence[Said]) -> Iterable[Jud
             found = agreement_with(ours, theirs)
             if found is not None:
                 yield JudgeAgreement(
-                    first=one.summary["first"],
-                    second=one.summary["second"],
+                    first=one.match_up.tally.first,
+                    second=one.match_up.tally.second,
                     judge=one.title,
                     other=name,
                     by_people=by_people,

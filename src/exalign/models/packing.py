@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,7 +44,10 @@ def plan_for(model: nn.Module) -> Plan:
     """The plan of a transformers model (also under PEFT), made at the first call."""
     base = base_of(model)
     if base not in _plans:
-        _plans[base] = _make_plan(base)
+        # The trials compare to a precision that autocast does not have; meta tensors, which it does not know, have none.
+        device = device_of(base).type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            _plans[base] = _make_plan(base)
     return _plans[base]
 
 

@@ -22,13 +22,13 @@ from exalign.pipeline.run import Run, Stage
 from exalign.pipeline.sources import (
     SCORING_TOKENS,
     data_identity,
-    device,
     iter_records_of,
     load_frozen_policy,
     load_run_tokenizer,
     load_scorer,
     load_supervised,
     model_identity,
+    ready,
     scorer_identity,
     scorer_needs,
     supervised_needs,
@@ -140,6 +140,7 @@ def _method(run: Run, folder: Path, counts: Counter[str], *, method: str) -> Non
     for policy in sorted(run.path("align", method, "policies").glob("step-*")):
         here = folder / policy.name
         if (here / "samples" / "header.json").exists():
+            counts.update(read_header(here / "drawn").counts)
             continue
         model = load_frozen_policy(policy, run, tokenizer)
         purpose = f"evaluation {method} {policy.name}"
@@ -151,7 +152,7 @@ def _score(run: Run, drawn: Path, samples: Path) -> None:
     """Rewards and log π_sft for what was drawn."""
     tokenizer = load_run_tokenizer(run)
     scorer = load_scorer(evaluation_scorer(run.recipe), run)
-    model = load_supervised(run, tokenizer).to(device()).eval()
+    model = ready(load_supervised(run, tokenizer))
     longest = run.recipe.data.max_prompt_tokens + run.recipe.sample.max_new_tokens
     done: list[Record] = []
     for shard in shards(read_records(drawn)):

@@ -20,6 +20,7 @@ from exalign.pipeline.sources import (
     load_supervised,
     model_identity,
     prompts_of,
+    ready,
     scorer_identity,
     scorer_needs,
     seeded,
@@ -58,7 +59,7 @@ def _ppo(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
         prompts=prompts_of(run, counts),
         sampling=recipe.sample.model_copy(update={"max_prompt_tokens": recipe.data.max_prompt_tokens}),
         scorer=load_scorer(recipe.score.scorer, run),
-        reference=load_supervised(run, tokenizer).eval(),
+        reference=ready(load_supervised(run, tokenizer)),
         temperature=recipe.temperature,
         counts=counts,
     )

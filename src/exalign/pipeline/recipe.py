@@ -68,7 +68,7 @@ class DataSection(Settings):
     evaluation: DataSettings | None = Field(
         None, description="held-out prompts, with reference texts where the rows have them"
     )
-    max_prompt_tokens: int = Field(512, gt=0, description="longer prompts are cut on the left, once per group")
+    max_prompt_tokens: int = Field(512, gt=1, description="longer prompts are cut on the left, once per group")
     max_completion_tokens: int = Field(
         512, gt=0, description="longer completions of data sets are cut on the right and get no end-of-sequence"
     )
@@ -164,7 +164,7 @@ Recipe.model_rebuild()
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
-    targets = {settings.target for settings in recipe.align.values()}
+    targets: set[str] = {settings.target for settings in recipe.align.values()}
     for section in ("align", "ppo"):
         if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n == "sft" for n in getattr(recipe, section)):
             yield f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
@@ -215,7 +215,9 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
         yield "data.prompts is missing: it says which prompts to sample from"
     if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not recipe.ppo:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
-    scorers = {"preferences.scorer": recipe.preferences and recipe.preferences.scorer}
+    scorers: dict[str, ScorerSettings | None] = {}
+    if recipe.preferences is not None:
+        scorers["preferences.scorer"] = recipe.preferences.scorer
     if rewarded:
         scorers["score.scorer"] = recipe.score.scorer
     scorers["evaluate.scorer"] = recipe.evaluate.scorer

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exalign.data.batching import Group
 from exalign.data.records import Header, Record, RecordWriter
+from exalign.models.flops import forward_flops, matmul_peak
 from exalign.pipeline.run import Run
-from exalign.pipeline.sources import device, load_run_tokenizer, load_supervised
+from exalign.pipeline.sources import load_run_tokenizer, load_supervised, model_identity, ready
+from exalign.pipeline.speed import record_speed, say_speed
 from exalign.sampling import GroupedSampler, SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
@@ -52,20 +57,35 @@ def sample_policy(
     sampler = GroupedSampler(
         model, tokenizer, settings, temperature=run.recipe.temperature, seed=purpose_seed(run, purpose)
     )
-    with RecordWriter(folder, shard_size=SHARD) as writer:
+    started, tokens, work = time.perf_counter(), 0, 0.0
+    with RecordWriter(folder) as writer:
         for shard in shards(prompts[writer.written :]):
-            for record in sampler.sample(shard):
-                writer.write(record)
+            before = Counter(sampler.counts)
+            records = list(sampler.sample(shard))
+            writer.write_shard(records, sampler.counts - before)
+            groups = [sampled_group(record) for record in records]
+            tokens += sum(len(ids) for group in groups for ids in group.completion_ids)
+            work += forward_flops(model, groups)
+        if tokens:
+            record_speed(folder.parent, tokens, time.perf_counter() - started, work, matmul_peak(model))
         writer.close(
             Header(
                 model=run.recipe.model.source or run.recipe.name,
+                tokenizer=run.recipe.tokenizer.source or run.recipe.model.source or "trained by this run",
                 temperature=run.recipe.temperature,
                 seed=run.recipe.seed,
                 sampler=type(sampler).__name__,
-                counts=dict(sampler.counts),
+                fingerprint=fingerprint([model_identity(run.recipe), settings.model_dump(), purpose, run.recipe.seed]),
+                counts=dict(writer.counts),
             )
         )
-    return sampler.counts
+    return writer.counts
+
+
+def sampled_group(record: Record) -> Group:
+    """The token ids that a sampler left in a record."""
+    completions = tuple(torch.tensor(completion.token_ids) for completion in record.completions)
+    return Group(0, torch.tensor(record.prompt_ids), completions)
 
 
 def sample_supervised(
@@ -73,8 +93,10 @@ def sample_supervised(
 ) -> Counter[str]:
     """Samples of π_sft."""
     tokenizer = load_run_tokenizer(run)
-    model = load_supervised(run, tokenizer).to(device()).eval()
-    return sample_policy(run, model, tokenizer, prompts, settings, folder=folder, purpose=purpose)
+    model = ready(load_supervised(run, tokenizer))
+    counts = sample_policy(run, model, tokenizer, prompts, settings, folder=folder, purpose=purpose)
+    say_speed(run, folder.parent)
+    return counts
 
 
 def score_records(scorer: Scorer, records: Sequence[Record]) -> list[Record]:

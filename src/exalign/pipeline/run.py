@@ -123,9 +123,9 @@ class Run:
             self.console.print(f"[dim]· {stage.name}: done before, skipped[/dim]")
             return
         self.console.print(f"[bold]▸ {stage.name}[/bold]" + (" (continues)" if found else ""))
-        seconds_before = read_json(folder / "started.json").get("seconds", 0.0) if found else 0.0
+        seconds_before = worked_before(folder) if found else 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "started.json", {"fingerprint": print_})
+        write_json(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()
         stage.work(self, folder, counts)
@@ -166,6 +166,13 @@ def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:
         for name in named:
             add(name)
     return [stage for name, stage in stages.items() if name in wanted]
+
+
+def worked_before(folder: Path) -> float:
+    """Seconds that an interrupted stage worked: up to the last file it wrote."""
+    started = folder / "started.json"
+    last = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+    return float(read_json(started).get("seconds", 0.0)) + last - started.stat().st_mtime
 
 
 def remove_stage(folder: Path) -> None:

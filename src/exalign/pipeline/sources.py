@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exalign.data.batching import Group
 from exalign.data.formats import DataSettings, read_source
 from exalign.data.records import Record, iter_records
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.errors import InputError
 from exalign.models.loading import (
     ModelSettings,
@@ -33,9 +33,10 @@ SCORING_TOKENS = 8192
 """Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
 
 
-def device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, on the accelerator where there is one."""
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
+    return model.eval()
 
 
 Trained = TypeVar("Trained", bound=TrainSettings)
@@ -87,7 +88,7 @@ def load_supervised(run: Run, tokenizer: PreTrainedTokenizerBase, *, trainable: 
 def load_frozen_policy(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A policy that the run wrote, in evaluation mode on the device."""
     settings = run.recipe.model.model_copy(update={"source": str(folder), "config": None, "lora": None})
-    return load_policy(settings, tokenizer).to(device()).eval()
+    return ready(load_policy(settings, tokenizer))
 
 
 def data_identity(settings: DataSettings | None) -> Any:
@@ -119,17 +120,24 @@ def scorer_needs(settings: ScorerSettings) -> tuple[str, ...]:
 
 
 def load_scorer(settings: ScorerSettings, run: Run) -> Scorer:
-    """The scorer that a recipe names, ready to score."""
+    """The scorer that a recipe names, ready to score; a model of this run reads no more than it was trained on."""
     if settings.function is not None:
         return FunctionScorer(settings.function)
-    log_odds = settings.classifier is not None or settings.stage == "oracle"
+    recipe, limits = run.recipe, None
+    if settings.stage == "reward":
+        limits = _limits(recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens)
+    if settings.stage == "oracle" and recipe.oracle is not None:
+        limits = _limits(recipe.oracle.max_tokens, recipe.oracle.max_tokens)
     source = str(run.path(settings.stage, "model")) if settings.stage else settings.reward_model or settings.classifier
     assert source is not None
-    model_settings = ModelSettings(source=source)
-    tokenizer = load_tokenizer(source)
-    if log_odds:
-        return ClassifierScorer(load_classifier(model_settings, tokenizer).to(device()).eval(), tokenizer)
-    return RewardModelScorer(load_reward_model(model_settings, tokenizer).to(device()).eval(), tokenizer)
+    model_settings, tokenizer = ModelSettings(source=source), load_tokenizer(source)
+    if settings.classifier is not None or settings.stage == "oracle":
+        return ClassifierScorer(ready(load_classifier(model_settings, tokenizer)), tokenizer, limits=limits)
+    return RewardModelScorer(ready(load_reward_model(model_settings, tokenizer)), tokenizer, limits=limits)
+
+
+def _limits(prompt: int, completion: int) -> TokenLimits:
+    return TokenLimits(max_prompt_tokens=prompt, max_completion_tokens=completion)
 
 
 def tokenize(run: Run, records: list[Record], tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> list[Group]:

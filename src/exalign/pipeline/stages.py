@@ -30,13 +30,13 @@ from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, s
 from exalign.pipeline.run import Run, Stage
 from exalign.pipeline.sources import (
     data_identity,
-    device,
     load_run_tokenizer,
     load_scorer,
     load_supervised,
     model_identity,
     prompts_of,
     read_records_of,
+    ready,
     scorer_identity,
     scorer_needs,
     seeded,
@@ -44,6 +44,7 @@ from exalign.pipeline.sources import (
     supervised_settings,
     tokenize,
 )
+from exalign.pipeline.speed import record_training_speed
 from exalign.sampling import SampleSettings
 from exalign.training.align import AlignSettings, train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
@@ -134,6 +135,7 @@ def _sft(run: Run, folder: Path, counts: Counter[str]) -> None:
     torch.manual_seed(recipe.seed)
     model = load_policy(recipe.model, tokenizer)
     train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), folder)
+    record_training_speed(run, folder, model, groups, recipe.sft)
 
 
 def preferred_only(record: Record) -> Record:
@@ -165,6 +167,7 @@ def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
     torch.manual_seed(recipe.seed)
     model = load_classifier(recipe.oracle.model, tokenizer)
     train_classifier(model, tokenizer, groups, labels, seeded(recipe.oracle, recipe), folder)
+    record_training_speed(run, folder, model, groups, recipe.oracle)
 
 
 def labels_of(record: Record) -> int:
@@ -208,6 +211,7 @@ def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
     torch.manual_seed(recipe.seed)
     model = load_reward_model(settings, tokenizer)
     train_reward_model(model, tokenizer, groups, seeded(recipe.reward, recipe), folder)
+    record_training_speed(run, folder, model, groups, recipe.reward)
 
 
 def _rollouts(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -249,7 +253,7 @@ def _reference(
     tokenizer = load_run_tokenizer(run)
     records = read_records(run.path(source, "records"))
     groups = tokenize(run, records, tokenizer, counts)
-    model = load_supervised(run, tokenizer).to(device()).eval()
+    model = ready(load_supervised(run, tokenizer))
     settings = AlignSettings(precision=precision)
     groups = with_reference_logp(model, groups, settings, temperature=run.recipe.temperature)
     done = [with_reference(records[group.index], group) for group in groups]
@@ -277,6 +281,7 @@ def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None
     torch.manual_seed(settings.seed)
     model = load_supervised(run, tokenizer, trainable=True)
     train_align(model, tokenizer, groups, settings, folder, temperature=recipe.temperature)
+    record_training_speed(run, folder, model, groups, settings)
     counts["prompts"] = len(groups)
     counts["completions"] = sum(group.num_completions for group in groups)
 

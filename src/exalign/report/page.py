@@ -73,9 +73,9 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
 
 def describe(method: MethodEvidence) -> str:
     """A method in words: what it minimises, on what, with which β."""
-    family = {"exo": "EXO", "dpo": "DPO"}.get(method.family, str(method.settings.get("divergence", "")))
+    family = {"exo": "EXO", "dpo": "DPO", "ppo": "PPO"}.get(method.family, str(method.settings.get("divergence", "")))
     target = {"reward": "reward target", "preference": "preference target"}.get(method.target or "", "")
-    names = {"beta_pi": "β_π", "beta_r": "β_r", "epsilon": "ε"}
+    names = {"beta_pi": "β_π", "beta_r": "β_r", "beta": "β", "epsilon": "ε"}
     unused = "epsilon" if method.target == "reward" else "beta_r"
     values = [
         f"{sign} {method.settings[key]:g}"

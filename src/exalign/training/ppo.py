@@ -155,7 +155,7 @@ class PPO:
         drawn = list(sampler.sample(records))
         world.counts.update(sampler.counts)
         groups = [_group(record, index) for index, record in enumerate(drawn)]
-        rewards = torch.tensor(world.scorer.score(drawn), device=device_of(policy))
+        rewards = torch.tensor(world.scorer.score(drawn), dtype=torch.float32, device=device_of(policy))
         self._experience = self._experience_of(groups, rewards)
         return groups
 

@@ -98,10 +98,13 @@ class RolloutBatches:
     def prompts_of(self, number: int) -> list[Record]:
         """The prompts of rollout `number`: the next of all epochs' prompts in a row, each epoch in its own order."""
         plan, count, found = self._plan, len(self._prompts), []
+        orders: dict[int, list[int]] = {}
         start = number * plan.rollout_prompts
         for place in range(start, min(start + plan.rollout_prompts, count * plan.epochs)):
             epoch, index = divmod(place, count)
-            record = self._prompts[epoch_order(count, plan.seed, epoch)[index]]
+            if epoch not in orders:
+                orders[epoch] = epoch_order(count, plan.seed, epoch)
+            record = self._prompts[orders[epoch][index]]
             found.append(replace(record, id=f"{record.id}@{epoch}"))
         return found
 

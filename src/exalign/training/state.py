@@ -96,8 +96,19 @@ def load_checkpoint(folder: Path, run: str, model: nn.Module, optimizer: Optimiz
         options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
         set_model_state_dict(model, state["model"], options=options)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        _forget_states_without_steps(model, optimizer, known=set(state["optimizer"]["state"]))
         return position
     return Position(0, 0, run)
+
+
+def _forget_states_without_steps(model: nn.Module, optimizer: Optimizer, *, known: set[str]) -> None:
+    """Loading gives every weight a state as after a first step; one that had not moved yet had none, and gets none."""
+    names: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, set()).add(name.removeprefix("module."))
+    for parameter in set(names) & set(optimizer.state):
+        if not names[parameter] & known:
+            del optimizer.state[parameter]
 
 
 def remove_leftovers(folder: Path) -> None:

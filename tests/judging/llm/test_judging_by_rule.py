@@ -158,6 +158,15 @@ def test_against_another_run_takes_the_method_of_the_same_name(make_run, run, ru
     assert summary["win"]["estimate"] == 4 / 8
 
 
+def test_every_method_of_a_run_is_judged(make_run, rules, invoke):
+    dpo = dict.fromkeys(PROMPTS, ("worse",))
+    run = make_run("two", PROMPTS, {}, sft=SFT_BETTER, exo=EXO, dpo=dpo)
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert result.exit_code == 0, (result.output, result.exception)
+    shares = {m: summary_of(run, "good-instruction", f"{m}-vs-sft")["win"]["estimate"] for m in ("exo", "dpo")}
+    assert shares == {"exo": 0.6, "dpo": 0.0}
+
+
 def test_one_step_of_one_method(run, rules, invoke):
     step = run / "evaluation" / "exo" / "step-000005"
     result = invoke("judge", step, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)

@@ -60,6 +60,12 @@ def test_the_same_seed_makes_the_same_study_and_fewer_judgements_are_shared_out(
         store.close()
 
 
+def test_links_lead_to_the_address_that_is_given(make_run):
+    output = invoke("new", make_run(1), "--match", "exo:dpo", "--prompts", 1, "--url", "https://a.example/")
+    assert len(re.findall(r"  https://a\.example/a/\S+\n", output)) == 3
+    assert "127.0.0.1" not in output
+
+
 def test_link_renews(make_run):
     run = make_run(2)
     old = re.search(r"/a/(\S+)", invoke("new", run, "--match", "exo:dpo", "--prompts", 1, "--assessors", "ann"))[1]
@@ -70,10 +76,18 @@ def test_link_renews(make_run):
     store.close()
 
 
+def test_help_offers_no_completion_of_its_own():
+    output = invoke("--help")
+    assert "new" in output
+    assert "completion" not in output
+
+
 def test_wrong_input_is_one_sentence(make_run, tmp_path):
     run = make_run(2)
     with pytest.raises(InputError, match="make a study"):
         invoke("serve", run)
+    with pytest.raises(InputError, match=r"--per-item: .* greater than or equal to 1"):
+        invoke("new", run, "--match", "exo:dpo", "--per-item", 0)
     with pytest.raises(InputError, match="give a number"):
         invoke("new", run, "--match", "exo:dpo", "--assessors", "ann,,bob")
     invoke("new", run, "--match", "exo:dpo", "--prompts", 1, "--name", "one")

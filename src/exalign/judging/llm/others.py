@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,13 @@ class Said:
 def other_judgements(root: Path, folder: Path) -> dict[str, list[Comparison]]:
     """Comparisons by other judges than the one that writes to `folder`, by where below `root` they were found.
 
-    Models: `judging/**/verdicts.jsonl`. People: the studies of `assessment/study.sqlite`, or, where the study is
-    kept in another database, what was exported to `assessment/*.jsonl`.
+    Models: `judging/**/verdicts.jsonl`. People: the studies of `assessment/study.sqlite`, and what was exported to
+    `assessment/*.jsonl` from studies that are kept elsewhere.
     """
     models = sorted(path for path in (root / "judging").rglob("verdicts.jsonl") if path.parent != folder)
     found = {str(path.relative_to(root)): read_comparisons(path) for path in models}
-    people = stored_studies(root) if study_file(root).is_file() else exported_studies(root)
+    stored = stored_studies(root) if study_file(root).is_file() else []
+    people = [*stored, *kept_elsewhere(exported_studies(root), stored)]
     return {**found, **{said.source: said.comparisons for said in people}}
 
 
@@ -40,6 +42,12 @@ def exported_studies(root: Path) -> list[Said]:
     """What was exported to `assessment/*.jsonl`."""
     paths = sorted((root / "assessment").glob("*.jsonl"))
     return [Said(str(path.relative_to(root)), path.stem, read_comparisons(path)) for path in paths]
+
+
+def kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Said]:
+    """The exports that hold a verdict that is in no stored study: the others repeat one."""
+    keys = {comparison.key for said in stored for comparison in said.comparisons}
+    return [said for said in exported if not keys or any(c.key not in keys for c in said.comparisons)]
 
 
 def stored_studies(root: Path) -> list[Said]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -14,10 +15,12 @@ from exalign.errors import InputError
 from exalign.evaluation.schema import Interval
 from exalign.judging.agreement import agreement
 from exalign.judging.comparison import CRITERIA, Comparison, write_comparisons
+from exalign.judging.llm.options import read_settings, with_settings
 from exalign.judging.people.server import serve
 from exalign.judging.people.store import Store
 from exalign.judging.people.study import parse_matches, plan_study
 from exalign.judging.tally import OVERALL, tally
+from exalign.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Judge by people: a blind study on a web page.")
 Where = Annotated[
@@ -28,32 +31,46 @@ DEFAULT_PORT = 8765
 LOOPBACK = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
+class StudySettings(Settings):
+    """What can be set about a study; every field is an option of `exalign assess new` of the same name."""
+
+    prompts: int = Field(100, ge=1, description="Prompts, the same for every match-up.")
+    per_item: int | None = Field(
+        None, ge=1, description="Judgements per comparison; by default everybody judges everything."
+    )
+    name: str = Field("study", description="Name of the study, shown to assessors.")
+    seed: int = Field(0, description="Chooses prompts, sides and orders.")
+
+
 @app.command("new")
+@with_settings(StudySettings)
 def new_study(
     run: Annotated[Path, typer.Argument(help="The run folder with evaluation samples.")],
     match: Annotated[str, typer.Option(help="Match-ups FIRST:SECOND,…: methods, METHOD@STEP, sft or reference.")],
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts, the same for every match-up.")] = 100,
     assessors: Annotated[str, typer.Option(help="How many people, or their names separated by commas.")] = "3",
-    per_item: Annotated[
-        int | None, typer.Option(min=1, help="Judgements per comparison; by default everybody judges everything.")
-    ] = None,
     store: Annotated[str | None, typer.Option(help="SQLite file or database URL instead of the run's own.")] = None,
-    name: Annotated[str, typer.Option(help="Name of the study, shown to assessors.")] = "study",
-    seed: Annotated[int, typer.Option(help="Chooses prompts, sides and orders.")] = 0,
+    url: Annotated[str, typer.Option(help="The address by which assessors reach the page.")] = LOOPBACK,
+    **options: Any,
 ) -> None:
     """Make a study and print each assessor's private link, once: only hashes of the tokens are stored."""
-    people = _names(assessors)
+    settings = read_settings(StudySettings, options)
     study = plan_study(
-        run, parse_matches(match), name=name, num_prompts=prompts, assessors=people, per_item=per_item, seed=seed
+        run,
+        parse_matches(match),
+        name=settings.name,
+        num_prompts=settings.prompts,
+        assessors=_names(assessors),
+        per_item=settings.per_item,
+        seed=settings.seed,
     )
     place = Store(store or str(_default_store(run)))
     tokens = place.create(study)
     typer.echo(f"{len(study.items)} comparisons, {len(study.assignments)} assignments in {place.location}.")
     for key, count in study.counts.items():
         typer.echo(f"  {key}: {count}")
-    typer.echo("Private links, shown only now (served elsewhere, put that address in front):")
+    typer.echo("Private links, shown only now:")
     for person, token in tokens.items():
-        typer.echo(f"  {person}  {_link(LOOPBACK, token)}")
+        typer.echo(f"  {person}  {_link(url, token)}")
 
 
 @app.command("link")
