@@ -139,9 +139,9 @@ class EqualKL:
 class MethodEvidence:
     """One alignment method, its points in the order of training.
 
-    `family` is exo, dpo, ppo or other; `target` reward, preference or None where unknown. `gain`, `win_rates` and `gap` are
-    those of the last checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is false
-    where training stopped before its end.
+    `family` is exo, dpo, ppo or other; `target` reward, preference or None where unknown. `gain`, `win_rates` and `gap`
+    are those of the last checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is
+    false where training stopped before its end.
     """
 
     name: str

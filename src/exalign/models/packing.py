@@ -44,7 +44,7 @@ def plan_for(model: nn.Module) -> Plan:
     """The plan of a transformers model (also under PEFT), made at the first call."""
     base = base_of(model)
     if base not in _plans:
-        # The trials compare to a precision that autocast does not have; meta tensors, which it does not know, have none.
+        # The trials compare more finely than autocast computes; it does not know meta tensors, which have no trials.
         device = device_of(base).type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             _plans[base] = _make_plan(base)
