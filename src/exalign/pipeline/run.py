@@ -136,7 +136,9 @@ class Run:
         write_json(folder / "done.json", done)
         (folder / "started.json").unlink()
         listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
-        self.console.print(f"[green]✓[/green] {stage.name} [dim]{_duration(seconds)}{listed}[/dim]", highlight=False)
+        self.console.print(
+            f"[green]✓[/green] {stage.name} [dim]{_duration(seconds)}{listed}[/dim]", highlight=False, soft_wrap=True
+        )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
