@@ -59,11 +59,12 @@ def scorers(recipe: Recipe) -> list[ScorerSettings]:
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:
+    ranked = record.rewards is not None and len(record.completions) > 1
     needs = {
-        "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None),
+        "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None or ranked),
         "data.rewards": ("rewards (prompt, completions, rewards)", record.rewards is not None),
         "data.labelled": ("a label (text, label: 0 or 1)", record.rewards is not None),
-        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None),
+        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None or ranked),
     }
     what, found = needs.get(name, ("", True))
     if not found:

@@ -164,7 +164,7 @@ Recipe.model_rebuild()
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
-    targets: set[str] = {settings.target for settings in recipe.align.values()}
+    targets: set[str] = {settings.target for settings in recipe.align.values() if settings.rounds == 1}
     for section in ("align", "ppo"):
         if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n == "sft" for n in getattr(recipe, section)):
             yield f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
@@ -177,6 +177,10 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         idle = "epsilon" if settings.target == "reward" else "beta_r"
         if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
             yield f"align.{name}.{idle} has no effect on a {settings.target} target; remove it"
+        if settings.divergence != "alpha" and settings.alpha != AlignSettings.model_fields["alpha"].default:
+            yield f"align.{name}.alpha has no effect on the divergence {settings.divergence}; remove it"
+        if settings.rounds > 1 and settings.target == "preference":
+            yield f"align.{name}.rounds needs target: reward; preferences are not made while training"
     if recipe.model.source is None and recipe.tokenizer.source is None and recipe.tokenizer.vocab_size is None:
         yield "tokenizer: a model from scratch needs tokenizer.source or tokenizer.vocab_size"
     if recipe.tokenizer.source is not None and recipe.tokenizer.vocab_size is not None:
@@ -201,7 +205,8 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     for stage, needed in (("reward", recipe.reward is not None), ("align", "preference" in targets)):
         if needed and not has_preferences:
             yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
-    rewarded = bool(recipe.ppo) or ("reward" in targets and recipe.data.rewards is None)
+    on_policy = bool(recipe.ppo) or any(settings.rounds > 1 for settings in recipe.align.values())
+    rewarded = on_policy or ("reward" in targets and recipe.data.rewards is None)
     drawn = recipe.preferences is not None or rewarded
     if drawn and recipe.sample.max_new_tokens > recipe.data.max_completion_tokens:
         yield (
@@ -213,7 +218,7 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     has_prompts = recipe.data.prompts is not None or recipe.data.preferences is not None
     if drawn and not has_prompts:
         yield "data.prompts is missing: it says which prompts to sample from"
-    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not recipe.ppo:
+    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not on_policy:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
     scorers: dict[str, ScorerSettings | None] = {}
     if recipe.preferences is not None:
