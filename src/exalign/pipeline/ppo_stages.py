@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import ModelSettings, load_reward_model
 from exalign.pipeline.recipe import PPOStageSettings, Recipe
 from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search import method_stages
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -23,7 +23,6 @@ from exalign.pipeline.sources import (
     ready,
     scorer_identity,
     scorer_needs,
-    seeded,
     source_identity,
     supervised_needs,
     supervised_settings,
@@ -32,7 +31,7 @@ from exalign.training.ppo import Surroundings, train_ppo
 
 
 def ppo_stages(recipe: Recipe) -> Iterator[Stage]:
-    """A stage align/NAME for every entry of the recipe's ppo section."""
+    """A stage align/NAME for every entry of the recipe's ppo section, after its search where it has one."""
     data, scorer = recipe.data, recipe.score.scorer
     sampling = [recipe.sample.model_dump(exclude={"batch_completions"}), data.max_prompt_tokens]
     base = [recipe.seed, recipe.temperature, model_identity(recipe), sampling]
@@ -44,13 +43,11 @@ def ppo_stages(recipe: Recipe) -> Iterator[Stage]:
             needs.append("reward")
         critic = None if settings.critic is None else source_identity(settings.critic.source)
         inputs = [base, settings.model_dump(mode="json"), critic, scorer_identity(scorer), data_identity(data.prompts)]
-        work = partial(_ppo, method=method)
-        yield Stage(f"align/{method}", tuple(dict.fromkeys(needs)), lambda inputs=inputs: inputs, work)  # type: ignore[misc]
+        yield from method_stages(recipe, method, tuple(dict.fromkeys(needs)), inputs, _ppo)
 
 
-def _ppo(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
+def _ppo(run: Run, folder: Path, counts: Counter[str], settings: PPOStageSettings) -> None:
     recipe = run.recipe
-    settings = seeded(recipe.ppo[method], recipe)
     tokenizer = load_run_tokenizer(run)
     torch.manual_seed(settings.seed)
     policy = load_supervised(run, tokenizer, trainable=True)
