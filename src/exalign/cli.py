@@ -33,6 +33,7 @@ STAGES = {
     "reward": ("reward", "Train the reward model on the preferences."),
     "sample": ("rollouts", "Sample K completions per prompt from the supervised policy."),
     "score": ("scored", "Score the samples."),
+    "search": ("search", "Search for the settings of the methods that the recipe's search names."),
     "align": ("align", "Align the policy with every method of the recipe."),
     "evaluate": ("evaluation", "Sample and score every aligned policy on held-out prompts."),
     "report": ("report", "Write the evidence and the report."),

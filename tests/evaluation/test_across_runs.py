@@ -10,8 +10,8 @@ import pytest
 
 from evaluation.synthetic_run import World, write_run
 from exalign.errors import InputError
-from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.across_runs import OPTIMUM, RunResults, difference_at, over_runs, read_runs
+from exalign.evaluation.evidence import build_evidence
 from exalign.report.across_runs import tables
 
 KLS = (0.5, 1.0, 3.0)

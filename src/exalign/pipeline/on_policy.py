@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search import method_stages
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -23,20 +23,19 @@ from exalign.pipeline.sources import (
     ready,
     scorer_identity,
     scorer_needs,
-    seeded,
     supervised_needs,
 )
+from exalign.training.align import AlignSettings
 from exalign.training.ppo import Surroundings
 from exalign.training.rounds import train_rounds
 
 
 def rounds_stages(recipe: Recipe) -> Iterator[Stage]:
-    """A stage align/NAME for every entry of the recipe's align section that has several rounds."""
+    """A stage align/NAME for every method of the align section with several rounds, after its search if it has one."""
     for method, settings in recipe.align.items():
         if settings.rounds > 1:
             inputs = [*on_policy_inputs(recipe), settings.model_dump(mode="json")]
-            work = partial(_rounds, method=method)
-            yield Stage(f"align/{method}", on_policy_needs(recipe), lambda inputs=inputs: inputs, work)  # type: ignore[misc]
+            yield from method_stages(recipe, method, on_policy_needs(recipe), inputs, _rounds)
 
 
 def on_policy_needs(recipe: Recipe) -> tuple[str, ...]:
@@ -65,9 +64,7 @@ def surroundings(run: Run, tokenizer: PreTrainedTokenizerBase, counts: Counter[s
     )
 
 
-def _rounds(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
-    recipe = run.recipe
-    settings = seeded(recipe.align[method], recipe)
+def _rounds(run: Run, folder: Path, counts: Counter[str], settings: AlignSettings) -> None:
     tokenizer = load_run_tokenizer(run)
     torch.manual_seed(settings.seed)
     model = load_supervised(run, tokenizer, trainable=True)

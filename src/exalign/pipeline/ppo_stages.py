@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +13,10 @@ from exalign.models.loading import ModelSettings, load_reward_model
 from exalign.pipeline.on_policy import on_policy_inputs, on_policy_needs, surroundings
 from exalign.pipeline.recipe import PPOStageSettings, Recipe
 from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search import method_stages
 from exalign.pipeline.sources import (
     load_run_tokenizer,
     load_supervised,
-    seeded,
     source_identity,
     supervised_settings,
 )
@@ -25,20 +24,17 @@ from exalign.training.ppo import train_ppo
 
 
 def ppo_stages(recipe: Recipe) -> Iterator[Stage]:
-    """A stage align/NAME for every entry of the recipe's ppo section."""
+    """A stage align/NAME for every entry of the recipe's ppo section, after its search where it has one."""
     for method, settings in recipe.ppo.items():
         needs = list(on_policy_needs(recipe))
         if settings.critic is None and _reward_model_can_start_a_critic(recipe):
             needs.append("reward")
         critic = None if settings.critic is None else source_identity(settings.critic.source)
         inputs = [*on_policy_inputs(recipe), settings.model_dump(mode="json"), critic]
-        work = partial(_ppo, method=method)
-        yield Stage(f"align/{method}", tuple(dict.fromkeys(needs)), lambda inputs=inputs: inputs, work)  # type: ignore[misc]
+        yield from method_stages(recipe, method, tuple(dict.fromkeys(needs)), inputs, _ppo)
 
 
-def _ppo(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
-    recipe = run.recipe
-    settings = seeded(recipe.ppo[method], recipe)
+def _ppo(run: Run, folder: Path, counts: Counter[str], settings: PPOStageSettings) -> None:
     tokenizer = load_run_tokenizer(run)
     torch.manual_seed(settings.seed)
     policy = load_supervised(run, tokenizer, trainable=True)

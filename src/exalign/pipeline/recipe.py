@@ -19,6 +19,7 @@ from exalign.data.formats import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import ModelSettings
 from exalign.pipeline.messages import explain_validation_error
+from exalign.pipeline.search_settings import SearchSettings, search_contradictions
 from exalign.sampling import SampleSettings
 from exalign.settings import Settings
 from exalign.training.align import AlignSettings
@@ -67,6 +68,11 @@ class DataSection(Settings):
     )
     evaluation: DataSettings | None = Field(
         None, description="held-out prompts, with reference texts where the rows have them"
+    )
+    validation: DataSettings | None = Field(
+        None,
+        description="prompts that a search ranks its trials on, less those of the evaluation; None: those of "
+        "data.evaluation that come after the evaluation's own",
     )
     max_prompt_tokens: int = Field(512, gt=1, description="longer prompts are cut on the left, once per group")
     max_completion_tokens: int = Field(
@@ -128,6 +134,9 @@ class Recipe(Settings):
         description="policies trained by PPO on samples that sample describes and score.scorer rewards, each under a "
         "name of your own",
     )
+    search: SearchSettings | None = Field(
+        None, description="a search for the settings with which each method does best; None: each has its own"
+    )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
 
     @property
@@ -173,6 +182,11 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             yield f"ppo.{name} has the name of a method in align; give it another"
     if recipe.ppo and (recipe.sample.top_p is not None or recipe.sample.top_k is not None):
         yield "ppo needs samples of the policy itself; remove sample.top_p and sample.top_k"
+    for name, ppo in recipe.ppo.items():
+        if ppo.target_kl is None and ppo.kl_rate != PPOSettings.model_fields["kl_rate"].default:
+            yield f"ppo.{name}.kl_rate has no effect without ppo.{name}.target_kl; remove it"
+        if ppo.target_kl is not None and ppo.beta == 0:
+            yield f"ppo.{name}.beta = 0 can never change, whatever ppo.{name}.target_kl is; start from a beta above 0"
     for name, settings in recipe.align.items():
         idle = "epsilon" if settings.target == "reward" else "beta_r"
         if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
@@ -235,6 +249,7 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
             yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
     if recipe.methods and recipe.data.evaluation is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
+    yield from search_contradictions(recipe, contradictions)
 
 
 class _Loader(yaml.SafeLoader):

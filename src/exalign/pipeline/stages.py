@@ -1,6 +1,7 @@
 """The stages of a recipe in order, and the work of those that prepare and align.
 
-tokenizer → sft → oracle → preferences → reward → rollouts → scored → reference/… → align/… → evaluation/… → report
+tokenizer → sft → oracle → preferences → reward → validation → rollouts → scored → reference/… → search/… → align/…
+→ evaluation/… → report
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
 from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search import method_stages, validation_stage
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -54,8 +56,8 @@ from exalign.training.sft import train_sft
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe needs, each with what its content depends on."""
-    trained = (*_alignment(recipe), *rounds_stages(recipe), *ppo_stages(recipe))
-    return [*_preparation(recipe), *trained, *evaluation_stages(recipe)]
+    methods = (*_alignment(recipe), *rounds_stages(recipe), *ppo_stages(recipe))
+    return [*_preparation(recipe), *validation_stage(recipe), *methods, *evaluation_stages(recipe)]
 
 
 def _preparation(recipe: Recipe) -> Iterator[Stage]:
@@ -106,7 +108,7 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
     for method, settings in at_once.items():
         needs = (*supervised, reference_name(settings))
         inputs = [base, model, _dump(settings)]
-        yield Stage(f"align/{method}", needs, lambda inputs=inputs: inputs, partial(_align, method=method))  # type: ignore[misc]
+        yield from method_stages(recipe, method, needs, inputs, _align)
 
 
 def _dump(settings: Any) -> Any:
@@ -286,9 +288,8 @@ def with_reference(record: Record, group: Group) -> Record:
     return replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions)
 
 
-def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
+def _align(run: Run, folder: Path, counts: Counter[str], settings: AlignSettings) -> None:
     recipe = run.recipe
-    settings = seeded(recipe.align[method], recipe)
     tokenizer = load_run_tokenizer(run)
     records = read_records(run.path(reference_name(settings), "records"))
     corrected = settings.target == "reward" and recipe.data.rewards is None and is_truncated(recipe.sample)
