@@ -110,9 +110,9 @@ def test_trials_are_listed_and_leave_the_report_its_curves(searched: Path) -> No
 def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
     searched: Path, world: Path, tmp_path: Path, workers: ForkServerContext
 ) -> None:
-    """SIGKILL in the first and in the second trial of either method, wherever they happen to be."""
+    """SIGKILL in or after the second trial of either method."""
     folder, moments, hits = tmp_path / "run", random.Random(), 0
-    for method, number in (("exo-rw", 0), ("exo-rw", 1), ("ppo", 1)):
+    for method, number in (("exo-rw", 1), ("ppo", 1)):
         process = workers.Process(target=searched_run, args=(world, folder))
         process.start()
         log = folder / f"search/{method}/trial-{number:03d}/metrics.jsonl"

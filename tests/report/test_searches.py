@@ -26,7 +26,9 @@ def searched(folder: Path) -> Path:
     run = write_run(folder / "run", world)
     for trial in TRIALS:
         write_json(run / f"search/exo-rw/trial-{trial.number:03d}/result.json", asdict(trial))
-    write_json(run / "search/exo-rw/best.json", {"trial": 2, "value": 0.75, "kl": 1.25, "ranked_at": 2.0, "settings": {}})
+    write_json(
+        run / "search/exo-rw/best.json", {"trial": 2, "value": 0.75, "kl": 1.25, "ranked_at": 2.0, "settings": {}}
+    )
     settings = {"trial": 2, "settings": {"divergence": "forward_kl", "target": "reward", "weight": None}}
     write_json(run / "align/exo-rw/settings.json", settings)
     return run

@@ -158,7 +158,8 @@ def _trial(
     try:
         train(run, place, counts, seeded(settings, run.recipe))
     except NotFiniteError as error:
-        return Trial(**values | {"seconds": _training_seconds(place), "failed": str(error)})
+        outcome: dict[str, Any] = {"failed": str(error)}
+        return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
     prompts = read_records(run.path("validation", "prompts"))
     sampling = evaluation_sampling(run.recipe, run.recipe.search.samples)
     # The same random numbers for every trial: trials with the same policies have the same value.
