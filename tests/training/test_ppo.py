@@ -265,18 +265,20 @@ def test_an_adapted_coefficient_survives_an_interruption_bit_for_bit(tmp_path: P
     assert_same_outcome(folder, tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("beta", [1e-3, 20.0], ids=["too far", "too near"])
-def test_the_kl_ends_nearer_the_target_than_under_a_fixed_coefficient(beta: float, tmp_path: Path) -> None:
-    """From a β that lets the policy go too far, and from one that holds it back; means over the last rollouts."""
-    target, distance = 0.5, {}
-    for name, changes in (("fixed", {}), ("adapted", {"target_kl": target, "kl_rate": 4.0})):
-        settings: dict[str, Any] = {"learning_rate": 3e-3, "critic_learning_rate": 1e-2, "rollout_prompts": 16}
-        settings |= {"batch_prompts": 8, "passes": 2, "epochs": 24, "schedule": "constant", "beta": beta}
-        made = PPOSettings(**settings, **changes)
-        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(count=16), made, tmp_path / name)
-        kls = [row["kl"] for row in read_metrics(tmp_path / name)]
-        distance[name] = abs(sum(kls[-16:]) / 16 - target)
-    assert distance["adapted"] < distance["fixed"] / 2
+def test_the_kl_ends_nearer_the_target_than_under_a_fixed_coefficient(tmp_path: Path) -> None:
+    """From a β that lets the policy go much too far; the mean over the last 8 of 44 rollouts, as β swings a little."""
+    target, distance = 1.0, {}
+    adapted: dict[str, Any] = {"target_kl": target, "kl_rate": 0.5}
+    for name, changes in (("fixed", {}), ("adapted", adapted)):
+        settings = PPOSettings(
+            learning_rate=2e-3, critic_learning_rate=1e-2, schedule="constant", beta=0.05, rollout_prompts=16,
+            batch_prompts=8, passes=1, epochs=44, **changes,
+        )  # fmt: skip
+        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(count=16), settings, tmp_path / name)
+        kls = [row["kl"] for row in read_metrics(tmp_path / name)[::2]]
+        assert len(kls) == 44
+        distance[name] = abs(sum(kls[-8:]) / 8 - target)
+    assert distance["adapted"] < distance["fixed"] / 4
 
 
 def test_a_finished_run_started_again_restores_policy_and_critic(undisturbed: Path) -> None:

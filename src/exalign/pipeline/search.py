@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.markup import escape
+
 from exalign.data.records import Header, Record, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.searches import Trial
@@ -132,7 +134,7 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
         _forget_weights(place)
         trials.append(Trial(**read_json(place / "result.json")))
         counts.update(trials[-1].counts)
-        run.console.print(f"  [dim]{trial_sentence(trials[-1])}[/dim]", highlight=False)
+        run.console.print(f"  [dim]{escape(trial_sentence(trials[-1]))}[/dim]", highlight=False, soft_wrap=True)
     counts["trials"] = len(trials)
     counts["failed_trials"] = sum(trial.value is None for trial in trials)
     write_text(folder / "trials.csv", trials_csv(trials))
@@ -158,7 +160,8 @@ def _trial(
     try:
         train(run, place, counts, seeded(settings, run.recipe))
     except NotFiniteError as error:
-        return Trial(**values | {"seconds": _training_seconds(place), "failed": str(error)})
+        outcome: dict[str, Any] = {"failed": str(error)}
+        return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
     prompts = read_records(run.path("validation", "prompts"))
     sampling = evaluation_sampling(run.recipe, run.recipe.search.samples)
     # The same random numbers for every trial: trials with the same policies have the same value.
