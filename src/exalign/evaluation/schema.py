@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exalign.errors import InputError
+from exalign.evaluation.density_schema import DensityRatios
 from exalign.storage import read_json, write_json
 
 EVIDENCE_VERSION = 1
@@ -46,8 +47,9 @@ class WinRate:
 class FrontierPoint:
     """One checkpoint: mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft) over its samples.
 
-    `reward_std` is the standard deviation over samples, `accuracy` the share with reward > 0 (where rewards are a
-    classifier's log-odds), `tokens` the mean length, `finished` the share that ended by the end-of-sequence token.
+    `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
+    `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
+    `finished` the share that ended by the end-of-sequence token.
     """
 
     step: int
@@ -59,6 +61,7 @@ class FrontierPoint:
     tokens: float | None = None
     finished: float | None = None
     win_vs_sft: WinRate | None = None
+    reward_std_within: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class BestOfN:
     n: int
     reward: Interval
     kl_bound: float
+    win_rates: list[WinRate] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -344,6 +348,7 @@ class Evidence:
     environment: dict[str, Any]
     recipe: str
     judgements: Judgements = field(default_factory=Judgements)
+    density: DensityRatios | None = None
     version: int = EVIDENCE_VERSION
 
 
