@@ -20,7 +20,7 @@ def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, w
     paths = {method.name: _from_start(evidence, method.points) for method in evidence.methods if method.points}
     if not paths:
         return None
-    columns = 1 if width < 5 else min(3, len(paths))
+    columns = 1 if width < 5 else 2 if len(paths) in (2, 4) else min(3, len(paths))
     rows = -(-len(paths) // columns)
     figure = Figure(figsize=(width, 0.4 + (1.9 if width < 5 else 2.3) * rows), layout="constrained")
     shared = None
