@@ -147,13 +147,25 @@ def bench(
 
 @app.command()
 def figures(
-    out: Annotated[Path, typer.Option(help="The folder for PNG and SVG files.")] = Path("figures"),
+    run: Annotated[Path | None, typer.Argument(help="A run's directory; without it Figures 1 and 5 are drawn.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the files (default: figures, or RUN/report/figures).")
+    ] = None,
 ) -> None:
-    """Draw the paper's theorems and its Figures 1 and 5, computed exactly on a world small enough to enumerate."""
-    from exalign.pipeline.exact_figures import draw_exact_figures
+    """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
+    if run is None:
+        from exalign.pipeline.exact_figures import draw_exact_figures
 
-    for path in draw_exact_figures(out):
-        console.print(f"wrote {path} and .svg", highlight=False)
+        paths, missing = draw_exact_figures(Path("figures") if out is None else out), []
+    else:
+        from exalign.pipeline.run_figures import draw_run_figures
+
+        written = draw_run_figures(run, out)
+        paths, missing = written.paths, written.missing
+    for path in paths:
+        console.print(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}", highlight=False, soft_wrap=True)
+    for sentence in missing:
+        console.print(f"[yellow]missing[/yellow] {_plain(sentence)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 Rewards of π_sft are N(m_x, 1) for a prompt x. A method with efficiency e, at distance s, shifts a latent Gaussian by
 s: its samples have log π_θ − log π_sft = s z − s²/2 with z ~ N(s, 1), so KL = s²/2, and reward m_x + e z + √(1 − e²) w.
-The best possible is e = 1: reward √(2 KL) above π_sft.
+The best possible is e = 1: reward √(2 KL) above π_sft. On the pool's samples, which have reward m_x + u, the last
+checkpoint of a method has the same log-ratio s z − s²/2 with z = e u + √(1 − e²) v, v ~ N(0, 1).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class World:
     num_prompts: int = 48
     num_samples: int = 4
     pool: int = 64
+    density: int = 3
     reference_texts: bool = True
     ragged: bool = False
     steps: int = 120
@@ -81,6 +83,22 @@ def _write_evaluation(run: Path, world: World, levels: np.ndarray, generator: np
             for record, level in zip(bare, levels, strict=True)
         ]
         write_records(evaluation / "pool", pool, header)
+        _write_density(evaluation / "density", world, pool[: world.density], levels)
+
+
+def _write_density(folder: Path, world: World, pool: Sequence[Record], levels: np.ndarray) -> None:
+    generator = np.random.default_rng(world.seed + 1)
+    references = [-60 + 15 * generator.normal(size=len(record.completions)) for record in pool]
+    for name, (efficiency, distances) in world.methods.items():
+        distance = distances[-1]
+        records = []
+        for record, level, reference in zip(pool, levels, references, strict=False):
+            u = np.array(record.rewards) - level
+            z = efficiency * u + math.sqrt(1 - efficiency**2) * generator.normal(size=len(u))
+            logps = zip(record.completions, reference + distance * z - distance**2 / 2, reference, strict=True)
+            completions = tuple(replace(c, logprob=float(p), reference_logprob=float(r)) for c, p, r in logps)
+            records.append(replace(record, completions=completions))
+        write_records(folder / name / "samples", records, Header(temperature=0.8))
 
 
 def _samples(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exalign.data.records import Completion, Record
-from exalign.evaluation.best_of_n import best_of_n, expected_best
+from exalign.evaluation.best_of_n import best_of_n, best_of_n_shares, expected_best
 from exalign.evaluation.optimum import LEAST_ESS, gap_to_optimum, optimum, pool_frontier
 from exalign.evaluation.tables import tabulate
 
@@ -117,6 +117,7 @@ def test_expected_best_is_the_mean_over_all_subsets(n):
 def test_best_of_n_doubles_up_to_the_smallest_pool():
     points = best_of_n({"a": [0.0, 1.0, 2.0, 3.0, 4.0], "b": [1.0, 1.0, 1.0, 1.0]})
     assert [point.n for point in points] == [1, 2, 4]
+    assert [point.n for point in best_of_n({"a": [0.0] * 6, "b": [1.0] * 9})] == [1, 2, 4, 6]
     assert points[0].reward.estimate == pytest.approx((2 + 1) / 2)
     assert points[0].kl_bound == 0
     assert points[2].kl_bound == pytest.approx(np.log(4) - 3 / 4)
@@ -126,3 +127,34 @@ def test_best_of_n_doubles_up_to_the_smallest_pool():
 def test_expected_best_of_more_than_the_pool_is_refused():
     with pytest.raises(ValueError, match="between 1 and the 2 rewards"):
         expected_best([1.0, 2.0], 3)
+
+
+def won(ours: float, theirs: float) -> float:
+    return 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_wins_as_often_as_over_all_subsets(n):
+    """Every subset of the pool against every opponent, with ties among the pool and across."""
+    pool, theirs = [3.0, -1.0, 2.0, 2.0, 0.5], [2.0, 0.0, 2.5, 3.0]
+    pairs = [(max(subset), r) for subset in itertools.combinations(pool, n) for r in theirs]
+    share, ties = best_of_n_shares(pool, np.array(theirs), n)
+    assert share == pytest.approx(np.mean([won(best, r) for best, r in pairs]))
+    assert ties == pytest.approx(np.mean([best == r for best, r in pairs]))
+
+
+def test_best_of_n_is_rated_on_the_prompts_that_both_have():
+    answers = {"a": [1.5, 9.0], "b": [0.0], "elsewhere": [0.0]}
+    records = [Record(key, "x", tuple(Completion("y", reward=r) for r in rs)) for key, rs in answers.items()]
+    pool = {"a": [1.0, 2.0], "b": [0.0, 0.0], "c": [5.0, 5.0]}
+    points = best_of_n(pool, {"SFT": tabulate(records, "t")})
+    # a: the best of two, 2, beats 1.5 and not 9; b: a tie. One of them: 1 loses to both, 2 wins one of two.
+    assert [point.win_rates[0].rate.estimate for point in points] == [
+        pytest.approx(np.mean([0.25, 0.5])),
+        pytest.approx(np.mean([0.5, 0.5])),
+    ]
+    (rate,) = points[-1].win_rates
+    assert (rate.opponent, rate.rate.num_prompts, rate.num_pairs, rate.missing_prompts) == ("SFT", 2, 2 * 2 + 2 * 1, 2)
+    assert rate.ties == pytest.approx(0.5)
+    nobody = tabulate([Record("q", "x", (Completion("y", reward=1.0),))], "t")
+    assert best_of_n(pool, {"SFT": nobody})[0].win_rates == []

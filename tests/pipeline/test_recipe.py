@@ -77,6 +77,8 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.exo-pref.rounds=2"], "align.exo-pref.rounds needs target: reward"),
         (["align={a: {rounds: 2}}", "data.prompts=null"], "data.prompts is missing"),
         (["align.sft={}"], "is not 'sft'"),
+        (["align.pool={}"], "'pool' or 'density'"),
+        (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={sft: {}}"], "ppo: a method's name"),
         (["ppo={exo-rw: {}}"], "ppo.exo-rw has the name of a method in align"),
         (["ppo={ppo: {}}", "sample.top_p=0.9"], "remove sample.top_p and sample.top_k"),

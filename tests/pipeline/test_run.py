@@ -17,8 +17,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from exalign.data.batching import group_of
 from exalign.data.records import read_header, read_records
 from exalign.errors import InputError
+from exalign.models.loading import ModelSettings, load_policy, load_tokenizer
+from exalign.models.logprobs import plain_completion_logprobs
 from exalign.pipeline import Recipe, Run, run_recipe
 from exalign.pipeline.stages import plan
 from exalign.storage import fingerprint_path, read_json
@@ -174,6 +177,20 @@ def test_killed_at_random_moments_and_started_again_it_ends_as_if_nothing_happen
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    stage = copy / "evaluation" / "density" / "exo-rw"
+    (stage / "done.json").rename(stage / "started.json")
+    outer = stage / ".samples.1.tmp"
+    outer.mkdir()
+    (outer / ".part-000000.parquet.1.tmp").touch()
+    assert "evaluation/density/exo-rw (continues)" in carry_out(recipe, copy, "evaluation/density")
+    assert not list(copy.rglob("*.tmp"))
+    assert (stage / "done.json").exists()
+
+
 def test_where_nothing_more_can_be_written_one_sentence_is_said_and_the_run_goes_on_later(
     finished: tuple[Recipe, Path], world: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +209,46 @@ def test_where_nothing_more_can_be_written_one_sentence_is_said_and_the_run_goes
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert models_and_samples(tmp_path / "full") == models_and_samples(undisturbed)
+
+
+def test_density_stages_have_the_final_policys_numbers_on_the_pool(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe
+) -> None:
+    recipe, folder = finished
+    pool = read_records(folder / "evaluation" / "pool")
+    tokenizer = load_tokenizer(str(folder / "sft" / "model"))
+    for method in recipe.methods:
+        records = read_records(folder / "evaluation" / "density" / method / "samples")
+        assert [record.id for record in records] == [record.id for record in pool]  # 4 prompts have a pool
+        policy = load_policy(ModelSettings(source=str(folder / "align" / method / "model")), tokenizer).eval()
+        groups = [group_of(record, 0) for record in records]
+        with torch.no_grad():
+            plain = plain_completion_logprobs(policy, groups, temperature=recipe.temperature)
+        found = [[c.logprob for c in record.completions] for record in records]
+        torch.testing.assert_close(torch.tensor(found), plain, rtol=1e-5, atol=1e-4)
+        # What the sampler said when it drew them from the supervised policy.
+        for record, drawn in zip(records, pool, strict=True):
+            for completion, before in zip(record.completions, drawn.completions, strict=True):
+                assert completion.reference_logprob == pytest.approx(before.logprob, abs=1e-4)
+                assert completion.reward == before.reward
+    density = read_json(folder / "evaluation" / "evidence.json")["density"]
+    assert (len(density["prompts"]), density["beta_of"], density["beta"]) == (4, "exo-rw", 0.5 * 0.1)
+
+
+def test_density_prompts_says_for_how_many_and_0_for_none(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    assert not [stage for stage in plan(tiny("evaluate.density_prompts=0")) if "density" in stage.name]
+    assert not [stage for stage in plan(tiny("evaluate.pool_prompts=0")) if "density" in stage.name]
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    recipe = tiny("evaluate.density_prompts=2")
+    printed = carry_out(recipe, copy, "evaluation/density", redo=True)
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("▸")] == [
+        f"evaluation/density/{method}" for method in recipe.methods
+    ]
+    assert len(read_records(copy / "evaluation" / "density" / "exo-rw" / "samples")) == 2
 
 
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:

@@ -36,8 +36,8 @@ def test_no_horizontal_scrolling(browser, evidence_and_page, hostile_page, width
 def test_figures_fit_the_screen(browser, evidence_and_page):
     for width, shown, hidden in ((1280, "wide", "narrow"), (375, "narrow", "wide")):
         page, _ = open_page(browser, evidence_and_page[1], width=width)
-        assert page.locator(f"#frontier .{shown} svg").is_visible()
-        assert not page.locator(f"#frontier .{hidden} svg").is_visible()
+        assert page.locator(f"#frontier .{shown} svg").first.is_visible()
+        assert not page.locator(f"#frontier .{hidden} svg").first.is_visible()
         size = page.locator(f"#frontier .{shown} svg text").first.evaluate(
             "text => parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a"
         )
@@ -82,7 +82,7 @@ def test_bidirectional_text_does_not_leave_its_box(browser, hostile_page):
 def test_everything_is_on_paper_too(browser, evidence_and_page, tmp_path):
     page, _ = open_page(browser, evidence_and_page[1])
     page.emulate_media(media="print")
-    assert page.locator("#frontier .wide svg").is_visible()
+    assert page.locator("#frontier .wide svg").first.is_visible()
     assert page.locator("details:not([open]) .prompt").first.is_visible()
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 20_000

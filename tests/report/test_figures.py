@@ -34,8 +34,9 @@ def bare(name, family, target):
 
 def test_families_differ_in_grey_and_targets_in_form():
     methods = [bare(f"{f}-{t}", f, t) for f in ("exo", "dpo") for t in ("reward", "preference")]
+    methods += [bare("ppo", "ppo", None), bare("jeffreys", "other", "reward"), bare("alpha", "other", "preference")]
     looks = looks_of(methods)
-    assert len({(look.color, look.marker, look.dashes) for look in looks.values()}) == 4
+    assert len({(look.color, look.marker, look.dashes) for look in looks.values()}) == 7
     for target in ("reward", "preference"):
         exo, dpo = looks[f"exo-{target}"], looks[f"dpo-{target}"]
         assert contrast(exo.color, dpo.color) > 1.9

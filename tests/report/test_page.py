@@ -78,7 +78,7 @@ def test_it_holds_what_was_promised(evidence_and_page):
 
 def test_figures_are_saved(evidence_and_page):
     folder = evidence_and_page[1].parent / "figures"
-    names = {"frontier", "checkpoints", "alignment", "stages"}
+    names = {"frontier", "accuracy", "density", "checkpoints", "alignment", "stages"}
     assert {path.name for path in folder.iterdir()} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
 

@@ -13,6 +13,7 @@ from exalign.errors import InputError
 from exalign.evaluation import run_folder
 from exalign.evaluation.best_of_n import best_of_n
 from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
+from exalign.evaluation.density_ratio import density_ratios
 from exalign.evaluation.examples import choose_examples
 from exalign.evaluation.frontier import frontier_point, select_within
 from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
@@ -23,10 +24,18 @@ from exalign.evaluation.tables import SampleTable, tabulate
 from exalign.evaluation.winrate import win_rate
 
 SFT = "SFT"
+REFERENCE_TEXTS = "reference texts"
 _FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 
 
-def build_evidence(
+def build_evidence(run: Path, **options: Any) -> Evidence:
+    """`collect_evidence`, with its options and errors, written to `evaluation/evidence.json`."""
+    evidence = collect_evidence(run, **options)
+    write_evidence(Path(run) / "evaluation" / "evidence.json", evidence)
+    return evidence
+
+
+def collect_evidence(
     run: Path,
     *,
     seed: int = 0,
@@ -34,7 +43,7 @@ def build_evidence(
     num_examples: int = 8,
     judgements: Judgements | None = None,
 ) -> Evidence:
-    """Compute everything the report says about the run in folder `run` and write `evaluation/evidence.json`.
+    """Compute everything the report says about the run in folder `run`; nothing is written.
 
     Missing pieces (no pool, no reference texts, a method that was stopped, one method only) leave their part empty
     and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.evidence` reads it).
@@ -48,10 +57,11 @@ def build_evidence(
     methods = [_method(material, name, log_odds, options) for name in material.methods]
     paths = Paths(material.sft, {name: list(steps.values()) for name, steps in material.tables.items()}, **options)
     finished = [method.name for method in methods if method.finished]
+    density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, **options)
     counts: Counter[str] = Counter()
     curves = run_folder.curves(run, counts)
     header = read_header(run / "evaluation" / "sft" / "samples")
-    evidence = Evidence(
+    return Evidence(
         name=str(material.recipe.get("name") or run.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
         temperature=header.temperature,
@@ -63,7 +73,7 @@ def build_evidence(
         equal_kl=compare_all(paths, among=finished),
         comparisons=compare_pairs(paths),
         optimum=None if material.pool is None else optimum(material.pool, **options),
-        best_of_n=best_of_n(material.pool_rewards, **options),
+        best_of_n=best_of_n(material.pool_rewards, material.opponents, **options),
         examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
         curves=curves,
         stages=run_folder.stages(run),
@@ -75,10 +85,9 @@ def build_evidence(
         recipe=material.recipe_text,
         judgements=judgements,
         searches=read_searches(run, material.methods),
+        density=density,
         **options,
     )
-    write_evidence(run / "evaluation" / "evidence.json", evidence)
-    return evidence
 
 
 @dataclass(eq=False)
@@ -93,6 +102,7 @@ class _Material:
     reference: SampleTable | None
     pool_rewards: dict[str, list[float]]
     pool: PoolFrontier | None
+    density: dict[str, list[Record]]
     methods: list[str]
     tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
     last_samples: dict[str, list[Record]] = field(default_factory=dict)
@@ -108,6 +118,7 @@ class _Material:
         prompts = run_folder.complete_records(folder / "prompts") or []
         texts = [record for record in prompts if record.rewards is not None]
         pool = run_folder.pool_rewards(folder / "pool")
+        methods = run_folder.methods_of(run, recipe)
         material = cls(
             recipe_text=text,
             recipe=recipe,
@@ -117,13 +128,20 @@ class _Material:
             reference=tabulate(texts, "evaluation/prompts") if texts else None,
             pool_rewards=pool,
             pool=pool_frontier(pool),
-            methods=run_folder.methods_of(run, recipe),
+            density=run_folder.density_records(run, methods),
+            methods=methods,
             last_samples={SFT: samples},
         )
         material._note_missing()
         for method in material.methods:
             material._read_method(method)
         return material
+
+    @property
+    def opponents(self) -> dict[str, SampleTable]:
+        """Whom win rates are against, by name."""
+        references = {} if self.reference is None else {REFERENCE_TEXTS: self.reference}
+        return {SFT: self.sft, **references}
 
     def _read_method(self, method: str) -> None:
         self.tables[method] = {}
@@ -167,8 +185,7 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
     if points:
         last = tables[points[-1].step]
         gain = reward_gain(last, material.sft, **options)
-        others = [(SFT, material.sft), ("reference texts", material.reference)]
-        rates = [win_rate(last, table, opponent=who, **options) for who, table in others if table is not None]
+        rates = [win_rate(last, table, opponent=who, **options) for who, table in material.opponents.items()]
         win_rates = [rate for rate in rates if rate is not None]
     gap = None
     if material.pool is not None:

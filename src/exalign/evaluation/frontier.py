@@ -47,6 +47,7 @@ def frontier_point(
         tokens=None if table.lengths is None else float(prompt_means(table.lengths).mean()),
         finished=None if table.finished is None else float(prompt_means(table.finished).mean()),
         win_vs_sft=win_vs_sft,
+        reward_std_within=_spread_within(table.rewards),
     )
 
 
@@ -120,3 +121,9 @@ def _spread(rewards: Ragged) -> float:
     """Standard deviation over samples, every prompt weighing the same."""
     mean = prompt_means(rewards).mean()
     return float(np.sqrt(np.mean([((values - mean) ** 2).mean() for values in rewards])))
+
+
+def _spread_within(rewards: Ragged) -> float | None:
+    """Standard deviation over the samples of a prompt (dividing by M − 1), averaged over the prompts that have two."""
+    spreads = [values.std(ddof=1) for values in rewards if len(values) > 1]
+    return float(np.mean(spreads)) if spreads else None

@@ -58,6 +58,12 @@ def evaluated_steps(run: Path, method: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def density_records(run: Path, methods: list[str]) -> dict[str, list[Record]]:
+    """Per method, samples of π_sft with the final policy's log-probabilities, where they are complete."""
+    found = {name: complete_records(run / "evaluation" / "density" / name / "samples") for name in methods}
+    return {name: records for name, records in found.items() if records is not None}
+
+
 def methods_of(run: Path, recipe: dict[str, Any]) -> list[str]:
     """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
     in_recipe = [str(name) for section in ("align", "ppo") for name in recipe.get(section) or {}]

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exalign.errors import InputError
+from exalign.evaluation.density_schema import DensityRatios
 from exalign.evaluation.searches import Search
 from exalign.storage import read_json, write_json
 
@@ -47,8 +48,9 @@ class WinRate:
 class FrontierPoint:
     """One checkpoint: mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft) over its samples.
 
-    `reward_std` is the standard deviation over samples, `accuracy` the share with reward > 0 (where rewards are a
-    classifier's log-odds), `tokens` the mean length, `finished` the share that ended by the end-of-sequence token.
+    `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
+    `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
+    `finished` the share that ended by the end-of-sequence token.
     """
 
     step: int
@@ -60,6 +62,7 @@ class FrontierPoint:
     tokens: float | None = None
     finished: float | None = None
     win_vs_sft: WinRate | None = None
+    reward_std_within: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class BestOfN:
     n: int
     reward: Interval
     kl_bound: float
+    win_rates: list[WinRate] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -346,6 +350,7 @@ class Evidence:
     recipe: str
     judgements: Judgements = field(default_factory=Judgements)
     searches: list[Search] = field(default_factory=list)
+    density: DensityRatios | None = None
     version: int = EVIDENCE_VERSION
 
 

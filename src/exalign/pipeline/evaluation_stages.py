@@ -1,6 +1,6 @@
 """The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
 
-evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/METHOD … → evidence → report
+evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/METHOD … → evaluation/density/METHOD … → report
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from itertools import islice
 from pathlib import Path
 
 from exalign.data.records import Completion, Header, Record, RecordWriter, read_header, read_records, write_records
-from exalign.data.tokenization import tokenize_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.evidence import read_judgements
-from exalign.models.logprobs import reference_logprobs
+from exalign.pipeline.density_stage import density_stages
 from exalign.pipeline.recipe import Recipe, ScorerSettings
-from exalign.pipeline.rollouts import sample_policy, sample_supervised, score_records, shards, with_reference_logprobs
+from exalign.pipeline.rollouts import (
+    sample_policy,
+    sample_supervised,
+    sampled_logprobs,
+    score_records,
+    shards,
+    with_reference_logprobs,
+)
 from exalign.pipeline.run import Run, Stage
 from exalign.pipeline.sources import (
-    SCORING_TOKENS,
     data_identity,
     iter_records_of,
     load_frozen_policy,
@@ -57,8 +62,10 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
         yield Stage("evaluation/pool", needs, lambda: [drawn, pool], _pool)
     for method in recipe.methods:
         yield Stage(f"evaluation/{method}", (*needs, f"align/{method}"), lambda: drawn, partial(_method, method=method))
+    density = list(density_stages(recipe))
+    yield from density
     before = ["evaluation/sft", *(["evaluation/pool"] if settings.pool_prompts else [])]
-    before += [f"evaluation/{method}" for method in recipe.methods]
+    before += [f"evaluation/{method}" for method in recipe.methods] + [stage.name for stage in density]
     yield Stage("report", tuple(before), lambda: None, _report, always=True)
 
 
@@ -175,16 +182,10 @@ def score_drawn(run: Run, drawn: Path, samples: Path) -> None:
     tokenizer = load_run_tokenizer(run)
     scorer = load_scorer(evaluation_scorer(run.recipe), run)
     model = ready(load_supervised(run, tokenizer))
-    longest = run.recipe.data.max_prompt_tokens + run.recipe.sample.max_new_tokens
     done: list[Record] = []
     for shard in shards(read_records(drawn)):
-        groups = list(
-            tokenize_records(
-                shard, tokenizer, max_prompt_tokens=longest, max_completion_tokens=longest, counts=Counter()
-            )
-        )
-        logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
-        done += with_reference_logprobs(score_records(scorer, shard), [values.tolist() for values in logps])
+        logps = sampled_logprobs(run, model, tokenizer, shard)
+        done += with_reference_logprobs(score_records(scorer, shard), logps)
     write_records(samples, done, read_header(drawn))
 
 

@@ -104,6 +104,12 @@ class EvaluateSettings(Settings):
         128, ge=0, description="prompts with a pool of supervised samples for the optimal frontier; 0: none"
     )
     pool_samples: int = Field(128, gt=1, description="supervised samples for each pool prompt")
+    density_prompts: int = Field(
+        4,
+        ge=0,
+        description="pool prompts, the first ones, on whose samples every method's density ratio to the supervised "
+        "model is computed; 0: none",
+    )
     kl_budget: float | None = Field(
         None, gt=0, description="nats; the report names each method's best checkpoint within it"
     )
@@ -170,13 +176,19 @@ class PPOStageSettings(PPOSettings):
 
 Recipe.model_rebuild()
 
+TAKEN = {"sft", "prompts", "pool", "density"}
+"""Folders beside those of the methods in evaluation/."""
+
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
     targets: set[str] = {settings.target for settings in recipe.align.values() if settings.rounds == 1}
     for section in ("align", "ppo"):
-        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n == "sft" for n in getattr(recipe, section)):
-            yield f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
+        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n in TAKEN for n in getattr(recipe, section)):
+            yield (
+                f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft', "
+                "'prompts', 'pool' or 'density'"
+            )
     for name in recipe.ppo:
         if name in recipe.align:
             yield f"ppo.{name} has the name of a method in align; give it another"
@@ -247,6 +259,10 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
             yield f"{where} names the stage {scorer.stage!r}, but the recipe has no {scorer.stage} section"
         if where == "preferences.scorer" and scorer.stage == "reward":
             yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
+    evaluate = recipe.evaluate
+    usual = EvaluateSettings.model_fields["density_prompts"].default
+    if evaluate.density_prompts > evaluate.pool_prompts and evaluate.density_prompts != usual:
+        yield "evaluate.density_prompts is above evaluate.pool_prompts, whose samples it needs; raise the latter"
     if recipe.methods and recipe.data.evaluation is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
     yield from search_contradictions(recipe, contradictions)

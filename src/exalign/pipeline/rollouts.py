@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
 from exalign.data.records import Header, Record, RecordWriter
+from exalign.data.tokenization import tokenize_records
 from exalign.models.flops import forward_flops, matmul_peak
+from exalign.models.logprobs import reference_logprobs
 from exalign.pipeline.run import Run
-from exalign.pipeline.sources import load_run_tokenizer, load_supervised, model_identity, ready
+from exalign.pipeline.sources import SCORING_TOKENS, load_run_tokenizer, load_supervised, model_identity, ready
 from exalign.pipeline.speed import record_speed, say_speed
 from exalign.sampling import GroupedSampler, SampleSettings
 from exalign.scoring import Scorer
@@ -90,6 +92,18 @@ def sample_supervised(
     counts = sample_policy(run, model, tokenizer, prompts, settings, folder=folder, purpose=purpose)
     say_speed(run, folder.parent)
     return counts
+
+
+def sampled_logprobs(
+    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
+) -> list[list[float]]:
+    """log π(y_i|x) at τ of every sample of the records under `model`, by the code path of training; nothing is cut."""
+    longest = run.recipe.data.max_prompt_tokens + run.recipe.sample.max_new_tokens
+    groups = list(
+        tokenize_records(records, tokenizer, max_prompt_tokens=longest, max_completion_tokens=longest, counts=Counter())
+    )
+    logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
+    return [values.tolist() for values in logps]
 
 
 def score_records(scorer: Scorer, records: Sequence[Record]) -> list[Record]:

@@ -126,7 +126,8 @@ class Run:
         seconds_before = worked_before(folder) if found else 0.0
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            # One may lie inside another that is gone by now.
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         write_json(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()

@@ -1,14 +1,15 @@
-"""The frontier: reward against KL to π_sft, every method, and the best that is possible."""
+"""The frontiers: reward and the classifier's accuracy against KL to π_sft, every method, and the best possible."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
+from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, MethodEvidence, OptimumPoint
 from exalign.report.labels import label_right
 from exalign.report.style import LIGHT, Look
 
@@ -24,9 +25,7 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     ends: list[tuple[str, str, float, float]] = []
     for method in evidence.methods:
         if method.points:
-            _path(axes, evidence.sft, method.points, looks[method.name], method.name)
-            last = method.points[-1]
-            ends.append((method.name, looks[method.name].color, last.kl.estimate, last.reward.estimate))
+            ends.append(_path(axes, evidence.sft, method, looks[method.name], _reward))
     low, high = _limits(evidence)
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -38,40 +37,90 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
         curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
         ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
     if evidence.sft:
-        axes.plot(0, evidence.sft.reward.estimate, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
-        axes.annotate("SFT", (0, evidence.sft.reward.estimate), (7, -10), textcoords="offset points", fontsize=8.5)
+        _start(axes, evidence.sft.reward.estimate)
+    _finish(figure, axes, ends, "mean reward", narrow)
+    return figure
+
+
+def draw_accuracy_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """The share of samples with reward > 0 against KL, as `draw_frontier`; None where rewards are no log-odds."""
+    evaluated = [method for method in evidence.methods if method.points]
+    if not evaluated or any(point.accuracy is None for method in evaluated for point in method.points):
+        return None
+    narrow = width < 5
+    figure = Figure(figsize=(width, 4.2 if narrow else 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    sft = evidence.sft if evidence.sft and evidence.sft.accuracy else None
+    ends = [_path(axes, sft, method, looks[method.name], _accuracy) for method in evaluated]
+    points = [point for method in evaluated for point in method.points] + ([sft] if sft else [])
+    farthest = max(max(_bounds(p.kl)[1] for p in points) * 1.03, 0.05)
+    ys = [min(1.0, max(0.0, bound)) for p in points for bound in _bounds(_accuracy(p))]
+    room = 0.05 * (max(ys) - min(ys)) or 0.05
+    axes.set_xlim(min(0.0, *(_bounds(p.kl)[0] for p in points)) - 0.025 * farthest, farthest)
+    axes.set_ylim(min(ys) - room, max(ys) + room)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    if sft:
+        _start(axes, _accuracy(sft).estimate)
+    _finish(figure, axes, ends, "samples that the classifier calls positive", narrow)
+    return figure
+
+
+def _reward(point: FrontierPoint) -> Interval:
+    return point.reward
+
+
+def _accuracy(point: FrontierPoint) -> Interval:
+    assert point.accuracy is not None
+    return point.accuracy
+
+
+def _start(axes: Axes, height: float) -> None:
+    axes.plot(0, height, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
+    axes.annotate("SFT", (0, height), (7, -10), textcoords="offset points", fontsize=8.5)
+
+
+def _finish(
+    figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float, float]], ylabel: str, narrow: bool
+) -> None:
     axes.set_xlabel("KL to the supervised policy (nats)")
-    axes.set_ylabel("mean reward")
+    axes.set_ylabel(ylabel)
     if narrow:
         figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
     else:
         label_right(axes, ends)
-    return figure
 
 
-def _path(axes: Axes, sft: FrontierPoint | None, points: Sequence[FrontierPoint], look: Look, name: str) -> None:
-    start = [] if sft is None else [sft]
+def _path(
+    axes: Axes,
+    sft: FrontierPoint | None,
+    method: MethodEvidence,
+    look: Look,
+    read: Callable[[FrontierPoint], Interval],
+) -> tuple[str, str, float, float]:
+    """Draw a method's checkpoints, from π_sft where it is given; return where its label goes."""
+    points, start = method.points, [] if sft is None else [sft]
     ordered = [*start, *points]
-    kls, rewards = (np.array([getattr(p, key).estimate for p in ordered]) for key in ("kl", "reward"))
-    axes.plot(*_between(kls, rewards), **{**look.line, "marker": ""}, zorder=3)
+    kls, heights = np.array([p.kl.estimate for p in ordered]), np.array([read(p).estimate for p in ordered])
+    axes.plot(*_between(kls, heights), **{**look.line, "marker": ""}, zorder=3)
     first = len(start)
     axes.errorbar(
         kls[first:],
-        rewards[first:],
+        heights[first:],
         xerr=_arms([p.kl for p in points]),
-        yerr=_arms([p.reward for p in points]),
+        yerr=_arms([read(p) for p in points]),
         fmt="none",
         ecolor=look.color,
         elinewidth=0.9,
         alpha=0.55,
         zorder=3,
     )
-    axes.plot(kls[first:], rewards[first:], **{**look.line, "linestyle": ""}, zorder=4)
-    axes.plot([], [], **look.line, label=name)
+    axes.plot(kls[first:], heights[first:], **{**look.line, "linestyle": ""}, zorder=4)
+    axes.plot([], [], **look.line, label=method.name)
+    return method.name, look.color, float(kls[-1]), float(heights[-1])
 
 
 def _between(kls: np.ndarray, rewards: np.ndarray, *, pieces: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """The points with curves between them on which reward is linear in √KL, as comparisons at equal KL take it."""
+    """The points with curves between them that are linear in √KL, as comparisons at equal KL take the reward."""
     places = np.linspace(0, len(kls) - 1, pieces * (len(kls) - 1) + 1)
     corners = np.arange(len(kls))
     roots = np.interp(places, corners, np.sqrt(np.maximum(kls, 0)))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.font_manager import findfont, get_font
 
 from exalign.report.style import LIGHT
+from exalign.report.wording import visible
 
 
 def spread_apart(wanted: Sequence[float], distance: float) -> list[float]:
@@ -53,3 +55,13 @@ def label_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]], *, di
             zorder=1.5,
         )
         axes.text(1.032, place, name, transform=axes.transAxes, va="center", color=LIGHT["ink"], fontsize=9)
+
+
+def drawable(text: str) -> str:
+    """The text with a box for every character that the figures' font has no glyph for.
+
+    >>> drawable("été \\u6f22\\u5b57")
+    'été □□'
+    """
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if c == " " or font.get_char_index(ord(c)) else "□" for c in visible(text))

@@ -13,12 +13,15 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from exalign.evaluation.schema import Evidence, MethodEvidence, read_evidence
-from exalign.report.figure_frontier import draw_frontier
+from exalign.report.captions import Captions
+from exalign.report.figure_density import draw_density
+from exalign.report.figure_frontier import draw_accuracy_frontier, draw_frontier
 from exalign.report.figure_training import draw_alignment, draw_checkpoints, draw_other_stages
 from exalign.report.headline import headline
 from exalign.report.style import DARK, LIGHT, figure_style, looks_of
 from exalign.report.svg import inline_svg, save_figure
 from exalign.report.verdict_bar import verdict_bar
+from exalign.report.win_table import win_table
 from exalign.report.wording import duration, interval, number, percent, setting, visible, words
 from exalign.storage import write_text
 
@@ -63,6 +66,8 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         figures=figures,
         looks=looks,
         describe=describe,
+        wins=win_table(evidence),
+        captions=Captions(evidence),
         verdict_bar=lambda tally: verdict_bar(tally, looks),
         light=LIGHT,
         dark=DARK,
@@ -87,11 +92,19 @@ def describe(method: MethodEvidence) -> str:
 
 def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
     """Draw each figure wide and narrow; save the wide one; yield both as markup under the figure's name."""
-    looks = looks_of(evidence.methods)
+    looks, density = looks_of(evidence.methods), evidence.density
     drawings: dict[str, tuple[str, Callable[[float], Figure | None]]] = {
         "frontier": (
             "Mean reward against KL to the supervised policy, for every method's checkpoints",
             lambda width: draw_frontier(evidence, looks, width=width),
+        ),
+        "accuracy": (
+            "Share of samples that the classifier calls positive against KL to the supervised policy",
+            lambda width: draw_accuracy_frontier(evidence, looks, width=width),
+        ),
+        "density": (
+            "Density ratio of each policy to the supervised one along the samples' log-probability",
+            lambda width: None if density is None else draw_density(density, looks, width=width),
         ),
         "checkpoints": (
             "Reward, KL and further measures of each checkpoint against training step",

@@ -27,6 +27,9 @@ LIGHT = {
     "dpo-1": "#d97706",
     "dpo-2": "#e8952f",
     "dpo-3": "#a85a03",
+    "ppo-1": "#b3324a",
+    "ppo-2": "#cf5f72",
+    "ppo-3": "#7d1f31",
     "other-1": "#0f8a6d",
     "other-2": "#a8498f",
     "other-3": "#7d7a24",
@@ -42,11 +45,14 @@ DARK = {
     "dpo-1": "#f2a33a",
     "dpo-2": "#f7c078",
     "dpo-3": "#cf8420",
+    "ppo-1": "#f08295",
+    "ppo-2": "#f5a9b5",
+    "ppo-3": "#d05a70",
     "other-1": "#45c7a6",
     "other-2": "#dc93ca",
     "other-3": "#bdba5c",
 }
-_MARKERS = {"exo": "ooH", "dpo": "ssD", "other": "^vP"}
+_MARKERS = {"exo": "ooH", "dpo": "ssX", "ppo": "DdD", "other": "^vP"}
 _PER_FAMILY = 3
 
 _FIGURE_STYLE: dict[str, Any] = {
@@ -89,8 +95,9 @@ def figure_style(**more: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn. `name` is the custom property of its colour. EXO is dark and round, DPO light and square;
-    a reward target is solid and filled, a preference target dashed and hollow."""
+    """How a method is drawn. `name` is the custom property of its colour. EXO is dark and round, DPO light and square,
+    PPO red with diamonds, others have triangles; a reward target is solid and filled, a preference target dashed and
+    hollow."""
 
     name: str
     color: str

@@ -14,7 +14,7 @@ from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, Side, Verdict
 
 _STEP = re.compile(r"step-(\d+)")
-_NOT_METHODS = ("sft", "prompts", "pool")
+_NOT_METHODS = ("sft", "prompts", "pool", "density")
 REFERENCE = "reference"
 """The system name of the reference texts, in studies by people too."""
 

@@ -179,6 +179,6 @@ def _samples_folder(run: Path, name: str) -> Path:
         found = sorted(base.glob("step-*/samples"))[-1:]
     if not found or not found[0].exists():
         there = sorted(path.name for path in (run / "evaluation").glob("*") if path.is_dir())
-        known = ", ".join(n for n in there if n not in ("prompts", "pool")) or "nothing"
+        known = ", ".join(n for n in there if n not in ("prompts", "pool", "density")) or "nothing"
         raise InputError(f"{run} has no evaluation samples of {name}; evaluated there: {known}.")
     return found[0]

@@ -1,0 +1,88 @@
+"""Density ratios to π_sft along log π_sft(y|x): what each policy made of π_sft's own samples (Figures 3 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from exalign.evaluation.density_schema import DensityCurve, DensityRatios, PromptDensity
+from exalign.report.labels import drawable
+from exalign.report.style import LIGHT, Look
+
+_BAND_ROOM = 1.35
+"""How far above the highest curve an interval is still shown."""
+
+
+def draw_density(density: DensityRatios, looks: Mapping[str, Look], *, width: float) -> Figure:
+    """A panel per prompt and target: the policies' curves with their intervals, the optimum in black, π_sft at 1.
+
+    Ticks at the foot of a panel are the samples. `width` in inches: below 5 there is one panel in a row, else a
+    prompt's panels stand side by side.
+    """
+    panels = [(i, prompt, kind) for i, prompt in enumerate(density.prompts, 1) for kind in _kinds(density, looks)]
+    columns = 1 if width < 5 else min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(width, 0.6 + (2.1 if columns == 2 else 2.4) * rows), layout="constrained")
+    for place, (number, prompt, kind) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _panel(axes, prompt, [c for c in prompt.curves if _kind(c, looks) in ("", kind)], looks)
+        cut = 40 if not kind else 26 if columns == 2 else 14
+        text = drawable(" ".join(prompt.prompt.split()))
+        axes.set_title(f"{number}: “{text if len(text) <= cut else '…' + text[-cut:]}”")
+        axes.set_title(kind, loc="right", fontweight="normal")
+        if place % columns == 0:
+            axes.set_ylabel("π(y|x) / π_sft(y|x)")
+        if place >= len(panels) - columns:
+            axes.set_xlabel("log π_sft(y|x) (nats)")
+    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    figure.legend(
+        handles=[line for name, line in handles.items() if not name.startswith("_")],
+        loc="outside upper left",
+        ncols=2 if width < 5 else 5,
+        handlelength=2.6,
+    )
+    return figure
+
+
+def _kinds(density: DensityRatios, looks: Mapping[str, Look]) -> list[str]:
+    """The kinds of targets, each with a panel of its own; one without a name where no method is known."""
+    found = {_kind(curve, looks): None for prompt in density.prompts for curve in prompt.curves}
+    kinds = [kind for kind in found if kind]
+    return kinds or [""]
+
+
+def _kind(curve: DensityCurve, looks: Mapping[str, Look]) -> str:
+    look = looks.get(curve.policy)
+    return "" if look is None else "from preferences" if look.hollow else "from rewards"
+
+
+def _panel(axes: Axes, prompt: PromptDensity, curves: list[DensityCurve], looks: Mapping[str, Look]) -> None:
+    grid = np.array(prompt.grid)
+    axes.axhline(1, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label="SFT")
+    for curve in curves:
+        _curve(axes, grid, curve, looks.get(curve.policy))
+    # The same height for all panels of a prompt.
+    highest = max(max(curve.ratio) for curve in prompt.curves)
+    bands = max(max(curve.high) for curve in prompt.curves)
+    axes.set_ylim(0, 1.05 * max(min(bands, _BAND_ROOM * highest), 1.1))
+    axes.margins(x=0.01)
+    axes.plot(
+        prompt.samples,
+        np.full(len(prompt.samples), 0.02),
+        "|",
+        transform=axes.get_xaxis_transform(),
+        color=LIGHT["muted"],
+        markersize=5,
+        markeredgewidth=0.6,
+        alpha=0.7,
+    )
+
+
+def _curve(axes: Axes, grid: np.ndarray, curve: DensityCurve, look: Look | None) -> None:
+    color, alpha = (LIGHT["ink"], 0.07) if look is None else (look.color, 0.14)
+    axes.fill_between(grid, curve.low, curve.high, color=color, alpha=alpha, linewidth=0, zorder=1)
+    line = {"color": color, "linewidth": 1.4} if look is None else {**look.line, "marker": "", "linewidth": 1.7}
+    axes.plot(grid, curve.ratio, **line, label=curve.policy, zorder=2 if look is None else 3)
