@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth import draw
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 SHAPE_NAMES = {"tldr": "TL;DR (350 / 40)", "hh": "HH (150 / 70)", "imdb": "IMDB (10 / 230)", "tiny": "tiny (12 / 6)"}
 NOT_MEASURED = "Not measured yet."
@@ -218,6 +220,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where `benchmarks.all` wrote")
     given = parser.parse_args()
     results = read(given.folder)
+    if "sweep" in results:
+        draw(results["sweep"], DOCUMENT.parent / "images" / "cost-growth.png")
     DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(f"{DOCUMENT.name}: {len(results)} results")
 

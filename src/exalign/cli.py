@@ -34,6 +34,7 @@ STAGES = {
     "reward": ("reward", "Train the reward model on the preferences."),
     "sample": ("rollouts", "Sample K completions per prompt from the supervised policy."),
     "score": ("scored", "Score the samples."),
+    "search": ("search", "Search for the settings of the methods that the recipe's search names."),
     "align": ("align", "Align the policy with every method of the recipe."),
     "evaluate": ("evaluation", "Sample and score every aligned policy on held-out prompts."),
     "report": ("report", "Write the evidence and the report."),
@@ -154,6 +155,29 @@ def figures(
 
     for path in draw_exact_figures(out):
         console.print(f"wrote {path} and .svg", highlight=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs, as of several seeds.")],
+    kl: Annotated[str, typer.Option(help="KLs in nats at which rewards are compared.")] = "1,2,4",
+    out: Annotated[Path | None, typer.Option(help="A Markdown file; by default the tables are printed.")] = None,
+) -> None:
+    """Compare runs: the reward of every method at equal KL in every run, and the mean over the runs."""
+    from exalign.evaluation.across_runs import read_runs
+    from exalign.report.across_runs import tables
+    from exalign.storage import write_text
+
+    try:
+        kls = [float(part) for part in kl.split(",")]
+    except ValueError:
+        raise InputError(f"--kl {kl} is not a list of numbers, as in 1,2,4.") from None
+    text = tables(read_runs(runs, kls), kls)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        console.print(f"wrote {out}", highlight=False)
 
 
 @app.command(

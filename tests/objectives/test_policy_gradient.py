@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exalign.objectives import (
+    adapted_kl_coefficient,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -174,8 +175,41 @@ def test_explained_variance(mask: Tensor, draw) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (6.0, 1.0),  # at the target β stays
+        (6.6, 1 + 0.5 * 0.1),
+        (5.7, 1 - 0.5 * 0.05),
+        (7.2, 1 + 0.5 * 0.2),  # where the clip begins
+        (600.0, 1 + 0.5 * 0.2),
+        (4.8, 1 - 0.5 * 0.2),
+        (0.0, 1 - 0.5 * 0.2),
+        (-1.0, 1 - 0.5 * 0.2),
+        (math.nan, 1.0),
+        (math.inf, 1.0),
+    ],
+)
+def test_the_coefficient_follows_the_kl_in_proportion_to_a_clipped_error(kl: float, factor: float) -> None:
+    found = adapted_kl_coefficient(0.3, kl, target=6.0, rate=0.5)
+    assert found == pytest.approx(0.3 * factor, rel=1e-12)
+    assert adapted_kl_coefficient(0.0, kl, target=6.0, rate=0.5) == 0.0
+
+
+def test_where_kl_falls_with_the_coefficient_the_controller_ends_at_the_target() -> None:
+    """KL = 1/β, so the target 2 is met at β = ½; the error shrinks by about 1 − K a step, from either side."""
+    for beta in (1e-3, 0.4, 50.0):
+        for _ in range(400):
+            beta = adapted_kl_coefficient(beta, 1 / beta, target=2.0, rate=0.3)
+        assert beta == pytest.approx(0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda z, m: adapted_kl_coefficient(-0.1, 1.0, target=1.0, rate=0.1), "beta"),
+        (lambda z, m: adapted_kl_coefficient(0.1, 1.0, target=0.0, rate=0.1), "target"),
+        (lambda z, m: adapted_kl_coefficient(0.1, 1.0, target=1.0, rate=0.0), "rate"),
+        (lambda z, m: adapted_kl_coefficient(0.1, 1.0, target=1.0, rate=5.0), "rate times clip"),
         (lambda z, m: token_rewards(z[:, 0], z, m, beta=-1.0), "beta"),
         (lambda z, m: token_rewards(z[0], z, m, beta=1.0), "one per row"),
         (lambda z, m: token_rewards(z[:, 0], z, m.flip(1), beta=1.0), "first tokens"),

@@ -73,6 +73,9 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["data.preferences={source: p.jsonl}"], "preferences has no effect beside data.preferences"),
         (["align.exo-pref.beta_r=0.7"], "beta_r"),
         (["align.exo-rw.epsilon=0.2"], "epsilon"),
+        (["align.exo-rw.alpha=0.3"], "align.exo-rw.alpha has no effect on the divergence reverse_kl"),
+        (["align.exo-pref.rounds=2"], "align.exo-pref.rounds needs target: reward"),
+        (["align={a: {rounds: 2}}", "data.prompts=null"], "data.prompts is missing"),
         (["align.sft={}"], "is not 'sft'"),
         (["ppo={sft: {}}"], "ppo: a method's name"),
         (["ppo={exo-rw: {}}"], "ppo.exo-rw has the name of a method in align"),
@@ -81,6 +84,9 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["ppo={ppo: {}}", "align={}", "data.evaluation=null"], "data.evaluation is missing"),
         (["ppo={ppo: {lamb: 0.9}}"], "ppo.ppo.lamb is not a setting; did you mean lam?"),
         (["ppo={ppo: {gamma: 1.5}}"], "ppo.ppo.gamma:"),
+        (["ppo={ppo: {kl_rate: 0.2}}"], "ppo.ppo.kl_rate has no effect without ppo.ppo.target_kl"),
+        (["ppo={ppo: {target_kl: 1.0, kl_rate: 5.0}}"], "ppo.ppo.kl_rate:"),
+        (["ppo={ppo: {target_kl: 1.0, beta: 0.0}}"], "ppo.ppo.beta = 0 can never change"),
     ],
 )
 def test_what_cannot_take_effect_is_refused(overrides: list[str], sentence: str) -> None:
@@ -135,3 +141,4 @@ def test_every_setting_is_explained() -> None:
     assert [setting.name for setting in settings if not setting.meaning] == []
     names = {setting.name for setting in settings}
     assert {"temperature", "align.NAME.beta_pi", "data.sft.source", "model.lora.rank"} <= names
+    assert "search.methods.NAME.NAME.log" in names

@@ -169,11 +169,15 @@ def by_formula(policy: nn.Module) -> nn.Module:
     return policy
 
 
-@pytest.mark.parametrize("name", ["exo-rw", "dpo-pref"])
-def test_golden_trace(name: str, tmp_path: Path) -> None:
+def traced(divergence: str, target: str, folder: Path) -> list[dict[str, float]]:
+    changes = {"divergence": divergence, "target": target}
+    return align(by_formula(make_policy()), folder, make_groups(10), learning_rate=1e-3, batch_prompts=4, **changes)
+
+
+@pytest.mark.parametrize("target", ["reward", "preference"])
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_golden_trace(divergence: str, target: str, tmp_path: Path) -> None:
     """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
-    changes = {"exo-rw": {}, "dpo-pref": {"divergence": "forward_kl", "target": "preference"}}[name]
-    rows = align(by_formula(make_policy()), tmp_path, make_groups(10), learning_rate=1e-3, batch_prompts=4, **changes)
-    expected = json.loads(GOLDEN.read_text())[name]
+    rows, expected = traced(divergence, target, tmp_path), json.loads(GOLDEN.read_text())[f"{divergence} {target}"]
     assert [row["loss"] for row in rows] == pytest.approx(expected["loss"], abs=1e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx(expected["grad_norm"], rel=1e-4)

@@ -172,6 +172,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"critic_learning_rate": 1e-3},
         {"critic_steps": 7},
         {"beta": 1.0},
+        {"target_kl": 0.01},
         {"gamma": 0.5},
         {"lam": 0.2},
         {"clip": 0.01},
@@ -242,6 +243,42 @@ def test_a_rollout_is_drawn_again_from_the_weights_it_was_drawn_from(
     torch.manual_seed(5)
     small_ppo_run(folder)
     assert_same_outcome(folder, undisturbed)
+
+
+def test_an_adapted_coefficient_survives_an_interruption_bit_for_bit(tmp_path: Path) -> None:
+    """Four rollouts; the policy first moves in the second, so β changes after the third."""
+    target = {"target_kl": 0.01, "kl_rate": 2.0}
+    small_ppo_run(tmp_path / "undisturbed", **target)
+    rows = read_metrics(tmp_path / "undisturbed")
+    by_rollout = [rows[step]["beta"] for step in (0, 4, 8, 12)]
+    assert by_rollout[:3] == pytest.approx([0.1] * 3)
+    error = min(max(rows[8]["kl"] / 0.01 - 1, -0.2), 0.2)
+    assert error != 0 and by_rollout[3] == pytest.approx(0.1 * (1 + 2.0 * error))
+    settings = PPOSettings(
+        learning_rate=1e-2, critic_learning_rate=2e-2, critic_steps=6, value_clip=0.05, rollout_prompts=4,
+        batch_prompts=2, passes=2, epochs=2, checkpoint_every=3, save_policies=4, **target,
+    )  # fmt: skip
+    folder = tmp_path / "ppo"
+    with pytest.raises(Stopped):
+        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(scorer=DyingScorer(3)), settings, folder)
+    small_ppo_run(folder, **target)
+    assert_same_outcome(folder, tmp_path / "undisturbed")
+
+
+def test_the_kl_ends_nearer_the_target_than_under_a_fixed_coefficient(tmp_path: Path) -> None:
+    """From a β that lets the policy go much too far; the mean over the last 8 of 44 rollouts, as β swings a little."""
+    target, distance = 1.0, {}
+    adapted: dict[str, Any] = {"target_kl": target, "kl_rate": 0.5}
+    for name, changes in (("fixed", {}), ("adapted", adapted)):
+        settings = PPOSettings(
+            learning_rate=2e-3, critic_learning_rate=1e-2, schedule="constant", beta=0.05, rollout_prompts=16,
+            batch_prompts=8, passes=1, epochs=44, **changes,
+        )  # fmt: skip
+        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(count=16), settings, tmp_path / name)
+        kls = [row["kl"] for row in read_metrics(tmp_path / name)[::2]]
+        assert len(kls) == 44
+        distance[name] = abs(sum(kls[-8:]) / 8 - target)
+    assert distance["adapted"] < distance["fixed"] / 4
 
 
 def test_a_finished_run_started_again_restores_policy_and_critic(undisturbed: Path) -> None:

@@ -53,6 +53,21 @@ def test_sft_loss_is_nats_per_completion_token(tmp_path: Path) -> None:
     assert nats_per_token(policy, groups) < expected - 0.1
 
 
+def test_learning_the_prompts_too_is_every_token_but_the_first_once(tmp_path: Path) -> None:
+    policy, groups = make_policy(), make_groups(6)  # with up to four completions: their prompt counts once
+    with torch.no_grad():
+        sums = [plain_nats(policy, group) for group in groups]
+        prompts = [
+            plain_nats(policy, replace(group, prompt_ids=group.prompt_ids[:1], completion_ids=(group.prompt_ids[1:],)))
+            for group in groups
+        ]
+    nats, tokens = (sum(pair[place] for pair in (*sums, *prompts)) for place in (0, 1))
+    settings = SFTSettings(learning_rate=1e-2, batch_prompts=12, train_on_prompts=True)
+    train_sft(policy, make_tokenizer(), groups, settings, tmp_path)
+    (row,) = read_metrics(tmp_path)
+    assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
 def small_scorer(*, labels: int) -> nn.Module:
     torch.manual_seed(0)
     load = load_reward_model if labels == 1 else load_classifier

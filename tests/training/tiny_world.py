@@ -28,6 +28,7 @@ from exalign.training import (
     train_ppo,
     with_reference_logp,
 )
+from exalign.training.rounds import train_rounds
 
 EOS = 0
 GOOD_WORD = 5
@@ -151,3 +152,14 @@ def share_of_align_run(folder: Path, rank: int, num_processes: int, port: int) -
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
     small_align_run(folder, token_budget=30)
+
+
+def small_rounds_run(folder: Path) -> nn.Module:
+    """Two rounds of four prompts, each seen twice in steps of two. A worker may be killed in it."""
+    torch.set_num_threads(1)
+    settings = AlignSettings(
+        learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=4
+    )
+    policy: Any = make_policy()
+    train_rounds(policy, make_tokenizer(), make_surroundings(), settings, folder)
+    return policy

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exalign.data.records import Record
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
@@ -39,6 +41,28 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens of the group with the prompt counted once."""
         return len(self.prompt_ids) + sum(len(ids) for ids in self.completion_ids)
+
+
+def group_of(record: Record, index: int, *, from_proposal: bool = False) -> Group:
+    """A record whose tokens are known, as a group: rewards, preference and log π_sft where it has them.
+
+    With `from_proposal` its completions came from something else than π_sft, and their `logprob` is log q.
+    """
+    assert record.prompt_ids is not None
+
+    def values(name: str) -> Tensor | None:
+        found = [getattr(completion, name) for completion in record.completions]
+        return None if not found or None in found else torch.tensor(found, dtype=torch.float32)
+
+    return Group(
+        index=index,
+        prompt_ids=torch.tensor(record.prompt_ids),
+        completion_ids=tuple(torch.tensor(completion.token_ids) for completion in record.completions),
+        rewards=values("reward"),
+        preferred=record.preferred,
+        reference_logp=values("reference_logprob"),
+        proposal_logp=values("logprob") if from_proposal else None,
+    )
 
 
 def microbatches(groups: Sequence[Group], *, token_budget: int) -> list[list[Group]]:

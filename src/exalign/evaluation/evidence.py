@@ -17,6 +17,7 @@ from exalign.evaluation.examples import choose_examples
 from exalign.evaluation.frontier import frontier_point, select_within
 from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
 from exalign.evaluation.schema import Evidence, FrontierPoint, Judgements, MethodEvidence, WinRate, write_evidence
+from exalign.evaluation.searches import read_searches, searched_settings
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
 from exalign.evaluation.tables import SampleTable, tabulate
 from exalign.evaluation.winrate import win_rate
@@ -73,6 +74,7 @@ def build_evidence(
         environment=run_folder.read_environment(run),
         recipe=material.recipe_text,
         judgements=judgements,
+        searches=read_searches(run, material.methods),
         **options,
     )
     write_evidence(run / "evaluation" / "evidence.json", evidence)
@@ -175,7 +177,7 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
     selected = None if budget is None else select_within(points, budget)
     sections = [material.recipe.get(section) or {} for section in ("align", "ppo")]
     found = [section[name] for section in sections if isinstance(section.get(name), dict)]
-    settings: dict[str, Any] = found[0] if found else {}
+    settings: dict[str, Any] = searched_settings(material.run, name) or (found[0] if found else {})
     return MethodEvidence(
         name=name,
         family="ppo" if name in sections[1] else _family(name, settings),

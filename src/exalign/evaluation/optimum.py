@@ -103,6 +103,12 @@ def optimum(
     )
 
 
+def optimum_path(pool: PoolFrontier) -> tuple[Array, Array]:
+    """KL and reward `[P, 1 + G]` of the optimum where it is reliable; first π_sft, which is π*_β at β = ∞."""
+    kls = np.hstack([np.zeros((len(pool.ids), 1)), pool.kl[:, pool.reliable]])
+    return kls, np.hstack([pool.base[:, None], pool.reward[:, pool.reliable]])
+
+
 def gap_to_optimum(
     pool: PoolFrontier,
     sft: SampleTable,
@@ -121,9 +127,7 @@ def gap_to_optimum(
         return None
     rows = [i for i, name in enumerate(pool.ids) if name in shared]
     kls, rewards = path(sft, checkpoints, ids)
-    # π*_β at β = ∞ is π_sft itself: KL 0 and the pool's mean reward.
-    best_kls = np.hstack([np.zeros((len(ids), 1)), pool.kl[rows][:, pool.reliable]])
-    best_rewards = np.hstack([pool.base[rows][:, None], pool.reward[rows][:, pool.reliable]])
+    best_kls, best_rewards = (values[rows] for values in optimum_path(pool))
     kl = float(min(reach(kls, rewards), best_kls.mean(axis=0).max()))
     if kl <= 0:
         return None

@@ -104,9 +104,9 @@ def stages(run: Path) -> list[Stage]:
 
 
 def record_counts(run: Path) -> dict[str, dict[str, int]]:
-    """What each folder of records says was dropped or cut, where it says anything."""
+    """What each folder of records says was dropped or cut, where it says anything; a search's stage sums its trials."""
     found = {}
-    for path in sorted(run.glob("**/header.json")):
+    for path in _outside_trials(run, "header.json"):
         counts = read_header(path.parent).counts
         if counts:
             found[path.parent.relative_to(run).as_posix()] = counts
@@ -114,14 +114,18 @@ def record_counts(run: Path) -> dict[str, dict[str, int]]:
 
 
 def curves(run: Path, notes: Counter[str]) -> list[Curve]:
-    """Training curves of every stage with metrics, each stage named by its folder."""
+    """Training curves of every stage with metrics, each stage named by its folder; not those of a search's trials."""
     found = []
-    for path in sorted(run.glob("**/metrics.jsonl")):
+    for path in _outside_trials(run, "metrics.jsonl"):
         stage = path.parent.relative_to(run).as_posix()
         rows = {row["step"]: row for row in _metric_rows(path, notes)}
         if rows:
             found.append(downsample(stage, [rows[step] for step in sorted(rows)], notes))
     return found
+
+
+def _outside_trials(run: Path, name: str) -> list[Path]:
+    return sorted(path for path in run.glob(f"**/{name}") if path.relative_to(run).parts[0] != "search")
 
 
 def downsample(stage: str, rows: list[dict[str, float]], notes: Counter[str]) -> Curve:

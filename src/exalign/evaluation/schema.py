@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exalign.errors import InputError
+from exalign.evaluation.searches import Search
 from exalign.storage import read_json, write_json
 
 EVIDENCE_VERSION = 1
@@ -344,6 +345,7 @@ class Evidence:
     environment: dict[str, Any]
     recipe: str
     judgements: Judgements = field(default_factory=Judgements)
+    searches: list[Search] = field(default_factory=list)
     version: int = EVIDENCE_VERSION
 
 

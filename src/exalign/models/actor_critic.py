@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
@@ -16,6 +17,7 @@ class ActorCritic(nn.Module):
     """The policy is `model`, a transformers language model; `critic` is a sequence classifier with one label.
 
     They share no weights. Their forward takes groups, so that whatever hooks into it (mixed precision) acts on both.
+    `kl_coefficient` is a number that their trainer may adapt on the way, and is kept with the weights in checkpoints.
     As under `PackedPolicy`, gradients of the policy's vocabulary go to `.grad` directly: use `backward()`.
     """
 
@@ -23,6 +25,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.model = model
         self.critic = critic
+        self.kl_coefficient: Tensor
+        self.register_buffer("kl_coefficient", torch.zeros(()))
         plan_for(model)
         plan_for(critic)
 

@@ -30,6 +30,7 @@ from exalign.objectives.estimators import (
 )
 from exalign.objectives.matching import log_policy_distribution, log_preference_target, log_reward_target
 from exalign.objectives.policy_gradient import (
+    adapted_kl_coefficient,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -42,6 +43,7 @@ from exalign.objectives.reward import bradley_terry_loss
 
 __all__ = [
     "OptimalFrontier",
+    "adapted_kl_coefficient",
     "alpha_divergence",
     "best_of_n_kl",
     "bradley_terry_loss",

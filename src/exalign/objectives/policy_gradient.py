@@ -17,6 +17,8 @@ tensor([[1.8500, 1.9000, 0.0000]])
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -164,6 +166,37 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     (value, target), live = as_groups({"values": values, "returns": returns}, mask)
     total, rest = target[live].var(correction=0), (target - value)[live].var(correction=0)
     return torch.where(total > 0, 1 - rest / total, 0.0)
+
+
+def adapted_kl_coefficient(beta: float, kl: float, *, target: float, rate: float, clip: float = 0.2) -> float:
+    """`β (1 + K clamp(KL/target − 1, −c, c))`: β of the next rollout, a proportional controller in log β.
+
+    It is that of Ziegler et al. 2019 (arXiv 1909.08593, with K = 0.1 and c = 0.2): β rises while the policy is further
+    from π_sft than `target`, and falls while it is nearer, by at most the share K c at a time.
+
+    Args:
+        beta: β ≥ 0 of the rollout that was drawn; 0 stays 0.
+        kl: KL(π‖π_sft) of that rollout in nats per completion. An estimate may be negative; one that is not finite
+            says nothing and leaves β as it is.
+        target: the KL aimed at, above 0, in nats per completion.
+        rate: K > 0, with K c < 1 so that β stays positive.
+        clip: c > 0.
+
+    Raises:
+        ValueError: β below 0, target, rate or clip not above 0, or K c not below 1.
+
+    >>> adapted_kl_coefficient(0.1, 6.6, target=6.0, rate=0.1)  # 10 % too far
+    0.101
+    """
+    if not beta >= 0:
+        raise ValueError(f"beta must be at least 0, not {beta}")
+    for name, value in (("target", target), ("rate", rate), ("clip", clip)):
+        check_positive(name, value)
+    if rate * clip >= 1:
+        raise ValueError(f"rate times clip must be below 1, not {rate * clip}")
+    if not math.isfinite(kl):
+        return beta
+    return beta * (1 + rate * min(max(kl / target - 1, -clip), clip))
 
 
 def _check_right_padded(live: Tensor) -> None:

@@ -6,8 +6,9 @@ evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/METHOD 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from exalign.data.records import Completion, Header, Record, RecordWriter, read_header, read_records, write_records
@@ -46,7 +47,7 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     scorer = evaluation_scorer(recipe)
     scored = scorer_needs(scorer)
     drawn = [recipe.seed, recipe.temperature, model_identity(recipe), scorer_identity(scorer)]
-    drawn += [_sampling(recipe).model_dump(exclude={"batch_completions"}), settings.samples]
+    drawn += [evaluation_sampling(recipe, settings.samples).model_dump(exclude={"batch_completions"}), settings.samples]
     chosen = [data_identity(recipe.data.evaluation), settings.prompts, scorer_identity(scorer)]
     yield Stage("evaluation/prompts", scored, lambda: chosen, _prompts)
     needs = ("evaluation/prompts", *supervised, *scored)
@@ -68,29 +69,36 @@ def evaluation_scorer(recipe: Recipe) -> ScorerSettings:
     return ScorerSettings(stage="oracle") if recipe.oracle is not None else recipe.score.scorer
 
 
-def _sampling(recipe: Recipe) -> SampleSettings:
+def evaluation_sampling(recipe: Recipe, samples: int) -> SampleSettings:
     """M samples at the training τ from the whole distribution, whatever the rollouts were cut to."""
-    return recipe.sample.model_copy(update={"num_completions": recipe.evaluate.samples, "top_p": None, "top_k": None})
+    return recipe.sample.model_copy(update={"num_completions": samples, "top_p": None, "top_k": None})
 
 
 def _prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
     """The evaluation prompts, each with its reference text (scored) where the data has one."""
     recipe = run.recipe
     assert recipe.data.evaluation is not None
-    records: dict[str, Record] = {}
-    for record in iter_records_of(recipe.data.evaluation, run, counts):
-        records.setdefault(fingerprint(record.prompt), record)
-        if len(records) == recipe.evaluate.prompts:
-            break
+    rows = iter_records_of(recipe.data.evaluation, run, counts)
+    records = list(islice(different_prompts(rows), recipe.evaluate.prompts))
     if not records:
         raise InputError(f"data.evaluation: {recipe.data.evaluation.source} has no usable rows.")
-    chosen = [_with_reference_text(record) for record in records.values()]
+    chosen = [_with_reference_text(record) for record in records]
     if all(record.completions for record in chosen):
         chosen = score_records(load_scorer(evaluation_scorer(recipe), run), chosen)
     else:
         chosen = [Record(record.id, record.prompt, prompt_ids=record.prompt_ids) for record in chosen]
     counts["prompts"] = len(chosen)
     write_beside_the_stage(folder, chosen, Header(counts=dict(counts)))
+
+
+def different_prompts(records: Iterable[Record]) -> Iterator[Record]:
+    """The first record of every prompt."""
+    seen: set[str] = set()
+    for record in records:
+        print_ = fingerprint(record.prompt)
+        if print_ not in seen:
+            seen.add(print_)
+            yield record
 
 
 def write_beside_the_stage(folder: Path, records: list[Record], header: Header) -> None:
@@ -118,14 +126,14 @@ def _evaluation_prompts(run: Run) -> list[Record]:
 
 
 def _supervised(run: Run, folder: Path, counts: Counter[str]) -> None:
-    prompts, settings = _evaluation_prompts(run), _sampling(run.recipe)
+    prompts, settings = _evaluation_prompts(run), evaluation_sampling(run.recipe, run.recipe.evaluate.samples)
     counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="evaluation"))
-    _score(run, folder / "drawn", folder / "samples")
+    score_drawn(run, folder / "drawn", folder / "samples")
 
 
 def _pool(run: Run, folder: Path, counts: Counter[str]) -> None:
     """Many samples of π_sft for some prompts: what the optimal frontier is estimated from."""
-    settings = _sampling(run.recipe).model_copy(update={"num_completions": run.recipe.evaluate.pool_samples})
+    settings = evaluation_sampling(run.recipe, run.recipe.evaluate.pool_samples)
     prompts = _evaluation_prompts(run)[: run.recipe.evaluate.pool_prompts]
     counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="pool"))
     drawn = read_records(folder / "drawn")
@@ -134,21 +142,35 @@ def _pool(run: Run, folder: Path, counts: Counter[str]) -> None:
 
 
 def _method(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
-    """Samples of every policy that the method saved along the way."""
+    prompts, settings = _evaluation_prompts(run), evaluation_sampling(run.recipe, run.recipe.evaluate.samples)
+    trained = run.path("align", method)
+    score_policies(run, trained, prompts, settings, folder, counts, purpose=f"evaluation {method}")
+
+
+def score_policies(
+    run: Run,
+    trained: Path,
+    prompts: list[Record],
+    settings: SampleSettings,
+    folder: Path,
+    counts: Counter[str],
+    *,
+    purpose: str,
+) -> None:
+    """Samples of every policy that was saved along the way of `trained`, scored, in `folder`/step-NNNNNN/samples."""
     tokenizer = load_run_tokenizer(run)
-    prompts, settings = _evaluation_prompts(run), _sampling(run.recipe)
-    for policy in sorted(run.path("align", method, "policies").glob("step-*")):
+    for policy in sorted((trained / "policies").glob("step-*")):
         here = folder / policy.name
         if (here / "samples" / "header.json").exists():
             counts.update(read_header(here / "drawn").counts)
             continue
         model = load_frozen_policy(policy, run, tokenizer)
-        purpose = f"evaluation {method} {policy.name}"
-        counts.update(sample_policy(run, model, tokenizer, prompts, settings, folder=here / "drawn", purpose=purpose))
-        _score(run, here / "drawn", here / "samples")
+        seeds = f"{purpose} {policy.name}"
+        counts.update(sample_policy(run, model, tokenizer, prompts, settings, folder=here / "drawn", purpose=seeds))
+        score_drawn(run, here / "drawn", here / "samples")
 
 
-def _score(run: Run, drawn: Path, samples: Path) -> None:
+def score_drawn(run: Run, drawn: Path, samples: Path) -> None:
     """Rewards and log π_sft for what was drawn."""
     tokenizer = load_run_tokenizer(run)
     scorer = load_scorer(evaluation_scorer(run.recipe), run)

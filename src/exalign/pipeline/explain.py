@@ -35,11 +35,10 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         inner = unwrap_optional(field.annotation)
-        mapped = typing.get_origin(inner) is dict and _is_settings(typing.get_args(inner)[1])
         yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "")
-        if mapped:
-            yield from explain(typing.get_args(inner)[1], f"{dotted}.NAME.")
-        elif _is_settings(inner):
+        while typing.get_origin(inner) is dict:
+            inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
+        if _is_settings(inner):
             yield from explain(inner, f"{dotted}.")
 
 

@@ -12,7 +12,9 @@ from exalign.data.formats import DataSettings, read_source
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.loading import ModelSettings, load_tokenizer
+from exalign.pipeline.proposals import Proposer
 from exalign.pipeline.recipe import Recipe, ScorerSettings
+from exalign.pipeline.search import own_settings, validation_prompts
 from exalign.scoring import FunctionScorer
 
 
@@ -38,11 +40,25 @@ def check_inputs(recipe: Recipe) -> None:
     for model in (recipe.model, recipe.oracle and recipe.oracle.model, recipe.reward and recipe.reward.model, *critics):
         if model:
             check_model(model)
+    if recipe.search is not None:
+        _check_search(recipe)
+
+
+def _check_search(recipe: Recipe) -> None:
+    """A first proposal for every method, and enough validation prompts, as far as they are local and not to be cut."""
+    assert recipe.search is not None
+    for method, ranges in recipe.search.methods.items():
+        Proposer(ranges, type(own_settings(recipe, method)), seed=0).propose([])
+    names = ("evaluation",) if recipe.data.validation is None else ("evaluation", "validation")
+    local = {name.removeprefix("data."): settings for name, settings in data_sources(recipe)}
+    if all(name in local and local[name].prompt_tokens is None for name in names):
+        rows = {name: read_source(local[name], Counter()) for name in names}
+        validation_prompts(recipe, rows["evaluation"], rows.get("validation"), Counter())
 
 
 def data_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     """The recipe's data by name, as far as it is local and not yet records of our own."""
-    for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation"):
+    for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
         settings = getattr(recipe.data, name)
         if settings is not None and (Path(settings.source).exists() or _looks_local(settings.source)):
             yield f"data.{name}", settings
@@ -59,11 +75,12 @@ def scorers(recipe: Recipe) -> list[ScorerSettings]:
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:
+    ranked = record.rewards is not None and len(record.completions) > 1
     needs = {
-        "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None),
+        "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None or ranked),
         "data.rewards": ("rewards (prompt, completions, rewards)", record.rewards is not None),
         "data.labelled": ("a label (text, label: 0 or 1)", record.rewards is not None),
-        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None),
+        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None or ranked),
     }
     what, found = needs.get(name, ("", True))
     if not found:

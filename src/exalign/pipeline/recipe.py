@@ -19,6 +19,7 @@ from exalign.data.formats import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import ModelSettings
 from exalign.pipeline.messages import explain_validation_error
+from exalign.pipeline.search_settings import SearchSettings, search_contradictions
 from exalign.sampling import SampleSettings
 from exalign.settings import Settings
 from exalign.training.align import AlignSettings
@@ -67,6 +68,11 @@ class DataSection(Settings):
     )
     evaluation: DataSettings | None = Field(
         None, description="held-out prompts, with reference texts where the rows have them"
+    )
+    validation: DataSettings | None = Field(
+        None,
+        description="prompts that a search ranks its trials on, less those of the evaluation; None: those of "
+        "data.evaluation that come after the evaluation's own",
     )
     max_prompt_tokens: int = Field(512, gt=1, description="longer prompts are cut on the left, once per group")
     max_completion_tokens: int = Field(
@@ -128,6 +134,9 @@ class Recipe(Settings):
         description="policies trained by PPO on samples that sample describes and score.scorer rewards, each under a "
         "name of your own",
     )
+    search: SearchSettings | None = Field(
+        None, description="a search for the settings with which each method does best; None: each has its own"
+    )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
 
     @property
@@ -164,7 +173,7 @@ Recipe.model_rebuild()
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
-    targets: set[str] = {settings.target for settings in recipe.align.values()}
+    targets: set[str] = {settings.target for settings in recipe.align.values() if settings.rounds == 1}
     for section in ("align", "ppo"):
         if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n == "sft" for n in getattr(recipe, section)):
             yield f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft'"
@@ -173,10 +182,19 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             yield f"ppo.{name} has the name of a method in align; give it another"
     if recipe.ppo and (recipe.sample.top_p is not None or recipe.sample.top_k is not None):
         yield "ppo needs samples of the policy itself; remove sample.top_p and sample.top_k"
+    for name, ppo in recipe.ppo.items():
+        if ppo.target_kl is None and ppo.kl_rate != PPOSettings.model_fields["kl_rate"].default:
+            yield f"ppo.{name}.kl_rate has no effect without ppo.{name}.target_kl; remove it"
+        if ppo.target_kl is not None and ppo.beta == 0:
+            yield f"ppo.{name}.beta = 0 can never change, whatever ppo.{name}.target_kl is; start from a beta above 0"
     for name, settings in recipe.align.items():
         idle = "epsilon" if settings.target == "reward" else "beta_r"
         if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
             yield f"align.{name}.{idle} has no effect on a {settings.target} target; remove it"
+        if settings.divergence != "alpha" and settings.alpha != AlignSettings.model_fields["alpha"].default:
+            yield f"align.{name}.alpha has no effect on the divergence {settings.divergence}; remove it"
+        if settings.rounds > 1 and settings.target == "preference":
+            yield f"align.{name}.rounds needs target: reward; preferences are not made while training"
     if recipe.model.source is None and recipe.tokenizer.source is None and recipe.tokenizer.vocab_size is None:
         yield "tokenizer: a model from scratch needs tokenizer.source or tokenizer.vocab_size"
     if recipe.tokenizer.source is not None and recipe.tokenizer.vocab_size is not None:
@@ -201,7 +219,8 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     for stage, needed in (("reward", recipe.reward is not None), ("align", "preference" in targets)):
         if needed and not has_preferences:
             yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
-    rewarded = bool(recipe.ppo) or ("reward" in targets and recipe.data.rewards is None)
+    on_policy = bool(recipe.ppo) or any(settings.rounds > 1 for settings in recipe.align.values())
+    rewarded = on_policy or ("reward" in targets and recipe.data.rewards is None)
     drawn = recipe.preferences is not None or rewarded
     if drawn and recipe.sample.max_new_tokens > recipe.data.max_completion_tokens:
         yield (
@@ -213,7 +232,7 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     has_prompts = recipe.data.prompts is not None or recipe.data.preferences is not None
     if drawn and not has_prompts:
         yield "data.prompts is missing: it says which prompts to sample from"
-    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not recipe.ppo:
+    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not on_policy:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
     scorers: dict[str, ScorerSettings | None] = {}
     if recipe.preferences is not None:
@@ -230,6 +249,7 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
             yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
     if recipe.methods and recipe.data.evaluation is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
+    yield from search_contradictions(recipe, contradictions)
 
 
 class _Loader(yaml.SafeLoader):

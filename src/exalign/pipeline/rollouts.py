@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.batching import Group
+from exalign.data.batching import group_of
 from exalign.data.records import Header, Record, RecordWriter
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.pipeline.run import Run
@@ -63,7 +62,7 @@ def sample_policy(
             before = Counter(sampler.counts)
             records = list(sampler.sample(shard))
             writer.write_shard(records, sampler.counts - before)
-            groups = [sampled_group(record) for record in records]
+            groups = [group_of(record, 0) for record in records]
             tokens += sum(len(ids) for group in groups for ids in group.completion_ids)
             work += forward_flops(model, groups)
         if tokens:
@@ -80,12 +79,6 @@ def sample_policy(
             )
         )
     return writer.counts
-
-
-def sampled_group(record: Record) -> Group:
-    """The token ids that a sampler left in a record."""
-    completions = tuple(torch.tensor(completion.token_ids) for completion in record.completions)
-    return Group(0, torch.tensor(record.prompt_ids), completions)
 
 
 def sample_supervised(

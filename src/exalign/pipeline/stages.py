@@ -1,6 +1,7 @@
 """The stages of a recipe in order, and the work of those that prepare and align.
 
-tokenizer → sft → oracle → preferences → reward → rollouts → scored → reference/… → align/… → evaluation/… → report
+tokenizer → sft → oracle → preferences → reward → validation → rollouts → scored → reference/… → search/… → align/…
+→ evaluation/… → report
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from exalign.data.batching import Group
+from exalign.data.batching import Group, group_of
 from exalign.data.formats import read_source
 from exalign.data.oracle_pairs import pairs_from_rewards
 from exalign.data.records import Header, Record, RecordWriter, iter_records, read_header, read_records, write_records
@@ -24,10 +24,12 @@ from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
 from exalign.pipeline.evaluation_stages import evaluation_stages
+from exalign.pipeline.on_policy import rounds_stages
 from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
 from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search import method_stages, validation_stage
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -54,7 +56,8 @@ from exalign.training.sft import train_sft
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe needs, each with what its content depends on."""
-    return [*_preparation(recipe), *_alignment(recipe), *ppo_stages(recipe), *evaluation_stages(recipe)]
+    methods = (*_alignment(recipe), *rounds_stages(recipe), *ppo_stages(recipe))
+    return [*_preparation(recipe), *validation_stage(recipe), *methods, *evaluation_stages(recipe)]
 
 
 def _preparation(recipe: Recipe) -> Iterator[Stage]:
@@ -86,7 +89,8 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
 
 def _alignment(recipe: Recipe) -> Iterator[Stage]:
     data, supervised = recipe.data, supervised_needs(recipe)
-    targets = {settings.target for settings in recipe.align.values()}
+    at_once = {method: settings for method, settings in recipe.align.items() if settings.rounds == 1}
+    targets = {settings.target for settings in at_once.values()}
     base = [recipe.seed, recipe.temperature, data.max_prompt_tokens, data.max_completion_tokens]
     model = model_identity(recipe)
     if "reward" in targets and data.rewards is not None:
@@ -97,14 +101,14 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
         yield Stage("rollouts", needs, lambda: [base, model, _dump(recipe.sample), prompts], _rollouts)
         scorer = recipe.score.scorer
         yield Stage("scored", ("rollouts", *scorer_needs(scorer)), lambda: scorer_identity(scorer), _scored)
-    for name, settings in {reference_name(settings): settings for settings in recipe.align.values()}.items():
+    for name, settings in {reference_name(settings): settings for settings in at_once.values()}.items():
         source = "preferences" if settings.target == "preference" else "scored"
         work = partial(_reference, source=source, precision=settings.precision)
         yield Stage(name, (*supervised, source), lambda: [base, model], work)
-    for method, settings in recipe.align.items():
+    for method, settings in at_once.items():
         needs = (*supervised, reference_name(settings))
         inputs = [base, model, _dump(settings)]
-        yield Stage(f"align/{method}", needs, lambda inputs=inputs: inputs, partial(_align, method=method))  # type: ignore[misc]
+        yield from method_stages(recipe, method, needs, inputs, _align)
 
 
 def _dump(settings: Any) -> Any:
@@ -139,10 +143,11 @@ def _sft(run: Run, folder: Path, counts: Counter[str]) -> None:
 
 
 def preferred_only(record: Record) -> Record:
-    """K = 1: the preferred completion of a pair, the only one of an SFT row."""
-    if record.preferred is None:
-        return record
-    return replace(record, completions=(record.completions[record.preferred],), preferred=None)
+    """K = 1: the preferred completion of a pair, the first of the best of K by reward, the only one of an SFT row."""
+    best, rewards = record.preferred, record.rewards
+    if best is None and rewards is not None and len(rewards) > 1:
+        best = rewards.index(max(rewards))
+    return record if best is None else replace(record, completions=(record.completions[best],), preferred=None)
 
 
 def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -180,11 +185,23 @@ def labels_of(record: Record) -> int:
 def _given_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
     source = run.recipe.data.preferences
     assert source is not None
-    records = read_records_of(source, run, counts)
-    for record in records:
-        if record.preferred is None:
-            raise InputError(f"{source.source}: row {record.id} has no preference (prompt, chosen, rejected).")
+    records = [pair for record in read_records_of(source, run, counts) for pair in preferences_of(record, counts)]
+    if not records:
+        raise InputError(f"{source.source} prefers no completion to another.")
     write_records(folder / "records", records, Header(counts=dict(counts)))
+
+
+def preferences_of(record: Record, counts: Counter[str]) -> Iterator[Record]:
+    """The pair as it is; of K completions with rewards, disjoint pairs, ties dropped and counted."""
+    if record.preferred is not None:
+        yield record
+    elif record.rewards is not None and len(record.completions) > 1:
+        yield from pairs_from_rewards([record], counts)
+    else:
+        raise InputError(
+            f"data.preferences: row {record.id} has no preference (prompt, chosen, rejected, or prompt, completions, "
+            "rewards)."
+        )
 
 
 def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -271,13 +288,12 @@ def with_reference(record: Record, group: Group) -> Record:
     return replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions)
 
 
-def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
+def _align(run: Run, folder: Path, counts: Counter[str], settings: AlignSettings) -> None:
     recipe = run.recipe
-    settings = seeded(recipe.align[method], recipe)
     tokenizer = load_run_tokenizer(run)
     records = read_records(run.path(reference_name(settings), "records"))
     corrected = settings.target == "reward" and recipe.data.rewards is None and is_truncated(recipe.sample)
-    groups = [aligned_group(record, index, corrected) for index, record in enumerate(records)]
+    groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
     torch.manual_seed(settings.seed)
     model = load_supervised(run, tokenizer, trainable=True)
     train_align(model, tokenizer, groups, settings, folder, temperature=recipe.temperature)
@@ -289,20 +305,3 @@ def _align(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None
 def is_truncated(settings: SampleSettings) -> bool:
     """Whether completions were drawn from something else than π_sft at τ, which the objective then corrects for."""
     return settings.top_p is not None or settings.top_k is not None
-
-
-def aligned_group(record: Record, index: int, corrected: bool) -> Group:
-    """The group that alignment trains on; with the proposal's log-probs where it was not π_sft."""
-
-    def values(name: str) -> Tensor:
-        return torch.tensor([getattr(completion, name) for completion in record.completions], dtype=torch.float32)
-
-    return Group(
-        index=index,
-        prompt_ids=torch.tensor(record.prompt_ids),
-        completion_ids=tuple(torch.tensor(completion.token_ids) for completion in record.completions),
-        rewards=None if record.rewards is None else values("reward"),
-        preferred=record.preferred,
-        reference_logp=values("reference_logprob"),
-        proposal_logp=values("logprob") if corrected else None,
-    )

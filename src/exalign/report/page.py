@@ -19,7 +19,7 @@ from exalign.report.headline import headline
 from exalign.report.style import DARK, LIGHT, figure_style, looks_of
 from exalign.report.svg import inline_svg, save_figure
 from exalign.report.verdict_bar import verdict_bar
-from exalign.report.wording import duration, interval, number, percent, visible, words
+from exalign.report.wording import duration, interval, number, percent, setting, visible, words
 from exalign.storage import write_text
 
 WIDE, NARROW = 8.8, 3.75
@@ -51,7 +51,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         # Every printed value passes here before it is escaped, so no text can be forgotten.
         finalize=_finalize,
     )
-    for function in (number, interval, percent, duration, words):
+    for function in (number, interval, percent, duration, words, setting):
         environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
     names = [method.name for method in evidence.methods]

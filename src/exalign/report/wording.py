@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from exalign.evaluation.schema import Interval
 
@@ -95,6 +96,17 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def setting(value: Any) -> str:
+    """The value of a setting, a number as `number` writes it.
+
+    >>> setting(1e-5), setting(64), setting(None), setting("linear")
+    ('1.00e−05', '64', 'none', 'linear')
+    """
+    if isinstance(value, float):
+        return number(value)
+    return "none" if value is None else str(value)
 
 
 def words(key: str) -> str:

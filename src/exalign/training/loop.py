@@ -46,7 +46,12 @@ from exalign.training.state import (
 
 Trainable = PackedPolicy | PackedScorer | ActorCritic
 MAX_SKIPPED_IN_A_ROW = 10
-_WITHOUT_EFFECT_ON_RESULTS = {"token_budget", "gradient_checkpointing", "checkpoint_every", "trackers"}
+WITHOUT_EFFECT_ON_RESULTS = {"token_budget", "gradient_checkpointing", "checkpoint_every", "trackers"}
+"""Settings of memory, speed and bookkeeping."""
+
+
+class NotFiniteError(InputError):
+    """Loss or gradient was not finite for so many steps in a row that training was stopped."""
 
 
 class TrainSettings(Settings):
@@ -114,7 +119,7 @@ def train(
 
     Writes `model`, `metrics.jsonl` (a row per optimizer step, counted from 1), `checkpoints` and `policies`. A step
     whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1; `MAX_SKIPPED_IN_A_ROW` of
-    them end the run with an `InputError`.
+    them end the run with `NotFiniteError`, an `InputError`.
     """
     folder = Path(folder)
     num_steps = len(task.batches)
@@ -217,7 +222,7 @@ def _take_step(trainer: _Trainer, step: int) -> dict[str, Any]:
 def _advance(position: Position, *, skipped: bool) -> Position:
     in_a_row = position.skipped_in_a_row + 1 if skipped else 0
     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise InputError(
+        raise NotFiniteError(
             f"Training stopped at step {position.step + 1}: loss or gradient was not finite {in_a_row} times in a row; "
             "lower learning_rate, or look for extreme values in the data."
         )
@@ -258,5 +263,5 @@ def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Pat
 
 
 def _fingerprint(task: Task, settings: TrainSettings) -> str:
-    deciding = settings.model_dump(exclude=_WITHOUT_EFFECT_ON_RESULTS)
+    deciding = settings.model_dump(exclude=WITHOUT_EFFECT_ON_RESULTS)
     return fingerprint({"settings": deciding, "batches": task.batches.fingerprint, "steps": len(task.batches)})

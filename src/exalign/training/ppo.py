@@ -25,6 +25,7 @@ from exalign.models.actor_critic import ActorCritic
 from exalign.models.logprobs import completion_token_logprobs
 from exalign.models.packing import device_of
 from exalign.objectives import (
+    adapted_kl_coefficient,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -41,12 +42,15 @@ from exalign.training.loop import TrainSettings, train
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
 from exalign.training.sft import completion_tokens
 
+MAX_KL_ERROR = 0.2
+"""c: how far a rollout's KL counts as being from the target, as a share of it."""
+
 
 class PPOSettings(TrainSettings):
     """How a policy is trained by PPO. `epochs` counts how often each prompt is sampled.
 
-    β is fixed. There is no entropy bonus, and no coefficient of the value loss: policy and critic share no weights,
-    so each has a learning rate instead. `max_grad_norm` is of both together.
+    β is fixed unless `target_kl` is given. There is no entropy bonus, and no coefficient of the value loss: policy and
+    critic share no weights, so each has a learning rate instead. `max_grad_norm` is of both together.
     """
 
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of the policy's AdamW")
@@ -55,6 +59,18 @@ class PPOSettings(TrainSettings):
     passes: int = Field(4, gt=0, description="times each rollout is trained on, in minibatches of batch_prompts")
     critic_steps: int = Field(0, ge=0, description="first steps, in which only the critic is trained")
     beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs, per token")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="nats of KL per completion; after each rollout β rises if it was above, falls if below; None: β is "
+        "fixed",
+    )
+    kl_rate: float = Field(
+        0.1,
+        gt=0,
+        lt=1 / MAX_KL_ERROR,
+        description="K: how fast β follows target_kl, at most by the share 0.2 K a rollout",
+    )
     gamma: float = Field(1.0, ge=0, le=1, description="γ: discount of later rewards, per token")
     lam: float = Field(0.95, ge=0, le=1, description="λ of the advantages: 1 trusts rewards, 0 trusts the critic")
     clip: float = Field(0.2, gt=0, description="how far a token's probability ratio may go from 1 in one rollout")
@@ -101,8 +117,8 @@ class PPO:
     """The task: per token the clipped loss of the policy, in units of whitened advantages, plus that of the critic.
 
     The weight is the completion tokens. During the first `critic_steps` the loss is the critic's alone: the policy
-    gets no gradient at all. Metrics `reward`, `kl` (nats per completion, log π_θ − log π_sft), `entropy` (nats per
-    token, estimated by −log π of the tokens drawn), `completion_tokens` and `explained_variance` are those of the
+    gets no gradient at all. Metrics `reward`, `beta`, `kl` (nats per completion, log π_θ − log π_sft), `entropy` (nats
+    per token, estimated by −log π of the tokens drawn), `completion_tokens` and `explained_variance` are those of the
     rollout that the step belongs to; `policy_loss`, `value_loss` and `clip_fraction` of the step itself.
     """
 
@@ -113,6 +129,7 @@ class PPO:
         self.tokenizer = tokenizer
         self.world = world
         self.settings = settings
+        module.kl_coefficient.fill_(settings.beta)
         self._experience: Experience | None = None
         how = fingerprint([world.sampling.model_dump(exclude={"batch_completions"}), world.temperature])
         self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
@@ -157,7 +174,25 @@ class PPO:
         groups = [_group(record, index) for index, record in enumerate(drawn)]
         rewards = torch.tensor(world.scorer.score(drawn), dtype=torch.float32, device=device_of(policy))
         self._experience = self._experience_of(groups, rewards)
+        self._adapt(self._experience.numbers["kl"])
         return groups
+
+    @property
+    def beta(self) -> float:
+        """β as it is now."""
+        return self.settings.beta if self.settings.target_kl is None else self.module.kl_coefficient.item()
+
+    def _adapt(self, kl: float) -> None:
+        """Give β its value for the next rollout, which the checkpoint between them keeps.
+
+        Until the policy has made a step its KL is 0 whatever β is, and β stays: a departure from the source.
+        """
+        settings = self.settings
+        if settings.target_kl is not None and self.batches.step > settings.critic_steps:
+            adapted = adapted_kl_coefficient(
+                self.beta, kl, target=settings.target_kl, rate=settings.kl_rate, clip=MAX_KL_ERROR
+            )
+            self.module.kl_coefficient.fill_(adapted)
 
     @torch.no_grad()
     def _experience_of(self, groups: list[Group], rewards: Tensor) -> Experience:
@@ -173,11 +208,13 @@ class PPO:
                 whole[rows, :, : some.shape[2]] = some
         flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
         log_ratio = (logp - reference_logp).flatten(0, 1)
-        per_token = token_rewards(rewards.flatten(), log_ratio, flat_mask, beta=settings.beta)
+        beta = self.beta
+        per_token = token_rewards(rewards.flatten(), log_ratio, flat_mask, beta=beta)
         advantages = generalised_advantages(per_token, flat_values, flat_mask, gamma=settings.gamma, lam=settings.lam)
         returns, tokens = advantages + flat_values, flat_mask.sum()
-        numbers = {
+        numbers: dict[str, float | Tensor] = {
             "reward": rewards.mean(),
+            "beta": beta,
             "kl": log_ratio.sum() / rewards.numel(),
             "entropy": -logp.sum() / tokens,
             "completion_tokens": tokens / rewards.numel(),

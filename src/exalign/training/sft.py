@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,10 @@ from exalign.training.loop import TrainSettings, train
 
 class SFTSettings(TrainSettings):
     """How the supervised policy π_sft is trained."""
+
+    train_on_prompts: bool = Field(
+        False, description="learn the prompts' tokens too, as a model from scratch must; else completions alone"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ def train_sft(
     folder: Path,
 ) -> Path:
     """Train a policy on the completions of `groups`; see `loop.train` for what is written."""
+    if settings.train_on_prompts:
+        groups = [part for group in groups for part in with_prompt_learnt(group)]
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
     card = model_card(
         "Supervised policy",
@@ -53,6 +60,20 @@ def train_sft(
         pipeline_tag="text-generation",
     )
     return train(MaximumLikelihood(batches), PackedPolicy(model), tokenizer, settings, folder, card=card)
+
+
+def with_prompt_learnt(group: Group) -> Iterator[Group]:
+    """The same texts with every token but the prompt's first as a target, each once: the prompt goes before y_1.
+
+    >>> group = Group(0, torch.tensor([1, 2, 3]), (torch.tensor([4]), torch.tensor([5])))
+    >>> [(g.prompt_ids.tolist(), [y.tolist() for y in g.completion_ids]) for g in with_prompt_learnt(group)]
+    [([1], [[2, 3, 4]]), ([1, 2, 3], [[5]])]
+    """
+    first, *others = group.completion_ids
+    whole = torch.cat([group.prompt_ids[1:], first])
+    yield replace(group, prompt_ids=group.prompt_ids[:1], completion_ids=(whole,))
+    if others:
+        yield replace(group, completion_ids=tuple(others))
 
 
 def completion_tokens(groups: Sequence[Group]) -> int:

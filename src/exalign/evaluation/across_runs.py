@@ -1,0 +1,111 @@
+"""Several runs of one experiment, as seeds are, side by side: every run's numbers, and their mean.
+
+Within a run an interval is over prompts; across runs it is over the runs (Student's t), which is what tells a method
+from the luck of its training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from exalign.errors import InputError
+from exalign.evaluation import run_folder
+from exalign.evaluation.comparison import Paths
+from exalign.evaluation.frontier import reward_at_kl
+from exalign.evaluation.optimum import PoolFrontier, optimum_path, pool_frontier
+from exalign.evaluation.schema import Evidence, Interval, read_evidence
+from exalign.evaluation.statistics import CONFIDENCE, mean_interval
+from exalign.evaluation.tables import SampleTable, tabulate
+
+OPTIMUM = "estimated optimum"
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One run: its evidence, and the reward of each method at each KL (None beyond its reach), with `OPTIMUM` last."""
+
+    name: str
+    evidence: Evidence
+    rewards: dict[str, dict[float, Interval | None]]
+
+
+@dataclass(frozen=True)
+class AcrossRuns:
+    """A mean over `runs` runs with Student's interval; no bounds for a single one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    runs: int
+
+
+def read_runs(folders: Sequence[Path], kls: Sequence[float]) -> list[RunResults]:
+    """The results of finished runs; a run without evidence, or one given twice, is an `InputError`."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise InputError("A run is given twice; name each folder once.")
+    if not kls or min(kls) <= 0:
+        raise InputError("Rewards are compared at KLs above 0 nats.")
+    return [_read(folder, name, kls) for folder, name in zip(folders, names, strict=True)]
+
+
+def over_runs(values: Sequence[float]) -> AcrossRuns | None:
+    """Mean and interval of one number per run; None where no run has it.
+
+    >>> round(over_runs([1.0, 2.0, 3.0]).low, 3), over_runs([2.0]).low, over_runs([])
+    (-0.484, None, None)
+    """
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return AcrossRuns(mean, None, None, 1)
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return AcrossRuns(mean, float(mean - half), float(mean + half), len(values))
+
+
+def difference_at(runs: Sequence[RunResults], first: str, second: str, kl: float) -> AcrossRuns | None:
+    """Reward of `first` less that of `second` at `kl`, paired by run, over the runs in which both reach it."""
+    pairs = [(run.rewards.get(first, {}).get(kl), run.rewards.get(second, {}).get(kl)) for run in runs]
+    return over_runs([a.estimate - b.estimate for a, b in pairs if a is not None and b is not None])
+
+
+def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
+    path = folder / "evaluation" / "evidence.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no evidence; finish it with exalign run RECIPE --run {folder}.")
+    evidence = read_evidence(path)
+    _, recipe = run_folder.read_recipe(folder)
+    supervised = _table(folder / "evaluation" / "sft" / "samples")
+    checkpoints = {
+        method: [_table(where) for _, where in run_folder.evaluated_steps(folder, method)]
+        for method in run_folder.methods_of(folder, recipe)
+    }
+    paths = Paths(supervised, checkpoints, seed=evidence.seed)
+    rewards: dict[str, dict[float, Interval | None]] = {
+        method: {kl: paths.interval(paths.reward(method, kl)) if kl <= paths.reach(method) else None for kl in kls}
+        for method in paths.methods
+    }
+    pool = pool_frontier(run_folder.pool_rewards(folder / "evaluation" / "pool"))
+    if pool is not None and pool.reliable.any():
+        rewards[OPTIMUM] = {kl: _optimum_at(pool, kl, evidence.seed) for kl in kls}
+    return RunResults(name, evidence, rewards)
+
+
+def _optimum_at(pool: PoolFrontier, kl: float, seed: int) -> Interval | None:
+    kls, rewards = optimum_path(pool)
+    if kl > kls.mean(axis=0).max():
+        return None
+    return mean_interval(reward_at_kl(kls, rewards, kl), seed=seed)
+
+
+def _table(folder: Path) -> SampleTable:
+    records = run_folder.complete_records(folder)
+    if records is None:
+        raise InputError(f"{folder} is missing or incomplete; run the evaluate stage first.")
+    return tabulate(records, str(folder))

@@ -1,0 +1,198 @@
+"""The search for a method's settings: trials that train it as its own stage does, ranked on validation prompts.
+
+validation → search/METHOD → align/METHOD, which trains with the settings of the best trial.
+
+A trial is a folder, `search/METHOD/trial-000`, that ends with `result.json`; what a later trial tries is a function of
+the recipe's seed and of the results before it. So a search that was killed goes on as if it had not been. The weights
+of finished trials are deleted; their settings, metrics and scored samples stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.markup import escape
+
+from exalign.data.records import Header, Record, read_records, write_records
+from exalign.errors import InputError
+from exalign.evaluation.searches import Trial
+from exalign.pipeline.evaluation_stages import (
+    different_prompts,
+    evaluation_sampling,
+    evaluation_scorer,
+    score_drawn,
+    score_policies,
+)
+from exalign.pipeline.proposals import Proposer
+from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.rollouts import sample_supervised
+from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.search_settings import changed
+from exalign.pipeline.sources import (
+    data_identity,
+    iter_records_of,
+    model_identity,
+    scorer_identity,
+    scorer_needs,
+    seeded,
+    supervised_needs,
+)
+from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
+from exalign.storage import fingerprint, read_json, write_json, write_text
+from exalign.training.loop import NotFiniteError, TrainSettings
+
+Method = TypeVar("Method", bound=TrainSettings)
+Train = Callable[[Run, Path, Counter[str], Method], None]
+"""Trains a method with these settings in a folder."""
+
+
+def validation_stage(recipe: Recipe) -> Iterator[Stage]:
+    """The prompts that trials are ranked on, with scored samples of π_sft; none without a search."""
+    if recipe.search is None:
+        return
+    data, scorer = recipe.data, evaluation_scorer(recipe)
+    sampling = evaluation_sampling(recipe, recipe.search.samples).model_dump(exclude={"batch_completions"})
+    how = [recipe.seed, recipe.temperature, model_identity(recipe), scorer_identity(scorer), sampling]
+    chosen = [data_identity(data.validation), data_identity(data.evaluation)]
+    numbers = [recipe.evaluate.prompts, recipe.search.prompts, data.max_prompt_tokens]
+    needs = tuple(dict.fromkeys((*supervised_needs(recipe), *scorer_needs(scorer))))
+    yield Stage("validation", needs, lambda: [how, chosen, numbers], _validation)
+
+
+def method_stages(recipe: Recipe, method: str, needs: tuple[str, ...], inputs: Any, train: Train[Any]) -> list[Stage]:
+    """The stage align/METHOD, after search/METHOD where the recipe searches for the settings of this method."""
+    search, stages = recipe.search, []
+    if search is not None and method in search.methods:
+        ranges = {name: values.model_dump(mode="json") for name, values in search.methods[method].items()}
+        searched = [inputs, search.trials, search.kl, ranges]
+        work = partial(_search, method=method, train=train)
+        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, work))
+        needs = (*needs, f"search/{method}")
+    return [*stages, Stage(f"align/{method}", needs, lambda: inputs, partial(_train, method=method, train=train))]
+
+
+def validation_prompts(
+    recipe: Recipe, evaluation: Iterable[Record], validation: Iterable[Record] | None, counts: Counter[str]
+) -> list[Record]:
+    """Prompts that the evaluation does not use, from the rows of data.validation where it is given.
+
+    Fewer than the search asks for are an `InputError`.
+    """
+    assert recipe.search is not None
+    different = different_prompts(evaluation)
+    used = {fingerprint(record.prompt) for record in islice(different, recipe.evaluate.prompts)}
+    found: list[Record] = []
+    for record in different if validation is None else different_prompts(validation):
+        if fingerprint(record.prompt) in used:
+            counts["prompts_of_the_evaluation"] += 1
+        elif len(found) < recipe.search.prompts:
+            found.append(Record(record.id, record.prompt, prompt_ids=record.prompt_ids))
+        else:
+            break
+    if len(found) < recipe.search.prompts:
+        where = "data.evaluation has after its first evaluate.prompts" if validation is None else "data.validation has"
+        raise InputError(
+            f"search.prompts asks for {recipe.search.prompts} prompts that the evaluation does not use, but all that "
+            f"{where} is {len(found)}; lower it, or give more in data.validation."
+        )
+    return found
+
+
+def _validation(run: Run, folder: Path, counts: Counter[str]) -> None:
+    recipe = run.recipe
+    assert recipe.search is not None and recipe.data.evaluation is not None
+    own = None if recipe.data.validation is None else iter_records_of(recipe.data.validation, run, counts)
+    evaluation = iter_records_of(recipe.data.evaluation, run, Counter() if own else counts)
+    prompts = validation_prompts(recipe, evaluation, own, counts)
+    write_records(folder / "prompts", prompts, Header(counts=dict(counts)))
+    settings = evaluation_sampling(recipe, recipe.search.samples)
+    counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="validation"))
+    score_drawn(run, folder / "drawn", folder / "samples")
+
+
+def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train: Train[Any]) -> None:
+    search = run.recipe.search
+    assert search is not None
+    own = own_settings(run.recipe, method)
+    proposer = Proposer(search.methods[method], type(own), seed=[run.recipe.seed, "search", method])
+    trials: list[Trial] = []
+    for number in range(search.trials):
+        place = folder / f"trial-{number:03d}"
+        if not (place / "result.json").exists():
+            results = [(trial.values, trial.value) for trial in trials]
+            values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
+            trial = _trial(run, place, trials, changed(own, values), Trial(number, values, {}), train)
+            write_json(place / "result.json", asdict(trial))
+        _forget_weights(place)
+        trials.append(Trial(**read_json(place / "result.json")))
+        counts.update(trials[-1].counts)
+        run.console.print(f"  [dim]{escape(trial_sentence(trials[-1]))}[/dim]", highlight=False, soft_wrap=True)
+    counts["trials"] = len(trials)
+    counts["failed_trials"] = sum(trial.value is None for trial in trials)
+    write_text(folder / "trials.csv", trials_csv(trials))
+    best = best_of(trials, method)
+    found = {"trial": best.number, "value": best.value, "kl": best.kl, "ranked_at": search.kl}
+    write_json(folder / "best.json", {**found, "settings": best.settings})
+    title = f"search/{method}: reward at a KL of {search.kl:g} nats, or as far as a trial went"
+    run.console.print(trials_table(trials, best, title))
+
+
+def _trial(
+    run: Run, place: Path, before: Sequence[Trial], settings: TrainSettings, trial: Trial, train: Train[Any]
+) -> Trial:
+    """Train with these settings in `place`, continuing what stands there, and evaluate every policy saved."""
+    assert run.recipe.search is not None
+    values = asdict(trial) | {"settings": settings.model_dump(mode="json")}
+    twin = next((other for other in before if other.settings == values["settings"]), None)
+    write_json(place / "settings.json", values["settings"])
+    if twin is not None:
+        again = {"value": twin.value, "kl": twin.kl, "points": twin.points, "failed": twin.failed}
+        return Trial(**values | again | {"same_as": twin.number if twin.same_as is None else twin.same_as})
+    counts: Counter[str] = Counter()
+    try:
+        train(run, place, counts, seeded(settings, run.recipe))
+    except NotFiniteError as error:
+        outcome: dict[str, Any] = {"failed": str(error)}
+        return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
+    prompts = read_records(run.path("validation", "prompts"))
+    sampling = evaluation_sampling(run.recipe, run.recipe.search.samples)
+    # The same random numbers for every trial: trials with the same policies have the same value.
+    score_policies(run, place, prompts, sampling, place / "evaluated", counts, purpose="validation")
+    outcome = value_of(run.path("validation", "samples"), place / "evaluated", run.recipe.search.kl)
+    return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
+
+
+def own_settings(recipe: Recipe, method: str) -> TrainSettings:
+    """A method's settings as the recipe has them."""
+    return recipe.align[method] if method in recipe.align else recipe.ppo[method]
+
+
+def _train(run: Run, folder: Path, counts: Counter[str], *, method: str, train: Train[Any]) -> None:
+    """Train a method with the settings of its best trial, which are written beside the model, or with its own."""
+    settings = own_settings(run.recipe, method)
+    if run.recipe.search is not None and method in run.recipe.search.methods:
+        best = read_json(run.path("search", method, "best.json"))
+        settings = type(settings).model_validate_json(json.dumps(best["settings"]))
+        write_json(folder / "settings.json", {"trial": best["trial"], "settings": best["settings"]})
+    train(run, folder, counts, seeded(settings, run.recipe))
+
+
+def _forget_weights(place: Path) -> None:
+    drawn = place.glob("evaluated/*/drawn")
+    for folder in (place / "model", place / "policies", place / "checkpoints", *drawn):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _training_seconds(place: Path) -> float:
+    """Seconds of the training steps: of each once, however often the trial was interrupted."""
+    rows = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return round(sum(json.loads(row)["seconds"] for row in rows), 2)

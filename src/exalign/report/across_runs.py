@@ -1,0 +1,106 @@
+"""Several runs of one experiment as Markdown tables: reward at equal KL, and where each method ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, over_runs
+from exalign.evaluation.schema import MethodEvidence
+from exalign.report.wording import duration, interval, number, percent
+
+
+def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
+    """The page: every run of every method is in it, and every mean says how many runs it is of."""
+    methods = list(dict.fromkeys(method for run in runs for method in run.rewards))
+    parts = [
+        "## Reward at equal KL",
+        "Each run with its interval over prompts; the mean with its 95 % interval over runs (Student's t). "
+        "“–”: the method does not reach this KL.",
+        _at_equal_kl(runs, methods, kls),
+        "## Differences at equal KL",
+        "EXO less DPO on the same target, paired by run, with 95 % intervals over runs.",
+        _differences(runs, kls),
+        "## Last checkpoints",
+        "The gap is the estimated optimum's reward less the method's, at the KL given with it.",
+        _ends(runs),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def across(value: AcrossRuns | None) -> str:
+    """A mean over runs as text.
+
+    >>> across(AcrossRuns(1.234, 1.1, 1.4, 3)), across(AcrossRuns(1.0, None, None, 1)), across(None)
+    ('1.23 [1.10, 1.40], n = 3', '1.00, n = 1', '–')
+    """
+    if value is None:
+        return "–"
+    bounds = "" if value.low is None or value.high is None else f" [{value.low:.2f}, {value.high:.2f}]"
+    return f"{value.mean:.2f}{bounds}, n = {value.runs}".replace("-", "−")
+
+
+def _at_equal_kl(runs: Sequence[RunResults], methods: Sequence[str], kls: Sequence[float]) -> str:
+    rows = []
+    for kl in kls:
+        for method in methods:
+            found = [run.rewards.get(method, {}).get(kl) for run in runs]
+            mean = over_runs([value.estimate for value in found if value is not None])
+            rows.append([f"{kl:g}", method, *map(interval, found), across(mean)])
+    return _markdown(["KL (nats)", "method", *(run.name for run in runs), "mean over runs"], rows)
+
+
+def _differences(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
+    known = {method.name: method for run in runs for method in run.evidence.methods}
+    pairs = [
+        (first, second)
+        for first in known.values()
+        for second in known.values()
+        if (first.family, second.family) == ("exo", "dpo") and first.target == second.target
+    ]
+    rows = [
+        [f"{kl:g}", f"{first.name} − {second.name}", across(difference_at(runs, first.name, second.name, kl))]
+        for kl in kls
+        for first, second in pairs
+    ]
+    return _markdown(["KL (nats)", "difference", "mean over runs"], rows)
+
+
+def _ends(runs: Sequence[RunResults]) -> str:
+    rows = [row for run in runs for row in _end_rows(run)]
+    head = ["run", "method", "steps", "KL (nats)", "reward", "won against SFT", "won against the reference texts"]
+    return _markdown([*head, "gap to the optimum", "at KL", "training"], rows)
+
+
+def _end_rows(run: RunResults) -> Iterator[list[str]]:
+    seconds = {stage.name: stage.seconds for stage in run.evidence.stages}
+    if run.evidence.sft is not None:
+        yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), "–", "–", "–", "–", "–"]
+    for method in run.evidence.methods:
+        if method.points:
+            yield [run.name, *_end(method), duration(seconds.get(f"align/{method.name}"))]
+    if run.evidence.best_of_n:
+        best = run.evidence.best_of_n[-1]
+        bound = f"≤ {number(best.kl_bound)}"
+        yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), "–", "–", "–", "–", "–"]
+
+
+def _end(method: MethodEvidence) -> list[str]:
+    last, gap = method.points[-1], method.gap
+    rates = {rate.opponent: percent(rate.rate) for rate in method.win_rates}
+    return [
+        method.name,
+        str(last.step),
+        interval(last.kl),
+        interval(last.reward),
+        rates.get("SFT", "–"),
+        rates.get("reference texts", "–"),
+        interval(None if gap is None else gap.gap),
+        number(None if gap is None else gap.kl),
+    ]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

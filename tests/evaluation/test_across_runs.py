@@ -1,0 +1,82 @@
+"""Several runs side by side, on run folders whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.synthetic_run import World, write_run
+from exalign.errors import InputError
+from exalign.evaluation.across_runs import OPTIMUM, RunResults, difference_at, over_runs, read_runs
+from exalign.evaluation.evidence import build_evidence
+from exalign.report.across_runs import tables
+
+KLS = (0.5, 1.0, 3.0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    folders = [write_run(folder / f"seed-{seed}", World(seed=seed)) for seed in range(4)]
+    for run in folders:
+        build_evidence(run, num_resamples=200)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def results(runs: list[Path]) -> list[RunResults]:
+    return read_runs(runs, KLS)
+
+
+def test_the_mean_over_runs_is_the_true_reward_within_its_error(results: list[RunResults]) -> None:
+    """Reward above π_sft is e √(2 KL); a run's error is at most that of its 48 prompts, about 0.12."""
+    base = [run.evidence.sft.reward.estimate for run in results if run.evidence.sft]
+    for method, efficiency in (("exo-rw", 0.92), ("dpo-rw", 0.70)):
+        for kl in KLS[:2]:
+            found = [run.rewards[method][kl] for run in results]
+            gains = [value.estimate - start for value, start in zip(found, base, strict=True) if value is not None]
+            assert len(gains) == 4
+            assert np.mean(gains) == pytest.approx(efficiency * math.sqrt(2 * kl), abs=0.15)
+
+
+def test_the_difference_of_two_methods_is_paired_by_run(results: list[RunResults]) -> None:
+    """The truth is 0.22 √2; with four runs Student's 95 % interval is 3.2 standard errors to each side."""
+    found = difference_at(results, "exo-rw", "dpo-rw", 1.0)
+    assert found is not None and found.low is not None and found.high is not None and found.runs == 4
+    assert found.low < 0.22 * math.sqrt(2) < found.high
+    assert found.low > 0
+    assert difference_at(results, "exo-rw", "dpo-rw", 3.0) is None  # exo-rw ends at 1.28 nats
+
+
+def test_beyond_a_methods_reach_there_is_no_reward(results: list[RunResults]) -> None:
+    assert all(run.rewards["exo-pref"][1.0] is None for run in results)  # its last checkpoint is at 0.72 nats
+    assert all(run.rewards[OPTIMUM][0.5] is not None for run in results)
+
+
+def test_the_tables_hold_every_run_of_every_method(results: list[RunResults]) -> None:
+    text = tables(results, KLS)
+    equal, rest = text.split("## Differences at equal KL")
+    for method in ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", OPTIMUM):
+        assert equal.count(f"| {method} |") == len(KLS)
+    ends = rest.split("## Last checkpoints")[1]
+    for run in results:
+        assert ends.count(f"| {run.name} | ") == 6  # SFT, four methods, best of N
+    assert "exo-rw − dpo-rw" in rest and "exo-rw − dpo-pref" not in rest
+
+
+def test_student_by_hand() -> None:
+    """Of 1, 2, 3: mean 2, s = 1, half-width 4.303/√3."""
+    found = over_runs([1.0, 2.0, 3.0])
+    assert found is not None and found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+
+
+def test_what_cannot_be_compared_is_one_sentence(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        read_runs([runs[0], runs[0]], KLS)
+    with pytest.raises(InputError, match="has no evidence"):
+        read_runs([tmp_path], KLS)
+    with pytest.raises(InputError, match="above 0 nats"):
+        read_runs(runs, [0.0])
