@@ -28,7 +28,9 @@ from exalign.pipeline.stages import plan
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
-LARGE = [path for path in SHIPPED if path.name != "demo.yaml" and not path.stem.endswith("-cpu")]
+CONTINUED = [path for path in SHIPPED if (load_recipe(path).model.source or "").startswith("runs/")]
+WHOLE = [path for path in SHIPPED if path not in CONTINUED]
+LARGE = [path for path in WHOLE if path.name != "demo.yaml" and "-cpu" not in path.stem]
 WITH_PPO = ["ppo={ppo: {}}"]
 
 
@@ -37,15 +39,36 @@ def planned(path: Path = RECIPE, *overrides: str, gpu: str = "H100", count: int 
     return budget_of(load_recipe(path, overrides), Machine(find_device(gpu, taken), count, taken))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_planned_stage_by_stage(path: Path) -> None:
     budget = planned(path)
     without_model = {"tokenizer", "evaluation/prompts", "report"}
     if budget.recipe.data.preferences is not None:
         without_model.add("preferences")
+    if budget.recipe.score.scorer.function is not None or budget.recipe.data.rewards is not None:
+        without_model.add("scored")
     stages = [stage.name for stage in plan(budget.recipe) if stage.name not in without_model]
     assert [cost.stage for cost in budget.costs] == stages
     assert all(cost.flops > 0 and cost.seconds > 0 and cost.tokens > 0 for cost in budget.costs)
+
+
+@pytest.mark.parametrize("path", CONTINUED, ids=lambda path: path.name)
+def test_a_recipe_that_goes_on_from_another_run_says_so(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="carry out the run that makes it"):
+        planned(path)
+
+
+def test_a_search_costs_its_trials_and_rounds_cost_their_samples() -> None:
+    search = "search={trials: 3, kl: 1.0, prompts: 20, samples: 2, methods: {exo-rw: {beta_pi: {low: 0.1, high: 1.0}}}}"
+    costs = {cost.stage: cost for cost in planned(RECIPE, search, "align.dpo-rw.rounds=2").costs}
+    once, tried = costs["align/exo-rw"], costs["validation"]
+    assert costs["search/exo-rw"].flops == pytest.approx(3 * (once.flops + 4 * tried.flops))  # four policies are saved
+    assert tried.tokens == 2 * 20 * (12 + 2 * 28)  # drawn, scored by a function, and log π_sft of them
+    rounds = costs["align/dpo-rw"]
+    assert rounds.devices == 1 and rounds.flops > once.flops
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
@@ -123,6 +146,12 @@ def test_a_batch_with_one_micro_batch_gains_nothing_from_more_devices() -> None:
     assert many.seconds >= one.seconds and many.bound in ("batch", "exchange")
 
 
+def test_learning_prompts_moves_their_tokens_and_adds_work_in_the_head() -> None:
+    plain, learnt = planned(RECIPE, "sft.train_on_prompts=false"), planned(RECIPE, "sft.train_on_prompts=true")
+    assert learnt.costs[0].tokens == plain.costs[0].tokens
+    assert learnt.costs[0].flops > plain.costs[0].flops
+
+
 def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))
@@ -189,7 +218,7 @@ def values(budget: Budget) -> list[Any]:
     return [budget.machine.usable, *((cost.flops, cost.seconds, cost.bound) for cost in budget.costs)]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
 def test_tables_are_whole_at_100_columns(path: Path) -> None:
     console = Console(file=io.StringIO(), width=100, record=True)
     print_budget(planned(path), console)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -203,6 +204,10 @@ def _configuration(settings: ModelSettings, vocabulary: int | None) -> tuple[Pre
         if vocabulary is not None:
             values.setdefault("vocab_size", vocabulary)
         return _from_values(values), "the recipe's config"
+    if settings.source.startswith("runs/") and not Path(settings.source).is_dir():
+        raise InputError(
+            f"There is no folder {settings.source} yet: carry out the run that makes it, then plan with it."
+        )
     for local in (True, False):
         try:
             found = AutoConfig.from_pretrained(

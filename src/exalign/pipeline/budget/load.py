@@ -78,7 +78,11 @@ class Loads:
         """Texts, K = 1: of data.sft, or the preferred completions of the preferences."""
         data = self.recipe.data
         source, name = (data.sft, "data.sft") if data.sft is not None else (data.preferences, "data.preferences")
-        return self._given(source, name, 1)
+        load = self._given(source, name, 1)
+        if self.recipe.sft is None or not self.recipe.sft.train_on_prompts:
+            return load
+        whole, longest = load.group_tokens - 1, load.longest_group - 1  # every token but the first is a target
+        return replace(load, prompt_tokens=1, completion_tokens=whole, longest_prompt=1, longest_completion=longest)
 
     def labelled(self) -> Load:
         oracle = self.recipe.oracle

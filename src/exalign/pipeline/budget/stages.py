@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from exalign.pipeline.budget.cost import (
 )
 from exalign.pipeline.budget.devices import Machine
 from exalign.pipeline.budget.load import Load, Loads
-from exalign.pipeline.budget.memory import sampling_memory, training_memory
+from exalign.pipeline.budget.memory import Memory, sampling_memory, training_memory
 from exalign.pipeline.evaluation_stages import evaluation_scorer
 from exalign.pipeline.recipe import PPOStageSettings, Recipe, ScorerSettings
 from exalign.pipeline.sources import SCORING_TOKENS
 from exalign.pipeline.stages import plan, reference_name
-from exalign.training.loop import evenly_spaced
+from exalign.training.loop import TrainSettings, evenly_spaced
 
 SCORER_TOKENS = 4096
 """Tokens that a scorer computes at a time."""
@@ -91,11 +92,52 @@ class _Pricing:
         if stage == "scored" and recipe.data.rewards is None:
             cost = self.scored(stage, self.loads.rewarded(), recipe.score.scorer)
             return None if cost is None else _written(cost)
+        if parts[0] == "search":
+            return self.searched(stage, parts[1])
         if parts[0] in ("reference", "align"):
-            return self.ppo(parts[1]) if parts[1] in recipe.ppo else self.aligned(stage)
+            return self.method(parts[1]) if parts[0] == "align" else self.aligned(stage)
+        if stage == "validation":
+            return self.drawn_and_scored(stage, self.validation(), evaluation_scorer(recipe), reference=True)
         if parts[0] == "evaluation" and parts[1] != "prompts":
             return self.evaluated(stage, parts[1])
         return None
+
+    def method(self, name: str) -> Cost:
+        """A method by its name, in whatever way it trains."""
+        if name in self.recipe.ppo:
+            return self.ppo(name)
+        return self.aligned(f"align/{name}") if self.recipe.align[name].rounds == 1 else self.in_rounds(name)
+
+    def searched(self, stage: str, name: str) -> Cost:
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
+        assert self.recipe.search is not None
+        tried = self.drawn_and_scored(stage, self.validation(), evaluation_scorer(self.recipe), reference=True)
+        return together(stage, [self.method(name), *[tried] * self.policies(name)] * self.recipe.search.trials)
+
+    def validation(self) -> Load:
+        assert self.recipe.search is not None
+        return replace(
+            self.loads.evaluation(), prompts=self.recipe.search.prompts, completions=self.recipe.search.samples
+        )
+
+    def in_rounds(self, name: str) -> Cost:
+        """All rounds together: drawn from the policy, scored, π_sft and policy on them, and trained; on one device."""
+        recipe, settings, one = self.recipe, self.recipe.align[name], replace(self.machine, count=1)
+        policy, reference = self.policy(), self.frozen_policy()
+        load = self.loads.sampled(recipe.sample.num_completions)
+        trained = training_cost("", [policy], settings, load, one)
+        parts, beside = [trained, sampling_cost("", reference, load, recipe.sample, one)], frozen(reference)
+        parts.append(
+            forward_cost("", reference, load, one, token_budget=settings.token_budget, precision=settings.precision)
+        )
+        scorer = self.scorer(recipe.score.scorer)
+        if scorer is not None:
+            parts.append(forward_cost("", scorer, load, one, token_budget=SCORER_TOKENS))
+            beside += frozen(scorer)
+        part = replace(load, prompts=-(-load.prompts // settings.rounds))
+        whole = _largest([policy], settings, part, sampling_memory(reference, part, recipe.sample.batch_completions))
+        cost = together(f"align/{name}", parts)
+        return replace(cost, devices=1, trained=trained.trained, replicated=whole + beside, sharded=None)
 
     def aligned(self, stage: str) -> Cost:
         """A method, or the reference of the methods that share it."""
@@ -131,10 +173,7 @@ class _Pricing:
             beside += frozen(scorer)
         rollout = replace(load, prompts=min(settings.rollout_prompts, load.prompts))
         sampling = sampling_memory(reference, rollout, recipe.sample.batch_completions)
-        training = training_memory([policy, critic], settings, load)
-        # Gradients are gone while a rollout is drawn, moments are not; what is reserved for either is not given back.
-        drawing = replace(sampling, weights=training.weights, optimizer=training.optimizer)
-        whole = max(training, drawing, key=lambda memory: memory.total) + beside
+        whole = _largest([policy, critic], settings, load, sampling) + beside
         cost = together(f"align/{name}", parts)
         return replace(cost, devices=1, trained=trained.trained, replicated=whole, sharded=None)
 
@@ -224,6 +263,13 @@ class _Pricing:
 
     def say(self, sentence: str) -> None:
         self.said[sentence] = None
+
+
+def _largest(models: Sequence[Architecture], settings: TrainSettings, load: Load, sampling: Memory) -> Memory:
+    """Training or drawing, whichever needs more. Gradients are gone while completions are drawn, moments are not."""
+    training = training_memory(models, settings, load)
+    drawing = replace(sampling, weights=training.weights, optimizer=training.optimizer)
+    return max(training, drawing, key=lambda memory: memory.total)
 
 
 def _written(cost: Cost) -> Cost:
