@@ -11,6 +11,7 @@ from rich.console import Console
 
 from exalign.errors import InputError
 from exalign.judging.llm.commands import grade_judge, judge
+from exalign.pipeline.budget.command import plan
 
 app = typer.Typer(
     name="exalign",
@@ -204,6 +205,7 @@ def assess(context: typer.Context) -> None:
     people(args=context.args, prog_name="exalign assess", standalone_mode=False)
 
 
+app.command("plan")(plan)
 app.command("judge")(judge)
 app.command("grade-judge")(grade_judge)
 

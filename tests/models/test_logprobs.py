@@ -175,6 +175,18 @@ def test_half_precision_models_give_float32_near_the_exact_value(name) -> None:
     assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_autocast_gives_values_near_the_exact_ones_whatever_types_meet_in_the_attention(name) -> None:
+    """GPT-NeoX rotates queries and keys in float32 beside half precision values."""
+    model, groups = make_model(ARCHITECTURES[name], torch.float32), make_groups()
+    expected = completion_logprobs(model, groups, temperature=0.8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = completion_logprobs(model, groups, temperature=0.8)
+    ours.sum().backward()
+    assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_without_a_stream_the_model_is_what_it_was() -> None:
     for name in ("gpt2", "gemma2", "gemma3"):
         model = make_model(ARCHITECTURES[name], torch.float32)

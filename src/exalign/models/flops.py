@@ -114,14 +114,15 @@ def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
 
 
 def _body(model: nn.Module) -> list[tuple[bool, Tensor]]:
-    return _matrices(base_of(model).base_model)
+    return matrices(base_of(model).base_model)
 
 
 def _head(model: nn.Module) -> list[tuple[bool, Tensor]]:
     head = base_of(model).get_output_embeddings()
-    return [] if head is None else _matrices(head)
+    return [] if head is None else matrices(head)
 
 
-def _matrices(module: nn.Module) -> list[tuple[bool, Tensor]]:
+def matrices(module: nn.Module) -> list[tuple[bool, Tensor]]:
+    """The weights of all linear layers, each with whether it is trained."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D)]
     return [(bool(layer.weight.requires_grad), layer.weight) for layer in layers]

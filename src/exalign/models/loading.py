@@ -73,7 +73,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
 def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A causal language model, dropout 0. The caller seeds torch before, for weights that start at random."""
     model = _load(AutoModelForCausalLM, settings, tokenizer, num_labels=None)
-    return _with_lora(model, settings.lora, task="CAUSAL_LM")
+    return with_lora(model, settings.lora, task="CAUSAL_LM")
 
 
 def load_reward_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -81,12 +81,12 @@ def load_reward_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBas
 
     A source that already classifies into another number of labels is an `InputError`: its score would be ambiguous.
     """
-    return _with_lora(_load(AutoModelForSequenceClassification, settings, tokenizer, 1), settings.lora, task="SEQ_CLS")
+    return with_lora(_load(AutoModelForSequenceClassification, settings, tokenizer, 1), settings.lora, task="SEQ_CLS")
 
 
 def load_classifier(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A sequence classifier with two labels, whose log-odds are the oracle's reward."""
-    return _with_lora(_load(AutoModelForSequenceClassification, settings, tokenizer, 2), settings.lora, task="SEQ_CLS")
+    return with_lora(_load(AutoModelForSequenceClassification, settings, tokenizer, 2), settings.lora, task="SEQ_CLS")
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
@@ -177,7 +177,8 @@ def _check_labels(config: PreTrainedConfig, settings: ModelSettings, num_labels:
         raise InputError(f"{kind}, but {settings.source} has {config.num_labels}; give a model with {num_labels}.")
 
 
-def _with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: str) -> PreTrainedModel:
+def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: str) -> PreTrainedModel:
+    """The model under PEFT with fresh adapters, or itself without settings; `task` names one of PEFT's task types."""
     if settings is None:
         return model
     from peft import LoraConfig, TaskType, get_peft_model

@@ -96,6 +96,8 @@ def _attention(
         raise TreeUnsupportedError("its attention has dropout")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # Under autocast some models rotate queries and keys in float32 beside half precision values; kernels want one type.
+    query, key, value = (states.to(value.dtype) for states in (query, key, value))
     layout, softcap = attention_mask.with_window(kwargs.get("sliding_window")), kwargs.get("softcap")
     if query.device.type != "cpu":
         return flex_tree_attention(module, query, key, value, layout, scale=scale, softcap=softcap), None
