@@ -98,7 +98,7 @@ class _Pricing:
             return self.method(parts[1]) if parts[0] == "align" else self.aligned(stage)
         if stage == "validation":
             return self.drawn_and_scored(stage, self.validation(), evaluation_scorer(recipe), reference=True)
-        if parts[0] == "evaluation" and parts[1] != "prompts":
+        if parts[0] == "evaluation" and parts[1] not in ("prompts", "density"):
             return self.evaluated(stage, parts[1])
         return None
 
@@ -178,11 +178,24 @@ class _Pricing:
         return replace(cost, devices=1, trained=trained.trained, replicated=whole, sharded=None)
 
     def evaluated(self, stage: str, what: str) -> Cost:
-        """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them."""
+        """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them.
+
+        With a method's come its density ratios.
+        """
         load = self.loads.pool() if what == "pool" else self.loads.evaluation()
         scorer = evaluation_scorer(self.recipe)
         cost = self.drawn_and_scored(stage, load, scorer, reference=what != "pool")
-        return together(stage, [cost] * (1 if what in ("sft", "pool") else self.policies(what)))
+        if what in ("sft", "pool"):
+            return cost
+        return together(stage, [cost] * self.policies(what) + self.density(stage))
+
+    def density(self, stage: str) -> list[Cost]:
+        """π_sft and a method's last policy on the pool's samples of a few prompts, for density ratios."""
+        prompts = min(self.recipe.evaluate.pool_prompts, self.recipe.evaluate.density_prompts)
+        if not prompts:
+            return []
+        load, policy = replace(self.loads.pool(), prompts=prompts), self.frozen_policy()
+        return 2 * [forward_cost(stage, policy, load, self.machine, token_budget=SCORING_TOKENS)]
 
     def policies(self, method: str) -> int:
         """How many policies a method saves."""
