@@ -12,7 +12,7 @@ import torch
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import ModelSettings, load_reward_model
 from exalign.pipeline.recipe import PPOStageSettings, Recipe
-from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -45,7 +45,7 @@ def ppo_stages(recipe: Recipe) -> Iterator[Stage]:
         critic = None if settings.critic is None else source_identity(settings.critic.source)
         inputs = [base, settings.model_dump(mode="json"), critic, scorer_identity(scorer), data_identity(data.prompts)]
         work = partial(_ppo, method=method)
-        yield Stage(f"align/{method}", tuple(dict.fromkeys(needs)), lambda inputs=inputs: inputs, work)  # type: ignore[misc]
+        yield TrainingStage(f"align/{method}", tuple(dict.fromkeys(needs)), lambda inputs=inputs: inputs, work)  # type: ignore[misc]
 
 
 def _ppo(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:

@@ -27,7 +27,7 @@ from exalign.pipeline.evaluation_stages import evaluation_stages
 from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
-from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.sources import (
     data_identity,
     load_run_tokenizer,
@@ -68,10 +68,11 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
     model = model_identity(recipe)
     if recipe.sft is not None:
         source = data.sft or data.preferences
-        yield Stage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
+        yield TrainingStage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
     supervised = supervised_needs(recipe)
     if recipe.oracle is not None:
-        yield Stage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(data.labelled)], _oracle)
+        labelled = data.labelled
+        yield TrainingStage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(labelled)], _oracle)
     if data.preferences is not None:
         yield Stage("preferences", (), lambda: data_identity(data.preferences), _given_preferences)
     elif recipe.preferences is not None:
@@ -81,7 +82,8 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         needs = (*supervised, *scorer_needs(scorer))
         yield Stage("preferences", needs, lambda: [inputs, prompts], _sampled_preferences)
     if recipe.reward is not None:
-        yield Stage("reward", (*supervised, "preferences"), lambda: [base, model, _dump(recipe.reward)], _reward)
+        started = (*supervised, "preferences")
+        yield TrainingStage("reward", started, lambda: [base, model, _dump(recipe.reward)], _reward)
 
 
 def _alignment(recipe: Recipe) -> Iterator[Stage]:
@@ -104,7 +106,8 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
     for method, settings in recipe.align.items():
         needs = (*supervised, reference_name(settings))
         inputs = [base, model, _dump(settings)]
-        yield Stage(f"align/{method}", needs, lambda inputs=inputs: inputs, partial(_align, method=method))  # type: ignore[misc]
+        work = partial(_align, method=method)
+        yield TrainingStage(f"align/{method}", needs, lambda inputs=inputs: inputs, work)  # type: ignore[misc]
 
 
 def _dump(settings: Any) -> Any:
