@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(scope="session")
 def workers() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.tiny_world"])
+    context.set_forkserver_preload(["training.tiny_world", "training.launched"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it preloads
         context.Process(target=os.getpid).start()

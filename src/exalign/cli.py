@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +15,7 @@ from rich.console import Console
 from exalign.errors import InputError
 from exalign.judging.llm.commands import grade_judge, judge
 from exalign.pipeline.budget.command import plan
+from exalign.processes import failing, leads, several
 
 app = typer.Typer(
     name="exalign",
@@ -221,24 +225,34 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except Exception as error:
-        if not hasattr(error, "show"):  # Typer carries its own copy of click, whose usage errors show themselves
+        usage = hasattr(error, "show")  # Typer carries its own copy of click, whose usage errors show themselves
+        if not usage and not several():
             raise
-        error.show()
-        sys.exit(2)
+        with failing() as first:
+            if first:
+                error.show() if usage else traceback.print_exc()  # type: ignore[attr-defined]
+        sys.exit(2 if usage else 1)
 
 
 def _quiet_libraries() -> None:
-    """Bars for every file that a library reads or writes would drown what a stage says."""
+    """Bars for every file that a library reads or writes would drown what a stage says; so would as many voices as
+    there are processes.
+    """
     import datasets
     import transformers
 
+    if not leads():
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 def _fail(sentence: str, status: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(sentence)}", highlight=False, soft_wrap=True)
+    with failing() as first:
+        console = Console(stderr=True, quiet=not first)
+        console.print(f"[bold red]error:[/bold red] {_plain(sentence)}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 

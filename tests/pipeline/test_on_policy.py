@@ -24,7 +24,8 @@ def test_a_recipe_with_rounds_alone_needs_no_rollouts_and_ends_in_evidence(
     recipe = tiny(ROUNDS)
     assert [stage.name for stage in plan(recipe)] == [
         "sft", "preferences", "reward", "align/again",
-        "evaluation/prompts", "evaluation/sft", "evaluation/pool", "evaluation/again", "evaluation/density/again", "report",
+        "evaluation/prompts", "evaluation/sft", "evaluation/pool", "evaluation/again", "evaluation/density/again",
+        "report",
     ]  # fmt: skip
     run_recipe(recipe, folder=tmp_path)
     folder = tmp_path / "align" / "again"

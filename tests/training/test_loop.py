@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import socket
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
@@ -37,13 +34,10 @@ from exalign.training.progress import TrainingProgress
 from exalign.training.sft import MaximumLikelihood
 from training.tiny_world import (
     CONFIG,
-    TIMINGS,
     make_groups,
     make_policy,
     make_tokenizer,
     read_metrics,
-    share_of_align_run,
-    small_align_run,
 )
 
 
@@ -87,26 +81,6 @@ def test_gradient_is_that_of_the_mean_over_prompts() -> None:
     mean.backward()
     for parameter, gradient in zip(policy.parameters(), accumulated, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-14)
-
-
-def test_several_processes_give_the_run_of_one(tmp_path: Path, workers: ForkServerContext) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shares = [workers.Process(target=share_of_align_run, args=(tmp_path / "two", rank, 2, port)) for rank in range(2)]
-    for share in shares:
-        share.start()
-    small_align_run(tmp_path / "one")
-    for share in shares:
-        share.join()
-    assert [share.exitcode for share in shares] == [0, 0]
-    one, two = (read_metrics(tmp_path / name, without=TIMINGS) for name in ("one", "two"))
-    assert len(one) == len(two) == 12
-    for row, other in zip(one, two, strict=True):
-        assert other == pytest.approx(row, rel=2e-4, abs=2e-6)
-    single, shared = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in single.items():
-        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_schedule_values_by_formula() -> None:

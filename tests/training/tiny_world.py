@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,14 +143,6 @@ def assert_same_outcome(folder: Path, other: Path) -> None:
     for name, tensors in weights.items():
         assert tensors.keys() == other_weights[name].keys()
         assert all(torch.equal(tensor, other_weights[name][key]) for key, tensor in tensors.items())
-
-
-def share_of_align_run(folder: Path, rank: int, num_processes: int, port: int) -> None:
-    """One of several processes of `small_align_run`, with micro-batches so small that some steps leave one idle."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
-    small_align_run(folder, token_budget=30)
 
 
 def small_rounds_run(folder: Path) -> nn.Module:

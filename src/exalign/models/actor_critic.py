@@ -30,6 +30,14 @@ class ActorCritic(nn.Module):
         plan_for(model)
         plan_for(critic)
 
-    def forward(self, groups: Sequence[Group], *, temperature: float) -> tuple[Tensor, Tensor]:
-        """log π(y_t|x, y_<t) in nats and the value V_t of the state before y_t: two `[B, K, T]`, 0 on padding."""
-        return packed_token_logprobs(self.model, groups, temperature), completion_values(self.critic, groups)
+    def forward(
+        self, groups: Sequence[Group], *, temperature: float, critic_alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """log π(y_t|x, y_<t) in nats and the value V_t of the state before y_t: two `[B, K, T]`, 0 on padding.
+
+        While the critic is trained alone the log-probabilities carry no gradient: whatever exchanges gradients between
+        processes then waits for the critic's only.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_alone):
+            logp = packed_token_logprobs(self.model, groups, temperature)
+        return logp, completion_values(self.critic, groups)

@@ -74,10 +74,12 @@ def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: 
     input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy with
     other work the result is the rate that was left.
     """
-    weights = {tuple(weight.shape): weight for _, weight in (*_body(model), *_head(model))}
+    weights = {weight.shape: weight for _, weight in (*_body(model), *_head(model))}
     best = 0.0
-    for weight in weights.values():
-        matrix = weight.detach()[:_PEAK_SIDE, :_PEAK_SIDE].to(dtype or weight.dtype).contiguous()
+    for shape, weight in weights.items():
+        # Not the weight itself, of which a process may hold a part.
+        sides = [min(side, _PEAK_SIDE) for side in shape]
+        matrix = torch.ones(sides, dtype=dtype or weight.dtype, device=weight.device)
         for rows in _PEAK_ROWS:
             for factor in (matrix, matrix.t()):
                 left = torch.ones(rows, factor.shape[0], dtype=matrix.dtype, device=matrix.device)

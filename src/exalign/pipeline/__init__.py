@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from exalign.pipeline.preflight import check_inputs
 from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
 from exalign.pipeline.run import Run
 from exalign.pipeline.stages import plan
+from exalign.processes import calls, leading, leads
 
 __all__ = ["Recipe", "Run", "carry_out", "load_recipe", "make_recipe", "run_recipe"]
 
@@ -24,8 +26,17 @@ def run_recipe(recipe: Recipe, *targets: str, folder: str | Path | None = None, 
 
 
 def carry_out(run: Run, *targets: str) -> None:
-    """Check everything that the recipe names, then carry out the stages."""
+    """Check everything that the recipe names, then carry out the stages.
+
+    Of several processes the first one does so, and calls the others to the stages that train.
+    """
     stages = plan(run.recipe)
-    if not run.is_complete(stages):
-        check_inputs(run.recipe)
-    run.carry_out(stages, targets)
+    if not leads():
+        work = {stage.name: stage.work for stage in stages}
+        for name in calls():
+            work[name](run, run.path(name), Counter())
+        return
+    with leading():
+        if not run.is_complete(stages):
+            check_inputs(run.recipe)
+        run.carry_out(stages, targets)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from exalign.errors import InputError
 from exalign.pipeline.recipe import Recipe
+from exalign.processes import call, leads
 from exalign.storage import fingerprint, read_json, write_json, write_text
 
 
@@ -37,6 +39,11 @@ class Stage:
     work: Callable[[Run, Path, Counter[str]], None]
     always: bool = False
     """Cheap stages that are made anew each time."""
+    together: bool = False
+    """Where there are several processes all of them work; the first one prints and writes, and does the rest alone."""
+
+
+TrainingStage = partial(Stage, together=True)
 
 
 @dataclass
@@ -53,6 +60,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder)
+        if not leads():
+            self.console = Console(quiet=True)
 
     def path(self, *parts: str) -> Path:
         """A place in the run's directory."""
@@ -131,6 +140,8 @@ class Run:
         write_json(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()
+        if stage.together:
+            call(stage.name)
         stage.work(self, folder, counts)
         seconds = seconds_before + time.monotonic() - start
         done = {"fingerprint": print_, "seconds": round(seconds, 2), "counts": dict(counts)}

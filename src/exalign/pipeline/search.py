@@ -34,7 +34,7 @@ from exalign.pipeline.evaluation_stages import (
 from exalign.pipeline.proposals import Proposer
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import sample_supervised
-from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.search_settings import changed
 from exalign.pipeline.sources import (
     data_identity,
@@ -46,6 +46,7 @@ from exalign.pipeline.sources import (
     supervised_needs,
 )
 from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
+from exalign.processes import leads, several
 from exalign.storage import fingerprint, read_json, write_json, write_text
 from exalign.training.loop import NotFiniteError, TrainSettings
 
@@ -73,10 +74,11 @@ def method_stages(recipe: Recipe, method: str, needs: tuple[str, ...], inputs: A
     if search is not None and method in search.methods:
         ranges = {name: values.model_dump(mode="json") for name, values in search.methods[method].items()}
         searched = [inputs, search.trials, search.kl, ranges]
-        work = partial(_search, method=method, train=train)
-        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, work))
+        trials = partial(_search, method=method, train=train)
+        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, trials))
         needs = (*needs, f"search/{method}")
-    return [*stages, Stage(f"align/{method}", needs, lambda: inputs, partial(_train, method=method, train=train))]
+    work = partial(_train, method=method, train=train)
+    return [*stages, TrainingStage(f"align/{method}", needs, lambda: inputs, work)]
 
 
 def validation_prompts(
@@ -121,6 +123,8 @@ def _validation(run: Run, folder: Path, counts: Counter[str]) -> None:
 def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train: Train[Any]) -> None:
     search = run.recipe.search
     assert search is not None
+    if several():
+        raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
     own = own_settings(run.recipe, method)
     proposer = Proposer(search.methods[method], type(own), seed=[run.recipe.seed, "search", method])
     trials: list[Trial] = []
@@ -181,7 +185,8 @@ def _train(run: Run, folder: Path, counts: Counter[str], *, method: str, train: 
     if run.recipe.search is not None and method in run.recipe.search.methods:
         best = read_json(run.path("search", method, "best.json"))
         settings = type(settings).model_validate_json(json.dumps(best["settings"]))
-        write_json(folder / "settings.json", {"trial": best["trial"], "settings": best["settings"]})
+        if leads():
+            write_json(folder / "settings.json", {"trial": best["trial"], "settings": best["settings"]})
     train(run, folder, counts, seeded(settings, run.recipe))
 
 

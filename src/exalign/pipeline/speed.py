@@ -15,6 +15,7 @@ from torch import nn
 from exalign.data.batching import Group
 from exalign.models.flops import matmul_peak, training_flops
 from exalign.pipeline.run import Run
+from exalign.processes import leads, number
 from exalign.storage import read_json, write_json
 from exalign.training.loop import TrainSettings
 
@@ -22,9 +23,14 @@ from exalign.training.loop import TrainSettings
 def record_training_speed(
     run: Run, folder: Path, model: nn.Module, groups: Sequence[Group], settings: TrainSettings
 ) -> None:
-    """Write how fast the steps in `folder`/metrics.jsonl were to `folder`/speed.json, and say it."""
+    """Write how fast the steps in `folder`/metrics.jsonl were to `folder`/speed.json, and say it.
+
+    Of several processes the first does so; the peak is then its own, times their number.
+    """
+    if not leads():
+        return
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    peak = matmul_peak(model, dtype=torch.bfloat16 if settings.precision == "bf16" else None)
+    peak = matmul_peak(model, dtype=torch.bfloat16 if settings.precision == "bf16" else None) * number()
     work = training_flops(model, groups) * settings.epochs
     record_speed(folder, sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows), work, peak)
     say_speed(run, folder)

@@ -28,7 +28,7 @@ from exalign.pipeline.on_policy import rounds_stages
 from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
-from exalign.pipeline.run import Run, Stage
+from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.search import method_stages, validation_stage
 from exalign.pipeline.sources import (
     data_identity,
@@ -71,10 +71,11 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
     model = model_identity(recipe)
     if recipe.sft is not None:
         source = data.sft or data.preferences
-        yield Stage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
+        yield TrainingStage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
     supervised = supervised_needs(recipe)
     if recipe.oracle is not None:
-        yield Stage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(data.labelled)], _oracle)
+        labelled = data.labelled
+        yield TrainingStage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(labelled)], _oracle)
     if data.preferences is not None:
         yield Stage("preferences", (), lambda: data_identity(data.preferences), _given_preferences)
     elif recipe.preferences is not None:
@@ -84,7 +85,8 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         needs = (*supervised, *scorer_needs(scorer))
         yield Stage("preferences", needs, lambda: [inputs, prompts], _sampled_preferences)
     if recipe.reward is not None:
-        yield Stage("reward", (*supervised, "preferences"), lambda: [base, model, _dump(recipe.reward)], _reward)
+        started = (*supervised, "preferences")
+        yield TrainingStage("reward", started, lambda: [base, model, _dump(recipe.reward)], _reward)
 
 
 def _alignment(recipe: Recipe) -> Iterator[Stage]:

@@ -17,9 +17,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -32,9 +29,11 @@ from exalign.models.logprobs import PackedPolicy
 from exalign.models.scalar_head import PackedScorer
 from exalign.settings import Settings
 from exalign.storage import fingerprint
+from exalign.training.accelerator import make_accelerator, sharding_wanted
 from exalign.training.batches import Batches
 from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.progress import TrainingProgress
+from exalign.training.sharding import Whole, shard, whole_number
 from exalign.training.state import (
     MetricsLog,
     Position,
@@ -79,6 +78,11 @@ class TrainSettings(Settings):
         """What the learning rate is multiplied with for the parameter of this name; a task with parts overrides it."""
         return 1.0
 
+    @property
+    def leaves_some_out(self) -> bool:
+        """Whether in some steps a trained parameter gets no gradient; a task with parts overrides it."""
+        return False
+
 
 class Task(Protocol):
     """What a stage gives the loop."""
@@ -115,7 +119,7 @@ def train(
     """Train `module` in place, continuing what stands in `folder`; return the folder of the final model.
 
     `module` is what the task calls, and so what is wrapped for several processes; `module.model`, the transformers
-    model inside it, is what is saved.
+    model inside it, is what is saved. Where the launcher asks for FSDP its weights are sharded, and stay so.
 
     Writes `model`, `metrics.jsonl` (a row per optimizer step, counted from 1), `checkpoints` and `policies`. A step
     whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1; `MAX_SKIPPED_IN_A_ROW` of
@@ -123,6 +127,7 @@ def train(
     """
     folder = Path(folder)
     num_steps = len(task.batches)
+    whole = Whole(module)
     trainer = _prepare(task, module, settings, folder)
     accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
     if writes:
@@ -141,14 +146,18 @@ def train(
             metrics.append(row)
             progress.update(row)
             position = _advance(position, skipped=bool(row["skipped"]))
-            if position.step in policy_steps and writes:
-                save_model(module.model, tokenizer, folder / "policies" / f"step-{position.step:06d}", card=card)
+            if position.step in policy_steps:
+                with whole.on_leader() as complete:
+                    if writes:
+                        policy = folder / "policies" / f"step-{position.step:06d}"
+                        save_model(complete.model, tokenizer, policy, card=card)
             if position.step % settings.checkpoint_every == 0 or position.step == num_steps:
                 metrics.sync()
                 save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
-    if writes:
-        save_model(module.model, tokenizer, folder / "model", card=card)
-        prune_checkpoints(folder / "checkpoints", num_steps, keep=1)
+    with whole.on_leader() as complete:
+        if writes:
+            save_model(complete.model, tokenizer, folder / "model", card=card)
+            prune_checkpoints(folder / "checkpoints", num_steps, keep=1)
     for tracker in accelerator.trackers:
         tracker.finish()  # but not `end_training`, which ends the processes' group: another stage may follow
     accelerator.wait_for_everyone()
@@ -172,7 +181,8 @@ def accumulate(
     """Put the gradient of the step's loss into the parameters; return loss and metrics, divided by the step's weight.
 
     Process r of R takes micro-batches r, r + R, …; where they run out it repeats the first with factor 0, so that
-    every process makes the same number of passes (collective operations wait for all).
+    every process makes the same number of passes (collective operations wait for all). DDP exchanges gradients in the
+    last pass; sharded gradients are reduced in every pass, so that no process ever holds whole ones.
     """
     micro = microbatches(groups, token_budget=token_budget)
     weight = sum(task.weight(part) for part in micro)
@@ -182,7 +192,8 @@ def accumulate(
         part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
         synchronised = index == rounds[-1]
         with nullcontext() if synchronised else accelerator.no_sync(model):
-            loss, part_metrics = task.loss(model, part)
+            with accelerator.autocast():
+                loss, part_metrics = task.loss(model, part)
             # Processes are averaged, the loss is a sum over them.
             accelerator.backward(loss * (factor * accelerator.num_processes))
         for name, value in {"loss": loss, **part_metrics}.items():
@@ -202,7 +213,7 @@ def _take_step(trainer: _Trainer, step: int) -> dict[str, Any]:
     set_learning_rate(optimizer, settings.learning_rate * factor)
     values = accumulate(trainer.accelerator, trainer.model, trainer.task, groups, settings.token_budget)
     norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.max_grad_norm)
-    values["grad_norm"] = float(norm)
+    values["grad_norm"] = whole_number(norm)
     skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
     if not skipped:
         optimizer.step()
@@ -230,17 +241,10 @@ def _advance(position: Position, *, skipped: bool) -> Position:
 
 
 def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Path) -> _Trainer:
-    missing = [name for name in settings.trackers if name not in map(str, get_available_trackers())]
-    if missing:
-        raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
-    AcceleratorState._reset_state()  # a process may train several models, each in its own precision
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        log_with=list(settings.trackers) or None,
-        project_dir=str(folder),
+    sharding = sharding_wanted()
+    accelerator = make_accelerator(
+        folder, precision=settings.precision, trackers=settings.trackers, some_left_out=settings.leaves_some_out
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InputError(f"Training under {accelerator.distributed_type.value} is not supported yet; use DDP.")
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
     accelerator.init_trackers("exalign", config=flat)
     module.train()
@@ -250,14 +254,18 @@ def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Pat
             # The second name is that of older transformers 5 releases.
             enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-    optimizer = adamw(
+    if sharding is not None:
+        shard(module, accelerator.device, sharding)
+    optimizer: Any = adamw(
         module,
         betas=settings.adam_betas,
         weight_decay=settings.weight_decay,
         device=accelerator.device,
         rate_of=settings.rate_of,
     )
-    prepared, optimizer = accelerator.prepare(module, optimizer)
+    prepared: nn.Module = module
+    if sharding is None:
+        prepared, optimizer = accelerator.prepare(module, optimizer)
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
     return _Trainer(accelerator, prepared, optimizer, task, settings, warmup_steps)
 

@@ -6,11 +6,10 @@ there. Mathematics: `objectives.policy_gradient`. What differs from the paper's 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from exalign.objectives import (
     token_rewards,
     whiten,
 )
+from exalign.processes import gathered, in_order, share_of
 from exalign.sampling import GroupedSampler, SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
@@ -41,6 +41,7 @@ from exalign.training.card import model_card
 from exalign.training.loop import TrainSettings, train
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
 from exalign.training.sft import completion_tokens
+from exalign.training.sharding import Whole
 
 MAX_KL_ERROR = 0.2
 """c: how far a rollout's KL counts as being from the target, as a share of it."""
@@ -80,12 +81,18 @@ class PPOSettings(TrainSettings):
         """The critic has its own learning rate, on the same schedule."""
         return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
 
+    @property
+    def leaves_some_out(self) -> bool:
+        """While the critic is trained alone, the policy gets no gradient."""
+        return self.critic_steps > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a policy acts in: prompts, how it is sampled at `temperature`, what rewards it, and π_sft.
 
-    `counts` takes what the sampler counts; prompts that are sampled again after an interruption count again.
+    `counts` takes what the samplers of all processes count; prompts that are sampled again after an interruption count
+    again.
     """
 
     prompts: Sequence[Record]
@@ -94,6 +101,20 @@ class Surroundings:
     reference: PreTrainedModel
     temperature: float
     counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A prompt with its completions, their rewards `[K]`, and three `[K, T]` under the weights they were drawn from.
+
+    On the CPU; T is at least the longest completion, with 0 after the end of each.
+    """
+
+    group: Group
+    rewards: Tensor
+    logp: Tensor
+    values: Tensor
+    reference_logp: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +147,7 @@ class PPO:
         self, module: ActorCritic, tokenizer: PreTrainedTokenizerBase, world: Surroundings, settings: PPOSettings
     ) -> None:
         self.module = module
+        self.whole = Whole(module)
         self.tokenizer = tokenizer
         self.world = world
         self.settings = settings
@@ -140,7 +162,7 @@ class PPO:
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._experience is not None
         experience, settings = self._experience, self.settings
-        logp, values = model(groups, temperature=self.world.temperature)
+        logp, values = model(groups, temperature=self.world.temperature, critic_alone=self.critic_alone)
         mask = completion_token_mask(groups).to(logp.device).flatten(0, 1)
         sampled_logp, advantages, sampled_values, returns = (
             experience.of(name, groups, logp) for name in ("logp", "advantages", "values", "returns")
@@ -164,16 +186,19 @@ class PPO:
         return self.batches.step < self.settings.critic_steps
 
     def draw(self, records: list[Record], number: int) -> list[Group]:
-        """Sample, score and value rollout `number` from policy and critic as they are now."""
-        world = self.world
+        """Sample, score and value rollout `number` from policy and critic as they are now.
+
+        Each process does so for its share of the prompts, whose samples depend on nothing but the prompt, and gets the
+        experience of all. Sharded weights are whole on every process meanwhile.
+        """
         seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
-        policy: PreTrainedModel = self.module.model  # type: ignore[assignment]
-        sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)
-        drawn = list(sampler.sample(records))
-        world.counts.update(sampler.counts)
-        groups = [_group(record, index) for index, record in enumerate(drawn)]
-        rewards = torch.tensor(world.scorer.score(drawn), dtype=torch.float32, device=device_of(policy))
-        self._experience = self._experience_of(groups, rewards)
+        with self.whole.everywhere() as module:
+            shares = gathered(self._sampled(module, share_of(records), seed))
+        for _, counts in shares:
+            self.world.counts.update(counts)
+        sampled = in_order([share for share, _ in shares])
+        groups = [replace(one.group, index=index) for index, one in enumerate(sampled)]
+        self._experience = self._experience_of(groups, sampled)
         self._adapt(self._experience.numbers["kl"])
         return groups
 
@@ -195,17 +220,36 @@ class PPO:
             self.module.kl_coefficient.fill_(adapted)
 
     @torch.no_grad()
-    def _experience_of(self, groups: list[Group], rewards: Tensor) -> Experience:
-        settings, mask = self.settings, completion_token_mask(groups).to(rewards.device)
-        logp, values, reference_logp = (rewards.new_zeros(mask.shape) for _ in range(3))
-        self.world.reference.to(rewards.device)  # type: ignore[arg-type]  # a stub's overloads
+    def _sampled(self, module: ActorCritic, records: Sequence[Record], seed: int) -> tuple[list[Sampled], Counter[str]]:
+        world, settings, policy = self.world, self.settings, module.model
+        if not records:
+            return [], Counter()
+        sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
+        drawn = list(sampler.sample(records))
+        groups = [_group(record, index) for index, record in enumerate(drawn)]
+        rewards, device = world.scorer.score(drawn), device_of(policy)
+        world.reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
+        found: dict[int, list[Tensor]] = {}
         for part in microbatches(groups, token_budget=settings.token_budget):
-            rows = torch.tensor([group.index for group in part], device=rewards.device)
-            with _precision(settings, rewards.device):
-                found = self.module(part, temperature=self.world.temperature)
-                reference = completion_token_logprobs(self.world.reference, part, temperature=self.world.temperature)
-            for whole, some in zip((logp, values, reference_logp), (*found, reference), strict=True):
-                whole[rows, :, : some.shape[2]] = some
+            with _precision(settings, device):
+                logp, values = module(part, temperature=world.temperature)
+                reference_logp = completion_token_logprobs(world.reference, part, temperature=world.temperature)
+            rows = zip(part, logp.cpu(), values.cpu(), reference_logp.cpu(), strict=True)
+            found |= {group.index: [part.clone() for part in parts] for group, *parts in rows}  # rows, not the batch
+        return [
+            Sampled(group, torch.tensor(reward, dtype=torch.float32), *found[group.index])
+            for group, reward in zip(groups, rewards, strict=True)
+        ], sampler.counts
+
+    @torch.no_grad()
+    def _experience_of(self, groups: list[Group], sampled: list[Sampled]) -> Experience:
+        settings, device = self.settings, device_of(self.module)
+        mask = completion_token_mask(groups).to(device)
+        rewards = torch.stack([one.rewards for one in sampled]).to(device)
+        logp, values, reference_logp = (
+            torch.stack([nn.functional.pad(row, (0, mask.shape[2] - row.shape[1])) for row in rows]).to(device)
+            for rows in zip(*((one.logp, one.values, one.reference_logp) for one in sampled), strict=True)
+        )
         flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
         log_ratio = (logp - reference_logp).flatten(0, 1)
         beta = self.beta
@@ -241,8 +285,6 @@ def train_ppo(
     The critic is trained on states of completions that the policy draws, and is kept in checkpoints only.
     Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole rollouts.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("PPO runs in a single process; start it without accelerate launch or torchrun.")
     if world.sampling.top_p is not None or world.sampling.top_k is not None:
         raise InputError("PPO needs samples of the policy itself; remove top_p and top_k.")
     plan = rollout_plan(settings)

@@ -11,7 +11,6 @@ As many completions are scored as in one round over the same prompts.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from exalign.data.batching import Group, group_of
 from exalign.data.records import Header, Record, read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.models.logprobs import PackedPolicy
+from exalign.processes import several
 from exalign.sampling import GroupedSampler
 from exalign.storage import fingerprint
 from exalign.training.align import Align, AlignSettings, check_groups, with_reference_logp
@@ -45,7 +45,7 @@ def train_rounds(
     `epochs` counts how often each round's samples are seen. Round r is kept as records in `rollouts/round-NNN`, so an
     interrupted run does not draw it again.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several():
         raise InputError("rounds above 1 run in a single process; start it without accelerate launch or torchrun.")
     if settings.target != "reward":
         raise InputError("rounds above 1 need target 'reward': preferences are not made while training.")

@@ -1,0 +1,175 @@
+"""Trainings that a launcher would start as several processes, in forked ones. Imported by tests and workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import TCPStore
+
+from exalign.cli import main
+from exalign.data.batching import Group
+from exalign.models.loading import LoraSettings, ModelSettings, load_reward_model
+from exalign.models.logprobs import PackedPolicy, completion_logprobs
+from exalign.training import (
+    AlignSettings,
+    RewardModelSettings,
+    SFTSettings,
+    TrainSettings,
+    train,
+    train_align,
+    train_reward_model,
+    train_sft,
+    with_reference_logp,
+)
+from exalign.training.batches import EpochBatches
+from training.tiny_world import CONFIG, make_groups, make_policy, make_tokenizer, small_ppo_run
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+LAYOUTS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": FSDP2,
+    "fsdp2-one-group": {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
+}
+UNTIED: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+SMALL: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 3, "checkpoint_every": 2, "save_policies": 2}
+
+
+def sft(folder: Path, token_budget: int) -> nn.Module:
+    """Seven prompts in batches of three: the last step of each epoch has one, so all processes but one are idle."""
+    policy, settings = make_policy(), SFTSettings(**SMALL, epochs=2, token_budget=token_budget, weight_decay=0.1)
+    train_sft(policy, make_tokenizer(), make_groups(7), settings, folder)
+    return policy
+
+
+def reward(folder: Path, token_budget: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = load_reward_model(ModelSettings(config=UNTIED), make_tokenizer())
+    settings = RewardModelSettings(**SMALL, epochs=2, token_budget=token_budget)
+    train_reward_model(model, make_tokenizer(), make_groups(7), settings, folder)
+    return model
+
+
+def align(folder: Path, token_budget: int, *, model: ModelSettings | None = None, **changes: Any) -> nn.Module:
+    settings = AlignSettings(**SMALL, epochs=2, token_budget=token_budget, **changes)
+    policy = make_policy(settings=model)
+    groups = with_reference_logp(policy, make_groups(7), settings, temperature=0.8)
+    train_align(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
+    return policy
+
+
+def poisoned(folder: Path, token_budget: int) -> nn.Module:
+    """The loss of one prompt is not a number."""
+
+    class Poisoned:
+        batches = EpochBatches(make_groups(7), batch_prompts=3, epochs=1, seed=0)
+
+        def weight(self, groups: Sequence[Group]) -> float:
+            return len(groups)
+
+        def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+            factor = float("nan") if any(group.index == self.batches[1][0].index for group in groups) else 1.0
+            return -factor * completion_logprobs(model, groups, temperature=1.0).sum(), {}
+
+    policy, settings = make_policy(), TrainSettings(**SMALL, token_budget=token_budget)
+    train(Poisoned(), PackedPolicy(policy), make_tokenizer(), settings, folder, card="")
+    return policy
+
+
+def ppo(folder: Path, token_budget: int, **changes: Any) -> nn.Module:
+    module = small_ppo_run(folder, token_budget=token_budget, learning_rate=1e-3, critic_learning_rate=2e-3, **changes)
+    return module.model
+
+
+TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
+    "sft": sft,
+    "reward": reward,
+    "align": align,
+    "align-untied": lambda folder, budget: align(folder, budget, model=ModelSettings(config=UNTIED)),
+    "align-lora": lambda folder, budget: align(
+        folder, budget, model=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2))
+    ),
+    "align-recomputed": lambda folder, budget: align(folder, budget, gradient_checkpointing=True),
+    "align-bf16": lambda folder, budget: align(folder, budget, precision="bf16"),
+    "poisoned": poisoned,
+    "ppo": lambda folder, budget: ppo(folder, budget, weight_decay=0.1),
+    "ppo-odd": lambda folder, budget: ppo(folder, budget, rollout_prompts=3),
+}
+
+
+_stores: list[TCPStore] = []
+
+
+def run_trainings(folder: Path, names: Sequence[str], token_budget: int = 30) -> None:
+    """One after the other in one process; beside each, how many numbers of the trained model this process holds."""
+    torch.set_num_threads(1)
+    for name in names:
+        model = TRAININGS[name](folder / name, token_budget)
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        (folder / f"{name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps([held, whole]))
+
+
+def run_command(folder: Path, arguments: list[str]) -> None:
+    """The command line, with what it prints in a file for each process."""
+    torch.set_num_threads(1)
+    with (folder / f"printed-{os.environ['RANK']}").open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        main(arguments)
+
+
+def start(
+    workers: ForkServerContext, layout: str, function: Callable[..., None], *arguments: Any, number: int = 2
+) -> list[BaseProcess]:
+    """`function` in `number` processes that find one another at a store of their parent, as under torchrun."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    processes: list[BaseProcess] = [
+        workers.Process(target=_process, args=(rank, number, store.port, layout, function, arguments))
+        for rank in range(number)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], *, seconds: float = 120) -> list[int | None]:
+    """Wait for all; those that still run then are killed, and their exit code says so."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        with suppress(ProcessLookupError):
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _process(
+    rank: int, number: int, port: int, layout: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **LAYOUTS[layout]})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    function(*arguments)

@@ -1,0 +1,140 @@
+"""Two processes give the run of one: the same losses, the same weights, whatever is divided among them."""
+
+from __future__ import annotations
+
+import json
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exalign.errors import InputError
+from exalign.processes import in_order
+from exalign.training.accelerator import sharding_wanted
+from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
+from training.tiny_world import TIMINGS, read_metrics
+
+WHAT_RUNS = {
+    "ddp": ["sft", "reward", "align", "align-lora", "poisoned", "ppo", "ppo-odd"],
+    "fsdp2": list(TRAININGS),
+    "fsdp2-one-group": ["align"],
+}
+CASES = [(layout, name) for layout, names in WHAT_RUNS.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    run_trainings(folder, list(TRAININGS), token_budget=512)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, workers: ForkServerContext) -> dict[str, Path]:
+    """The trainings of a layout one after the other in the same two processes, as stages of a run are."""
+    folders = {}
+    for layout, names in WHAT_RUNS.items():
+        folders[layout] = tmp_path_factory.mktemp(layout)
+        assert finish(start(workers, layout, run_trainings, folders[layout], names)) == [0, 0]
+    return folders
+
+
+def assert_same_run(folder: Path, other: Path, *, rel: float = 2e-4, abs_: float = 2e-6) -> None:
+    """Metrics and weights to the rounding of sums in another order."""
+    rows, other_rows = (read_metrics(place, without=TIMINGS) for place in (folder, other))
+    assert len(rows) == len(other_rows)
+    for row, other_row in zip(rows, other_rows, strict=True):
+        assert [name for name in row if row[name] is None] == [name for name in other_row if other_row[name] is None]
+        numbers, others = ({name: x for name, x in some.items() if x is not None} for some in (row, other_row))
+        assert numbers == pytest.approx(others, rel=rel, abs=abs_)
+    models = sorted(path.relative_to(other) for path in other.rglob("model.safetensors"))
+    assert sorted(path.relative_to(folder) for path in folder.rglob("model.safetensors")) == models
+    for path in models:
+        weights, other_weights = load_file(folder / path), load_file(other / path)
+        assert weights.keys() == other_weights.keys()
+        for name, tensor in other_weights.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=5 * rel, atol=5 * abs_)
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_two_processes_give_the_run_of_one(layout: str, name: str, one: Path, several: dict[str, Path]) -> None:
+    """Micro-batches are smaller than those of one process, so that each step divides into several."""
+    loose = {"rel": 2e-2, "abs_": 1e-3} if name == "align-bf16" else {}
+    assert_same_run(several[layout] / name, one / name, **loose)
+
+
+@pytest.mark.parametrize("name", sorted(TRAININGS))
+def test_each_process_holds_its_share_of_the_weights(name: str, several: dict[str, Path]) -> None:
+    """Half of the rows of every matrix, one row more where their number is odd."""
+    shares = [json.loads((several["fsdp2"] / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+    (held, whole), (other_held, _) = shares
+    assert held + other_held == whole
+    assert max(held, other_held) < 0.55 * whole
+
+
+def test_the_last_batch_of_an_epoch_counts_once(several: dict[str, Path], one: Path) -> None:
+    """It has one prompt: one process works on it, the other repeats it without weight and nothing hangs."""
+    for layout in ("ddp", "fsdp2"):
+        tokens, expected = ([row["tokens"] for row in read_metrics(place / "sft")] for place in (several[layout], one))
+        assert tokens == expected
+        assert sum(tokens[:3]) == sum(tokens[3:])
+        assert [row["step"] for row in read_metrics(several[layout] / "sft")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(several: dict[str, Path]) -> None:
+    for layout in ("ddp", "fsdp2"):
+        assert [row["skipped"] for row in read_metrics(several[layout] / "poisoned")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("first", ["two", "one"])
+def test_a_killed_run_continues_on_another_number_of_processes(
+    layout: str, first: str, one: Path, tmp_path: Path, workers: ForkServerContext
+) -> None:
+    """SIGKILL in the middle; the checkpoints of two processes are those of one, and the other way round."""
+    log = tmp_path / "align" / "metrics.jsonl"
+
+    def go(number: int) -> list:
+        return start(workers, layout if number == 2 else "ddp", run_trainings, tmp_path, ["align"], number=number)
+
+    processes = go({"two": 2, "one": 1}[first])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    codes = finish(processes)
+    assert codes == [-9] * len(processes), "the run ended before the kill: nothing was tested"
+    assert (tmp_path / "align" / "checkpoints" / "step-000002").is_dir()
+    assert set(finish(go({"two": 1, "one": 2}[first]))) == {0}
+    assert_same_run(tmp_path / "align", one / "align")
+
+
+def test_what_cannot_be_had_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    assert sharding_wanted() is None  # alone
+    for name, value, sentence in [
+        ("FSDP_VERSION", "1", "set fsdp_version: 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading is not supported"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing in the recipe does that"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is not supported"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "only TRANSFORMER_BASED_WRAP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported; use FSDP2"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
+    ]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(InputError, match=sentence):
+                sharding_wanted()
+
+
+def test_shares_are_put_together_in_order() -> None:
+    for count in range(7):
+        items = list(range(count))
+        assert in_order([items[rank::3] for rank in range(3)]) == items

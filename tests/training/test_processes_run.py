@@ -1,0 +1,118 @@
+"""A recipe on several processes: the first leads, all train, each line is printed once, and one sentence ends it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
+
+from exalign.data.synthetic import write_world
+from exalign.pipeline import run_recipe
+from exalign.pipeline.demo import RECIPE
+from exalign.pipeline.recipe import load_recipe
+from pipeline.conftest import tiny_overrides
+from training.launched import finish, run_command, start
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+PPO = "ppo={ppo: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1}}"
+MODELS = ["sft", "reward", "align/exo-rw", "align/dpo-pref", "align/ppo"]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A recipe that takes seconds, with whatever trains."""
+    world = tmp_path_factory.mktemp("world")
+    write_world(world, num_sft=64, num_prompts=24, num_test=12)
+    return [str(RECIPE), *tiny_overrides(world, PPO)]
+
+
+@pytest.fixture(scope="module")
+def one(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_recipe(load_recipe(arguments[0], arguments[1:]), "align", folder=folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def assert_same_models(folder: Path, other: Path, names: list[str]) -> None:
+    for name in names:
+        weights, expected = (load_file(place / name / "model" / "model.safetensors") for place in (folder, other))
+        assert weights.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
+    layout: str, arguments: list[str], one: Path, tmp_path: Path, workers: ForkServerContext
+) -> None:
+    command = ["align", *arguments, "--run", str(tmp_path / "run")]
+    assert finish(start(workers, layout, run_command, tmp_path, command)) == [0, 0]
+    assert_same_models(tmp_path / "run", one, MODELS)
+    assert not (tmp_path / "printed-1").read_text()
+    printed = (tmp_path / "printed-0").read_text()
+    for path in (tmp_path / "run").rglob("done.json"):
+        stage = path.parent.relative_to(tmp_path / "run").as_posix()
+        assert printed.count(f"▸ {stage}\n") == printed.count(f"✓ {stage} ") == 1
+    assert {path.parent.relative_to(one) for path in one.rglob("done.json")} == {
+        path.parent.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("done.json")
+    }
+    again = start(workers, layout, run_command, tmp_path, command)
+    assert finish(again) == [0, 0]
+    assert (tmp_path / "printed-0").read_text().count("done before, skipped") == printed.count("✓ ")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("data.sft.source=/nowhere/sft.jsonl", "/nowhere/sft.jsonl"),  # found before any stage, by the leader
+        ("sft.trackers=[wanb]", "'wanb' is not installed"),  # found by all, in a stage that trains
+        ("sft.unknown=1", "sft.unknown"),  # found by all, before they meet
+    ],
+    ids=["leader", "all", "recipe"],
+)
+def test_what_fails_is_said_once_and_ends_all(
+    change: str, sentence: str, arguments: list[str], tmp_path: Path, workers: ForkServerContext
+) -> None:
+    command = ["align", *arguments, change, "--run", str(tmp_path / "run")]
+    assert finish(start(workers, "ddp", run_command, tmp_path, command)) == [2, 2]
+    printed = [(tmp_path / f"printed-{rank}").read_text() for rank in range(2)]
+    lines = [line for text in printed for line in text.splitlines() if "▸" not in line]
+    assert len(lines) == 1, printed
+    assert lines[0].startswith("error: ") and sentence in lines[0]
+
+
+@pytest.mark.parametrize("name", ["ddp-2cpu", "fsdp2-2cpu"])
+def test_accelerate_launches_the_configurations_for_cpus(
+    name: str, arguments: list[str], one: Path, tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command = [*launch, "-m", "exalign", "sft", *arguments, "--run", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert_same_models(tmp_path, one, ["sft"])
+    assert done.stdout.count("▸ sft\n") == done.stdout.count("✓ sft ") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_one_that_accelerate_reads(path: Path) -> None:
+    """It refuses unknown keys at the top; inside fsdp_config it takes any, so those are compared with its options."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    assert path.stem.startswith(f"{config.num_processes}gpu") or path.stem.endswith(f"-{config.num_processes}cpu")
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) <= options
+    assert ("fsdp2" in path.stem) == (config.fsdp_config.get("fsdp_version") == 2)
+    assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
