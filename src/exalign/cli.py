@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.judging.llm.commands import grade_judge, judge
+from exalign.terminal import shown
 
 app = typer.Typer(
     name="exalign",
@@ -152,7 +154,7 @@ def figures(
     from exalign.pipeline.exact_figures import draw_exact_figures
 
     for path in draw_exact_figures(out):
-        console.print(f"wrote {path} and .svg", highlight=False)
+        console.print(shown(f"wrote {path} and .svg"), soft_wrap=True)
 
 
 @app.command(
@@ -200,12 +202,6 @@ def _quiet_libraries() -> None:
 
 
 def _fail(sentence: str, status: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {_plain(sentence)}", highlight=False, soft_wrap=True)
+    line = Text.assemble(("error:", "bold red"), " ", shown(sentence))
+    Console(stderr=True).print(line, soft_wrap=True)
     sys.exit(status)
-
-
-def _plain(text: str) -> str:
-    """Text of a data set or file name as it is: no markup, no control characters."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
