@@ -84,7 +84,8 @@ def exists(path: Path) -> bool:
 def fingerprint(value: Any) -> str:
     """A short content hash (16 hex digits) of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # JSON can spell half of a character, which is no UTF-8 and has a hash all the same.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def fingerprint_path(path: Path) -> str:

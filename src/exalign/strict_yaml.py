@@ -50,11 +50,11 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
         if number and isinstance(node.value, str) and not 0 < len(node.value) <= MAX_NUMBER:
             raise _problem(f"a number of {len(node.value):,} characters", node.start_mark)
-        return str(super().construct_scalar(node))
+        return super().construct_scalar(node)
 
 
 _Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)

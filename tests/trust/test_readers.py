@@ -344,6 +344,13 @@ def test_what_broke_the_readers_of_judgements(place: Path) -> None:
     assert "is not a comparison" in (sentence(lambda: read_comparisons(place / "c.jsonl")) or "")
 
 
+def test_half_of_a_character_has_a_hash() -> None:
+    """Found by fuzzing: a comparison whose text holds a lone surrogate could be read, and had no key."""
+    halved = Comparison("0", "Hi", "exo", "sft", "a\ud800", "b", judge="j", verdict="first")
+    assert len(halved.key) == 16
+    assert halved.key == halved.swapped().key
+
+
 COMPARED = Comparison("0", "Hi", "exo", "sft", "a", "b", judge="j", verdict="first", criteria={"safe": "tie"})
 
 
@@ -356,6 +363,7 @@ def test_stored_comparisons_of_any_shape(place: Path, data: st.DataObject) -> No
 
     def read_and_write() -> None:
         found = read_comparisons(place / "any.jsonl")
+        assert all(comparison.key for comparison in found)
         write_comparisons(place / "again.jsonl", found)
         assert read_comparisons(place / "again.jsonl") == found
 

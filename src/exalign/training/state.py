@@ -111,12 +111,12 @@ def _position(path: Path) -> Position:
     """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
     values = read_object(path / "checkpoint.json")
     step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
-    counts = [n for n in (step, skipped) if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
-    if len(counts) < 2 or step != _step_of(path) or not isinstance(run, str):
+    counted = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in (step, skipped))
+    if not counted or step != _step_of(path) or not isinstance(run, str):
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
-    return Position(*counts, run)
+    return Position(step, skipped, run)
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
