@@ -5,7 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check audit fuzz format clean
+
+FUZZ_MINUTES ?= 10
+FUZZERS := recipe readers records judge state
 
 demo: $(READY)
 	$(BIN)/exalign demo
@@ -17,6 +20,20 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
+
+# Known vulnerabilities of the pinned versions. Needs the network, where the advisories are; not part of `check`.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet "pip-audit==2.10.1"
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# Each fuzzer for FUZZ_MINUTES, one after the other; what one finds is in fuzz/findings.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[fuzz]"
+	for name in $(FUZZERS); do \
+		$(BIN)/python -m fuzz.$$name -max_total_time=$$(( $(FUZZ_MINUTES) * 60 )) || exit 1; \
+	done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -29,4 +46,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audit build dist src/*.egg-info

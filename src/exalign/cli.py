@@ -11,11 +11,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.judging.llm.commands import grade_judge, judge
 from exalign.pipeline.budget.command import plan
 from exalign.processes import failing, leads, several
+from exalign.terminal import shown
 
 app = typer.Typer(
     name="exalign",
@@ -168,9 +170,9 @@ def figures(
         written = draw_run_figures(run, out)
         paths, missing = written.paths, written.missing
     for path in paths:
-        console.print(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}", highlight=False, soft_wrap=True)
+        console.print(shown(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}"), soft_wrap=True)
     for sentence in missing:
-        console.print(f"[yellow]missing[/yellow] {_plain(sentence)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("missing", "yellow"), " ", shown(sentence)), soft_wrap=True)
 
 
 @app.command()
@@ -193,7 +195,7 @@ def compare(
         print(text, end="")
     else:
         write_text(out, text)
-        console.print(f"wrote {out}", highlight=False)
+        console.print(shown(f"wrote {out}"), soft_wrap=True)
 
 
 @app.command(
@@ -250,14 +252,7 @@ def _quiet_libraries() -> None:
 
 
 def _fail(sentence: str, status: int) -> None:
+    line = Text.assemble(("error:", "bold red"), " ", shown(sentence))
     with failing() as first:
-        console = Console(stderr=True, quiet=not first)
-        console.print(f"[bold red]error:[/bold red] {_plain(sentence)}", highlight=False, soft_wrap=True)
+        Console(stderr=True, quiet=not first).print(line, soft_wrap=True)
     sys.exit(status)
-
-
-def _plain(text: str) -> str:
-    """Text of a data set or file name as it is: no markup, no control characters."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))

@@ -1,8 +1,16 @@
 """What is raised when the input, not the program, is wrong."""
 
+from __future__ import annotations
+
+from exalign.redaction import redact
+
 
 class InputError(Exception):
     """One clear sentence for a person: what is wrong, where (file, row, setting), and what to do.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. Credentials in an address that the sentence
+    quotes are blotted out here, so that no message can forget it.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(redact(sentence))

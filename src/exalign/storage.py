@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,19 +52,40 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that exalign wrote; a missing or damaged one is an `InputError` that names it."""
+    """Read a JSON file that exalign wrote; a missing or damaged one is an `InputError` that names it.
+
+    A number that is not finite is damage, since none is ever written.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); delete it and run the stage again.") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same for a file that holds named values."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged: it holds no named values; delete it and run the stage again.")
+    return values
+
+
+def exists(path: Path) -> bool:
+    """Whether something stands at `path`; nothing can where the name is too long or the folder may not be read."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def fingerprint(value: Any) -> str:
     """A short content hash (16 hex digits) of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # JSON can spell half of a character, which is no UTF-8 and has a hash all the same.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def fingerprint_path(path: Path) -> str:
@@ -77,6 +99,14 @@ def fingerprint_path(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def finite(text: str) -> float:
+    """A number as JSON spells it, for `json.loads`; `ValueError` where it is NaN, infinite, or rounds to that."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is not finite")
+    return value
 
 
 def _remove(path: Path) -> None:

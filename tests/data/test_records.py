@@ -38,13 +38,17 @@ completions = st.builds(
     reward=st.none() | numbers,
 )
 messages = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=3).map(tuple)
-records = st.builds(
+unordered = st.builds(
     Record,
     id=st.text(),
     prompt=st.text() | messages,
     completions=st.lists(completions, max_size=3).map(tuple),
     prompt_ids=st.none() | ids,
-    preferred=st.none() | st.integers(0, 2),
+)
+records = st.builds(
+    lambda record, index: replace(record, preferred=index) if index < len(record.completions) else record,
+    unordered,
+    st.integers(0, 3),
 )
 
 

@@ -130,7 +130,7 @@ def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
     for method in METHODS:
         again, undisturbed = results(folder, method), results(searched, method)
         for trial in (*again, *undisturbed):
-            del trial["seconds"]
+            del trial["seconds"], trial["counts"]  # what PPO samples again after a kill counts again
         assert again == undisturbed
         assert metrics(folder / "align" / method) == metrics(searched / "align" / method)
 

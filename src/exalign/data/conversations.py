@@ -49,7 +49,7 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> dict[str, str]:
     if not isinstance(entry, dict):
         raise ValueError(f"`{name}` must hold messages with `role` and `content`, but holds {_kind(entry)}.")
     if "from" in entry and "value" in entry:
-        role, content, used = _SHAREGPT_ROLES.get(entry["from"], entry["from"]), entry["value"], {"from", "value"}
+        role, content, used = _sharegpt_role(entry["from"]), entry["value"], {"from", "value"}
     else:
         role, content, used = entry.get("role"), entry.get("content"), {"role", "content"}
     if any(extra is not None for key, extra in entry.items() if key not in used):
@@ -58,6 +58,10 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> dict[str, str]:
         "role": clean_text(role, f"{name}.role", counts),
         "content": clean_text(content, f"{name}.content", counts),
     }
+
+
+def _sharegpt_role(name: Any) -> Any:
+    return _SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
 
 
 def clean_prompt(value: Any, name: str, counts: Counter[str]) -> Prompt:

@@ -16,7 +16,7 @@ Prompts, completions and sides may be text or chat messages. A `label` of 0 or 1
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -138,7 +138,7 @@ def _preference(values: Values, counts: Counter[str]) -> Parts | None:
 def _has_own_prompt(values: Values) -> bool:
     """Whether the sides are answers only. Whole conversations bring the prompt along, even beside a `prompt`."""
     side = values["chosen"]
-    return values.get("prompt") is not None and (isinstance(side, str) or side is None or len(side) == 1)
+    return values.get("prompt") is not None and (not isinstance(side, list | tuple) or len(side) == 1)
 
 
 def _explicit_sides(values: Values, counts: Counter[str]) -> tuple[Prompt, list[str]]:
@@ -174,7 +174,7 @@ def _kwise(values: Values, counts: Counter[str]) -> Parts:
 def _list(value: Any, name: str) -> Sequence[Any]:
     """A list; a CSV cell spells it as JSON."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list | tuple):
         raise ValueError(f"`{name}` must be a list, but is {type(value).__name__}.")
@@ -182,8 +182,8 @@ def _list(value: Any, name: str) -> Sequence[Any]:
 
 
 def _reward(value: Any, position: int) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"reward {position + 1} must be a finite number, but is {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"reward {position + 1} must be a finite number, but is {value!s:.40}.")
     return float(value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from exalign.data.tokenization import (
     prompt_token_ids,
     tokenize_record,
 )
+from exalign.terminal import escape_controls
 
 _NEAR = 60
 """Tokens shown on either side of an end or a cut; the middle of long runs is left out of the picture."""
@@ -167,21 +167,6 @@ def _token(token_id: int, tokenizer: PreTrainedTokenizerBase, *, cut: bool) -> T
 
 def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(len(lengths), statistics.median(lengths), max(lengths)) if lengths else Lengths(0, 0, 0)
-
-
-def escape_controls(text: str) -> str:
-    """`text` with control, format and line-separating characters spelled out, so that it cannot steer a terminal.
-
-    >>> print(escape_controls("a\\n\\x1b[31mb\\u202e"))
-    a\\n\\x1b[31mb\\u202e
-    """
-    return "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return character.encode("unicode_escape").decode("ascii")
-    return character
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:

@@ -18,9 +18,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from exalign.errors import InputError
-from exalign.storage import atomic_path, read_json, write_json
+from exalign.storage import atomic_path, read_object, write_json
 
 FORMAT_VERSION = 1
 Prompt = str | tuple[dict[str, str], ...]
@@ -105,6 +106,8 @@ SCHEMA = pa.schema(
     ]
 )
 _COUNTS = b"exalign.counts"
+_COUNTS_TYPE = TypeAdapter(dict[str, int])
+_HEADER = TypeAdapter(Header)
 _SHARD_NAME = re.compile(r"part-(\d{6})\.parquet")
 
 
@@ -201,10 +204,13 @@ def iter_records(folder: Path) -> Iterator[Record]:
     for shard in shards:
         try:
             table = pq.read_table(shard)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{shard} cannot be read ({error}); delete it and run the stage again.") from None
-        for row in table.to_pylist():
-            yield _from_row(row)
+            table.validate(full=True)
+            rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
+        for number, row in enumerate(rows, start=1):
+            yield _checked(row, shard, number)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -214,16 +220,24 @@ def read_records(folder: Path) -> list[Record]:
 
 def read_header(folder: Path) -> Header:
     """The header of a complete folder of records; an absent one or another version is an `InputError`."""
-    values = read_json(Path(folder) / "header.json")
-    if not isinstance(values, dict) or values.get("version") != FORMAT_VERSION:
-        found = values.get("version") if isinstance(values, dict) else None
+    path = Path(folder) / "header.json"
+    values = read_object(path)
+    if values.get("version") != FORMAT_VERSION:
+        found = str(values.get("version"))[:40]
         raise InputError(f"{folder} has record format {found}; this exalign reads {FORMAT_VERSION}.")
-    return Header(**{name: values[name] for name in Header.__slots__ if name in values})
+    try:
+        return _HEADER.validate_python({name: values[name] for name in Header.__slots__ if name in values})
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))[:100]
+        raise InputError(f"{path} is damaged at {where}; delete it and run the stage again.") from None
 
 
 def _shard_counts(shard: Path) -> Counter[str]:
     metadata = pq.read_schema(shard).metadata or {}
-    return Counter(json.loads(metadata.get(_COUNTS, b"{}")))
+    try:
+        return Counter(_COUNTS_TYPE.validate_json(metadata.get(_COUNTS, b"{}")))
+    except ValidationError:
+        raise InputError(f"{shard} has damaged counts; delete it and run the stage again.") from None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -239,7 +253,7 @@ def _num_rows(shard: Path) -> int | None:
     try:
         with pq.ParquetFile(shard) as file:
             return int(file.metadata.num_rows)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # a column's name may be no text any more
         return None
 
 
@@ -255,6 +269,23 @@ def _to_row(record: Record) -> dict[str, Any]:
         ],
         "preferred": record.preferred,
     }
+
+
+def _checked(row: dict[str, Any], shard: Path, number: int) -> Record:
+    """The record of a row that has the right types, unless a part is missing."""
+    completions, plain = row["completions"], row["messages"] is None
+    missing = row["id"] is None or completions is None or (row["prompt"] is None) == plain
+    if not missing:
+        parts = [*completions, *(() if plain else row["messages"])]
+        missing = any(part is None for part in parts) or any(c["text"] is None for c in completions)
+        missing = missing or any(None in message.values() for message in row["messages"] or ())
+        preferred = row["preferred"]
+        missing = missing or (preferred is not None and not 0 <= preferred < len(completions))
+        ids = [row["prompt_ids"], *(completion["token_ids"] for completion in completions if completion)]
+        missing = missing or any(None in values for values in ids if values is not None)
+    if missing:
+        raise InputError(f"{shard}, row {number} is not a record; delete the file and run the stage again.")
+    return _from_row(row)
 
 
 def _from_row(row: dict[str, Any]) -> Record:

@@ -12,6 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import Field
 from exalign.data.tables import DATA_SUFFIXES, data_suffix, read_file
 from exalign.errors import InputError
 from exalign.settings import Settings
+from exalign.storage import exists
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -30,7 +32,7 @@ _SPLIT_WORDS = {
     "valid": "validation",
     "dev": "validation",
 }
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 class DataSettings(Settings):
@@ -80,14 +82,20 @@ def local_path(settings: DataSettings) -> Path | None:
 
     What looks like a path and does not exist is an `InputError` that names the nearest existing one.
     """
-    path = Path(settings.source).expanduser()
-    if path.exists():
+    path = _expanded(settings.source)
+    if exists(path):
         return path
-    parent_exists = path.parent != Path(".") and path.parent.is_dir()
+    parent_exists = path.parent != Path(".") and exists(path.parent) and path.parent.is_dir()
     looks_local = settings.source.startswith((".", "/", "~")) or data_suffix(path) is not None
     if looks_local or parent_exists or not _HUB_NAME.fullmatch(settings.source):
-        raise InputError(f"There is no file or folder {path}{_nearest(path)}.")
+        raise InputError(f"There is no file or folder {str(path)[:300]}{_nearest(path)}.")
     return None
+
+
+def _expanded(source: str) -> Path:
+    with suppress(RuntimeError):  # nobody is called so
+        return Path(source).expanduser()
+    return Path(source)
 
 
 def read_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
@@ -155,14 +163,17 @@ def _file_rows(path: Path, label: str, settings: DataSettings, counts: Counter[s
 
 def _split_files(folder: Path, split: str | None) -> list[Path]:
     """The data files below a folder, of one split. Splits are words of the file names, as on the hub."""
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and data_suffix(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.name not in ("dataset_info.json", "dataset_infos.json", "header.json")
-    )
+    try:
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if data_suffix(file) is not None
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and file.name not in ("dataset_info.json", "dataset_infos.json", "header.json")
+        )
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be read ({error}).") from None
     if not files:
         raise InputError(f"The folder {folder} holds no data files ({', '.join(DATA_SUFFIXES)}).")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
@@ -195,7 +206,7 @@ def _saved_rows(folder: Path, settings: DataSettings) -> Iterator[SourceRow]:
 
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged folder brings up errors of several libraries
         raise InputError(f"The folder {folder} cannot be read by datasets ({_first_line(error)}).") from None
     if isinstance(data, datasets.DatasetDict):
         split = next(iter(data)) if settings.split is None and len(data) == 1 else settings.split
@@ -220,7 +231,7 @@ def _hub_rows(settings: DataSettings) -> Iterator[SourceRow]:
     except (GeneratorExit, InputError):
         raise
     except Exception as error:  # the hub client raises errors of several HTTP libraries
-        near = _nearest(Path(settings.source).expanduser())
+        near = _nearest(_expanded(settings.source))
         raise InputError(
             f"{settings.source!r} is no local file{near}, and reading it from the Hugging Face hub failed: "
             f"{_first_line(error)}"
@@ -236,9 +247,9 @@ def _nearest(path: Path) -> str:
     """`; did you mean …?` with the closest name in the nearest folder that exists, or nothing."""
     folder = path.parent
     wanted = path.name
-    while not folder.is_dir() and folder != folder.parent:
+    while not exists(folder) and folder != folder.parent:
         folder, wanted = folder.parent, folder.name
-    if not folder.is_dir():
+    if not folder.is_dir() or len(wanted) > 255:
         return ""
     names = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
     return f"; did you mean {folder / names[0]}" if names else ""

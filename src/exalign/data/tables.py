@@ -8,6 +8,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,10 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 ByteStream = BinaryIO | gzip.GzipFile
-_MAX_CELL = 1 << 30
+MAX_ROW = 1 << 28
+"""Bytes of one row: a small compressed file can unpack to a line that fills the memory."""
+MAX_ARRAY = 1 << 31
+"""Bytes of a JSON array, which is in memory as a whole."""
 
 
 def data_suffix(path: Path) -> str | None:
@@ -70,14 +74,14 @@ def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[
 
 
 def _first_character(stream: ByteStream) -> bytes:
-    while character := stream.read(1):
-        if not character.isspace() and character not in b"\xef\xbb\xbf":
-            return character
+    while block := stream.read(1 << 16):
+        if rest := block.lstrip(b" \t\r\n\v\f\xef\xbb\xbf"):
+            return rest[:1]
     return b""
 
 
 def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_lines(path, stream), start=1):
         if line.isspace():
             counts["blank_lines"] += 1
             continue
@@ -86,11 +90,18 @@ def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
 
 def _json_array(path: Path, stream: ByteStream) -> Rows:
     try:
-        values = json.loads(stream.read().decode("utf-8-sig"))
+        content = stream.read(MAX_ARRAY + 1)
+        if len(content) > MAX_ARRAY:
+            raise InputError(
+                f"{path} is a JSON array above {MAX_ARRAY >> 30} GiB: write one object per line (JSON lines)."
+            )
+        values = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid UTF-8 at byte {error.start}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({_unreadable(error)}).") from None
     for number, value in enumerate(values, start=1):
         yield number, _object(value, path, number)
 
@@ -102,8 +113,22 @@ def _parse(path: Path, number: int, line: bytes) -> Any:
         raise InputError(f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos + 1}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, row {number}: not valid UTF-8 at byte {error.start + 1} of the line.") from None
-    except RecursionError:
-        raise InputError(f"{path}, row {number}: JSON nested too deeply.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, row {number}: not valid JSON ({_unreadable(error)}).") from None
+
+
+def _unreadable(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
+
+
+def _lines(path: Path, stream: ByteStream) -> Iterator[bytes]:
+    for number in count(1):
+        line = stream.readline(MAX_ROW + 1)
+        if not line:
+            return
+        if len(line) > MAX_ROW:
+            raise InputError(f"{path}, row {number} has more than {MAX_ROW >> 20} MiB.")
+        yield line
 
 
 def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
@@ -113,14 +138,14 @@ def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path, stream: ByteStream) -> Rows:
-    csv.field_size_limit(_MAX_CELL)  # the default refuses long texts
+    csv.field_size_limit(MAX_ROW)  # the default refuses long texts
     number = 0
-    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(stream))
+    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(_lines(path, stream)))
     try:
         reader = csv.reader(lines, strict=True)
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
-            raise InputError(f"{path}: the first line must name the columns, each once; found {header}.")
+            raise InputError(f"{path}: the first line must name the columns, each once; found {header!s:.200}.")
         for number, cells in enumerate((cells for cells in reader if cells), start=1):
             if len(cells) != len(header):
                 raise InputError(f"{path}, row {number}: {len(cells)} cells, but the header names {len(header)}.")
@@ -139,7 +164,8 @@ def _parquet_rows(path: Path) -> Rows:
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
-    except (pa.ArrowException, OSError) as error:
+    # Values that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) are not errors of Arrow.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{path}: not readable as Parquet after row {number} ({str(error).splitlines()[0]})."
+            f"{path}: not readable as Parquet after row {number} ({' '.join(str(error).split())[:200]})."
         ) from None

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from exalign.data.records import Record, iter_records, read_header
 from exalign.errors import InputError
 from exalign.evaluation.schema import Curve, Stage
-from exalign.storage import read_json
+from exalign.storage import read_json, read_object
+from exalign.strict_yaml import parse_yaml
 
 _STEP = re.compile(r"step-(\d+)")
 CURVE_BUCKETS = 120
@@ -28,11 +29,8 @@ def read_recipe(run: Path) -> tuple[str, dict[str, Any]]:
     path = run / "recipe.yaml"
     if not path.is_file():
         return "", {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML ({error}).") from None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    values = parse_yaml(text, str(path))
     return text, values if isinstance(values, dict) else {}
 
 
@@ -87,12 +85,18 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
     if not (folder / "header.json").is_file():
         return rewards
     for shard in sorted(folder.glob("part-*.parquet")):
-        table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
-        for row in table.to_pylist():
-            values = [completion["reward"] for completion in row["completions"]]
+        try:
+            table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
+            rows = [
+                (row["id"], [completion["reward"] for completion in row["completions"]]) for row in table.to_pylist()
+            ]
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
+        for name, values in rows:
             if any(value is None or not math.isfinite(value) for value in values):
-                raise InputError(f"{folder}: a completion of {row['id']!r} has no finite reward; score it again.")
-            rewards[row["id"]] = values
+                raise InputError(f"{folder}: a completion of {name!r} has no finite reward; score it again.")
+            rewards[name] = values
     return rewards
 
 
@@ -101,9 +105,9 @@ def stages(run: Path) -> list[Stage]:
     paths = set(run.glob("**/done.json")) - {run / "report" / "done.json"}
     result = []
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
-        values = read_json(path)
-        seconds = values.get("seconds")
-        counts = {str(k): v for k, v in (values.get("counts") or {}).items() if isinstance(v, int)}
+        values = read_object(path)
+        seconds, counted = values.get("seconds"), values.get("counts")
+        counts = {k: v for k, v in counted.items() if isinstance(v, int)} if isinstance(counted, dict) else {}
         name = path.parent.relative_to(run).as_posix()
         result.append(Stage(name, float(seconds) if isinstance(seconds, int | float) else None, counts))
     return result
@@ -161,7 +165,7 @@ def _metric_rows(path: Path, notes: Counter[str]) -> Iterator[dict[str, float]]:
             row = json.loads(line)
             # The training loop writes null for a value that was not finite.
             numbers = {k: math.nan if v is None else float(v) for k, v in row.items() if _is_number_or_none(v)}
-        except (json.JSONDecodeError, AttributeError):
+        except (ValueError, AttributeError, OverflowError, RecursionError):
             # A kill in the middle of a write leaves half a line.
             notes["unreadable_metric_rows"] += 1
             continue

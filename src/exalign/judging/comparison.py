@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from exalign.data.records import Prompt
 from exalign.errors import InputError
-from exalign.storage import atomic_path, fingerprint
+from exalign.storage import atomic_path, fingerprint, finite
 
 FORMAT_VERSION = 1
 Verdict = Literal["first", "tie", "second", "unreadable"]
@@ -190,12 +192,12 @@ def iter_comparisons(path: Path) -> Iterator[Comparison]:
     """Stream the comparisons of a file; a last line without its end (an interrupted write) is not a comparison."""
     path = Path(path)
     try:
-        stream = path.open(encoding="utf-8", newline="\n")
+        stream = path.open("rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     with stream:
         for number, line in enumerate(stream, start=1):
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield _from_line(line, where=f"{path}, line {number}")
 
 
@@ -204,6 +206,7 @@ def read_comparisons(path: Path) -> list[Comparison]:
     return list(iter_comparisons(path))
 
 
+_COMPARISON = TypeAdapter(Comparison)
 _NAMES = tuple(f.name for f in fields(Comparison))
 
 
@@ -216,16 +219,19 @@ def _to_line(comparison: Comparison) -> str:
     return json.dumps({"version": FORMAT_VERSION, **values}, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def _from_line(line: str, *, where: str) -> Comparison:
+def _from_line(line: bytes, *, where: str) -> Comparison:
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = json.loads(line.decode("utf-8"), parse_constant=finite, parse_float=finite)
         if row.get("version") != FORMAT_VERSION:
-            found = row.get("version")
+            found = str(row.get("version"))[:40]
             raise InputError(f"{where} has comparison format {found}; this exalign reads {FORMAT_VERSION}.")
         prompt: Prompt = row["prompt"] if row["messages"] is None else tuple(row["messages"])
-        return Comparison(**{**{name: row[name] for name in _NAMES}, "prompt": prompt})
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is not a comparison that exalign wrote ({error!r}).") from None
+        return _COMPARISON.validate_python({**{name: row[name] for name in _NAMES}, "prompt": prompt})
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))[:100]
+        raise InputError(f"{where} is not a comparison that exalign wrote: {name} is wrong.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} is not a comparison that exalign wrote ({error!r:.200}).") from None
 
 
 def _remove_torn_line(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 
 from exalign.errors import InputError
 from exalign.settings import Settings
-from exalign.storage import atomic_path
+from exalign.storage import atomic_path, exists
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p")
@@ -108,6 +109,7 @@ def _load(
     if (settings.source is None) == (settings.config is None):
         raise InputError("A model needs either source (a folder or hub name) or config (to train from scratch).")
     config = _read_config(settings, tokenizer)
+    _check_code(config, settings)
     if num_labels is not None:
         _check_labels(config, settings, num_labels)
         config.num_labels = num_labels
@@ -141,7 +143,7 @@ def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) ->
         try:
             return AutoConfig.for_model(model_type, **values)
         except Exception as error:  # transformers raises many kinds here, all of them about the given values
-            raise InputError(f"The model config is not valid ({_first_line(error)}).") from error
+            raise InputError(f"The model config is not valid ({first_line(error)}).") from error
     assert settings.source is not None
     try:
         return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
@@ -158,9 +160,10 @@ def _from_pretrained(
             config=config,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # a pickle is never opened, and no service is asked to convert one
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreadable("model", str(settings.source), error) from error
     missing = sorted(report["missing_keys"])
     if new_head:
@@ -168,6 +171,13 @@ def _from_pretrained(
     if missing:
         raise InputError(f"{settings.source} lacks weights that this model needs ({', '.join(missing[:3])}).")
     return model
+
+
+def _check_code(config: PreTrainedConfig, settings: ModelSettings) -> None:
+    """An attention named like a repository is a kernel on a hub: code to download and run."""
+    named = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in named and not settings.trust_remote_code:
+        raise InputError(f"The model asks for the kernel {named:.90} from a hub, which is code: see trust_remote_code.")
 
 
 def _check_labels(config: PreTrainedConfig, settings: ModelSettings, num_labels: int) -> None:
@@ -193,7 +203,7 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: st
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
-        raise InputError(f"LoRA cannot be applied to this model ({_first_line(error)}).") from error
+        raise InputError(f"LoRA cannot be applied to this model ({first_line(error)}).") from error
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:
@@ -221,10 +231,17 @@ def _quicken_gelu(model: nn.Module) -> None:
 
 def _unreadable(kind: str, source: str, error: Exception) -> InputError:
     local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if local and not Path(source).exists():
+    if local and not exists(Path(source)):
         return InputError(f"The {kind} folder {source} does not exist.")
-    return InputError(f"Cannot load the {kind} {source}: {_first_line(error)}")
+    return InputError(f"Cannot load the {kind} {source}: {first_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def is_folder(source: str) -> bool:
+    """Whether `source` is a folder here, rather than the name of something on a hub."""
+    path = Path(source)
+    return exists(path) and path.is_dir()
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, as far as its first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -42,6 +42,7 @@ from exalign.pipeline.sources import (
 from exalign.report import write_report
 from exalign.sampling import SampleSettings
 from exalign.storage import fingerprint
+from exalign.terminal import shown
 
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
@@ -192,4 +193,4 @@ def score_drawn(run: Run, drawn: Path, samples: Path) -> None:
 def _report(run: Run, folder: Path, counts: Counter[str]) -> None:
     build_evidence(run.folder, seed=run.recipe.seed, judgements=read_judgements(run.folder))
     page = write_report(run.folder)
-    run.console.print(f"Report: [bold]{page}[/bold]")
+    run.console.print(shown("Report: ").append_text(shown(page, "bold")), soft_wrap=True)

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
-from rich.markup import escape
 from rich.syntax import Syntax
+from rich.text import Text
 
 from exalign.pipeline.messages import unwrap_optional
 from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.run import dump_recipe
+from exalign.strict_yaml import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,16 @@ def print_settings(model: type[BaseModel], console: Console) -> None:
         section = setting.type.startswith(("section", "mapping of"))
         style = "bold cyan" if section else "cyan"
         default = f" = {setting.default}" if setting.default not in ("", "required") else f" {setting.default}"
-        console.print(
-            f"[{style}]{escape(setting.name)}[/] [dim]{escape(setting.type)}{escape(default)}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
-        console.print(f"    {escape(setting.meaning)}", highlight=False)
+        console.print(Text.assemble((setting.name, style), (f" {setting.type}{default}", "dim")), soft_wrap=True)
+        console.print(Text(f"    {setting.meaning}"))
 
 
 def print_recipe(recipe: Recipe, console: Console) -> None:
     """Print the resolved recipe, every default written out, as YAML that can be used again."""
-    text = yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
-    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, highlight=False)
+    text = dump_yaml(dump_recipe(recipe))
+    console.print(
+        Syntax(text, "yaml", background_color="default") if console.is_terminal else Text(text), soft_wrap=True
+    )
 
 
 def _is_settings(annotation: Any) -> bool:

@@ -11,11 +11,12 @@ from transformers import AutoConfig
 from exalign.data.formats import DataSettings, read_source
 from exalign.data.records import Record
 from exalign.errors import InputError
-from exalign.models.loading import ModelSettings, load_tokenizer
+from exalign.models.loading import ModelSettings, first_line, is_folder, load_tokenizer
 from exalign.pipeline.proposals import Proposer
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.search import own_settings, validation_prompts
 from exalign.scoring import FunctionScorer
+from exalign.storage import exists
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -60,7 +61,7 @@ def data_sources(recipe: Recipe) -> Iterator[tuple[str, DataSettings]]:
     """The recipe's data by name, as far as it is local and not yet records of our own."""
     for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
         settings = getattr(recipe.data, name)
-        if settings is not None and (Path(settings.source).exists() or _looks_local(settings.source)):
+        if settings is not None and (exists(Path(settings.source)) or _looks_local(settings.source)):
             yield f"data.{name}", settings
 
 
@@ -89,16 +90,16 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
 
 def check_model(settings: ModelSettings) -> None:
     """A local model folder must be there and have a configuration."""
-    if settings.source is not None and _looks_local(settings.source) and not Path(settings.source).is_dir():
+    if settings.source is not None and _looks_local(settings.source) and not is_folder(settings.source):
         raise InputError(f"The model folder {settings.source} does not exist.")
 
 
 def check_labels(source: str, wanted: int) -> None:
     """A scorer's model must have as many labels as its use needs; only its configuration is read."""
     try:
-        found = AutoConfig.from_pretrained(source).num_labels
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read the model {source}: {str(error).splitlines()[0]}") from None
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False).num_labels
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"Cannot read the model {source}: {first_line(error)}") from None
     if wanted == 1 and found != 1:
         raise InputError(f"A reward model has one label, but {source} has {found}; name it as classifier instead.")
     if wanted == 2 and found < 2:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from exalign.data.formats import DataSettings
@@ -22,6 +21,7 @@ from exalign.pipeline.messages import explain_validation_error
 from exalign.pipeline.search_settings import SearchSettings, search_contradictions
 from exalign.sampling import SampleSettings
 from exalign.settings import Settings
+from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
 from exalign.training.align import AlignSettings
 from exalign.training.classifier import ClassifierSettings
 from exalign.training.ppo import PPOSettings
@@ -118,7 +118,7 @@ class EvaluateSettings(Settings):
 class Recipe(Settings):
     """Everything a run does, from data to report. `exalign recipe --explain` prints every setting."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory, runs/NAME")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the run directory, runs/NAME")
     seed: int = Field(0, ge=0, description="seeds weights, data order and every sample")
     temperature: float = Field(
         1.0, gt=0, description="τ: one temperature for sampling, training log-probabilities, KL and evaluation"
@@ -184,9 +184,9 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
     targets: set[str] = {settings.target for settings in recipe.align.values() if settings.rounds == 1}
     for section in ("align", "ppo"):
-        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or n in TAKEN for n in getattr(recipe, section)):
+        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", n) or n in TAKEN for n in getattr(recipe, section)):
             yield (
-                f"{section}: a method's name is made of letters, digits, '.', '_' and '-', and is not 'sft', "
+                f"{section}: a method's name is made of up to 100 letters, digits, '.', '_' and '-', and is not 'sft', "
                 "'prompts', 'pool' or 'density'"
             )
     for name in recipe.ppo:
@@ -268,36 +268,6 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
     yield from search_contradictions(recipe, contradictions)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a setting's name is a word", key.start_mark)
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML safely; an error names the file and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error}).") from None
-
-
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
 
@@ -305,12 +275,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:  # which may be no file at all, and have no end
+            text = stream.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
     except FileNotFoundError:
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
         raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)[:200]} cannot be read ({str(error)[:200]}).") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of settings, this is {type(values).__name__}.")
@@ -325,17 +296,15 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
     try:
         # Through JSON, where a YAML list may be a tuple but a string is never a number.
-        return Recipe.model_validate_json(json.dumps(values, default=str))
+        return Recipe.model_validate_json(json.dumps(plain_values(values, where)))
     except ValidationError as error:
         raise InputError(f"{where}: {explain_validation_error(error, Recipe)}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {error}.") from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"{override!r} is not KEY=VALUE, for example align.exo-rw.beta_pi=0.5.")
+        raise InputError(f"{override[:200]!r} is not KEY=VALUE, for example align.exo-rw.beta_pi=0.5.")
     target = values
     *parents, last = key.split(".")
     for name in parents:
@@ -343,5 +312,5 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             target[name] = {}
         target = target[name]
         if not isinstance(target, dict):
-            raise InputError(f"{override!r}: {name} is a single value and has no settings below it.")
-    target[last] = parse_yaml(text, override)
+            raise InputError(f"{override[:200]!r}: {name} is a single value and has no settings below it.")
+    target[last] = parse_yaml(text, key[:200])

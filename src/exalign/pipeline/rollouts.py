@@ -19,6 +19,7 @@ from exalign.models.logprobs import reference_logprobs
 from exalign.pipeline.run import Run
 from exalign.pipeline.sources import SCORING_TOKENS, load_run_tokenizer, load_supervised, model_identity, ready
 from exalign.pipeline.speed import record_speed, say_speed
+from exalign.redaction import redact
 from exalign.sampling import GroupedSampler, SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
@@ -71,8 +72,8 @@ def sample_policy(
             record_speed(folder.parent, tokens, time.perf_counter() - started, work, matmul_peak(model))
         writer.close(
             Header(
-                model=run.recipe.model.source or run.recipe.name,
-                tokenizer=run.recipe.tokenizer.source or run.recipe.model.source or "trained by this run",
+                model=redact(run.recipe.model.source or run.recipe.name),
+                tokenizer=redact(run.recipe.tokenizer.source or run.recipe.model.source or "trained by this run"),
                 temperature=run.recipe.temperature,
                 seed=run.recipe.seed,
                 sampler=type(sampler).__name__,

@@ -20,13 +20,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.pipeline.recipe import Recipe
 from exalign.processes import call, leads
-from exalign.storage import fingerprint, read_json, write_json, write_text
+from exalign.redaction import redact_values
+from exalign.storage import fingerprint, read_object, write_json, write_text
+from exalign.strict_yaml import dump_yaml, parse_yaml
+from exalign.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,14 @@ class Run:
         for name in ("done.json", "started.json"):
             path = self.path(stage.name, name)
             if path.exists():
-                return str(read_json(path).get("fingerprint"))
+                return str(read_object(path).get("fingerprint"))
         return None
 
     def _difference(self) -> str:
         path = self.path("recipe.yaml")
-        before = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        before = (
+            flatten(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))) if path.exists() else {}
+        )
         now = flatten(dump_recipe(self.recipe))
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if not changed:
@@ -117,8 +122,7 @@ class Run:
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
     def _describe(self) -> None:
-        text = yaml.safe_dump(dump_recipe(self.recipe), sort_keys=False, allow_unicode=True)
-        write_text(self.path("recipe.yaml"), text)
+        write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
         write_json(self.path("environment.json"), environment())
 
     def _carry_out(self, stage: Stage, print_: str) -> None:
@@ -129,9 +133,9 @@ class Run:
             remove_stage(folder)
             found = None
         if found is not None and (folder / "done.json").exists():
-            self.console.print(f"[dim]· {stage.name}: done before, skipped[/dim]")
+            self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
             return
-        self.console.print(f"[bold]▸ {stage.name}[/bold]" + (" (continues)" if found else ""))
+        self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
         seconds_before = worked_before(folder) if found else 0.0
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
@@ -148,9 +152,8 @@ class Run:
         write_json(folder / "done.json", done)
         (folder / "started.json").unlink()
         listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
-        self.console.print(
-            f"[green]✓[/green] {stage.name} [dim]{_duration(seconds)}{listed}[/dim]", highlight=False, soft_wrap=True
-        )
+        line = Text.assemble(("✓", "green"), f" {stage.name} ", shown(f"{_duration(seconds)}{listed}", "dim"))
+        self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -188,7 +191,8 @@ def worked_before(folder: Path) -> float:
     """Seconds that an interrupted stage worked: up to the last file it wrote."""
     started = folder / "started.json"
     last = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    return float(read_json(started).get("seconds", 0.0)) + last - started.stat().st_mtime
+    before = read_object(started).get("seconds")
+    return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
 
 
 def remove_stage(folder: Path) -> None:
@@ -201,8 +205,8 @@ def remove_stage(folder: Path) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe: every setting that has a value."""
-    return json.loads(recipe.model_dump_json(exclude_none=True))
+    """The resolved recipe: every setting that has a value, credentials in addresses blotted out."""
+    return redact_values(json.loads(recipe.model_dump_json(exclude_none=True)))
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from exalign.models.loading import (
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.run import Run
 from exalign.scoring import ClassifierScorer, FunctionScorer, RewardModelScorer, Scorer
-from exalign.storage import fingerprint_path
+from exalign.storage import exists, fingerprint_path
 from exalign.training.loop import TrainSettings
 
 SCORING_TOKENS = 8192
@@ -98,7 +98,7 @@ def data_identity(settings: DataSettings | None) -> Any:
     path = Path(settings.source)
     return {
         **settings.model_dump(mode="json"),
-        "content": fingerprint_path(path) if path.exists() else None,
+        "content": fingerprint_path(path) if exists(path) else None,
     }
 
 
@@ -107,7 +107,7 @@ def source_identity(source: str | None) -> Any:
     if source is None:
         return None
     path = Path(source)
-    return {"source": source, "content": fingerprint_path(path) if path.exists() else None}
+    return {"source": source, "content": fingerprint_path(path) if exists(path) else None}
 
 
 def scorer_identity(settings: ScorerSettings) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from exalign.redaction import redact_values
 from exalign.settings import Settings
 
 _TEXT = """---
@@ -25,5 +26,5 @@ Trained with exalign under these settings:
 
 def model_card(title: str, description: str, settings: Settings, *, pipeline_tag: str) -> str:
     """A model card in Markdown with the front matter that model hubs read."""
-    shown = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    shown = yaml.safe_dump(redact_values(settings.model_dump(mode="json")), sort_keys=False)
     return _TEXT.format(title=title, description=description, settings=shown, pipeline_tag=pipeline_tag)

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from exalign.terminal import escape_controls, shown
+
 LINE_SECONDS = 30.0
 
 
@@ -19,10 +21,15 @@ class TrainingProgress:
         self.num_steps = num_steps
         self.console = console or Console(stderr=True, quiet=not visible)
         self._last_line = 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         fields = TextColumn("[dim]{task.fields[numbers]}[/dim]")
         self._bar = Progress(*columns, fields, console=self.console, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task(label, total=num_steps, completed=done, numbers="")
+        self._task = self._bar.add_task(escape_controls(label), total=num_steps, completed=done, numbers="")
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -33,7 +40,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print one line beside the bar."""
-        self.console.print(text, highlight=False)
+        self.console.print(shown(text))
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from exalign.errors import InputError
-from exalign.storage import atomic_path, fingerprint_path, read_json, write_json, write_text
+from exalign.storage import atomic_path, fingerprint_path, read_object, write_json, write_text
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
@@ -80,25 +80,55 @@ def load_checkpoint(folder: Path, run: str, model: nn.Module, optimizer: Optimiz
     """
     for path in reversed(_checkpoints(folder)):
         try:
-            values = read_json(path / "checkpoint.json")
-            position = Position(values["step"], values["skipped_in_a_row"], values["run"])
-            intact = values["state"] == fingerprint_path(path / "state.pt")
-        except (InputError, OSError, KeyError, TypeError):
-            intact = False
-        if not intact:
+            position = _position(path)
+            state = _read_tensors(path / "state.pt") if position.run == run else None
+        except (InputError, OSError):
             warnings.warn(f"{path} is damaged; training continues from the checkpoint before it.", stacklevel=2)
             continue
-        if position.run != run:
+        if state is None:
             raise InputError(
                 f"{folder.parent} holds a run made with other settings or data; delete it or choose another folder."
             )
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-        set_model_state_dict(model, state["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-        _forget_states_without_steps(model, optimizer, known=set(state["optimizer"]["state"]))
+        _put(state, model, optimizer, path)
         return position
     return Position(0, 0, run)
+
+
+def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Path) -> None:
+    """Put weights and optimizer state in their places."""
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    try:
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch raises many kinds where names or shapes are others
+        raise InputError(f"{path} does not fit the model ({type(error).__name__}); delete it to train anew.") from error
+    _forget_states_without_steps(model, optimizer, known=set(state["optimizer"]["state"]))
+
+
+def _position(path: Path) -> Position:
+    """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
+    values = read_object(path / "checkpoint.json")
+    step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
+    counted = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in (step, skipped))
+    if not counted or step != _step_of(path) or not isinstance(run, str):
+        raise InputError(f"{path / 'checkpoint.json'} is damaged.")
+    if values.get("state") != fingerprint_path(path / "state.pt"):
+        raise InputError(f"{path / 'state.pt'} is damaged.")
+    return Position(step, skipped, run)
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint. `weights_only` builds tensors and plain containers and calls nothing else: a file
+    that asks for more (a pickle can name any function) is an `InputError`, and what it asks for does not happen."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state["model"], dict) and isinstance(state["optimizer"]["state"], dict):
+            return state
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+        raise InputError(f"{path} cannot be read ({type(error).__name__}).") from None
+    raise InputError(f"{path} holds no state of a training.")
 
 
 def _forget_states_without_steps(model: nn.Module, optimizer: Optimizer, *, known: set[str]) -> None:
@@ -159,12 +189,11 @@ def _rows_up_to(path: Path, step: int) -> Iterator[str]:
     """The lines of the file whose step is at most `step`; what a kill left of a last one is dropped."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if row["step"] > step:
+            if json.loads(line)["step"] > step:
+                return
+        except (ValueError, KeyError, TypeError, RecursionError):
             return
         yield line + "\n"
 

@@ -22,6 +22,7 @@ from exalign.judging.llm.options import read_settings, with_settings
 from exalign.judging.llm.others import other_judgements
 from exalign.judging.llm.pairs import MatchUp, match_ups, open_run
 from exalign.judging.llm.settings import JudgeSettings
+from exalign.terminal import shown
 
 EndpointOption = Annotated[
     str | None, typer.Option(help="Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
@@ -69,7 +70,7 @@ def judge(
         rows.append(judge_pairs(asked, asker, settings, folder, about=about, others=others, console=console))
     if not dry_run:
         _print_summaries(console, rows)
-        console.print(f"Stored in {home}")
+        console.print(shown(f"Stored in {home}"))
         _exit_if_unanswered(console, rows)
 
 
@@ -102,7 +103,7 @@ def grade_judge(
     about = {"graded_on": str(file), "template": instructions.name, "endpoint": endpoint, "counts": dict(counts)}
     summary = judge_pairs(asked, asker, settings, folder, about=about, others={str(file): human}, console=console)
     _print_grade(console, summary)
-    console.print(f"Stored in {folder}")
+    console.print(shown(f"Stored in {folder}"))
     _exit_if_unanswered(console, [summary])
 
 
@@ -129,11 +130,11 @@ def _about(match_up: MatchUp, instructions: Instructions, endpoint: str | None) 
 
 def _print_estimate(console: Console, name: str, asked: Questions, folder: Path, settings: JudgeSettings) -> None:
     cost = estimate(asked, folder, settings)
-    console.print(
+    said = (
         f"{name}: {cost.pairs:,} pairs, {cost.requests:,} requests to make ({cost.stored:,} answered before), "
-        f"about {cost.prompt_tokens:,} tokens to read and at most {cost.answer_tokens:,} to write.",
-        highlight=False,
+        f"about {cost.prompt_tokens:,} tokens to read and at most {cost.answer_tokens:,} to write."
     )
+    console.print(shown(said))
 
 
 def _print_summaries(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -143,7 +144,7 @@ def _print_summaries(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         tokens = row["tokens"]["prompt"] + row["tokens"]["completion"]
         table.add_row(
-            f"{row['first']} – {row['second']}",
+            shown(f"{row['first']} – {row['second']}"),
             *(_percent(row[name], bounds=name == "score") for name in ("win", "tie", "lose", "score")),
             _percent((row["length_controlled"] or {}).get("rate"), bounds=True),
             _percent(row["flip_rate"]),
@@ -154,19 +155,19 @@ def _print_summaries(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         for entry in row["agreement"]:
-            console.print(f"{row['first']} – {row['second']}: {_agreement_text(entry)}", highlight=False)
+            console.print(shown(f"{row['first']} – {row['second']}: {_agreement_text(entry)}"))
 
 
 def _print_grade(console: Console, summary: dict[str, Any]) -> None:
     for entry in summary["agreement"]:
-        console.print(_agreement_text(entry), highlight=False)
+        console.print(shown(_agreement_text(entry)))
     if not summary["agreement"]:
         console.print("No pair has a readable verdict: nothing to compare with people.")
-    console.print(
+    said = (
         f"{summary['pairs']} pairs · flips {_percent(summary['flip_rate'])} · shown first "
-        f"{_percent(summary['shown_first'])} · {summary['unreadable_pairs']} unreadable",
-        highlight=False,
+        f"{_percent(summary['shown_first'])} · {summary['unreadable_pairs']} unreadable"
     )
+    console.print(shown(said))
 
 
 def _agreement_text(entry: dict[str, Any]) -> str:
@@ -195,7 +196,7 @@ def _percent(interval: dict[str, Any] | None, *, bounds: bool = False) -> str:
 
 def _exit_if_unanswered(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     if missing := sum(row["asking"]["unanswered"] for row in rows):
-        console.print(f"{missing} questions got no answer; run the same command again to ask them.")
+        console.print(f"{missing:,} questions got no answer; run the same command again to ask them.")
         raise typer.Exit(1)
 
 

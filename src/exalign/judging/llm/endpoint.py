@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 from exalign.errors import InputError
 from exalign.judging.llm.exchanges import Body, Reply, parse_completion
 from exalign.judging.llm.settings import JudgeSettings
+from exalign.redaction import redact
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -51,6 +54,12 @@ class Endpoint:
         self._settings = settings
         self._url = _checked(url)
         self._key = os.environ.get(settings.key_variable, "").strip()
+        self._spelled = spellings(self._key)
+        if self._key and self._key in json.dumps(settings.request_fields, ensure_ascii=False):
+            raise InputError(
+                f"--request-fields holds the key of {settings.key_variable}: it would be stored with every request, "
+                "and is sent in the header anyway; remove it."
+            )
         default = JudgeSettings.model_fields["key_variable"].default
         if self._key and settings.key_variable == default and not _is_private(url):
             raise InputError(
@@ -92,16 +101,19 @@ class Endpoint:
         except TimeoutError:
             outcome, error = "again", f"no answer within {self._settings.timeout:g} s"
         except APIStatusError as problem:
-            raw, status = problem.response.text[:_STORED_CHARACTERS], problem.status_code
+            raw, status = problem.response.text, problem.status_code
             retry_after = seconds_to_wait(problem.response.headers)
-            outcome, error = self._meaning(status, problem.message[:300])
+            outcome, error = self._meaning(status, self._blot(problem.message, 300) or "")
         except APIConnectionError as problem:
             cause = problem.__cause__ or problem
             outcome, error = "again", f"{problem.message.rstrip('.')} ({type(cause).__name__}: {cause})"
         except OpenAIError as problem:
             outcome, error = "again", f"{type(problem).__name__}: {problem}"
         seconds = time.monotonic() - start
-        return Reply(outcome, self._blot(raw), status, self._blot(error), retry_after, seconds)
+        limit = None if outcome == "answered" else _STORED_CHARACTERS
+        return Reply(
+            outcome, self._blot(raw, limit), status, redact(self._blot(error) or "") or None, retry_after, seconds
+        )
 
     async def close(self) -> None:
         # The next match-up is asked in another event loop, with a client of its own.
@@ -133,8 +145,19 @@ class Endpoint:
             return "fatal", f"HTTP {status} from {self._url}: {hint}: {message}"
         return "again" if status in _AGAIN or status >= 500 else "refused", f"HTTP {status}: {message}"
 
-    def _blot(self, text: str | None) -> str | None:
-        return text.replace(self._key, "[key]") if text and self._key else text
+    def _blot(self, text: str | None, limit: int | None = None) -> str | None:
+        """The text without the key, then cut: a cut first could leave a part of the key at its end."""
+        return self._spelled.sub("[key]", text)[:limit] if text and self._key else text and text[:limit]
+
+
+def spellings(key: str) -> re.Pattern[str]:
+    r"""What finds a key in a text, also where a server spells some of its characters as JSON escapes.
+
+    >>> [bool(spellings("a/b").search(text)) for text in ('"a/b"', r'"a\/b"', r'"\u0061/b"', '"ab"')]
+    [True, True, True, False]
+    """
+    hexes = (f"{ord(c):04x}" for c in key)
+    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{h}))" for c, h in zip(key, hexes, strict=True)))
 
 
 def seconds_to_wait(headers: Any, *, now: datetime | None = None) -> float | None:
@@ -153,17 +176,21 @@ def seconds_to_wait(headers: Any, *, now: datetime | None = None) -> float | Non
         pass
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError, IndexError):
         return None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
 
 
 def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
         raise InputError(f"--endpoint {url}: not a web address, for example https://api.openai.com/v1.")
-    if parts.username or parts.password or parts.query:
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError("--endpoint must not carry a user, password or query: put the key into the environment.")
     return url
 

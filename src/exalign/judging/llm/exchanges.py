@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from exalign.errors import InputError
+from exalign.storage import finite
 
 FORMAT_VERSION = 1
+MAX_TOKENS = 2**31
 Body = dict[str, Any]
 """A request as the chat-completions interface takes it: `model`, `messages`, and how to sample."""
 
@@ -68,10 +70,11 @@ def parse_completion(raw: str) -> Mapping[str, Any] | None:
     try:
         values = json.loads(raw)
         message = values["choices"][0]["message"]
-        content = message["content"] if "content" in message else message.get("refusal")
+        texts = [message.get("content"), message.get("refusal"), values["choices"][0].get("finish_reason")]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    return values if content is None or isinstance(content, str) else None
+    has_text = "content" in message or texts[1] is not None
+    return values if has_text and all(text is None or isinstance(text, str) for text in texts) else None
 
 
 class ExchangeStore:
@@ -143,14 +146,14 @@ def _load(path: Path) -> tuple[dict[str, Answer], int]:
                 break
             end += len(line)
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=finite, parse_float=finite)
                 if row["version"] != FORMAT_VERSION:
-                    raise InputError(f"{path} has format {row['version']}; this exalign reads {FORMAT_VERSION}.")
+                    raise InputError(f"{path} has format {row['version']!s:.40}; this exalign reads {FORMAT_VERSION}.")
                 if row["outcome"] == "answered":
-                    answers[row["key"]] = _answer(row)
-            except (ValueError, KeyError, TypeError) as error:
+                    answers[str(row["key"])] = _answer(row)
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 raise InputError(
-                    f"{path}, line {number} is not an exchange ({error!r}); restore the file, or move it "
+                    f"{path}, line {number} is not an exchange ({error!r:.200}); restore the file, or move it "
                     "away to ask everything again."
                 ) from None
     return answers, end
@@ -165,13 +168,14 @@ def _answer(row: Mapping[str, Any]) -> Answer:
     usage = usage if isinstance(usage, dict) else {}
     return Answer(
         text=choice["message"].get("content") or choice["message"].get("refusal") or "",
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
+        prompt_tokens=token_count(usage.get("prompt_tokens")),
+        completion_tokens=token_count(usage.get("completion_tokens")),
         finish_reason=choice.get("finish_reason"),
-        seconds=row["seconds"],
-        time=row["time"],
+        seconds=float(row["seconds"]),
+        time=str(row["time"]),
     )
 
 
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def token_count(value: Any) -> int | None:
+    """A number of tokens as an endpoint reports it, None where it is none that could be."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS else None

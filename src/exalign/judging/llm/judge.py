@@ -29,6 +29,7 @@ from exalign.judging.llm.exchanges import (
     parse_completion,
     read_answers,
     request_key,
+    token_count,
 )
 from exalign.judging.llm.instructions import Instructions
 from exalign.judging.llm.kappa import agreement_with
@@ -36,7 +37,9 @@ from exalign.judging.llm.pairs import Pair
 from exalign.judging.llm.settings import JudgeSettings
 from exalign.judging.llm.summary import summarise
 from exalign.judging.llm.verdicts import ORDERS, Judgement, Keys, in_both_orders, judge_pair, together
+from exalign.redaction import redact_values
 from exalign.storage import fingerprint, write_json
+from exalign.terminal import escape_controls
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text under the tokenizers of today's models, roughly; only the estimate before asking uses it."""
@@ -116,8 +119,8 @@ def judge_pairs(
         summary = {
             **summarise(judgements),
             "judge": asker.judge,
-            **about,
-            "settings": settings.model_dump(exclude={"key_variable"}),
+            **redact_values(about),
+            "settings": redact_values(settings.model_dump(exclude={"key_variable"})),
             "asking": {**counts, "stored_before": stored, "seconds": round(time.monotonic() - start, 2)},
             "agreement": _agreements(judgements, others),
             "questions": fingerprint(sorted(asked.requests)),
@@ -138,7 +141,7 @@ async def _ask(
     asked: Questions, asker: Asker, store: ExchangeStore, settings: JudgeSettings, console: Console
 ) -> Counter[str]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
@@ -164,7 +167,7 @@ class _Display:
     ) -> None:
         self.progress = progress
         self.stored = sum(key in answers for key in requests)
-        self.task = progress.add_task(judge, total=len(requests), completed=self.stored, state="")
+        self.task = progress.add_task(escape_controls(judge), total=len(requests), completed=self.stored, state="")
         self.start = time.monotonic()
         self.answered = self.tokens = self.failed = 0
 
@@ -172,7 +175,7 @@ class _Display:
         if reply.outcome == "answered":
             self.answered += 1
             usage = (parse_completion(reply.raw or "") or {}).get("usage")
-            self.tokens += (usage.get("total_tokens") or 0) if isinstance(usage, dict) else 0
+            self.tokens += (token_count(usage.get("total_tokens")) or 0) if isinstance(usage, dict) else 0
         else:
             self.failed += 1
         rate = self.answered / max(time.monotonic() - self.start, 1e-3)

@@ -21,6 +21,7 @@ from exalign.judging.people.store import Store
 from exalign.judging.people.study import parse_matches, plan_study
 from exalign.judging.tally import OVERALL, tally
 from exalign.settings import Settings
+from exalign.terminal import escape_controls, shown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Judge by people: a blind study on a web page.")
 Where = Annotated[
@@ -70,7 +71,7 @@ def new_study(
         typer.echo(f"  {key}: {count}")
     typer.echo("Private links, shown only now:")
     for person, token in tokens.items():
-        typer.echo(f"  {person}  {_link(url, token)}")
+        typer.echo(f"  {escape_controls(person)}  {_link(url, token)}")
 
 
 @app.command("link")
@@ -133,7 +134,7 @@ def _tally_table(comparisons: Sequence[Comparison]) -> Table:
     for criterion in (OVERALL, *CRITERIA):
         for row in tally(comparisons, criterion):
             shares = [_percent(value) for value in (row.win, row.tie, row.lose, row.score)]
-            table.add_row(f"{row.first} : {row.second}", criterion, *shares, str(row.num_judgements))
+            table.add_row(shown(f"{row.first} : {row.second}"), criterion, *shares, str(row.num_judgements))
     return table
 
 
@@ -161,7 +162,7 @@ def _number(value: Interval | None, *, scale: float = 1, digits: int = 3) -> str
 
 def _print_standing(place: Store, study: str) -> None:
     for person, (done, total) in place.standing(study).items():
-        typer.echo(f"  {person}: {done} of {total}")
+        typer.echo(f"  {escape_controls(person)}: {done} of {total}")
 
 
 def _link(url: str, token: str) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from exalign.errors import InputError
+from exalign.redaction import redact
 
 FORMAT_VERSION = 1
 METADATA = sa.MetaData()
@@ -68,7 +69,8 @@ def open_engine(location: str) -> Engine:
         local = url.get_backend_name() == "sqlite"
         engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_timeout=30, pool_pre_ping=not local)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        raise InputError(f"The store is neither a path nor a database URL that can be opened here: {error}") from None
+        said = str(error).replace(location, redact(location))
+        raise InputError(f"The store is neither a path nor a database URL that can be opened here: {said}") from None
     if local:
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,37 @@
+"""Texts of models, data sets and people on a terminal: shown as they are, never obeyed.
+
+A text may hold escape sequences that move the cursor or open links, characters that turn the direction of what is
+read, and brackets that rich takes for markup. Spelled out and handed over as `Text`, none of them has an effect.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.text import Text
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def escape_controls(text: str) -> str:
+    """`text` with control, format and line-separating characters spelled out, so that it cannot steer a terminal.
+
+    >>> print(escape_controls("a\\n\\x1b[31mb\\u202e"))
+    a\\n\\x1b[31mb\\u202e
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
+
+
+def shown(text: object, style: str = "") -> Text:
+    """`text` on one line for `Console.print`, without markup, links, emoji codes or control characters.
+
+    >>> shown("[red]x[/]\\x1b]8;;http://a\\x07").plain
+    '[red]x[/]\\\\x1b]8;;http://a\\\\x07'
+    """
+    return Text(escape_controls(str(text)), style=style)
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) in _HIDDEN:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
