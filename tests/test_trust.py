@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exalign.spreadsheet import csv_text
 
 SOURCE = Path(__file__).parents[1] / "src" / "exalign"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -82,7 +88,7 @@ def test_models_come_as_safetensors_and_remote_code_is_off_unless_named() -> Non
                     assert argument(call, "use_safetensors") == "True"
             if name.endswith(".save_pretrained") and "tokenizer" not in name:
                 assert argument(call, "safe_serialization") == "True"
-    assert set(found) == {"models/loading.py", "pipeline/preflight.py"}
+    assert set(found) == {"models/loading.py", "pipeline/budget/architecture.py", "pipeline/preflight.py"}
     written = [argument(call, "trust_remote_code") for tree in TREES.values() for _, call in calls(tree)]
     assert "True" not in written
 
@@ -107,10 +113,24 @@ def test_every_page_escapes_what_it_prints() -> None:
     assert markup <= {"report/page.py", "report/verdict_bar.py"}
 
 
-def test_no_table_is_written_as_csv() -> None:
-    """A cell that begins with `=` is a formula to a spreadsheet. Results are JSON lines, Parquet and JSON instead."""
+def test_csv_is_written_in_one_place() -> None:
+    """A cell that begins with `=` is a formula to a spreadsheet; `spreadsheet.csv_text` makes a text of it."""
     writers = ("csv.writer", "csv.DictWriter", ".to_csv", ".write_csv")
-    assert {file for file, tree in TREES.items() for name, _ in calls(tree) if name.endswith(writers)} == set()
+    assert {file for file, tree in TREES.items() for name, _ in calls(tree) if name.endswith(writers)} == {
+        "spreadsheet.py"
+    }
+
+
+@given(st.lists(st.lists(st.one_of(st.text(), st.integers(), st.floats(allow_nan=False)), min_size=1), min_size=1))
+def test_no_cell_is_a_formula_and_numbers_stay_numbers(rows: list[list[str | int | float]]) -> None:
+    found = list(csv.reader(io.StringIO(csv_text(rows), newline="")))
+    for row, cells in zip(rows, [cells or [""] for cells in found], strict=True):
+        for value, cell in zip(row, cells, strict=True):
+            if isinstance(value, str):
+                assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+                assert cell.removeprefix("'") == value.removeprefix("'")
+            else:
+                assert float(cell) == float(value)
 
 
 @pytest.mark.parametrize("file", TREES)

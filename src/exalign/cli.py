@@ -192,7 +192,7 @@ def compare(
         raise InputError(f"--kl {kl} is not a list of numbers, as in 1,2,4.") from None
     text = tables(read_runs(runs, kls), kls)
     if out is None:
-        print(text, end="")
+        typer.echo(text, nl=False)
     else:
         write_text(out, text)
         console.print(shown(f"wrote {out}"), soft_wrap=True)

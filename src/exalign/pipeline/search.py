@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.markup import escape
-
 from exalign.data.records import Header, Record, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.searches import Trial
@@ -48,6 +46,7 @@ from exalign.pipeline.sources import (
 from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
 from exalign.processes import leads, several
 from exalign.storage import fingerprint, read_json, write_json, write_text
+from exalign.terminal import shown
 from exalign.training.loop import NotFiniteError, TrainSettings
 
 Method = TypeVar("Method", bound=TrainSettings)
@@ -138,7 +137,7 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
         _forget_weights(place)
         trials.append(Trial(**read_json(place / "result.json")))
         counts.update(trials[-1].counts)
-        run.console.print(f"  [dim]{escape(trial_sentence(trials[-1]))}[/dim]", highlight=False, soft_wrap=True)
+        run.console.print(shown(f"  {trial_sentence(trials[-1])}", "dim"), soft_wrap=True)
     counts["trials"] = len(trials)
     counts["failed_trials"] = sum(trial.value is None for trial in trials)
     write_text(folder / "trials.csv", trials_csv(trials))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from exalign.evaluation.frontier import reach, reward_at_kl
 from exalign.evaluation.searches import Trial
 from exalign.evaluation.tables import tabulate
 from exalign.pipeline.search_settings import Value
+from exalign.spreadsheet import csv_text
+from exalign.terminal import shown
 
 
 def value_of(supervised: Path, evaluated: Path, kl: float) -> dict[str, Any]:
@@ -73,18 +73,16 @@ def trials_table(trials: Sequence[Trial], best: Trial, title: str) -> Table:
         numbers = ("failed", "–") if trial.value is None else (f"{trial.value:.3f}", f"{trial.kl:.2f}")
         style = "bold" if trial is best else None
         number = f"{trial.number} (best)" if trial is best else str(trial.number)
-        table.add_row(number, _shown(trial.values), *numbers, f"{trial.seconds:.1f}", style=style)
+        table.add_row(number, shown(_shown(trial.values)), *numbers, f"{trial.seconds:.1f}", style=style)
     return table
 
 
 def trials_csv(trials: Sequence[Trial]) -> str:
     """A row per trial: its number, what was searched over, value and KL, its last policy, seconds and what failed."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     outcome = ["value", "kl", "last_reward", "last_kl", "seconds", "same_as", "failed"]
-    writer.writerow(["trial", *trials[0].values, *outcome])
+    rows: list[list[object]] = [["trial", *trials[0].values, *outcome]]
     for t in trials:
         last = t.points[-1] if t.points else {}
         row = [t.value, t.kl, last.get("reward"), last.get("kl"), t.seconds, t.same_as, t.failed]
-        writer.writerow([t.number, *t.values.values(), *row])
-    return stream.getvalue()
+        rows.append([t.number, *t.values.values(), *row])
+    return csv_text(rows)

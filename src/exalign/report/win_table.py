@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from exalign.evaluation.schema import Evidence, Interval, WinRate
 from exalign.report.figure_verdicts import judged_tallies
 from exalign.report.wording import visible, within_a_share
+from exalign.spreadsheet import csv_text
 from exalign.storage import write_json, write_text
 
 SCORER = "scorer"
@@ -87,12 +86,7 @@ def as_markdown(table: WinTable) -> str:
 
 def as_csv(cells: Sequence[WinCell]) -> str:
     """One row per cell, all its numbers as shares in [0, 1]."""
-    stream = io.StringIO()
-    rows = [_plain(cell) for cell in cells]
-    writer = csv.DictWriter(stream, list(_FIELDS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_text([_FIELDS, *([_plain(cell)[name] for name in _FIELDS] for cell in cells)])
 
 
 def _by_scorer(method: str, rate: WinRate) -> WinCell:

@@ -36,7 +36,7 @@ def plan(
     _quiet_libraries()
     budget = budget_of(loaded, machine)
     if as_json:
-        print(json.dumps(as_values(budget), indent=1))
+        typer.echo(json.dumps(as_values(budget), indent=1))
     else:
         print_budget(budget, Console())
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from exalign.pipeline.budget.assumptions import Assumptions
 from exalign.pipeline.budget.cost import Cost
 from exalign.pipeline.budget.devices import NODE
 from exalign.pipeline.budget.memory import Memory
 from exalign.pipeline.budget.stages import Budget
+from exalign.terminal import shown
 
 _FITS = {"yes": "[green]yes[/]", "sharded": "[yellow]sharded[/]", "no": "[bold red]no[/]"}
 
@@ -22,18 +23,16 @@ _FITS = {"yes": "[green]yes[/]", "sharded": "[yellow]sharded[/]", "no": "[bold r
 def print_budget(budget: Budget, console: Console) -> None:
     """Work and hours, memory by what it is for, the totals, and every assumption."""
     machine = budget.machine
-    console.print(
-        f"[bold]{escape(budget.recipe.name)}[/] on {machine.count} × {machine.device.name}. "
-        "Nothing here was measured: every number follows from the recipe, formulas and the assumptions below.",
-        highlight=False,
-    )
+    about = f" on {machine.count} × {machine.device.name}. Nothing here was measured: every number follows from the "
+    about += "recipe, formulas and the assumptions below."
+    console.print(Text.assemble(shown(budget.recipe.name, "bold"), about))
     for table in (work_table(budget), memory_table(budget)):
         console.print()
         console.print(table)
     console.print()
     console.print("[bold]Assumed[/]")
     for sentence in assumptions(budget):
-        console.print(f"  • {escape(sentence)}", highlight=False)
+        console.print(Text.assemble("  • ", shown(sentence)))
 
 
 def work_table(budget: Budget) -> Table:
@@ -43,7 +42,7 @@ def work_table(budget: Budget) -> Table:
         _column(table, name, left=name in ("stage", "bound by"))
     for cost in budget.costs:
         table.add_row(
-            escape(cost.stage),
+            shown(cost.stage),
             quantity(cost.parameters),
             quantity(cost.trained) if cost.trained else "–",
             str(cost.devices),
@@ -68,10 +67,10 @@ def memory_table(budget: Budget) -> Table:
     for cost in budget.costs:
         memory = cost.replicated
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.copies, memory.activations, memory.cache)
-        shown = [_gigabytes(part) for part in (*parts, memory.exchange)]
+        sizes = [_gigabytes(part) for part in (*parts, memory.exchange)]
         spread = _gigabytes(cost.sharded.total) if cost.sharded is not None else "–"
         fits = _FITS[cost.fits(budget.machine.usable)]
-        table.add_row(escape(cost.stage), *shown, f"[bold]{_gigabytes(memory.total)}[/]", spread, fits)
+        table.add_row(shown(cost.stage), *sizes, f"[bold]{_gigabytes(memory.total)}[/]", spread, fits)
     return table
 
 
