@@ -111,8 +111,9 @@ def _position(path: Path) -> Position:
     """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
     values = read_object(path / "checkpoint.json")
     step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
-    counted = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in (step, skipped))
-    if not counted or step != _step_of(path) or not isinstance(run, str):
+    if type(step) is not int or type(skipped) is not int or not isinstance(run, str):  # a truth value is no number
+        raise InputError(f"{path / 'checkpoint.json'} is damaged.")
+    if step != _step_of(path) or skipped < 0:
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
