@@ -14,7 +14,7 @@ from pydantic import Field
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.batching import Group, microbatches
+from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
@@ -137,7 +137,7 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
         sampler = GroupedSampler(model, tokenizer, settings, temperature=1.0, seed=seed)
         drawn: list[Record] = []
         seconds = _timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
-        groups = [_drawn_group(index, record) for index, record in enumerate(drawn)]
+        groups = [group_of(record, index) for index, record in enumerate(drawn)]
         tokens = sampler.counts["completion_tokens"]
         rates.append(Rate(seconds, tokens, forward_flops(model, groups)))
     rates.sort(key=lambda rate: rate.tokens_per_second)
@@ -190,9 +190,3 @@ def _groups(model: Any, shape: BenchShape) -> list[Group]:
         rewards = torch.randn(shape.num_completions, generator=draw)
         groups.append(Group(index, ids(shape.prompt_tokens), completions, rewards=rewards))
     return groups
-
-
-def _drawn_group(index: int, record: Record) -> Group:
-    assert record.prompt_ids is not None
-    completions = tuple(torch.tensor(completion.token_ids) for completion in record.completions)
-    return Group(index, torch.tensor(record.prompt_ids), completions)

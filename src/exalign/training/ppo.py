@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.batching import Group, completion_token_mask, microbatches
+from exalign.data.batching import Group, completion_token_mask, group_of, microbatches
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.actor_critic import ActorCritic
@@ -226,7 +226,7 @@ class PPO:
             return [], Counter()
         sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
         drawn = list(sampler.sample(records))
-        groups = [_group(record, index) for index, record in enumerate(drawn)]
+        groups = [group_of(record, index) for index, record in enumerate(drawn)]
         rewards, device = world.scorer.score(drawn), device_of(policy)
         world.reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
         found: dict[int, list[Tensor]] = {}
@@ -303,11 +303,6 @@ def rollout_plan(settings: PPOSettings) -> RolloutPlan:
     return RolloutPlan(
         settings.rollout_prompts, settings.batch_prompts, settings.passes, settings.epochs, settings.seed
     )
-
-
-def _group(record: Record, index: int) -> Group:
-    completions = tuple(torch.tensor(completion.token_ids) for completion in record.completions)
-    return Group(index, torch.tensor(record.prompt_ids), completions)
 
 
 def _precision(settings: PPOSettings, device: torch.device) -> AbstractContextManager[object]:
