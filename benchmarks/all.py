@@ -41,6 +41,8 @@ def plan() -> dict[str, list[str]]:
         tasks[f"profile-{shape}-{k}"] = ["profile", "--shape", shape, "--k", str(k), "--prompts", "8"]
     for shape, k in MEMORY_CELLS:
         tasks[f"memory-{shape}-{k}"] = ["memory", "--shape", shape, "--k", str(k)]
+        if (shape, k) != MEMORY_CELLS[0]:  # every way in one cell, the two that matter to the floor in the others
+            tasks[f"memory-{shape}-{k}"] += ["--contenders", "exalign,trl-completions,trl-completions:4"]
     return tasks
 
 

@@ -29,6 +29,7 @@ from training.tiny_world import (
     CONFIG,
     GoodWords,
     assert_same_outcome,
+    by_formula,
     make_actor_critic,
     make_prompts,
     make_surroundings,
@@ -333,16 +334,12 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
 def test_golden_trace(tmp_path: Path) -> None:
     """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
     module, world = make_actor_critic(), make_surroundings()
-    with torch.no_grad():  # weights that no library's initialisation decides
-        for part in (module.model, module.critic, world.reference):
-            for name, parameter in part.named_parameters():
-                wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 12.9898)
-                wave = wave.view(parameter.shape) / 10
-                parameter.copy_(1 + wave if "ln" in name and name.endswith("weight") else wave)
+    for part in (module.model, module.critic, world.reference):
+        by_formula(part)
     settings = PPOSettings(
         learning_rate=1e-3, critic_learning_rate=2e-3, rollout_prompts=4, batch_prompts=2, passes=2, critic_steps=2
     )
     train_ppo(module, make_tokenizer(), world, settings, tmp_path)
     rows, expected = read_metrics(tmp_path), json.loads(GOLDEN.read_text())
-    for name, tolerance in (("loss", 1e-5), ("reward", 1e-6), ("kl", 1e-5), ("grad_norm", 1e-4)):
-        assert [row[name] for row in rows] == pytest.approx(expected[name], abs=tolerance, rel=1e-4)
+    for name in ("loss", "reward", "kl", "grad_norm"):
+        assert [row[name] for row in rows] == pytest.approx(expected[name], rel=1e-6, abs=1e-7)

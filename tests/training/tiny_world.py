@@ -49,6 +49,19 @@ def make_policy(seed: int = 0, *, settings: ModelSettings | None = None) -> nn.M
     return load_policy(settings or ModelSettings(config=CONFIG), make_tokenizer())
 
 
+def by_formula(model: nn.Module) -> nn.Module:
+    """Float64 weights that no library's initialisation decides: waves of height 0.1 along each tensor, norms around 1.
+
+    Golden traces start from them: in float32 some steps of Adam make the rounding of another machine visible.
+    """
+    model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 12.9898).view(parameter.shape) / 10
+            parameter.copy_(1 + wave if "ln" in name and name.endswith("weight") else wave)
+    return model
+
+
 def make_groups(count: int, *, num_completions: int = 4, seed: int = 0) -> list[Group]:
     """Ragged prompts and completions of random words; the reward of a completion is the share of the good word."""
     generator = torch.Generator().manual_seed(seed)
