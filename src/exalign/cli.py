@@ -198,6 +198,22 @@ def compare(
         console.print(shown(f"wrote {out}"), soft_wrap=True)
 
 
+@app.command()
+def select(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    kl_budget: Annotated[float, typer.Option(help="Nats from the supervised policy that a checkpoint may be away.")],
+) -> None:
+    """Name each method's best checkpoint within a KL budget, and the folder to load it from."""
+    from exalign.evaluation.selection import select as selected_within
+    from exalign.report.selection import selection_table
+
+    selected, without = selected_within(run, kl_budget)
+    if selected:
+        console.print(selection_table(selected, run))
+    for method in without:
+        console.print(shown(f"{method} has no checkpoint within {kl_budget:g} nats"), soft_wrap=True)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
