@@ -14,13 +14,13 @@ from exalign.terminal import shown
 
 def selection_table(selected: Sequence[Selected], run: Path) -> Table:
     """For the terminal; a model that is no longer in the run is said to be gone."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("method", "step", "KL (nats)", "reward", "model in the run"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("method", "KL (nats)", "reward", "model in the run"):
         table.add_column(name, justify="left" if name.startswith("m") else "right", overflow="fold")
     for row in selected:
         place = shown(str(row.folder) if (run / row.folder).is_dir() else f"{row.folder} (gone)")
         kl, reward = _text(row.point.kl), _text(row.point.reward)
-        table.add_row(shown(row.method), str(row.point.step), kl, reward, place)
+        table.add_row(shown(row.method), kl, reward, place)
     return table
 
 
