@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from exalign.training import AlignSettings, train_align, with_reference_logp
 from exalign.training.rounds import train_rounds
 from training.tiny_world import (
     assert_same_outcome,
+    by_formula,
     make_policy,
     make_surroundings,
     make_tokenizer,
@@ -28,6 +30,7 @@ from training.tiny_world import (
 )
 
 TEMPERATURE = 0.8
+GOLDEN = Path(__file__).with_name("golden_rounds.json")
 
 
 def rounds_of(folder: Path) -> list[Path]:
@@ -107,3 +110,13 @@ def test_what_rounds_cannot_do_is_one_sentence(changes: dict[str, Any], sentence
     policy: Any = make_policy()
     with pytest.raises(InputError, match=sentence):
         train_rounds(policy, make_tokenizer(), make_surroundings(), settings, tmp_path)
+
+
+def test_golden_trace(tmp_path: Path) -> None:
+    """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
+    policy, reference = (by_formula(make_policy()) for _ in range(2))
+    settings = AlignSettings(learning_rate=1e-3, batch_prompts=2, epochs=2, rounds=2)
+    train_rounds(policy, make_tokenizer(), make_surroundings(reference=reference.eval()), settings, tmp_path)  # type: ignore[arg-type]
+    rows, expected = read_metrics(tmp_path), json.loads(GOLDEN.read_text())
+    for name in ("loss", "kl", "grad_norm"):
+        assert [row[name] for row in rows] == pytest.approx(expected[name], rel=1e-6, abs=1e-7)
