@@ -106,7 +106,7 @@ def test_schedule_counts_optimizer_steps_not_micro_batches(tmp_path: Path) -> No
     assert rates[0] == pytest.approx([0.5e-3 * factor for factor in expected])
 
 
-def test_policies_are_evenly_spaced_and_the_last_is_the_model(tmp_path: Path) -> None:
+def test_policies_are_closer_at_first_and_the_last_is_the_model(tmp_path: Path) -> None:
     policy = make_policy()
     settings = SFTSettings(learning_rate=1e-2, batch_prompts=2, save_policies=2)
     folder = tmp_path / "sft"

@@ -140,11 +140,16 @@ def test_the_micro_batch_split_changes_nothing(tmp_path: Path) -> None:
 
 def test_while_the_critic_is_alone_the_policy_keeps_every_bit(tmp_path: Path) -> None:
     module = small_ppo_run(tmp_path, save_policies=16, weight_decay=0.1)
+    small_ppo_run(tmp_path / "alone", critic_steps=16, weight_decay=0.1)
     start = make_actor_critic().model.state_dict()
-    for step in (1, 6, 7):
-        saved = load_file(tmp_path / "policies" / f"step-{step:06d}" / "model.safetensors")
-        same = all(torch.equal(tensor, start[name]) for name, tensor in saved.items())
-        assert same is (step <= 6)
+    steps = {
+        folder: sorted(path.name for path in (folder / "policies").iterdir())
+        for folder in (tmp_path, tmp_path / "alone")
+    }
+    assert steps[tmp_path][0] == "step-000007" and steps[tmp_path / "alone"] == ["step-000016"]  # none while it stands
+    for folder, same in ((tmp_path, False), (tmp_path / "alone", True)):
+        saved = load_file(folder / "policies" / steps[folder][0] / "model.safetensors")
+        assert all(torch.equal(tensor, start[name]) for name, tensor in saved.items()) is same
     rows = read_metrics(tmp_path)
     assert rows[5]["loss"] == rows[5]["value_loss"] and rows[6]["loss"] != rows[6]["value_loss"]
     critic = make_actor_critic().critic.state_dict()

@@ -70,7 +70,7 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products in bfloat16, weights as is")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints that an interrupted run needs")
-    save_policies: int = Field(1, gt=0, description="models saved along the way, evenly spaced, the final one included")
+    save_policies: int = Field(1, gt=0, description="models saved, closer together at first, the final one included")
     seed: int = Field(0, ge=0, description="seeds the order of the prompts; a recipe adds its own seed to it")
     trackers: tuple[str, ...] = Field((), description="trackers known to Accelerate: tensorboard, wandb, trackio, …")
 
@@ -82,6 +82,11 @@ class TrainSettings(Settings):
     def leaves_some_out(self) -> bool:
         """Whether in some steps a trained parameter gets no gradient; a task with parts overrides it."""
         return False
+
+    @property
+    def idle_steps(self) -> int:
+        """How many steps at the start leave the policy as it is; a task with parts overrides it."""
+        return 0
 
 
 class Task(Protocol):
@@ -133,7 +138,7 @@ def train(
     if writes:
         remove_leftovers(folder)
     position = load_checkpoint(folder / "checkpoints", _fingerprint(task, settings), trainer.model, trainer.optimizer)
-    policy_steps = evenly_spaced(num_steps, settings.save_policies)
+    policy_steps = saved_steps(num_steps, settings.save_policies, idle=settings.idle_steps)
     with (
         TrainingProgress(folder.name, num_steps=num_steps, done=position.step, visible=writes) as progress,
         MetricsLog(folder / "metrics.jsonl", step=position.step, writes=writes) as metrics,
@@ -165,14 +170,21 @@ def train(
     return folder / "model"
 
 
-def evenly_spaced(num_steps: int, count: int) -> list[int]:
-    """At most `count` different steps out of 1…`num_steps`, evenly spaced, the last one included.
+def saved_steps(num_steps: int, count: int, *, idle: int = 0) -> list[int]:
+    """The `count` steps, or all if they are fewer, after which a policy is saved: the last one, and squares before it.
 
-    >>> evenly_spaced(10, 4), evenly_spaced(2, 5)
-    ([2, 5, 7, 10], [1, 2])
+    KL to the start grows fastest in the first steps, where a frontier of evenly spaced policies would have none. The
+    first `idle` steps, which leave the policy as it is, are passed over.
+
+    >>> saved_steps(24, 4), saved_steps(3, 5), saved_steps(24, 3, idle=8)
+    ([2, 6, 14, 24], [1, 2, 3], [10, 16, 24])
     """
-    count = min(count, num_steps)
-    return [(index + 1) * num_steps // count for index in range(count)]
+    idle = min(idle, num_steps - 1)
+    moving, steps = num_steps - idle, [0]
+    count = min(count, moving)
+    for index in range(1, count + 1):
+        steps.append(max(steps[-1] + 1, -(-moving * index**2 // count**2)))
+    return [idle + step for step in steps[1:]]
 
 
 def accumulate(

@@ -86,6 +86,11 @@ class PPOSettings(TrainSettings):
         """While the critic is trained alone, the policy gets no gradient."""
         return self.critic_steps > 0
 
+    @property
+    def idle_steps(self) -> int:
+        """The critic's own steps."""
+        return self.critic_steps
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:

@@ -24,7 +24,7 @@ from exalign.pipeline.evaluation_stages import evaluation_scorer
 from exalign.pipeline.recipe import PPOStageSettings, Recipe, ScorerSettings
 from exalign.pipeline.sources import SCORING_TOKENS
 from exalign.pipeline.stages import plan, reference_name
-from exalign.training.loop import TrainSettings, evenly_spaced
+from exalign.training.loop import TrainSettings, saved_steps
 
 SCORER_TOKENS = 4096
 """Tokens that a scorer computes at a time."""
@@ -207,7 +207,7 @@ class _Pricing:
             paired = self.recipe.align[method].target == "preference"
             load, passes = self.loads.pairs() if paired else self.loads.rewarded(), 1
         steps = passes * settings.epochs * -(-load.prompts // settings.batch_prompts)
-        return len(evenly_spaced(steps, settings.save_policies))
+        return len(saved_steps(steps, settings.save_policies, idle=settings.idle_steps))
 
     def drawn_and_scored(self, stage: str, load: Load, scorer: ScorerSettings, *, reference: bool = False) -> Cost:
         policy = self.frozen_policy()
