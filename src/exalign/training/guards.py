@@ -30,7 +30,7 @@ class NotFiniteError(InputError):
     """Loss or gradient was not finite for so many steps in a row that training was stopped."""
 
 
-def smaller_budget(error: TooLargeError, token_budget: int, *, step: int, last_checkpoint: int) -> int:
+def smaller_budget(error: TooLargeError, token_budget: int, *, step: int, saved_at: int) -> int:
     """The token budget with which step `step` (from 1) is begun again; an `InputError` where nothing is left to divide.
 
     So it is with several processes: those that have room wait in a collective operation for the one that has none, and
@@ -40,7 +40,7 @@ def smaller_budget(error: TooLargeError, token_budget: int, *, step: int, last_c
         raise InputError(
             f"Out of memory in step {step}: {error}. Several processes cannot begin a step again; give the same "
             f"command with a token_budget below {token_budget}, or gradient_checkpointing, and it goes on after step "
-            f"{last_checkpoint}."
+            f"{saved_at}."
         )
     return error.smaller(token_budget)
 
@@ -77,9 +77,9 @@ def keep_skipped(
     return f"{said} ({blamed}); see {path}"
 
 
-def not_finite(step: int, in_a_row: int, skipped: Path, *, last_checkpoint: int) -> NotFiniteError:
+def not_finite(step: int, in_a_row: int, skipped: Path, *, last_good: int) -> NotFiniteError:
     """The error that ends a training after step `step` (from 1), with the command that recovers it."""
-    goes_on = f"goes on after step {last_checkpoint}, the last checkpoint before" if last_checkpoint else "starts over"
+    goes_on = f"goes on after step {last_good}, the last good checkpoint" if last_good else "starts over"
     return NotFiniteError(
         f"Training stopped at step {step}: loss or gradient was not finite {in_a_row} times in a row; the batches are "
         f"in {skipped}. The same command with a lower learning_rate or max_grad_norm and --recover {goes_on}; where "

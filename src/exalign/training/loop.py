@@ -38,6 +38,7 @@ from exalign.training.sharding import Whole, shard, whole_number
 from exalign.training.state import (
     MetricsLog,
     Position,
+    last_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     remove_leftovers,
@@ -72,7 +73,8 @@ class _Trainer:
     warmup_steps: int
     token_budget: int
     """That of the settings, or less once memory has run out."""
-    last_checkpoint: int = 0
+    saved_at: int = 0
+    """The step of the last checkpoint."""
 
 
 def train(
@@ -107,7 +109,6 @@ def train(
 
     if writes:
         remove_leftovers(folder)
-        forget_stop(folder)
     _take_steps(trainer, save)
     save(folder / "model")
     if writes:
@@ -188,7 +189,7 @@ def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
             if due or position.step == num_steps:
                 metrics.sync()
                 save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
-                trainer.last_checkpoint = position.step
+                trainer.saved_at = position.step
 
 
 def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def _gradient(
         try:
             return accumulate(trainer.accelerator, trainer.model, trainer.task, groups, trainer.token_budget)
         except TooLargeError as error:
-            budget = smaller_budget(error, trainer.token_budget, step=step + 1, last_checkpoint=trainer.last_checkpoint)
+            budget = smaller_budget(error, trainer.token_budget, step=step + 1, saved_at=trainer.saved_at)
             say(f"{error}; from step {step + 1} on token_budget is {budget:,} instead of {trainer.token_budget:,}")
             trainer.token_budget = budget
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -247,9 +248,11 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
     writes, skipped = trainer.accelerator.is_main_process, trainer.folder / "skipped"
     say(keep_skipped(skipped, row, trainer.task.batches[row["step"] - 1], loss_of, trainer.tokenizer, writes=writes))
     if in_a_row >= trainer.settings.max_skipped_in_a_row:
-        error = not_finite(row["step"], in_a_row, skipped, last_checkpoint=trainer.last_checkpoint)
+        # The weights that all these batches failed on were made by the step before them, and may be to blame.
+        good = last_checkpoint(trainer.folder / "checkpoints", before=row["step"] - in_a_row)
+        error = not_finite(row["step"], in_a_row, skipped, last_good=good)
         if writes:
-            record_stop(trainer.folder, str(error), trainer.settings.model_dump(), after_step=trainer.last_checkpoint)
+            record_stop(trainer.folder, str(error), trainer.settings.model_dump(), after_step=good)
         raise error
 
 
@@ -267,7 +270,9 @@ def _start(trainer: _Trainer) -> Position:
         settled=fingerprint({"settings": settled, **made_from}),
         recovered_after=recovered_after(folder, deciding),
     )
-    trainer.last_checkpoint = position.step
+    trainer.saved_at = position.step
+    if trainer.accelerator.is_main_process:
+        forget_stop(folder)
     return position
 
 

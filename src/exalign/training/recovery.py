@@ -1,10 +1,11 @@
 """From the last good checkpoint of a training that stopped, on with other settings; and what was done, kept for good.
 
 Everything in a step is a function of (seed, step), so a training that stopped because loss or gradient was not finite
-comes to the same end under the same settings. What helps is a lower learning rate or clipping: `ADJUSTABLE`. Steps that
-are skipped move no weight and get no checkpoint, so the newest checkpoint stands before the first of them.
+comes to the same end under the same settings. What helps is a lower learning rate or clipping: `ADJUSTABLE`. Skipped
+steps move no weight: all of them failed on the weights that the last step before them made. The last good checkpoint is
+one from before that step, when a loss was still finite.
 
-`stopped.json` says where and why a training stopped. `recover` moves it into `recoveries.json`, which lists every
+`stopped.json` says where and why a training stopped. `recover` enters it in `recoveries.json`, which lists every
 recovery with the settings before and after. A model that was recovered is not that of its final settings alone, and
 this list is what tells them apart.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from exalign.errors import InputError
 from exalign.storage import read_json, read_object, write_json
 from exalign.training.settings import ADJUSTABLE
+from exalign.training.state import drop_checkpoints
 
 
 def adjustable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,11 +78,18 @@ def recover(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def add_recovery(folder: Path, entry: dict[str, Any]) -> None:
-    """Add the entry, once, however often a process that does so is killed; then forget the stop."""
-    before = recoveries(folder)
-    if before[-1:] != [entry]:
-        write_json(folder / "recoveries.json", [*before, entry])
-    forget_stop(folder)
+    """Write the entry into `recoveries.json` and drop later checkpoints; the training, as it goes on, forgets the stop.
+
+    Where no checkpoint is left, nothing is left of the settings before, and there is nothing to tell.
+    """
+    if entry["after_step"]:
+        write_json(folder / "recoveries.json", extended(recoveries(folder), entry))
+    drop_checkpoints(folder / "checkpoints", after=entry["after_step"])
+
+
+def extended(before: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The list with the entry as its last, once, however often a process that does so is killed."""
+    return before if before[-1:] == [entry] else [*before, entry]
 
 
 def recovered_after(folder: Path, settings: Mapping[str, Any]) -> int:

@@ -77,6 +77,18 @@ def prune_checkpoints(folder: Path, step: int, *, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def last_checkpoint(folder: Path, *, before: int) -> int:
+    """The step of the last checkpoint that stands before step `before`; 0 where there is none."""
+    return max((_step_of(path) for path in _checkpoints(folder) if _step_of(path) < before), default=0)
+
+
+def drop_checkpoints(folder: Path, *, after: int) -> None:
+    """Remove the checkpoints after step `after`."""
+    for path in _checkpoints(folder):
+        if _step_of(path) > after:
+            shutil.rmtree(path)
+
+
 def load_checkpoint(
     folder: Path, run: str, model: nn.Module, optimizer: Optimizer, *, settled: str = "", recovered_after: int = 0
 ) -> Position:
