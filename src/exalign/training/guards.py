@@ -90,14 +90,17 @@ def not_finite(step: int, in_a_row: int, skipped: Path, *, last_good: int) -> No
 def _described(group: Group, loss: float, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     names = {"reward": "rewards", "reference_logprob": "reference_logp", "proposal_logprob": "proposal_logp"}
     values = {name: getattr(group, field) for name, field in names.items()}
-    completions = [
-        {"text": tokenizer.decode(ids), "token_ids": ids.tolist()}
-        | {name: _json_number(float(tensor[place])) for name, tensor in values.items() if tensor is not None}
+    completions: list[dict[str, Any]] = [
+        {"text": tokenizer.decode(ids), "token_ids": ids.tolist(), **_numbers(values, place)}
         for place, ids in enumerate(group.completion_ids)
     ]
     prompt = {"prompt": tokenizer.decode(group.prompt_ids), "prompt_ids": group.prompt_ids.tolist()}
     own = {"row": group.index, "loss": _json_number(loss), "finite": math.isfinite(loss)}
     return own | prompt | {"preferred": group.preferred, "completions": completions}
+
+
+def _numbers(values: dict[str, Tensor | None], place: int) -> dict[str, float | str]:
+    return {name: _json_number(float(tensor[place])) for name, tensor in values.items() if tensor is not None}
 
 
 def _json_number(value: float) -> float | str:

@@ -53,14 +53,13 @@ def next_recovery(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] |
     if not path.exists():
         return None
     stopped = read_object(path)
-    entry = {"after_step": stopped.get("after_step"), "reason": stopped.get("reason")}
-    entry |= {"were": stopped.get("settings"), "settings": adjustable(settings)}
+    now = adjustable(settings)
+    entry = {name: stopped.get(name) for name in ("after_step", "reason")}
+    entry |= {"were": stopped.get("settings"), "settings": now}
     if not _is_recovery(entry):
         raise InputError(f"{path} is damaged; delete it and run the stage again.")
-    if entry["settings"] == entry["were"]:
-        raise InputError(
-            f"{folder} stopped with these very settings, and would again; lower {' or '.join(entry['settings'])}."
-        )
+    if now == entry["were"]:
+        raise InputError(f"{folder} stopped with these very settings, and would again; lower {' or '.join(now)}.")
     return entry
 
 
