@@ -71,3 +71,13 @@ class EpochBatches:
                 digest.update(b"|")
             digest.update(f"{group.index} {group.preferred}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def evenly_spaced(num_steps: int, count: int) -> list[int]:
+    """At most `count` different steps out of 1…`num_steps`, evenly spaced, the last one included.
+
+    >>> evenly_spaced(10, 4), evenly_spaced(2, 5)
+    ([2, 5, 7, 10], [1, 2])
+    """
+    count = min(count, num_steps)
+    return [(index + 1) * num_steps // count for index in range(count)]

@@ -28,7 +28,7 @@ from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.models.scalar_head import PackedScorer
 from exalign.storage import fingerprint
 from exalign.training.accelerator import make_accelerator, sharding_wanted
-from exalign.training.batches import Batches
+from exalign.training.batches import Batches, evenly_spaced
 from exalign.training.guards import keep_skipped, not_finite, smaller_budget
 from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.progress import TrainingProgress
@@ -118,16 +118,6 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return folder / "model"
-
-
-def evenly_spaced(num_steps: int, count: int) -> list[int]:
-    """At most `count` different steps out of 1…`num_steps`, evenly spaced, the last one included.
-
-    >>> evenly_spaced(10, 4), evenly_spaced(2, 5)
-    ([2, 5, 7, 10], [1, 2])
-    """
-    count = min(count, num_steps)
-    return [(index + 1) * num_steps // count for index in range(count)]
 
 
 def accumulate(
