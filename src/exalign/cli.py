@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,13 @@ Overrides = Annotated[
 ]
 Folder = Annotated[Path | None, typer.Option("--run", help="The run's directory (default: runs/NAME).")]
 Redo = Annotated[bool, typer.Option("--redo", help="Make again what was made from other settings or data.")]
+Recover = Annotated[
+    bool,
+    typer.Option(
+        "--recover",
+        help="Go on where a training stopped, from its last good checkpoint, with a lower learning_rate.",
+    ),
+]
 
 STAGES = {
     "sft": ("sft", "Fine-tune the supervised policy."),
@@ -47,24 +54,31 @@ STAGES = {
 }
 
 
-def _carry_out(recipe: Path, overrides: list[str] | None, folder: Path | None, redo: bool, *targets: str) -> None:
+def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
     from exalign.pipeline import Run, carry_out, load_recipe
 
     _quiet_libraries()
     loaded = load_recipe(recipe, overrides or ())
-    run = Run(loaded, folder, console=console, redo=redo)  # type: ignore[arg-type]
-    carry_out(run, *targets)
+    carry_out(Run(loaded, console=console, **run), *targets)
 
 
 @app.command("run")
-def run_all(recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False) -> None:
+def run_all(
+    recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False, recover: Recover = False
+) -> None:
     """Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues."""
-    _carry_out(recipe, overrides, run, redo)
+    _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover})
 
 
 def _add_stage(name: str, target: str, text: str) -> None:
-    def command(recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False) -> None:
-        _carry_out(recipe, overrides, run, redo, target)
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        run: Folder = None,
+        redo: Redo = False,
+        recover: Recover = False,
+    ) -> None:
+        _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, target)
 
     app.command(name, help=f"{text} Stages it needs run first unless they are done.")(command)
 
@@ -78,6 +92,7 @@ def demo(
     overrides: Overrides = None,
     run: Annotated[Path, typer.Option("--run", help="The run's directory.")] = Path("runs/demo"),
     redo: Redo = False,
+    recover: Recover = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
     from exalign.pipeline import Run, carry_out
@@ -85,7 +100,7 @@ def demo(
 
     _quiet_libraries()
     recipe = demo_recipe(run, overrides or ())
-    carry_out(Run(recipe, run, console=console, redo=redo))
+    carry_out(Run(recipe, run, console=console, redo=redo, recover=recover))
 
 
 @app.command()

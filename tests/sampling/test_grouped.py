@@ -78,6 +78,48 @@ def test_a_completion_does_not_depend_on_its_neighbours(make_model, tokenizer, b
     assert texts(other.sample(prompts()[2:3])) == {"prompt-2": together["prompt-2"]}
 
 
+class Cramped:
+    """A step of the decoder on memory that holds so many live completions, from the `late`-th token of any on."""
+
+    def __init__(self, decoder, room: int, late: int) -> None:
+        self.decoder, self.room, self.late = decoder, room, late
+        self.keep = decoder.keep
+
+    def step(self, groups):
+        logits = self.decoder.step(groups)  # what ran out has changed the caches by then
+        rows = sum(group.num_completions if group.tokens is None else len(group.tokens) for group in groups)
+        if rows > self.room and max(group.length for group in groups) >= self.late:
+            raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+        return logits
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("decoder", [SharedDecoder, PlainDecoder])
+def test_where_memory_runs_out_fewer_are_decoded_together_and_draw_the_same(
+    make_model, tokenizer, caplog, decoder, late
+):
+    """Room for 7: at most 30 of the 36 completions are admitted, 27 or more fail, then 15, and 7 never do."""
+    model = make_model("llama")
+    usual = sampler(model, tokenizer)
+    expected = texts(usual.sample(prompts(12)))
+    cramped = sampler(model, tokenizer, batch_completions=30)
+    cramped._decoder = Cramped(decoder(model), 7, late)
+    found = list(cramped.sample(prompts(12)))
+    assert [record.id for record in found] == [f"prompt-{i}" for i in range(12)]
+    assert texts(found) == expected
+    assert cramped.counts == usual.counts
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.rsplit(" ", 1)[1] for line in said] == ["15.", "7."]
+    assert all("completions together do not fit in memory; it goes on with at most" in line for line in said)
+
+
+def test_one_prompt_that_does_not_fit_is_one_sentence(make_model, tokenizer):
+    cramped = sampler(make_model("llama"), tokenizer)
+    cramped._decoder = Cramped(cramped._decoder, 2, 0)
+    with pytest.raises(InputError, match="The 3 completions of prompt prompt-0 do not fit in memory; lower sample"):
+        list(cramped.sample(prompts(2)))
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 16])
 def test_more_completions_and_longer_limits_only_add(make_model, tokenizer, number):
     model = make_model("gpt2")

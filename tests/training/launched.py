@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,8 +20,10 @@ from torch.distributed import TCPStore
 
 from exalign.cli import main
 from exalign.data.batching import Group
+from exalign.errors import InputError
 from exalign.models.loading import LoraSettings, ModelSettings, load_reward_model
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
+from exalign.processes import failing
 from exalign.training import (
     AlignSettings,
     RewardModelSettings,
@@ -135,6 +138,32 @@ def run_command(folder: Path, arguments: list[str]) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         main(arguments)
+
+
+def run_out_of_memory(folder: Path) -> None:
+    """A training whose second process has no room; what ends it is printed as the command line prints it."""
+    torch.set_num_threads(1)
+
+    class Cramped:
+        batches = EpochBatches(make_groups(6), batch_prompts=6, epochs=1, seed=0)
+
+        def weight(self, groups: Sequence[Group]) -> float:
+            return len(groups)
+
+        def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+            if os.environ["RANK"] == "1":
+                raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+            return completion_logprobs(model, groups, temperature=1.0).sum(), {}
+
+    policy, settings = make_policy(), TrainSettings(token_budget=512)
+    with (folder / f"printed-{os.environ['RANK']}").open("w") as stream:
+        try:
+            train(Cramped(), PackedPolicy(policy), make_tokenizer(), settings, folder / "run", card="")
+        except InputError as error:
+            with failing() as first:
+                if first:
+                    print(f"error: {error}", file=stream)
+            sys.exit(2)
 
 
 def start(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
@@ -20,15 +19,13 @@ from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.training import (
     AlignSettings,
     SFTSettings,
-    TrainSettings,
-    train,
     train_align,
     train_sft,
     with_reference_logp,
 )
 from exalign.training.align import Align
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import MAX_SKIPPED_IN_A_ROW, accumulate
+from exalign.training.loop import accumulate
 from exalign.training.optimizer import learning_rate_factor
 from exalign.training.progress import TrainingProgress
 from exalign.training.sft import MaximumLikelihood
@@ -183,55 +180,6 @@ def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
 def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'wanb' is not installed"):
         train_sft(make_policy(), make_tokenizer(), make_groups(4), SFTSettings(trackers=("wanb",)), tmp_path)
-
-
-@dataclass(frozen=True)
-class PoisonedTask:
-    """Squared weights; not finite, in value or only in gradient, where a batch holds a poisoned index."""
-
-    batches: EpochBatches
-    poisoned: frozenset[int]
-    poison: str
-
-    def weight(self, groups: list[Group]) -> float:
-        return len(groups)
-
-    def loss(self, model: nn.Module, groups: list[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = sum(parameter.square().sum() for parameter in model.parameters()) * len(groups)
-        if any(group.index in self.poisoned for group in groups):
-            parameter = next(model.parameters()).flatten()[0]
-            # The square root at 0 has value 0 and an infinite derivative.
-            loss = loss * math.nan if self.poison == "loss" else loss + (parameter - parameter.detach()).sqrt()
-        return loss, {}  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_step_that_is_not_finite_is_skipped_and_recorded(poison: str, tmp_path: Path) -> None:
-    settings = TrainSettings(learning_rate=1e-3, batch_prompts=1, schedule="constant", warmup_fraction=0.0)
-    batches = EpochBatches(make_groups(6), batch_prompts=1, epochs=1, seed=0)
-    policies = []
-    for poisoned in (frozenset({batches[2][0].index}), frozenset()):
-        policies.append(make_policy())
-        task = PoisonedTask(batches, poisoned, poison)
-        train(task, PackedPolicy(policies[-1]), make_tokenizer(), settings, tmp_path / str(len(poisoned)), card="")
-    rows, clean = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "0")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0]
-    assert rows[2]["grad_norm"] is None
-    assert (rows[2]["loss"] is None) == (poison == "loss")
-    # The batches do not matter to this loss, so the run lags the clean one by exactly the step that was not taken.
-    assert [row["loss"] for row in rows[3:]] == [row["loss"] for row in clean[2:5]]
-    assert all(bool(parameter.isfinite().all()) for parameter in policies[0].parameters())
-
-
-def test_too_many_skipped_steps_in_a_row_stop_with_a_reason(tmp_path: Path) -> None:
-    count = MAX_SKIPPED_IN_A_ROW + 5
-    batches = EpochBatches(make_groups(count), batch_prompts=1, epochs=1, seed=0)
-    task = PoisonedTask(batches, frozenset(range(count)), "loss")
-    settings = TrainSettings(batch_prompts=1, checkpoint_every=4)
-    for _ in range(2):  # started again, it continues after the checkpoint at 8 and comes to the same end
-        with pytest.raises(InputError, match=f"stopped at step {MAX_SKIPPED_IN_A_ROW}: .* not finite"):
-            train(task, PackedPolicy(make_policy()), make_tokenizer(), settings, tmp_path, card="")
-        assert [row["skipped"] for row in read_metrics(tmp_path)] == [1] * MAX_SKIPPED_IN_A_ROW
 
 
 def test_no_groups_is_an_input_error(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from exalign.errors import InputError
 from exalign.processes import in_order
+from exalign.storage import read_json
 from exalign.training.accelerator import sharding_wanted
 from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
 from training.tiny_world import TIMINGS, read_metrics
@@ -22,6 +23,7 @@ WHAT_RUNS = {
     "fsdp2": list(TRAININGS),
     "fsdp2-one-group": ["align"],
 }
+KEPT = "skipped/step-000002.json"
 CASES = [(layout, name) for layout, names in WHAT_RUNS.items() for name in names]
 
 
@@ -86,9 +88,16 @@ def test_the_last_batch_of_an_epoch_counts_once(several: dict[str, Path], one: P
         assert [row["step"] for row in read_metrics(several[layout] / "sft")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(several: dict[str, Path]) -> None:
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(several: dict[str, Path], one: Path) -> None:
     for layout in ("ddp", "fsdp2"):
         assert [row["skipped"] for row in read_metrics(several[layout] / "poisoned")] == [0, 1, 0]
+        kept, expected = (read_json(place / "poisoned" / KEPT) for place in (several[layout], one))
+        assert [(g["row"], g["finite"]) for g in kept["groups"]] == [
+            (g["row"], g["finite"]) for g in expected["groups"]
+        ]
+        assert [g["finite"] for g in kept["groups"]] == [False, True, True]
+        losses, others = ([g["loss"] for g in batch["groups"] if g["finite"]] for batch in (kept, expected))
+        assert losses == pytest.approx(others, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

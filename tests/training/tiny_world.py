@@ -85,7 +85,8 @@ def read_metrics(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[st
     return [{name: value for name, value in row.items() if name not in without} for row in rows]
 
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "token_budget")
+"""What the clock and the memory decide."""
 
 
 def small_align_run(folder: Path, *, token_budget: int = 512) -> nn.Module:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exalign.data.batching import Group, microbatches
+from exalign.data.batching import Group
 from exalign.models.lm_head import LogitMap, token_logprobs
+from exalign.models.memory import computed
 from exalign.models.packing import (
     base_of,
     device_of,
@@ -63,12 +65,12 @@ def reference_logprobs(
 ) -> list[Tensor]:
     """log π(y_i|x) `[K]` of each group, without gradient, on the CPU: the numbers that stand for a reference model.
 
-    By the code path of training, in micro-batches of whole groups up to `token_budget` tokens.
+    By the code path of training, in micro-batches of whole groups up to `token_budget` tokens, or as many as fit.
     """
     found: dict[int, Tensor] = {}
     with torch.no_grad():
-        for batch in microbatches(groups, token_budget=token_budget):
-            values = completion_logprobs(model, batch, temperature=temperature).cpu()
+        work = partial(completion_logprobs, model, temperature=temperature)
+        for batch, values in computed(lambda part: work(part).cpu(), groups, token_budget=token_budget):
             found |= {id(group): row[: group.num_completions] for group, row in zip(batch, values, strict=True)}
     return [found[id(group)] for group in groups]
 

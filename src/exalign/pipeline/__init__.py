@@ -18,9 +18,12 @@ from exalign.processes import calls, leading, leads
 __all__ = ["Recipe", "Run", "carry_out", "load_recipe", "make_recipe", "run_recipe"]
 
 
-def run_recipe(recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False) -> Run:
-    """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run.carry_out`."""
-    run = Run(recipe, Path(folder) if folder is not None else None, redo=redo)  # type: ignore[arg-type]
+def run_recipe(
+    recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False, recover: bool = False
+) -> Run:
+    """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run` and `Run.carry_out`."""
+    place: Path = Path(folder) if folder is not None else None  # type: ignore[assignment]
+    run = Run(recipe, place, redo=redo, recover=recover)
     carry_out(run, *targets)
     return run
 

@@ -24,12 +24,14 @@ from rich.console import Console
 from rich.text import Text
 
 from exalign.errors import InputError
+from exalign.pipeline.made_from import MadeFrom, made_from, trained_from
 from exalign.pipeline.recipe import Recipe
 from exalign.processes import call, leads
 from exalign.redaction import redact_values
-from exalign.storage import fingerprint, read_object, write_json, write_text
+from exalign.storage import read_object, write_json, write_text
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
+from exalign.training.recovery import add_recovery, recoveries
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ TrainingStage = partial(Stage, together=True)
 class Run:
     """A recipe and the directory where it is carried out: `runs/NAME`, unless another is given.
 
-    With `redo`, stages that were made from something else are made again instead of refused.
+    With `redo`, stages that were made from something else are made again instead of refused; with `recover`, a training
+    that stopped goes on from its last good checkpoint with the settings as they are now (see `training.recovery`).
     """
 
     recipe: Recipe
     folder: Path = None  # type: ignore[assignment]
     console: Console = field(default_factory=Console)
     redo: bool = False
+    recover: bool = False
 
     def __post_init__(self) -> None:
         self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder)
@@ -82,32 +86,43 @@ class Run:
         """
         wanted = select({stage.name: stage for stage in stages}, targets)
         with self._locked():
-            prints: dict[str, str] = {}
+            made: dict[str, MadeFrom] = {}
             for stage in wanted:
-                before = [prints[name] for name in stage.needs]
-                prints[stage.name] = fingerprint({"stage": stage.name, "inputs": stage.inputs(), "needs": before})
-            self._check(wanted, prints)
+                made[stage.name] = self._made_from(stage, [made[name].fingerprint for name in stage.needs])
+            self._check(wanted, made)
             self._describe()
             for stage in wanted:
-                self._carry_out(stage, prints[stage.name])
+                self._carry_out(stage, made[stage.name])
 
-    def _check(self, stages: list[Stage], prints: dict[str, str]) -> None:
+    def _made_from(self, stage: Stage, needs: list[str]) -> MadeFrom:
+        depends = {"stage": stage.name, "inputs": stage.inputs(), "needs": needs}
+        if not stage.together:
+            return made_from(depends)
+        return trained_from(depends, self._found(stage), self.path(stage.name), recover=self.recover)
+
+    def _check(self, stages: list[Stage], made: dict[str, MadeFrom]) -> None:
         """Refuse, before any work, a directory whose stages were made from something else."""
         for stage in stages:
             found = self._found_fingerprint(stage)
-            if stage.always or found is None or found == prints[stage.name] or self.redo:
+            now = made[stage.name]
+            if stage.always or found is None or found == now.fingerprint or now.recovery or self.redo:
                 continue
+            third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
             raise InputError(
                 f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
-                "Choose another directory with --run DIR, or pass --redo to make again what differs."
+                f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
             )
 
     def _found_fingerprint(self, stage: Stage) -> str | None:
+        found = self._found(stage)
+        return str(found.get("fingerprint")) if found else None
+
+    def _found(self, stage: Stage) -> dict[str, Any]:
         for name in ("done.json", "started.json"):
             path = self.path(stage.name, name)
             if path.exists():
-                return str(read_object(path).get("fingerprint"))
-        return None
+                return read_object(path)
+        return {}
 
     def _difference(self) -> str:
         path = self.path("recipe.yaml")
@@ -125,10 +140,12 @@ class Run:
         write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
         write_json(self.path("environment.json"), environment())
 
-    def _carry_out(self, stage: Stage, print_: str) -> None:
+    def _carry_out(self, stage: Stage, made: MadeFrom) -> None:
         folder = self.path(stage.name)
         found = self._found_fingerprint(stage)
-        if found is not None and (found != print_ or stage.always):
+        if made.recovery:
+            add_recovery(folder, made.recovery)
+        elif found is not None and (found != made.fingerprint or stage.always):
             # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
             remove_stage(folder)
             found = None
@@ -141,14 +158,16 @@ class Run:
         for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
             # One may lie inside another that is gone by now.
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        write_json(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
+        write_json(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()
         if stage.together:
             call(stage.name)
         stage.work(self, folder, counts)
         seconds = seconds_before + time.monotonic() - start
-        done = {"fingerprint": print_, "seconds": round(seconds, 2), "counts": dict(counts)}
+        if stage.together and (recovered := recoveries(folder)):
+            counts["recoveries"] = len(recovered)
+        done = {**made.values, "seconds": round(seconds, 2), "counts": dict(counts)}
         write_json(folder / "done.json", done)
         (folder / "started.json").unlink()
         listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)

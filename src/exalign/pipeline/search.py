@@ -47,7 +47,8 @@ from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_
 from exalign.processes import leads, several
 from exalign.storage import fingerprint, read_json, write_json, write_text
 from exalign.terminal import shown
-from exalign.training.loop import NotFiniteError, TrainSettings
+from exalign.training.guards import NotFiniteError
+from exalign.training.settings import TrainSettings
 
 Method = TypeVar("Method", bound=TrainSettings)
 Train = Callable[[Run, Path, Counter[str], Method], None]

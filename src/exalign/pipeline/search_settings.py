@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from exalign.settings import Settings
-from exalign.training.loop import WITHOUT_EFFECT_ON_RESULTS, TrainSettings
+from exalign.training.settings import WITHOUT_EFFECT_ON_RESULTS, TrainSettings
 
 if TYPE_CHECKING:
     from exalign.pipeline.recipe import Recipe

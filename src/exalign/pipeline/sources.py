@@ -27,7 +27,7 @@ from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.run import Run
 from exalign.scoring import ClassifierScorer, FunctionScorer, RewardModelScorer, Scorer
 from exalign.storage import exists, fingerprint_path
-from exalign.training.loop import TrainSettings
+from exalign.training.settings import TrainSettings
 
 SCORING_TOKENS = 8192
 """Tokens per forward pass where no gradient is kept: memory and speed, never a result."""

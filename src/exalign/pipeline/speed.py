@@ -17,7 +17,7 @@ from exalign.models.flops import matmul_peak, training_flops
 from exalign.pipeline.run import Run
 from exalign.processes import leads, number
 from exalign.storage import read_json, write_json
-from exalign.training.loop import TrainSettings
+from exalign.training.settings import TrainSettings
 
 
 def record_training_speed(

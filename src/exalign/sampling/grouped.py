@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exalign.data.records import Completion, Record
 from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
 from exalign.errors import InputError
+from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.sampling.draw import draw_tokens, prompt_uniforms
 from exalign.sampling.plain_decoder import Branches, Decoder, PlainDecoder
 from exalign.sampling.protocol import SampleSettings
@@ -33,6 +35,7 @@ class GroupedSampler:
     depend on the other prompts, on their order or on how many are decoded together (up to the rounding of the model's
     own matrix products). A prompt is computed once for its K completions; a finished completion leaves at once, and
     waiting prompts take the places; a model whose attention cannot be shared is decoded plainly, and a warning says so.
+    Where memory runs out those under way begin again, half as many at a time, and a warning says so too.
 
     `temperature` is τ > 0. Raises `InputError` for a tokenizer without end-of-sequence token, a τ that is not
     positive, or limits that exceed the model's positions. `counts` tells what was done: `prompts`, `prompts_cut` (their
@@ -54,6 +57,7 @@ class GroupedSampler:
         self._model = plain
         self._tokenizer = tokenizer
         self._settings = settings
+        self._room = settings.batch_completions
         self._temperature = temperature
         self._seed = seed
         self._eos_ids = _eos_ids(self._model, tokenizer)
@@ -73,7 +77,11 @@ class GroupedSampler:
             running = self._admit(waiting, running)
             if not running:
                 return
-            self._step(running)
+            if not self._fits(running):
+                waiting.put_back([self._again(group) for group in sorted(running, key=lambda group: group.index)])
+                running = []
+                release_memory()
+                continue
             for group in running:
                 if not group.live:
                     finished[group.index] = self._finish(group)
@@ -102,12 +110,35 @@ class GroupedSampler:
         while (group := waiting.first) is not None:
             live += len(group.live)
             tokens += len(group.branches.prompt_ids)
-            crowded = live > self._settings.batch_completions and (entering or running)
+            crowded = live > self._room and (entering or running)
             if crowded or (tokens > _ENTERING_TOKENS and entering):
                 break
             entering.append(group)
             waiting.advance()
         return entering + running
+
+    def _fits(self, running: list[_Running]) -> bool:
+        """Make a step. False where memory ran out in it, and fewer completions are decoded together from now on."""
+        try:
+            self._step(running)
+            return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        live = sum(len(group.live) for group in running)
+        if len(running) == 1:
+            raise InputError(
+                f"The {live} completions of prompt {running[0].record.id} do not fit in memory; lower "
+                "sample.num_completions or sample.max_new_tokens."
+            )
+        while self._room >= live:
+            self._room //= 2
+        _log.warning("%d completions together do not fit in memory; it goes on with at most %d.", live, self._room)
+        return False
+
+    def _again(self, group: _Running) -> _Running:
+        branches = Branches(group.branches.prompt_ids, self._settings.num_completions)
+        return _Running(group.index, group.record, group.uniforms, branches)
 
     def _step(self, running: list[_Running]) -> None:
         """One token more for every live completion; those that end leave."""
@@ -190,6 +221,10 @@ class _Waiting:
 
     def advance(self) -> None:
         self.first = next(self._groups, None)
+
+    def put_back(self, groups: list[_Running]) -> None:
+        self._groups = chain(groups, [] if self.first is None else [self.first], self._groups)
+        self.advance()
 
 
 @contextmanager

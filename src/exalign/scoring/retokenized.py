@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.batching import Group, microbatches
+from exalign.data.batching import Group
 from exalign.data.records import Record
 from exalign.data.tokenization import TokenLimits, completion_token_ids, tokenize_record
+from exalign.models.memory import computed
 
 
 def retokenize(
@@ -58,8 +59,7 @@ def outputs_in_batches(
     """`outputs(groups) [B, K, num_labels]` over micro-batches of `groups`; `[K, num_labels]` float64 for each group."""
     found: dict[int, Tensor] = {}
     with torch.inference_mode():
-        for batch in microbatches(groups, token_budget=token_budget):
-            values = outputs(batch).double().cpu()
+        for batch, values in computed(lambda part: outputs(part).double().cpu(), groups, token_budget=token_budget):
             found.update({group.index: row[: group.num_completions] for group, row in zip(batch, values, strict=True)})
     return [found[group.index] for group in groups]
 

@@ -35,7 +35,8 @@ from exalign.objectives import (
 )
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
-from exalign.training.loop import TrainSettings, train
+from exalign.training.loop import train
+from exalign.training.settings import TrainSettings
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "reverse_kl": reverse_kl,

@@ -71,3 +71,20 @@ class EpochBatches:
                 digest.update(b"|")
             digest.update(f"{group.index} {group.preferred}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def saved_steps(num_steps: int, count: int, *, idle: int = 0) -> list[int]:
+    """The `count` steps, or all if they are fewer, after which a policy is saved: the last one, and squares before it.
+
+    KL to the start grows fastest in the first steps, where a frontier of evenly spaced policies would have none. The
+    first `idle` steps, which leave the policy as it is, are passed over.
+
+    >>> saved_steps(24, 4), saved_steps(3, 5), saved_steps(24, 3, idle=8)
+    ([2, 6, 14, 24], [1, 2, 3], [10, 16, 24])
+    """
+    idle = min(idle, num_steps - 1)
+    moving, steps = num_steps - idle, [0]
+    count = min(count, moving)
+    for index in range(1, count + 1):
+        steps.append(max(steps[-1] + 1, -(-moving * index**2 // count**2)))
+    return [idle + step for step in steps[1:]]

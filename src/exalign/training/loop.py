@@ -9,34 +9,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
-from exalign.errors import InputError
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import save_model
 from exalign.models.logprobs import PackedPolicy
+from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.models.scalar_head import PackedScorer
-from exalign.settings import Settings
 from exalign.storage import fingerprint
 from exalign.training.accelerator import make_accelerator, sharding_wanted
-from exalign.training.batches import Batches
+from exalign.training.batches import Batches, saved_steps
+from exalign.training.guards import keep_skipped, not_finite, smaller_budget
 from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.progress import TrainingProgress
+from exalign.training.recovery import forget_stop, record_stop, recovered_after, with_recoveries
+from exalign.training.settings import ADJUSTABLE, WITHOUT_EFFECT_ON_RESULTS, TrainSettings
 from exalign.training.sharding import Whole, shard, whole_number
 from exalign.training.state import (
     MetricsLog,
     Position,
+    last_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     remove_leftovers,
@@ -44,49 +46,6 @@ from exalign.training.state import (
 )
 
 Trainable = PackedPolicy | PackedScorer | ActorCritic
-MAX_SKIPPED_IN_A_ROW = 10
-WITHOUT_EFFECT_ON_RESULTS = {"token_budget", "gradient_checkpointing", "checkpoint_every", "trackers"}
-"""Settings of memory, speed and bookkeeping."""
-
-
-class NotFiniteError(InputError):
-    """Loss or gradient was not finite for so many steps in a row that training was stopped."""
-
-
-class TrainSettings(Settings):
-    """How a model is trained, whatever the task."""
-
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
-    batch_prompts: int = Field(64, gt=0, description="prompts per optimizer step, over all processes")
-    epochs: int = Field(1, gt=0, description="times each prompt is seen")
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises linearly")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="how the rate falls after warm-up; linear and cosine fall towards 0"
-    )
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of weight matrices; biases and norms have none")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients with a larger norm are scaled down to it")
-    token_budget: int = Field(4096, gt=0, description="tokens per forward pass: memory and speed, never the result")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products in bfloat16, weights as is")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
-    checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints that an interrupted run needs")
-    save_policies: int = Field(1, gt=0, description="models saved, closer together at first, the final one included")
-    seed: int = Field(0, ge=0, description="seeds the order of the prompts; a recipe adds its own seed to it")
-    trackers: tuple[str, ...] = Field((), description="trackers known to Accelerate: tensorboard, wandb, trackio, …")
-
-    def rate_of(self, name: str) -> float:
-        """What the learning rate is multiplied with for the parameter of this name; a task with parts overrides it."""
-        return 1.0
-
-    @property
-    def leaves_some_out(self) -> bool:
-        """Whether in some steps a trained parameter gets no gradient; a task with parts overrides it."""
-        return False
-
-    @property
-    def idle_steps(self) -> int:
-        """How many steps at the start leave the policy as it is; a task with parts overrides it."""
-        return 0
 
 
 class Task(Protocol):
@@ -102,14 +61,20 @@ class Task(Protocol):
         """The loss and the metrics, each as a scalar sum in units of `weight`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Trainer:
     accelerator: Accelerator
     model: nn.Module
     optimizer: Any
     task: Task
     settings: TrainSettings
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
     warmup_steps: int
+    token_budget: int
+    """That of the settings, or less once memory has run out."""
+    saved_at: int = 0
+    """The step of the last checkpoint."""
 
 
 def train(
@@ -127,64 +92,32 @@ def train(
     model inside it, is what is saved. Where the launcher asks for FSDP its weights are sharded, and stay so.
 
     Writes `model`, `metrics.jsonl` (a row per optimizer step, counted from 1), `checkpoints` and `policies`. A step
-    whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1; `MAX_SKIPPED_IN_A_ROW` of
-    them end the run with `NotFiniteError`, an `InputError`.
+    whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1, its batch in `skipped`;
+    `max_skipped_in_a_row` of them end the run with `NotFiniteError`, an `InputError` (and see `recovery`). Where memory
+    runs out the token budget is halved and the step begun again (see `guards`).
     """
     folder = Path(folder)
-    num_steps = len(task.batches)
     whole = Whole(module)
-    trainer = _prepare(task, module, settings, folder)
+    trainer = _prepare(task, module, tokenizer, settings, folder)
     accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
+    card = with_recoveries(card, folder)
+
+    def save(path: Path) -> None:
+        with whole.on_leader() as complete:
+            if writes:
+                save_model(complete.model, tokenizer, path, card=card)
+
     if writes:
         remove_leftovers(folder)
-    position = load_checkpoint(folder / "checkpoints", _fingerprint(task, settings), trainer.model, trainer.optimizer)
-    policy_steps = saved_steps(num_steps, settings.save_policies, idle=settings.idle_steps)
-    with (
-        TrainingProgress(folder.name, num_steps=num_steps, done=position.step, visible=writes) as progress,
-        MetricsLog(folder / "metrics.jsonl", step=position.step, writes=writes) as metrics,
-    ):
-        if position.step:
-            progress.say(f"{folder.name}: continues after step {position.step} of {num_steps}")
-        while position.step < num_steps:
-            row = _take_step(trainer, position.step)
-            accelerator.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
-            metrics.append(row)
-            progress.update(row)
-            position = _advance(position, skipped=bool(row["skipped"]))
-            if position.step in policy_steps:
-                with whole.on_leader() as complete:
-                    if writes:
-                        policy = folder / "policies" / f"step-{position.step:06d}"
-                        save_model(complete.model, tokenizer, policy, card=card)
-            if position.step % settings.checkpoint_every == 0 or position.step == num_steps:
-                metrics.sync()
-                save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
-    with whole.on_leader() as complete:
-        if writes:
-            save_model(complete.model, tokenizer, folder / "model", card=card)
-            prune_checkpoints(folder / "checkpoints", num_steps, keep=1)
+    _take_steps(trainer, save)
+    save(folder / "model")
+    if writes:
+        prune_checkpoints(folder / "checkpoints", len(task.batches), keep=1)
     for tracker in accelerator.trackers:
         tracker.finish()  # but not `end_training`, which ends the processes' group: another stage may follow
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return folder / "model"
-
-
-def saved_steps(num_steps: int, count: int, *, idle: int = 0) -> list[int]:
-    """The `count` steps, or all if they are fewer, after which a policy is saved: the last one, and squares before it.
-
-    KL to the start grows fastest in the first steps, where a frontier of evenly spaced policies would have none. The
-    first `idle` steps, which leave the policy as it is, are passed over.
-
-    >>> saved_steps(24, 4), saved_steps(3, 5), saved_steps(24, 3, idle=8)
-    ([2, 6, 14, 24], [1, 2, 3], [10, 16, 24])
-    """
-    idle = min(idle, num_steps - 1)
-    moving, steps = num_steps - idle, [0]
-    count = min(count, moving)
-    for index in range(1, count + 1):
-        steps.append(max(steps[-1] + 1, -(-moving * index**2 // count**2)))
-    return [idle + step for step in steps[1:]]
 
 
 def accumulate(
@@ -195,6 +128,7 @@ def accumulate(
     Process r of R takes micro-batches r, r + R, …; where they run out it repeats the first with factor 0, so that
     every process makes the same number of passes (collective operations wait for all). DDP exchanges gradients in the
     last pass; sharded gradients are reduced in every pass, so that no process ever holds whole ones.
+    `TooLargeError` where a micro-batch does not fit in memory; part of the gradient is there then.
     """
     micro = microbatches(groups, token_budget=token_budget)
     weight = sum(task.weight(part) for part in micro)
@@ -203,7 +137,7 @@ def accumulate(
     for index in rounds:
         part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
         synchronised = index == rounds[-1]
-        with nullcontext() if synchronised else accelerator.no_sync(model):
+        with nullcontext() if synchronised else accelerator.no_sync(model), fitting(part):
             with accelerator.autocast():
                 loss, part_metrics = task.loss(model, part)
             # Processes are averaged, the loss is a sum over them.
@@ -214,16 +148,51 @@ def accumulate(
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def _take_step(trainer: _Trainer, step: int) -> dict[str, Any]:
+def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
+    """All steps from the last checkpoint on, with what is written on the way."""
+    settings, folder, writes = trainer.settings, trainer.folder, trainer.accelerator.is_main_process
+    num_steps, position = len(trainer.task.batches), _start(trainer)
+    policy_steps = saved_steps(num_steps, settings.save_policies, idle=settings.idle_steps)
+    with (
+        TrainingProgress(folder.name, num_steps=num_steps, done=position.step, visible=writes) as progress,
+        MetricsLog(folder / "metrics.jsonl", step=position.step, writes=writes) as metrics,
+    ):
+
+        def say(sentence: str) -> None:
+            progress.say(f"{folder.name}: {sentence}")
+
+        if position.step:
+            say(f"continues after step {position.step} of {num_steps}")
+        while position.step < num_steps:
+            row = _take_step(trainer, position.step, say)
+            trainer.accelerator.log({n: value for n, value in row.items() if value is not None}, step=row["step"])
+            metrics.append(row)
+            progress.update(row)
+            in_a_row = position.skipped_in_a_row + 1 if row["skipped"] else 0
+            position = replace(position, step=row["step"], skipped_in_a_row=in_a_row)
+            if row["skipped"]:
+                _skip(trainer, row, in_a_row, say)
+            if position.step in policy_steps:
+                save(folder / "policies" / f"step-{position.step:06d}")
+            # Among skipped steps there is none: a recovery begins before the first of them.
+            due = position.step % settings.checkpoint_every == 0 and not row["skipped"]
+            if due or position.step == num_steps:
+                metrics.sync()
+                save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
+                trainer.saved_at = position.step
+
+
+def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict[str, Any]:
     started = time.perf_counter()
     settings, optimizer = trainer.settings, trainer.optimizer
-    torch.manual_seed(int(fingerprint([settings.seed, step, trainer.accelerator.process_index]), 16) >> 1)
+    seed = int(fingerprint([settings.seed, step, trainer.accelerator.process_index]), 16) >> 1
+    torch.manual_seed(seed)
     groups = trainer.task.batches[step]
     factor = learning_rate_factor(
         step, num_steps=len(trainer.task.batches), warmup_steps=trainer.warmup_steps, schedule=settings.schedule
     )
     set_learning_rate(optimizer, settings.learning_rate * factor)
-    values = accumulate(trainer.accelerator, trainer.model, trainer.task, groups, settings.token_budget)
+    values = _gradient(trainer, groups, step, seed, say)
     norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.max_grad_norm)
     values["grad_norm"] = whole_number(norm)
     skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
@@ -237,22 +206,69 @@ def _take_step(trainer: _Trainer, step: int) -> dict[str, Any]:
         "learning_rate": settings.learning_rate * factor,
         "skipped": int(skipped),
         "tokens": tokens,
+        "token_budget": trainer.token_budget,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
 
 
-def _advance(position: Position, *, skipped: bool) -> Position:
-    in_a_row = position.skipped_in_a_row + 1 if skipped else 0
-    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise NotFiniteError(
-            f"Training stopped at step {position.step + 1}: loss or gradient was not finite {in_a_row} times in a row; "
-            "lower learning_rate, or look for extreme values in the data."
-        )
-    return replace(position, step=position.step + 1, skipped_in_a_row=in_a_row)
+def _gradient(
+    trainer: _Trainer, groups: Sequence[Group], step: int, seed: int, say: Callable[[str], None]
+) -> dict[str, float]:
+    """`accumulate`, begun again with half the token budget where memory runs out, to the same gradient."""
+    while True:
+        torch.manual_seed(seed)
+        try:
+            return accumulate(trainer.accelerator, trainer.model, trainer.task, groups, trainer.token_budget)
+        except TooLargeError as error:
+            budget = smaller_budget(error, trainer.token_budget, step=step + 1, saved_at=trainer.saved_at)
+            say(f"{error}; from step {step + 1} on token_budget is {budget:,} instead of {trainer.token_budget:,}")
+            trainer.token_budget = budget
+        trainer.optimizer.zero_grad(set_to_none=True)
+        release_memory()
 
 
-def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Path) -> _Trainer:
+def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[str], None]) -> None:
+    """Keep the batch of a step that was not taken, and stop where it was one too many."""
+
+    def loss_of(group: Group) -> Tensor:
+        with trainer.accelerator.autocast():
+            return trainer.task.loss(trainer.model, [group])[0]
+
+    writes, skipped = trainer.accelerator.is_main_process, trainer.folder / "skipped"
+    say(keep_skipped(skipped, row, trainer.task.batches[row["step"] - 1], loss_of, trainer.tokenizer, writes=writes))
+    if in_a_row >= trainer.settings.max_skipped_in_a_row:
+        # The weights that all these batches failed on were made by the step before them, and may be to blame.
+        good = last_checkpoint(trainer.folder / "checkpoints", before=row["step"] - in_a_row)
+        error = not_finite(row["step"], in_a_row, skipped, last_good=good)
+        if writes:
+            record_stop(trainer.folder, str(error), trainer.settings.model_dump(), after_step=good)
+        raise error
+
+
+def _start(trainer: _Trainer) -> Position:
+    """Where the last checkpoint left model and optimizer."""
+    folder, batches = trainer.folder, trainer.task.batches
+    deciding = trainer.settings.model_dump(exclude=WITHOUT_EFFECT_ON_RESULTS)
+    settled = {name: value for name, value in deciding.items() if name not in ADJUSTABLE}
+    made_from = {"batches": batches.fingerprint, "steps": len(batches)}
+    position = load_checkpoint(
+        folder / "checkpoints",
+        fingerprint({"settings": deciding, **made_from}),
+        trainer.model,
+        trainer.optimizer,
+        settled=fingerprint({"settings": settled, **made_from}),
+        recovered_after=recovered_after(folder, deciding),
+    )
+    trainer.saved_at = position.step
+    if trainer.accelerator.is_main_process:
+        forget_stop(folder)
+    return position
+
+
+def _prepare(
+    task: Task, module: Trainable, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, folder: Path
+) -> _Trainer:
     sharding = sharding_wanted()
     accelerator = make_accelerator(
         folder, precision=settings.precision, trackers=settings.trackers, some_left_out=settings.leaves_some_out
@@ -279,9 +295,5 @@ def _prepare(task: Task, module: Trainable, settings: TrainSettings, folder: Pat
     if sharding is None:
         prepared, optimizer = accelerator.prepare(module, optimizer)
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
-    return _Trainer(accelerator, prepared, optimizer, task, settings, warmup_steps)
-
-
-def _fingerprint(task: Task, settings: TrainSettings) -> str:
-    deciding = settings.model_dump(exclude=WITHOUT_EFFECT_ON_RESULTS)
-    return fingerprint({"settings": deciding, "batches": task.batches.fingerprint, "steps": len(task.batches)})
+    budget = settings.token_budget
+    return _Trainer(accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)

@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.batching import Group, completion_token_mask, group_of, microbatches
+from exalign.data.batching import Group, completion_token_mask, group_of
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.logprobs import completion_token_logprobs
+from exalign.models.memory import computed
 from exalign.models.packing import device_of
 from exalign.objectives import (
     adapted_kl_coefficient,
@@ -38,8 +39,9 @@ from exalign.sampling import GroupedSampler, SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 from exalign.training.card import model_card
-from exalign.training.loop import TrainSettings, train
+from exalign.training.loop import train
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.settings import TrainSettings
 from exalign.training.sft import completion_tokens
 from exalign.training.sharding import Whole
 
@@ -235,11 +237,15 @@ class PPO:
         rewards, device = world.scorer.score(drawn), device_of(policy)
         world.reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
         found: dict[int, list[Tensor]] = {}
-        for part in microbatches(groups, token_budget=settings.token_budget):
+
+        def valued(part: Sequence[Group]) -> tuple[Tensor, ...]:
             with _precision(settings, device):
                 logp, values = module(part, temperature=world.temperature)
                 reference_logp = completion_token_logprobs(world.reference, part, temperature=world.temperature)
-            rows = zip(part, logp.cpu(), values.cpu(), reference_logp.cpu(), strict=True)
+            return logp.cpu(), values.cpu(), reference_logp.cpu()
+
+        for part, tensors in computed(valued, groups, token_budget=settings.token_budget):
+            rows = zip(part, *tensors, strict=True)
             found |= {group.index: [part.clone() for part in parts] for group, *parts in rows}  # rows, not the batch
         return [
             Sampled(group, torch.tensor(reward, dtype=torch.float32), *found[group.index])

@@ -40,7 +40,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print one line beside the bar."""
-        self.console.print(shown(text))
+        self.console.print(shown(text), soft_wrap=True)
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""

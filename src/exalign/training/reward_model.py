@@ -15,7 +15,8 @@ from exalign.models.scalar_head import PackedScorer, completion_outputs
 from exalign.objectives import bradley_terry_loss
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
-from exalign.training.loop import TrainSettings, train
+from exalign.training.loop import train
+from exalign.training.settings import TrainSettings
 
 
 class RewardModelSettings(TrainSettings):

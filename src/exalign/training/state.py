@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -37,11 +37,15 @@ KEEP = 2
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands: steps done, steps skipped in a row just now, and the fingerprint of what it was made from."""
+    """Where a run stands: steps done, steps skipped in a row just now, and the fingerprint of what it was made from.
+
+    `settled` is the fingerprint of that part of it which a recovery may not change.
+    """
 
     step: int
     skipped_in_a_row: int
     run: str
+    settled: str = ""
 
 
 def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer, *, writes: bool) -> None:
@@ -73,15 +77,31 @@ def prune_checkpoints(folder: Path, step: int, *, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, run: str, model: nn.Module, optimizer: Optimizer) -> Position:
-    """Put the newest intact checkpoint into model and optimizer; `Position(0, 0, run)` where there is none.
+def last_checkpoint(folder: Path, *, before: int) -> int:
+    """The step of the last checkpoint that stands before step `before`; 0 where there is none."""
+    return max((_step_of(path) for path in _checkpoints(folder) if _step_of(path) < before), default=0)
 
-    A damaged checkpoint is passed over with a warning. One of another run (`run` differs) is an `InputError`.
+
+def drop_checkpoints(folder: Path, *, after: int) -> None:
+    """Remove the checkpoints after step `after`."""
+    for path in _checkpoints(folder):
+        if _step_of(path) > after:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(
+    folder: Path, run: str, model: nn.Module, optimizer: Optimizer, *, settled: str = "", recovered_after: int = 0
+) -> Position:
+    """Put the newest intact checkpoint into model and optimizer; `Position(0, 0, run, settled)` where there is none.
+
+    A damaged checkpoint is passed over with a warning. One of another run (`run` differs) is an `InputError`, unless
+    it stands at `recovered_after` or before and only what a recovery may change differs.
     """
     for path in reversed(_checkpoints(folder)):
         try:
             position = _position(path)
-            state = _read_tensors(path / "state.pt") if position.run == run else None
+            recovered = position.settled == settled != "" and position.step <= recovered_after
+            state = _read_tensors(path / "state.pt") if position.run == run or recovered else None
         except (InputError, OSError):
             warnings.warn(f"{path} is damaged; training continues from the checkpoint before it.", stacklevel=2)
             continue
@@ -90,8 +110,8 @@ def load_checkpoint(folder: Path, run: str, model: nn.Module, optimizer: Optimiz
                 f"{folder.parent} holds a run made with other settings or data; delete it or choose another folder."
             )
         _put(state, model, optimizer, path)
-        return position
-    return Position(0, 0, run)
+        return replace(position, run=run, settled=settled)
+    return Position(0, 0, run, settled)
 
 
 def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Path) -> None:
@@ -111,13 +131,16 @@ def _position(path: Path) -> Position:
     """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
     values = read_object(path / "checkpoint.json")
     step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
-    if type(step) is not int or type(skipped) is not int or not isinstance(run, str):  # a truth value is no number
+    settled = values.get("settled", "")
+    if type(step) is not int or type(skipped) is not int:  # a truth value is no number
+        raise InputError(f"{path / 'checkpoint.json'} is damaged.")
+    if not isinstance(run, str) or not isinstance(settled, str):
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if step != _step_of(path) or skipped < 0:
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
-    return Position(step, skipped, run)
+    return Position(step, skipped, run, settled)
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:

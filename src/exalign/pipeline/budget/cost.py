@@ -29,7 +29,7 @@ from exalign.pipeline.budget.memory import (
 )
 from exalign.pipeline.rollouts import SHARD
 from exalign.sampling import SampleSettings
-from exalign.training.loop import TrainSettings
+from exalign.training.settings import TrainSettings
 
 OPERATIONS_PER_LAYER, OPERATIONS_PER_GROUP = 12, 22
 """Operations that a decoding step starts in a block, and in each block for each group that runs (read off the code)."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
 from exalign.pipeline.budget.architecture import Architecture
 from exalign.pipeline.budget.load import Load
-from exalign.training.loop import TrainSettings
+from exalign.training.settings import TrainSettings
 
 _FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
 

@@ -24,7 +24,8 @@ from exalign.pipeline.evaluation_stages import evaluation_scorer
 from exalign.pipeline.recipe import PPOStageSettings, Recipe, ScorerSettings
 from exalign.pipeline.sources import SCORING_TOKENS
 from exalign.pipeline.stages import plan, reference_name
-from exalign.training.loop import TrainSettings, saved_steps
+from exalign.training.batches import saved_steps
+from exalign.training.settings import TrainSettings
 
 SCORER_TOKENS = 4096
 """Tokens that a scorer computes at a time."""
