@@ -8,6 +8,7 @@ with moments of 0, where a plain AdamW leaves it out.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,10 +29,7 @@ class ZeroOptimizer:
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, *, stage: int, bf16: bool, on_cpu: bool) -> None:
-        if on_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at the first import
-        import deepspeed
-
+        deepspeed = _deepspeed(on_cpu=on_cpu)
         self.module = module
         names = {parameter: name for name, parameter in module.named_parameters()}
         self._groups = [
@@ -85,7 +83,7 @@ class ZeroOptimizer:
         steps = next(iter(self._zero.optimizer.state.values()))["step"].cpu()
         for name, weight in self._trained():
             state[name] = {key: safe_get_full_optimizer_state(weight, key).cpu() for key in MOMENTS}
-            state[name]["step"] = steps
+            state[name]["step"] = steps.clone()  # one for each: AdamW counts in place
         groups = [{**group, "lr": now["lr"]} for group, now in zip(self._groups, self.param_groups, strict=True)]
         return {"state": state, "param_groups": groups}
 
@@ -116,3 +114,15 @@ class ZeroOptimizer:
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad)
+
+
+def _deepspeed(*, on_cpu: bool) -> Any:
+    """The package, imported here because it takes seconds."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at the first import
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed's calls, not ours
+    import deepspeed
+
+    if on_cpu:  # otherwise it compiles, where it finds a compiler, exchanges through shared memory; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
