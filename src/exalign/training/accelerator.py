@@ -19,7 +19,6 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     patch_environment,
 )
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,16 +31,14 @@ _TRUE = ("1", "true")
 
 
 class ZeroAccelerator(Accelerator):
-    """Accelerate, but gradients and optimizer states are DeepSpeed's; one model in its life."""
+    """Accelerate, but what concerns gradients and the optimizer is DeepSpeed's engine's. One model in its life."""
 
     zero_stage = 2
     _optimizer: ZeroOptimizer
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:  # type: ignore[override]
         """The engine, which takes the place of the model, and what takes that of the optimizer."""
-        self._optimizer = ZeroOptimizer(
-            model, optimizer, stage=self.zero_stage, bf16=self.mixed_precision == "bf16", on_cpu=on_cpu()
-        )
+        self._optimizer = ZeroOptimizer(model, optimizer, stage=self.zero_stage, bf16=self.mixed_precision == "bf16")
         return self._optimizer.engine, self._optimizer
 
     @contextmanager
@@ -70,6 +67,8 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
+    if on_cpu():  # Accelerate imports DeepSpeed where it finds it, which complains that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     stage = zero_wanted()
     if stage is not None and some_left_out:
         raise InputError(

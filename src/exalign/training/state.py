@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from exalign.errors import InputError
-from exalign.training.zero import ZeroOptimizer
 from exalign.storage import atomic_path, fingerprint_path, read_object, write_json, write_text
+from exalign.training.zero import ZeroOptimizer
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
@@ -45,7 +45,9 @@ class Position:
     run: str
 
 
-def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer | ZeroOptimizer, *, writes: bool) -> None:
+def save_checkpoint(
+    folder: Path, position: Position, model: nn.Module, optimizer: Optimizer | ZeroOptimizer, *, writes: bool
+) -> None:
     """Write `folder/step-NNNNNN` atomically and remove all but the last `KEEP`.
 
     Every process calls it, because sharded weights are gathered; the one with `writes` writes. Frozen weights, which

@@ -7,7 +7,6 @@ with moments of 0, where a plain AdamW leaves it out.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from exalign.processes import on_cpu
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 2**26
@@ -24,30 +25,29 @@ BUCKET = 2**26
 class ZeroOptimizer:
     """A DeepSpeed engine in the place of an optimizer: what the loop asks of one, and its state whole.
 
-    The engine holds `module` and takes its place in forward and backward; `optimizer` becomes one of this process's
-    part of the weights. Everything but `param_groups` and `zero_grad` has to be called by all processes.
+    `engine` takes the place of `module` in forward and backward; `optimizer`, a plain AdamW over the weights of
+    `module`, becomes one over this process's part of them. Everything but `param_groups` and `zero_grad` has to be
+    called by all processes. `stage` is 1 or 2; `bf16` where the forward runs under autocast.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, *, stage: int, bf16: bool, on_cpu: bool) -> None:
-        deepspeed = _deepspeed(on_cpu=on_cpu)
+    def __init__(self, module: nn.Module, optimizer: Optimizer, *, stage: int, bf16: bool) -> None:
+        deepspeed = _deepspeed()
         self.module = module
         names = {parameter: name for name, parameter in module.named_parameters()}
         self._groups = [
             {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
         ]
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # not read by what is used here, but demanded
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
-            },
-            # The engine ends an autocast around it. Without `safe_modules` gradients are exchanged as they are.
+            "train_micro_batch_size_per_gpu": 1,  # demanded, and without effect on what is used here
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+            # The engine ends the autocast around it and begins its own. Gradients of "safe" modules would be exchanged
+            # in bf16.
             "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
         self.engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         self._zero: Any = self.engine.optimizer
-        # DeepSpeed learns where a weight's state is at the first step of the first group, when only that group has one.
+        # Otherwise DeepSpeed looks for the weights' states after the first step of the first group, where only that
+        # group has any, and does not find the others.
         self._start_from(0.0)
 
     @property
@@ -75,7 +75,7 @@ class ZeroOptimizer:
     def whole_state(self) -> dict[str, Any]:
         """The state by the names of the weights, on the CPU, as torch's `get_optimizer_state_dict` gives it.
 
-        One weight at a time is whole on the device.
+        One weight's at a time is whole on the device.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -88,7 +88,9 @@ class ZeroOptimizer:
         return {"state": state, "param_groups": groups}
 
     def put(self, state: dict[str, Any]) -> None:
-        """Take this process's part of what `whole_state` or a plain optimizer gave, and of the weights of `module`."""
+        """Take this process's part of what `whole_state` gave, or a plain optimizer; and of the weights of `module`,
+        which were changed.
+        """
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self._zero.refresh_fp32_params()
@@ -116,13 +118,11 @@ class ZeroOptimizer:
         return ((name, weight) for name, weight in self.module.named_parameters() if weight.requires_grad)
 
 
-def _deepspeed(*, on_cpu: bool) -> Any:
-    """The package, imported here because it takes seconds."""
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at the first import
+def _deepspeed() -> Any:
+    """The package, which is not everywhere."""
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed's calls, not ours
     import deepspeed
 
-    if on_cpu:  # otherwise it compiles, where it finds a compiler, exchanges through shared memory; gloo does without
+    if on_cpu():  # where it would compile an exchange through shared memory, and say so; gloo does without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
