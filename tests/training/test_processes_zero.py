@@ -20,7 +20,7 @@ from training.tiny_world import make_policy, read_metrics
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'exalign[deepspeed]'")
 
 NAMES = [name for name in TRAININGS if name not in ("ppo", "ppo-odd")]  # there the critic is alone at first
-WHAT_RUNS = {"zero1": ["sft", "align-bf16", "poisoned", "poisoned-loss"], "zero2": NAMES}
+WHAT_RUNS = {"zero1": ["sft", "align-bf16", "poisoned-loss"], "zero2": NAMES}
 CASES = [(layout, name) for layout, names in WHAT_RUNS.items() for name in names]
 
 

@@ -36,7 +36,7 @@ class ZeroAccelerator(Accelerator):
     zero_stage = 2
     _optimizer: ZeroOptimizer
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:  # type: ignore[override]
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """The engine, which takes the place of the model, and what takes that of the optimizer."""
         self._optimizer = ZeroOptimizer(model, optimizer, stage=self.zero_stage, bf16=self.mixed_precision == "bf16")
         return self._optimizer.engine, self._optimizer
