@@ -63,9 +63,7 @@ def join() -> None:
         from accelerate import PartialState
         from accelerate.utils import patch_environment
 
-        with patch_environment(
-            accelerate_use_deepspeed="false"
-        ):  # `training.zero` does without Accelerate's part of it
+        with patch_environment(accelerate_use_deepspeed="false"):  # `training.zero` does without Accelerate's part
             PartialState(cpu=on_cpu(), timeout=TOGETHER)
 
 
