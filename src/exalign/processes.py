@@ -61,8 +61,10 @@ def join() -> None:
     """Meet the other processes and take this process's own device; once, and nothing where it is alone."""
     if several():
         from accelerate import PartialState
+        from accelerate.utils import patch_environment
 
-        PartialState(cpu=on_cpu(), timeout=TOGETHER)
+        with patch_environment(accelerate_use_deepspeed="false"):  # `training.zero` does without Accelerate's part
+            PartialState(cpu=on_cpu(), timeout=TOGETHER)
 
 
 @contextmanager

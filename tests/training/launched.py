@@ -44,9 +44,13 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+ZERO1 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+ZERO2 = {**ZERO1, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 LAYOUTS: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp2": FSDP2,
+    "zero1": ZERO1,
+    "zero2": ZERO2,
     "fsdp2-one-group": {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
 }
 UNTIED: dict[str, Any] = {
@@ -79,8 +83,8 @@ def align(folder: Path, token_budget: int, *, model: ModelSettings | None = None
     return policy
 
 
-def poisoned(folder: Path, token_budget: int) -> nn.Module:
-    """The loss of one prompt is not a number."""
+def poisoned(folder: Path, token_budget: int, *, gradient: bool = True) -> nn.Module:
+    """The loss of one prompt is not a number, and its gradient neither, or finite."""
 
     class Poisoned:
         batches = EpochBatches(make_groups(7), batch_prompts=3, epochs=1, seed=0)
@@ -89,8 +93,9 @@ def poisoned(folder: Path, token_budget: int) -> nn.Module:
             return len(groups)
 
         def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-            factor = float("nan") if any(group.index == self.batches[1][0].index for group in groups) else 1.0
-            return -factor * completion_logprobs(model, groups, temperature=1.0).sum(), {}
+            poison = float("nan") if any(group.index == self.batches[1][0].index for group in groups) else 0.0
+            loss = -completion_logprobs(model, groups, temperature=1.0).sum()
+            return (loss + loss * poison if gradient else loss + poison), {}
 
     policy, settings = make_policy(), TrainSettings(**SMALL, token_budget=token_budget)
     train(Poisoned(), PackedPolicy(policy), make_tokenizer(), settings, folder, card="")
@@ -113,7 +118,9 @@ TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
     "align-recomputed": lambda folder, budget: align(folder, budget, gradient_checkpointing=True),
     "align-bf16": lambda folder, budget: align(folder, budget, precision="bf16"),
     "poisoned": poisoned,
+    "poisoned-loss": lambda folder, budget: poisoned(folder, budget, gradient=False),
     "ppo": lambda folder, budget: ppo(folder, budget, weight_decay=0.1),
+    "ppo-together": lambda folder, budget: ppo(folder, budget, critic_steps=0, weight_decay=0.1),
     "ppo-odd": lambda folder, budget: ppo(folder, budget, rollout_prompts=3),
 }
 

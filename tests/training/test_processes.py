@@ -19,7 +19,7 @@ from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
 from training.tiny_world import TIMINGS, read_metrics
 
 WHAT_RUNS = {
-    "ddp": ["sft", "reward", "align", "align-lora", "poisoned", "ppo", "ppo-odd"],
+    "ddp": ["sft", "reward", "align", "align-lora", "poisoned", "poisoned-loss", "ppo", "ppo-odd"],
     "fsdp2": list(TRAININGS),
     "fsdp2-one-group": ["align"],
 }
@@ -89,13 +89,13 @@ def test_the_last_batch_of_an_epoch_counts_once(several: dict[str, Path], one: P
 
 
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(several: dict[str, Path], one: Path) -> None:
-    for layout in ("ddp", "fsdp2"):
-        assert [row["skipped"] for row in read_metrics(several[layout] / "poisoned")] == [0, 1, 0]
-        kept, expected = (read_json(place / "poisoned" / KEPT) for place in (several[layout], one))
+    for layout, name in [(layout, name) for layout, name in CASES if name.startswith("poisoned")]:
+        assert [row["skipped"] for row in read_metrics(several[layout] / name)] == [0, 1, 0]
+        kept, expected = (read_json(place / name / KEPT) for place in (several[layout], one))
         assert [(g["row"], g["finite"]) for g in kept["groups"]] == [
             (g["row"], g["finite"]) for g in expected["groups"]
         ]
-        assert [g["finite"] for g in kept["groups"]] == [False, True, True]
+        assert (False in [g["finite"] for g in kept["groups"]]) is (expected["loss"] is None)
         losses, others = ([g["loss"] for g in batch["groups"] if g["finite"]] for batch in (kept, expected))
         assert losses == pytest.approx(others, rel=1e-4)
 
@@ -105,11 +105,17 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(several: dic
 def test_a_killed_run_continues_on_another_number_of_processes(
     layout: str, first: str, one: Path, tmp_path: Path, workers: ForkServerContext
 ) -> None:
-    """SIGKILL in the middle; the checkpoints of two processes are those of one, and the other way round."""
-    log = tmp_path / "align" / "metrics.jsonl"
+    """The checkpoints of two processes are those of one, and the other way round."""
+    assert_continues(workers, layout, first, tmp_path)
+    assert_same_run(tmp_path / "align", one / "align")
+
+
+def assert_continues(workers: ForkServerContext, layout: str, first: str, folder: Path) -> None:
+    """A training on one or two processes, SIGKILL in its middle, and to its end on two or one."""
+    log = folder / "align" / "metrics.jsonl"
 
     def go(number: int) -> list:
-        return start(workers, layout if number == 2 else "ddp", run_trainings, tmp_path, ["align"], number=number)
+        return start(workers, layout if number == 2 else "ddp", run_trainings, folder, ["align"], number=number)
 
     processes = go({"two": 2, "one": 1}[first])
     deadline = time.monotonic() + 60
@@ -119,9 +125,8 @@ def test_a_killed_run_continues_on_another_number_of_processes(
         process.kill()
     codes = finish(processes)
     assert codes == [-9] * len(processes), "the run ended before the kill: nothing was tested"
-    assert (tmp_path / "align" / "checkpoints" / "step-000002").is_dir()
+    assert (folder / "align" / "checkpoints" / "step-000002").is_dir()
     assert set(finish(go({"two": 1, "one": 2}[first]))) == {0}
-    assert_same_run(tmp_path / "align", one / "align")
 
 
 def test_what_cannot_be_had_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +139,6 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(monkeypatch: pytest.Monke
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing in the recipe does that"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is not supported"),
         ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "only TRANSFORMER_BASED_WRAP"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported; use FSDP2"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
     ]:
         with pytest.MonkeyPatch.context() as patch:

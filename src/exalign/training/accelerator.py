@@ -1,10 +1,13 @@
-"""Accelerate as the launcher set it up: one process or several, whole weights (DDP) or sharded ones (FSDP2)."""
+"""Accelerate as the launcher set it up: one process or several, DDP, FSDP2 or ZeRO."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +19,47 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     patch_environment,
 )
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from exalign.errors import InputError
 from exalign.processes import join, on_cpu, several, shards
 from exalign.training.sharding import Sharding
+from exalign.training.zero import ZeroOptimizer
 
 _TRUE = ("1", "true")
+
+
+class ZeroAccelerator(Accelerator):
+    """Accelerate, but what concerns gradients and the optimizer is DeepSpeed's engine's. One model in its life."""
+
+    zero_stage = 2
+    _optimizer: ZeroOptimizer
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+        """The engine, which takes the place of the model, and what takes that of the optimizer."""
+        self._optimizer = ZeroOptimizer(model, optimizer, stage=self.zero_stage, bf16=self.mixed_precision == "bf16")
+        return self._optimizer.engine, self._optimizer
+
+    @contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        """A pass that is not the last of its step."""
+        model.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            model.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self._optimizer.engine.backward(loss, **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor:
+        return self._optimizer.clip(max_norm)
+
+    def unwrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """The module, without what the engine hung on it: it is trained no more."""
+        self._optimizer.release()
+        return self._optimizer.module
 
 
 def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], some_left_out: bool) -> Accelerator:
@@ -29,12 +67,21 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
+    if on_cpu():  # Accelerate imports DeepSpeed where it finds it, which complains that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    stage = zero_wanted()
+    if stage is not None and some_left_out:
+        raise InputError(
+            "Steps in which some weights get no gradient are not supported under DeepSpeed; set critic_steps to 0, or "
+            "train under FSDP2."
+        )
     join()
     AcceleratorState._reset_state()  # a process may train several models, each in its own precision
     # Accelerate itself shards one model in the life of a process, on accelerators only, and rounds what the module
     # returns to bf16, log-probabilities among them; so it does not hear of FSDP, and `sharding` does that part.
-    with patch_environment(accelerate_use_fsdp="false"):
-        return Accelerator(
+    # Of DeepSpeed it knows one number of micro-batches for all steps; so it does not hear of that either.
+    with patch_environment(accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
+        accelerator = (Accelerator if stage is None else ZeroAccelerator)(
             cpu=several() and on_cpu(),
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=list(trackers) or None,
@@ -45,6 +92,9 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
                 AutocastKwargs(cache_enabled=not shards()),
             ],
         )
+    if isinstance(accelerator, ZeroAccelerator):
+        accelerator.zero_stage = stage or 0
+    return accelerator
 
 
 def sharding_wanted() -> Sharding | None:
@@ -52,9 +102,8 @@ def sharding_wanted() -> Sharding | None:
 
     What it asks for and cannot get is an `InputError`.
     """
-    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
-        if os.environ.get(variable, "").lower() in _TRUE:
-            raise InputError(f"Training under {name} is not supported; use FSDP2, which shards as much as ZeRO-3.")
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "").lower() in _TRUE:
+        raise InputError("Training under Megatron-LM is not supported; use FSDP2, which shards weights as well.")
     if not shards():
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -75,3 +124,22 @@ def sharding_wanted() -> Sharding | None:
     return Sharding(
         blocks=plugin.auto_wrap_policy is not None, reshard_after_forward=bool(plugin.reshard_after_forward)
     )
+
+
+def zero_wanted() -> int | None:
+    """The ZeRO stage, 1 or 2, of the launcher's configuration for DeepSpeed; None where it asks for none.
+
+    What it asks for and cannot get is an `InputError`.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in _TRUE:
+        return None
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("1", "2"):
+        raise InputError(f"zero_stage {stage} is not supported; set it to 1 or 2, or shard the weights with FSDP2.")
+    for name in ("offload_optimizer_device", "offload_param_device", "config_file"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none").lower() != "none":
+            name = "deepspeed_config_file" if name == "config_file" else name
+            raise InputError(f"{name} is not supported; remove it from accelerate's configuration.")
+    if find_spec("deepspeed") is None:
+        raise InputError("DeepSpeed is not installed: pip install 'exalign[deepspeed]'.")
+    return int(stage) if several() else None  # alone there is nobody to share with

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from exalign.errors import InputError
 from exalign.storage import atomic_path, fingerprint_path, read_object, write_json, write_text
+from exalign.training.zero import ZeroOptimizer
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
@@ -48,17 +49,25 @@ class Position:
     settled: str = ""
 
 
-def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer, *, writes: bool) -> None:
+def save_checkpoint(
+    folder: Path, position: Position, model: nn.Module, optimizer: Optimizer | ZeroOptimizer, *, writes: bool
+) -> None:
     """Write `folder/step-NNNNNN` atomically and remove all but the last `KEEP`.
 
     Every process calls it, because sharded weights are gathered; the one with `writes` writes. Frozen weights, which
     come with the model that training starts from, are left out.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
+    if isinstance(optimizer, ZeroOptimizer):
+        state = {
+            "model": get_model_state_dict(optimizer.module, options=options),
+            "optimizer": optimizer.whole_state(),
+        }
+    else:
+        state = {
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
     if not writes:
         return
     with atomic_path(folder / f"step-{position.step:06d}") as temporary:
@@ -90,7 +99,13 @@ def drop_checkpoints(folder: Path, *, after: int) -> None:
 
 
 def load_checkpoint(
-    folder: Path, run: str, model: nn.Module, optimizer: Optimizer, *, settled: str = "", recovered_after: int = 0
+    folder: Path,
+    run: str,
+    model: nn.Module,
+    optimizer: Optimizer | ZeroOptimizer,
+    *,
+    settled: str = "",
+    recovered_after: int = 0,
 ) -> Position:
     """Put the newest intact checkpoint into model and optimizer; `Position(0, 0, run, settled)` where there is none.
 
@@ -114,10 +129,14 @@ def load_checkpoint(
     return Position(0, 0, run, settled)
 
 
-def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Path) -> None:
+def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer | ZeroOptimizer, path: Path) -> None:
     """Put weights and optimizer state in their places."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     try:
+        if isinstance(optimizer, ZeroOptimizer):
+            set_model_state_dict(optimizer.module, state["model"], options=options)
+            optimizer.put(state["optimizer"])
+            return
         set_model_state_dict(model, state["model"], options=options)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     except torch.OutOfMemoryError:
