@@ -26,12 +26,14 @@ def test_an_attempt_would_have_been_seen(tmp_path) -> None:
 def test_usage_data_is_off_from_the_first_import_unless_the_user_says_otherwise() -> None:
     code = (
         "import exalign, huggingface_hub.constants as hub, os; "
-        "print(hub.HF_HUB_DISABLE_TELEMETRY, os.environ['DISABLE_SAFETENSORS_CONVERSION'])"
+        "print(hub.HF_HUB_DISABLE_TELEMETRY, os.environ['DISABLE_SAFETENSORS_CONVERSION'], "
+        "os.environ['RAY_USAGE_STATS_ENABLED'], os.environ['VLLM_NO_USAGE_STATS'])"
     )
-    names = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_SAFETENSORS_CONVERSION")
+    names = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_SAFETENSORS_CONVERSION",
+             "RAY_USAGE_STATS_ENABLED", "VLLM_NO_USAGE_STATS")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    for more, printed in ({}, "True 1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False 1"):
+    for more, printed in ({}, "True 1 0 1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False 1 0 1"):
         done = subprocess.run(
             [sys.executable, "-c", code], env={**environment, **more}, capture_output=True, text=True, check=True
         )

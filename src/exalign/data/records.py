@@ -140,12 +140,12 @@ class RecordWriter:
 
     def _continue_after_finished_shards(self) -> None:
         intact = True
-        for shard in _shards(self.folder):
-            rows = _num_rows(shard)
-            intact = intact and rows is not None and shard.name == _shard_name(self._next_shard)
+        for shard in shards_of(self.folder):
+            rows = num_rows(shard)
+            intact = intact and rows is not None and shard == shard_path(self.folder, self._next_shard)
             if intact:
                 self.written += rows or 0
-                self.counts.update(_shard_counts(shard))
+                self.counts.update(shard_counts(shard))
                 self._next_shard += 1
             else:
                 shard.unlink()
@@ -165,10 +165,7 @@ class RecordWriter:
     def write_shard(self, records: Sequence[Record], counts: Counter[str]) -> None:
         """Write these records as a shard of their own, and with them what was counted while they were made."""
         self.flush()
-        schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts, sort_keys=True)})
-        table = pa.Table.from_pylist([_to_row(record) for record in records], schema=schema)
-        with atomic_path(self.folder / _shard_name(self._next_shard)) as temporary:
-            pq.write_table(table, temporary)
+        write_shard(shard_path(self.folder, self._next_shard), records, counts)
         self.written += len(records)
         self.counts.update(counts)
         self._next_shard += 1
@@ -176,8 +173,7 @@ class RecordWriter:
     def close(self, header: Header) -> None:
         """Write what is pending and the header: the folder is complete."""
         self.flush()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "header.json", {name: getattr(header, name) for name in Header.__slots__})
+        write_header(self.folder, header)
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -198,19 +194,24 @@ def write_records(folder: Path, records: Iterable[Record], header: Header, *, sh
 
 def iter_records(folder: Path) -> Iterator[Record]:
     """Stream the records of a folder in the order they were written, one shard in memory at a time."""
-    shards = _shards(Path(folder))
+    shards = shards_of(Path(folder))
     if not shards and not (Path(folder) / "header.json").exists():
         raise InputError(f"{folder} holds no records (expected part-000000.parquet and header.json).")
     for shard in shards:
-        try:
-            table = pq.read_table(shard)
-            table.validate(full=True)
-            rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
-        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
-        for number, row in enumerate(rows, start=1):
-            yield _checked(row, shard, number)
+        yield from iter_shard(shard)
+
+
+def iter_shard(shard: Path) -> Iterator[Record]:
+    """The records of one shard; a damaged one is an `InputError` that names it."""
+    try:
+        table = pq.read_table(shard)
+        table.validate(full=True)
+        rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
+    for number, row in enumerate(rows, start=1):
+        yield _checked(row, shard, number)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -232,7 +233,32 @@ def read_header(folder: Path) -> Header:
         raise InputError(f"{path} is damaged at {where}; delete it and run the stage again.") from None
 
 
-def _shard_counts(shard: Path) -> Counter[str]:
+def write_shard(shard: Path, records: Sequence[Record], counts: Counter[str]) -> None:
+    """Write records as one shard, atomically, and with them what was counted while they were made."""
+    schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts, sort_keys=True)})
+    table = pa.Table.from_pylist([_to_row(record) for record in records], schema=schema)
+    with atomic_path(shard) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Write the header, which marks a folder of records as complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "header.json", {name: getattr(header, name) for name in Header.__slots__})
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards of a folder in their order, whole or not."""
+    return sorted(path for path in folder.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where the shard `number`, counted from 0, of a folder stands."""
+    return folder / f"part-{number:06d}.parquet"
+
+
+def shard_counts(shard: Path) -> Counter[str]:
+    """What was counted while the records of a shard were made."""
     metadata = pq.read_schema(shard).metadata or {}
     try:
         return Counter(_COUNTS_TYPE.validate_json(metadata.get(_COUNTS, b"{}")))
@@ -240,16 +266,8 @@ def _shard_counts(shard: Path) -> Counter[str]:
         raise InputError(f"{shard} has damaged counts; delete it and run the stage again.") from None
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("part-*.parquet") if _SHARD_NAME.fullmatch(path.name))
-
-
-def _shard_name(number: int) -> str:
-    return f"part-{number:06d}.parquet"
-
-
-def _num_rows(shard: Path) -> int | None:
-    """How many records a shard holds; None if it is damaged."""
+def num_rows(shard: Path) -> int | None:
+    """How many records a shard holds; None if it is damaged or absent."""
     try:
         with pq.ParquetFile(shard) as file:
             return int(file.metadata.num_rows)

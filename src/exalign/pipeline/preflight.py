@@ -12,6 +12,7 @@ from exalign.data.formats import DataSettings, read_source
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.loading import ModelSettings, first_line, is_folder, load_tokenizer
+from exalign.pipeline.cluster import check_installed
 from exalign.pipeline.proposals import Proposer
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.search import own_settings, validation_prompts
@@ -43,6 +44,8 @@ def check_inputs(recipe: Recipe) -> None:
             check_model(model)
     if recipe.search is not None:
         _check_search(recipe)
+    if recipe.cluster is not None:
+        check_installed(recipe.cluster)
 
 
 def _check_search(recipe: Recipe) -> None:

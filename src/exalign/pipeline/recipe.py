@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from exalign.data.formats import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import ModelSettings
+from exalign.pipeline.cluster import ClusterSettings
 from exalign.pipeline.messages import explain_validation_error
 from exalign.pipeline.search_settings import SearchSettings, search_contradictions
 from exalign.sampling import SampleSettings
@@ -132,6 +133,9 @@ class Recipe(Settings):
     reward: RewardStageSettings | None = Field(None, description="a reward model trained on the preferences")
     sample: SampleSettings = Field(default_factory=SampleSettings, description="K completions per prompt")
     score: ScoreSettings = Field(default_factory=ScoreSettings, description="rewards for the rollouts")
+    cluster: ClusterSettings | None = Field(
+        None, description="workers on Ray that sample and score for the alignment; None: this process does"
+    )
     align: dict[str, AlignSettings] = Field(
         default_factory=dict, description="methods to align with, each under a name of your own"
     )
@@ -246,6 +250,11 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
         yield "data.prompts is missing: it says which prompts to sample from"
     if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not on_policy:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
+    if recipe.cluster is not None:
+        if recipe.preferences is None and not ("reward" in targets and recipe.data.rewards is None):
+            yield "cluster has no effect: no stage of this recipe samples or scores for the alignment; remove it"
+        if recipe.cluster.vllm is not None and recipe.cluster.gpus_per_worker == 0:
+            yield "cluster.vllm needs a GPU; remove cluster.gpus_per_worker = 0"
     scorers: dict[str, ScorerSettings | None] = {}
     if recipe.preferences is not None:
         scorers["preferences.scorer"] = recipe.preferences.scorer

@@ -20,7 +20,7 @@ from exalign.pipeline.run import Run
 from exalign.pipeline.sources import SCORING_TOKENS, load_run_tokenizer, load_supervised, model_identity, ready
 from exalign.pipeline.speed import record_speed, say_speed
 from exalign.redaction import redact
-from exalign.sampling import GroupedSampler, SampleSettings
+from exalign.sampling import GroupedSampler, Sampler, SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 
@@ -41,6 +41,27 @@ def purpose_seed(run: Run, purpose: str) -> int:
     return int(fingerprint([run.recipe.seed, purpose]), 16) >> 1
 
 
+def sample_settings(run: Run, settings: SampleSettings) -> SampleSettings:
+    """The settings with the recipe's one limit of prompts."""
+    return settings.model_copy(update={"max_prompt_tokens": run.recipe.data.max_prompt_tokens})
+
+
+def samples_header(
+    run: Run, settings: SampleSettings, sampler: type[Sampler], purpose: str, counts: Counter[str]
+) -> Header:
+    """Where samples of the run's policy came from."""
+    whole = sample_settings(run, settings)
+    return Header(
+        model=redact(run.recipe.model.source or run.recipe.name),
+        tokenizer=redact(run.recipe.tokenizer.source or run.recipe.model.source or "trained by this run"),
+        temperature=run.recipe.temperature,
+        seed=run.recipe.seed,
+        sampler=sampler.__name__,
+        fingerprint=fingerprint([model_identity(run.recipe), whole.model_dump(), purpose, run.recipe.seed]),
+        counts=dict(counts),
+    )
+
+
 def sample_policy(
     run: Run,
     model: PreTrainedModel,
@@ -55,9 +76,12 @@ def sample_policy(
 
     `purpose` seeds the samples, and names them in the header.
     """
-    settings = settings.model_copy(update={"max_prompt_tokens": run.recipe.data.max_prompt_tokens})
     sampler = GroupedSampler(
-        model, tokenizer, settings, temperature=run.recipe.temperature, seed=purpose_seed(run, purpose)
+        model,
+        tokenizer,
+        sample_settings(run, settings),
+        temperature=run.recipe.temperature,
+        seed=purpose_seed(run, purpose),
     )
     started, tokens, work = time.perf_counter(), 0, 0.0
     with RecordWriter(folder) as writer:
@@ -70,17 +94,7 @@ def sample_policy(
             work += forward_flops(model, groups)
         if tokens:
             record_speed(folder.parent, tokens, time.perf_counter() - started, work, matmul_peak(model))
-        writer.close(
-            Header(
-                model=redact(run.recipe.model.source or run.recipe.name),
-                tokenizer=redact(run.recipe.tokenizer.source or run.recipe.model.source or "trained by this run"),
-                temperature=run.recipe.temperature,
-                seed=run.recipe.seed,
-                sampler=type(sampler).__name__,
-                fingerprint=fingerprint([model_identity(run.recipe), settings.model_dump(), purpose, run.recipe.seed]),
-                counts=dict(writer.counts),
-            )
-        )
+        writer.close(samples_header(run, settings, type(sampler), purpose, writer.counts))
     return writer.counts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,11 +170,19 @@ def read_records_of(settings: DataSettings, run: Run, counts: Counter[str]) -> l
     return records
 
 
+def iter_prompts(run: Run, counts: Counter[str]) -> Iterator[Record]:
+    """The prompts to sample from, without their completions, as they are read; none at all is an error."""
+    source, record = run.recipe.data.prompts, None
+    if source is None:
+        records = iter_records(run.path("preferences", "records"))
+    else:
+        records = iter_records_of(source, run, counts)
+    for record in records:
+        yield replace(record, completions=(), preferred=None)
+    if record is None:
+        raise InputError(f"{source.source if source else run.path('preferences')} has no usable rows.")
+
+
 def prompts_of(run: Run, counts: Counter[str]) -> list[Record]:
-    """The prompts to sample from, without their completions, each once."""
-    source = run.recipe.data.prompts
-    records: Iterable[Record] = (
-        read_records_of(source, run, counts) if source is not None else iter_records(run.path("preferences", "records"))
-    )
-    by_id = {record.id: replace(record, completions=(), preferred=None) for record in records}
-    return list(by_id.values())
+    """All prompts to sample from, each once."""
+    return list({record.id: record for record in iter_prompts(run, counts)}.values())

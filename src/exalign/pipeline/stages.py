@@ -18,7 +18,17 @@ import torch
 from exalign.data.batching import Group, group_of
 from exalign.data.formats import read_source
 from exalign.data.oracle_pairs import pairs_from_rewards
-from exalign.data.records import Header, Record, RecordWriter, iter_records, read_header, read_records, write_records
+from exalign.data.records import (
+    Header,
+    Record,
+    RecordWriter,
+    iter_records,
+    iter_shard,
+    read_header,
+    read_records,
+    shards_of,
+    write_records,
+)
 from exalign.data.tokenization import tokenize_records
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
@@ -26,8 +36,8 @@ from exalign.models.loading import load_classifier, load_policy, load_reward_mod
 from exalign.pipeline.evaluation_stages import evaluation_stages
 from exalign.pipeline.on_policy import rounds_stages
 from exalign.pipeline.ppo_stages import ppo_stages
-from exalign.pipeline.recipe import Recipe
-from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records, shards
+from exalign.pipeline.recipe import Recipe, ScorerSettings
+from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records
 from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.search import method_stages, validation_stage
 from exalign.pipeline.sources import (
@@ -47,6 +57,7 @@ from exalign.pipeline.sources import (
     tokenize,
 )
 from exalign.pipeline.speed import record_training_speed
+from exalign.pipeline.workers import sample_by_workers, score_by_workers
 from exalign.sampling import SampleSettings
 from exalign.training.align import AlignSettings, train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
@@ -80,7 +91,7 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         yield Stage("preferences", (), lambda: data_identity(data.preferences), _given_preferences)
     elif recipe.preferences is not None:
         scorer = recipe.preferences.scorer
-        inputs = [base, model, recipe.temperature, _dump(recipe.sample), scorer_identity(scorer)]
+        inputs = [base, model, recipe.temperature, _dump(recipe.sample), scorer_identity(scorer), *_engine(recipe)]
         prompts = data_identity(data.prompts)
         needs = (*supervised, *scorer_needs(scorer))
         yield Stage("preferences", needs, lambda: [inputs, prompts], _sampled_preferences)
@@ -100,7 +111,8 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
     elif "reward" in targets:
         needs = supervised if data.prompts is not None else (*supervised, "preferences")
         prompts = data_identity(data.prompts)
-        yield Stage("rollouts", needs, lambda: [base, model, _dump(recipe.sample), prompts], _rollouts)
+        drawn = [base, model, _dump(recipe.sample), prompts, *_engine(recipe)]
+        yield Stage("rollouts", needs, lambda: drawn, _rollouts)
         scorer = recipe.score.scorer
         yield Stage("scored", ("rollouts", *scorer_needs(scorer)), lambda: scorer_identity(scorer), _scored)
     for name, settings in {reference_name(settings): settings for settings in at_once.values()}.items():
@@ -111,6 +123,11 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
         needs = (*supervised, reference_name(settings))
         inputs = [base, model, _dump(settings)]
         yield from method_stages(recipe, method, needs, inputs, _align)
+
+
+def _engine(recipe: Recipe) -> list[str]:
+    """What draws the samples, where it is not what draws them everywhere; how many workers do it changes nothing."""
+    return ["vllm"] if recipe.cluster is not None and recipe.cluster.vllm is not None else []
 
 
 def _dump(settings: Any) -> Any:
@@ -212,10 +229,9 @@ def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
     assert recipe.preferences is not None
     settings = recipe.sample.model_copy(update={"num_completions": 2})
     drawn = folder / "samples"
-    counts.update(sample_supervised(run, prompts_of(run, counts), settings, folder=drawn, purpose="preferences"))
-    scorer = load_scorer(recipe.preferences.scorer, run)
-    scored = score_records(scorer, read_records(drawn))
-    pairs = list(pairs_from_rewards(scored, counts))
+    _sample(run, settings, drawn, "preferences", counts)
+    _score(run, recipe.preferences.scorer, drawn, folder / "scored")
+    pairs = list(pairs_from_rewards(iter_records(folder / "scored"), counts))
     if not pairs:
         raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
     write_records(folder / "records", pairs, replace(read_header(drawn), counts=dict(counts)))
@@ -234,20 +250,32 @@ def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
 
 
 def _rollouts(run: Run, folder: Path, counts: Counter[str]) -> None:
-    prompts = prompts_of(run, counts)
-    counts.update(sample_supervised(run, prompts, run.recipe.sample, folder=folder / "records", purpose="rollouts"))
+    _sample(run, run.recipe.sample, folder / "records", "rollouts", counts)
+
+
+def _sample(run: Run, settings: SampleSettings, folder: Path, purpose: str, counts: Counter[str]) -> None:
+    """Samples of π_sft for all prompts, by the recipe's workers or by this process."""
+    if run.recipe.cluster is not None:
+        sample_by_workers(run, run.recipe.cluster, settings, folder=folder, purpose=purpose, counts=counts)
+    else:
+        counts.update(sample_supervised(run, prompts_of(run, counts), settings, folder=folder, purpose=purpose))
 
 
 def _scored(run: Run, folder: Path, counts: Counter[str]) -> None:
-    source = run.path("rollouts", "records")
-    header = read_header(source)
-    scorer = load_scorer(run.recipe.score.scorer, run)
-    with RecordWriter(folder / "records", shard_size=SHARD) as writer:
-        for shard in shards(read_records(source)[writer.written :]):
-            for record in score_records(scorer, shard):
-                writer.write(record)
-        writer.close(header)
+    _score(run, run.recipe.score.scorer, run.path("rollouts", "records"), folder / "records")
     counts["completions"] = sum(len(record.completions) for record in iter_records(folder / "records"))
+
+
+def _score(run: Run, settings: ScorerSettings, source: Path, target: Path) -> None:
+    """The records of `source` with their rewards, by the recipe's workers or by this process."""
+    if run.recipe.cluster is not None:
+        score_by_workers(run, run.recipe.cluster, settings, source, target)
+        return
+    scorer = load_scorer(settings, run)
+    with RecordWriter(target, shard_size=SHARD) as writer:
+        for shard in shards_of(source)[-(-writer.written // SHARD) :]:
+            writer.write_shard(score_records(scorer, list(iter_shard(shard))), Counter())
+        writer.close(read_header(source))
 
 
 def _given_rewards(run: Run, folder: Path, counts: Counter[str]) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.records import Completion, Record
-from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
+from exalign.data.records import Record
+from exalign.data.tokenization import cut_prompt, prompt_token_ids
 from exalign.errors import InputError
 from exalign.models.memory import is_out_of_memory, release_memory
+from exalign.sampling.completions import completion_of, end_ids
 from exalign.sampling.draw import draw_tokens, prompt_uniforms
 from exalign.sampling.plain_decoder import Branches, Decoder, PlainDecoder
 from exalign.sampling.protocol import SampleSettings
@@ -60,7 +61,8 @@ class GroupedSampler:
         self._room = settings.batch_completions
         self._temperature = temperature
         self._seed = seed
-        self._eos_ids = _eos_ids(self._model, tokenizer)
+        settings_of_model = getattr(self._model, "generation_config", None)
+        self._eos_ids = end_ids(getattr(settings_of_model, "eos_token_id", None), tokenizer)
         if not 0 < temperature < float("inf"):
             raise InputError(f"The temperature must be a positive number, not {temperature}.")
         longest = settings.max_prompt_tokens + settings.max_new_tokens
@@ -182,14 +184,9 @@ class GroupedSampler:
     def _finish(self, group: _Running) -> Record:
         completions = []
         for ids, logp in zip(group.token_ids, group.logps, strict=True):
-            stopped = ids[-1] in self._eos_ids
-            text = self._tokenizer.decode(
-                ids[:-1] if stopped else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            assert isinstance(text, str)
-            completions.append(Completion(text, tuple(ids), "stop" if stopped else "length", logp))
+            completions.append(completion_of(ids, logp, self._eos_ids, self._tokenizer))
             self.counts["completions"] += 1
-            self.counts["completions_stopped"] += stopped
+            self.counts["completions_stopped"] += ids[-1] in self._eos_ids
             self.counts["completion_tokens"] += len(ids)
         return replace(group.record, completions=tuple(completions), preferred=None)
 
@@ -247,13 +244,6 @@ def _decoder(model: PreTrainedModel, longest: int) -> Decoder:
         return SharedDecoder(model)
     _log.warning("%s is sampled without shared prompts, which is slower: %s.", type(model).__name__, reason)
     return PlainDecoder(model)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a completion: the tokenizer's, and those of the model's generation settings."""
-    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return frozenset([eos_id(tokenizer), *more])
 
 
 def _check_positions(model: PreTrainedModel, longest: int) -> None:
