@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exalign.checksums import check_file
 from exalign.data.records import Record, iter_records, read_header
 from exalign.errors import InputError
 from exalign.evaluation.schema import Curve, Stage
@@ -85,6 +86,7 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
     if not (folder / "header.json").is_file():
         return rewards
     for shard in sorted(folder.glob("part-*.parquet")):
+        check_file(shard)
         try:
             table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
             rows = [

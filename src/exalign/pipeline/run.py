@@ -1,13 +1,15 @@
 """The directory of a run: which stages stand, which are to do, and what each was made from.
 
 A stage is a folder. While it works it holds `started.json`, when it is complete `done.json`, both with the
-fingerprint of everything the stage depends on: its settings, its data's content and the stages before it.
+fingerprint of everything the stage depends on: its settings, its data's content and the stages before it. `done.json`
+lists the stage's files with their checksums.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import shutil
 import time
@@ -25,9 +27,10 @@ from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
 from exalign.processes import call, leads
 from exalign.redaction import redact_values
-from exalign.storage import fingerprint, read_object, write_json, write_text
+from exalign.storage import fingerprint, read_sealed, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
 
@@ -92,10 +95,10 @@ class Run:
                 self._carry_out(stage, prints[stage.name])
 
     def _check(self, stages: list[Stage], prints: dict[str, str]) -> None:
-        """Refuse, before any work, a directory whose stages were made from something else."""
+        """Refuse, before any work, a directory whose stages were made from something else, or are damaged."""
         for stage in stages:
-            found = self._found_fingerprint(stage)
-            if stage.always or found is None or found == prints[stage.name] or self.redo:
+            found = None if stage.always or self.redo else self._found_fingerprint(stage)
+            if found is None or found == prints[stage.name]:
                 continue
             raise InputError(
                 f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
@@ -103,11 +106,22 @@ class Run:
             )
 
     def _found_fingerprint(self, stage: Stage) -> str | None:
-        for name in ("done.json", "started.json"):
+        """What the stage in the directory was made from; None where there is none, an `InputError` if it is damaged."""
+        for name in MARKERS:
             path = self.path(stage.name, name)
             if path.exists():
-                return str(read_object(path).get("fingerprint"))
+                values = read_sealed(path)
+                check_complete(stage.name, path.parent, values.get("files") or {})
+                return str(values.get("fingerprint"))
         return None
+
+    def _found_or_damaged(self, stage: Stage) -> str | None:
+        """The same where damage is to be made again (`redo`): it is said, and differs from every fingerprint."""
+        try:
+            return self._found_fingerprint(stage)
+        except InputError as error:
+            self.console.print(shown(f"! {error}", "yellow"), soft_wrap=True)
+            return "damaged"
 
     def _difference(self) -> str:
         path = self.path("recipe.yaml")
@@ -127,12 +141,13 @@ class Run:
 
     def _carry_out(self, stage: Stage, print_: str) -> None:
         folder = self.path(stage.name)
-        found = self._found_fingerprint(stage)
+        found = self._found_or_damaged(stage)
         if found is not None and (found != print_ or stage.always):
             # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
             remove_stage(folder)
             found = None
         if found is not None and (folder / "done.json").exists():
+            (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
             self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
             return
         self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
@@ -141,7 +156,9 @@ class Run:
         for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
             # One may lie inside another that is gone by now.
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        write_json(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
+        for damaged in forget_damaged_records(folder):
+            self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
+        write_sealed(folder / "started.json", {"fingerprint": print_, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()
         if stage.together:
@@ -149,7 +166,7 @@ class Run:
         stage.work(self, folder, counts)
         seconds = seconds_before + time.monotonic() - start
         done = {"fingerprint": print_, "seconds": round(seconds, 2), "counts": dict(counts)}
-        write_json(folder / "done.json", done)
+        write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
         (folder / "started.json").unlink()
         listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
         line = Text.assemble(("✓", "green"), f" {stage.name} ", shown(f"{_duration(seconds)}{listed}", "dim"))
@@ -157,14 +174,24 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
+        """Hold the directory; the lock is the operating system's, so it goes with the process, however that ends."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a+")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                lock.seek(0)
+                holder = lock.read(20).strip()
                 raise InputError(
-                    f"{self.folder} is in use by another exalign process; wait for it or choose --run DIR."
+                    f"{self.folder} is in use by another exalign process{f' (number {holder})' if holder else ''}; "
+                    "wait for it or choose --run DIR."
                 ) from None
+            with writing(self.folder):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
             yield
 
 
@@ -191,7 +218,7 @@ def worked_before(folder: Path) -> float:
     """Seconds that an interrupted stage worked: up to the last file it wrote."""
     started = folder / "started.json"
     last = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    before = read_object(started).get("seconds")
+    before = read_sealed(started).get("seconds")
     return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
 
 
