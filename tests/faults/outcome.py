@@ -14,7 +14,7 @@ from typing import Any
 WALL_TIME = {
     "metrics.jsonl": {"seconds", "tokens_per_second"},
     "done.json": {"seconds", "seal"},
-    "speed.json": {"tokens_per_second", "share_of_peak", "peak_flops"},
+    "speed.json": {"tokens_per_second", "share_of_peak", "peak_flops", "seal"},
     "checkpoint.json": {"metrics", "seal"},
     "evidence.json": {"seconds", "tokens_per_second", "seal"},
 }

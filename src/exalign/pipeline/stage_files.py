@@ -11,6 +11,7 @@ from pathlib import Path
 
 from exalign import checksums
 from exalign.errors import InputError
+from exalign.storage import read_sealed
 
 MARKERS = ("done.json", "started.json")
 
@@ -47,8 +48,10 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
     """Before an interrupted stage continues: files of finished records that are damaged, removed to be made again.
 
     With a shard goes the header of its folder, which says that the folder is complete. A damaged model, which only
-    training anew could make again, is an `InputError`.
+    training anew could make again, is an `InputError`, and so is a speed that may not be measured again.
     """
+    for path in folder.rglob("speed.json"):
+        read_sealed(path)
     for path in list(checksums.damaged_files(folder)):
         header = path.parent / "header.json"
         if not header.exists():
