@@ -43,7 +43,9 @@ def main() -> int:
             rng = random.Random(f"{arguments.seed} {stage}")
             done = kill_stage(starter, world, stage, place / "kills", hits=arguments.moments, rng=rng)
             results["kills"].append(asdict(done))
-            _say(results, arguments.out, f"{stage}: {done.hits} hits, {len(done.changed)} changed, {done.seconds:.0f} s")
+            _say(
+                results, arguments.out, f"{stage}: {done.hits} hits, {len(done.changed)} changed, {done.seconds:.0f} s"
+            )
         if not arguments.no_damage:
             results["damage"] = _damage(starter, world, place, random.Random(arguments.seed))
             _say(results, arguments.out, f"damaged files: {len(results['damage'])}")

@@ -172,6 +172,5 @@ def _be_exalign(order: dict[str, Any]) -> NoReturn:
         os._exit(status)
 
 
-
 if __name__ == "__main__":
     serve()

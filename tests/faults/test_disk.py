@@ -53,9 +53,7 @@ def test_a_full_disk(stage: str, starter: Starter, faulty_world: World, disk: Pa
     assert differing(tmp_path / "after", tmp_path / "undisturbed") == []
 
 
-def test_a_directory_that_may_not_be_written(
-    starter: Starter, faulty_world: World, disk: Path, tmp_path: Path
-) -> None:
+def test_a_directory_that_may_not_be_written(starter: Starter, faulty_world: World, disk: Path, tmp_path: Path) -> None:
     command, *_ = faulty_world.before("score", tmp_path / "run")
     starter.command("mount", "-o", "remount,size=32m", disk)
     starter.command("cp", "-r", tmp_path / "run", disk / "run")
