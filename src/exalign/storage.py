@@ -79,7 +79,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The named values that `write_sealed` wrote; `InputError` where they are others. Without a seal none is checked."""
+    """The named values that `write_sealed` wrote; `InputError` where they are others. No seal, no check."""
     values = read_object(path)
     seal = values.pop("seal", None)
     if seal is not None and seal != fingerprint(values):

@@ -45,9 +45,8 @@ def damage(results: dict[str, Any]) -> str:
     for run in dict.fromkeys(one["run"] for one in results.get("damage", [])):
         found = [one for one in results["damage"] if one["run"] == run]
         counts = Counter("named" if one["named"] else "mended" if one["mended"] else "silent" for one in found)
-        rows.append(
-            [run, len({one["file"] for one in found}), *(counts[name] for name in ("named", "mended", "silent"))]
-        )
+        files = len({one["file"] for one in found})
+        rows.append([run, files, *(counts[name] for name in ("named", "mended", "silent"))])
     return _table("run|files|one sentence that names it|same artefacts in the end|anything else", rows)
 
 

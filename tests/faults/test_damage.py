@@ -50,7 +50,8 @@ def test_redo_makes_a_damaged_stage_again_and_nothing_else(
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        ("figures {run} --out {out}", "evaluation/evidence.json"),
+        ("figures {run} --out {out}", "sft/metrics.jsonl"),
+        ("compare {run} {run}", "evaluation/evidence.json"),
         ("assess new {run} --match exo-rw:sft", "evaluation/sft/samples/part-000000.parquet"),
         (
             "judge {run} --against sft --endpoint http://127.0.0.1:9/v1 --model m --dry-run",

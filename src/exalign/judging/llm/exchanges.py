@@ -30,7 +30,8 @@ class Reply:
     """What came back for one attempt.
 
     `outcome`: `answered` (a chat completion, whatever it says), `again` (worth another attempt), `away` (no connection
-    came about, so nothing was asked), `refused` (this request will never be answered), `fatal` (no request will). `raw` is the body exactly as it came.
+    came about, so nothing was asked), `refused` (this request will never be answered), `fatal` (no request will). `raw`
+    is the body exactly as it came.
     """
 
     outcome: str
