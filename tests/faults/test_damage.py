@@ -51,7 +51,7 @@ def test_redo_makes_a_damaged_stage_again_and_nothing_else(
     ("command", "file"),
     [
         ("figures {run} --out {out}", "sft/metrics.jsonl"),
-        ("compare {run} {run}", "evaluation/evidence.json"),
+        ("compare {run} {whole}", "evaluation/evidence.json"),
         ("assess new {run} --match exo-rw:sft", "evaluation/sft/samples/part-000000.parquet"),
         (
             "judge {run} --against sft --endpoint http://127.0.0.1:9/v1 --model m --dry-run",
@@ -65,6 +65,6 @@ def test_what_reads_a_run_names_the_damaged_file(
     folder = tmp_path / "run"
     shutil.copytree(faulty_world.finished, folder)
     flip(folder / file, random.Random(SEED))
-    words = [word.format(run=folder, out=tmp_path / "figures") for word in command.split()]
+    words = [word.format(run=folder, whole=faulty_world.finished, out=tmp_path / "figures") for word in command.split()]
     ended = starter.exalign(*words, log=tmp_path / "log", environment={"OPENAI_API_KEY": ""})
     assert str(folder / file) in ended.sentence
