@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
-NOT_MEASURED = "Not measured yet."
 
 
 def render(document: str, results: dict[str, Any]) -> str:
-    """The document with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    """The document with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew, where there are results."""
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- {name} -->\n{TABLES[name](results) or NOT_MEASURED}\n<!-- /{name} -->"
+        table = TABLES[name](results)
+        return f"<!-- {name} -->\n{table}\n<!-- /{name} -->" if table else match.group(0)
 
     return re.sub(r"<!-- (faults-\w+) -->\n.*?<!-- /\1 -->", fill, document, flags=re.DOTALL)
 
