@@ -5,9 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check audit fuzz format clean
+.PHONY: demo test check audit fuzz faults format clean
 
 FUZZ_MINUTES ?= 10
+FAULT_MOMENTS ?= 50
 FUZZERS := recipe readers records judge state
 
 demo: $(READY)
@@ -34,6 +35,10 @@ fuzz: $(READY)
 	for name in $(FUZZERS); do \
 		$(BIN)/python -m fuzz.$$name -max_total_time=$$(( $(FUZZ_MINUTES) * 60 )) || exit 1; \
 	done
+
+# Kills in every stage, damaged files, an endpoint that is away; the tables go into docs/reliability.md.
+faults: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m faults --moments $(FAULT_MOMENTS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -12,8 +12,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "exalign"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
-FOUNDATION = {"errors", "processes", "redaction", "settings", "spreadsheet", "storage", "strict_yaml", "terminal"}
+FOUNDATION = {
+    "checksums",
+    "errors",
+    "processes",
+    "redaction",
+    "settings",
+    "spreadsheet",
+    "storage",
+    "strict_yaml",
+    "terminal",
+}
 MAY_IMPORT = {
+    "checksums": {"errors", "storage"},
     "errors": {"redaction"},
     "processes": {"errors"},
     "redaction": set(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     is replaced. A full disk raises `InputError`; whatever stood at `path` before stays readable.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        _sync(temporary)
-        if temporary.is_dir() and path.exists():
-            _remove(path)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"Cannot write {path}: {reason}. What was finished before is intact.") from error
-    finally:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
+        try:
+            yield temporary
+            _sync(temporary)
+            if temporary.is_dir() and path.exists():
+                _remove(path)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                _remove(temporary)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: a disk that is full or may not be written is an `InputError` that names both."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {_reason(path, error)}. What was finished before is intact.") from error
+
+
+def _reason(path: Path, error: OSError) -> str:
+    if error.errno != errno.ENOSPC:
+        return str(error.strerror or error)
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    return f"{error.strerror} ({shutil.disk_usage(place).free / 2**20:,.1f} MiB free on the disk of {place})"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +64,27 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, atomically; NaN and infinity are refused (`ValueError`)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Readable JSON; NaN and infinity are refused (`ValueError`)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """`write_json` for named values, with a hash of them under `seal`."""
+    plain = json.loads(json_text(values))  # as it will be read: tuples are lists, every key is a text
+    write_json(path, {**plain, "seal": fingerprint(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The named values that `write_sealed` wrote; `InputError` where they are others. No seal, no check."""
+    values = read_object(path)
+    seal = values.pop("seal", None)
+    if seal is not None and seal != fingerprint(values):
+        raise InputError(f"{path} is damaged: its values are not those that were written; restore or delete it.")
+    return values
 
 
 def read_json(path: Path) -> Any:

@@ -161,7 +161,11 @@ def test_evidence_of_another_version_or_damaged_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match="format 99"):
         read_evidence(path)
     write_evidence(path, evidence)
-    path.write_text(path.read_text().replace('"sft": {', '"sft": 3, "x": {', 1))
+    damaged = path.read_text().replace('"sft": {', '"sft": 3, "x": {', 1)
+    path.write_text(damaged)
+    with pytest.raises(InputError, match="not those that were written"):
+        read_evidence(path)
+    path.write_text(damaged.replace('"seal"', '"no-seal"'))
     with pytest.raises(InputError, match="damaged at sft"):
         read_evidence(path)
 

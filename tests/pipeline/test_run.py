@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,41 +136,6 @@ def test_an_unknown_stage_lists_those_there_are(tiny: MakeRecipe, tmp_path: Path
         carry_out(tiny(), tmp_path / "run", "oracle")
 
 
-def models_and_samples(folder: Path) -> dict[str, str]:
-    kept = [*folder.rglob("*.safetensors"), *folder.rglob("*.parquet")]
-    kept = [path for path in kept if "checkpoints" not in path.parts]
-    return {path.relative_to(folder).as_posix(): fingerprint_path(path) for path in kept}
-
-
-def test_killed_at_random_moments_and_started_again_it_ends_as_if_nothing_happened(
-    finished: tuple[Recipe, Path], world: Path, tmp_path: Path
-) -> None:
-    """SIGKILL, several times, wherever the run happens to be: final weights and samples are equal bit for bit."""
-    _, undisturbed = finished
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "exalign", "demo", "--run", str(folder), *tiny_overrides(world)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
-    rng = random.Random(7)
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        done = 0
-        if kills < 4:
-            known = len(list(folder.rglob("done.json")))
-            while process.poll() is None and len(list(folder.rglob("done.json"))) < known + 2:
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.6))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        done = process.wait()
-        if done == 0:
-            break
-        assert done == -signal.SIGKILL, process.stderr.read().decode() if process.stderr else ""
-    assert kills == 4
-    assert models_and_samples(folder) == models_and_samples(undisturbed)
-    assert not list(folder.rglob("*.tmp"))
-
-
 def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, folder = finished
     copy = tmp_path / "copy"
@@ -189,26 +148,6 @@ def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe,
     assert "evaluation/density/exo-rw (continues)" in carry_out(recipe, copy, "evaluation/density")
     assert not list(copy.rglob("*.tmp"))
     assert (stage / "done.json").exists()
-
-
-def test_where_nothing_more_can_be_written_one_sentence_is_said_and_the_run_goes_on_later(
-    finished: tuple[Recipe, Path], world: Path, tmp_path: Path
-) -> None:
-    """A limit on file size stands for the full disk: writing fails in the middle of a model."""
-    _, undisturbed = finished
-    command = [sys.executable, "-m", "exalign", "demo", "--run", str(tmp_path / "full"), *tiny_overrides(world)]
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)); "
-    limited += "from exalign.cli import main; main(sys.argv[1:])"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    full = subprocess.run(
-        [sys.executable, "-c", limited, *command[3:]], env=environment, capture_output=True, text=True
-    )
-    assert full.returncode == 2, full.stderr
-    (line,) = full.stderr.strip().splitlines()
-    assert "Cannot write" in line
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert models_and_samples(tmp_path / "full") == models_and_samples(undisturbed)
 
 
 def test_density_stages_have_the_final_policys_numbers_on_the_pool(

@@ -3,13 +3,15 @@
 A record is a prompt with its K completions. SFT data is K = 1, a preference pair K = 2 with `preferred`,
 rollouts K = 4…128 with rewards once they are scored, evaluation samples M = 4. K may differ between records.
 
-Files are folders of Parquet shards, `header.json` beside them; `datasets.load_dataset("parquet")` reads the shards.
+Files are folders of Parquet shards, `header.json` and SHA256SUMS beside them; `datasets.load_dataset("parquet")` reads
+the shards.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
+from exalign import checksums
 from exalign.errors import InputError
-from exalign.storage import atomic_path, read_object, write_json
+from exalign.storage import atomic_path, json_text, read_object
 
 FORMAT_VERSION = 1
 Prompt = str | tuple[dict[str, str], ...]
@@ -115,9 +118,9 @@ class RecordWriter:
     """Writes records shard by shard, each atomically: a kill loses at most the shard under way.
 
     Opening a folder that already has shards continues after them: `written` says how many records stand there, so that
-    a stage can skip what is done, and `counts` sums what was counted while they were made. Shards behind a missing or
-    damaged one are removed, as what is written next takes their place. `close` writes the header, which marks the
-    folder as complete.
+    a stage can skip what is done, and `counts` sums what was counted while they were made. A damaged shard and those
+    behind it, or behind a missing one, are removed with a warning, as what is written next takes their place. `close`
+    writes the header, which marks the folder as complete.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "rollouts"
@@ -139,16 +142,27 @@ class RecordWriter:
         self._continue_after_finished_shards()
 
     def _continue_after_finished_shards(self) -> None:
-        intact = True
-        for shard in shards_of(self.folder):
-            rows = num_rows(shard)
-            intact = intact and rows is not None and shard == shard_path(self.folder, self._next_shard)
-            if intact:
-                self.written += rows or 0
-                self.counts.update(shard_counts(shard))
-                self._next_shard += 1
-            else:
+        shards = shards_of(self.folder)
+        for place, shard in enumerate(shards):
+            rows = num_rows(shard) if shard == shard_path(self.folder, place) and self._is_intact(shard) else None
+            if rows is None:
+                break
+            self.written += rows
+            self.counts.update(shard_counts(shard))
+            self._next_shard += 1
+        if removed := shards[self._next_shard :]:
+            what = "is damaged" if removed[0] == shard_path(self.folder, self._next_shard) else "has no shard before it"
+            behind = f" and the {len(removed) - 1} shards behind it are" if len(removed) > 1 else " is"
+            warnings.warn(f"{removed[0]} {what}; it{behind} made again.", stacklevel=3)
+            for shard in removed:
                 shard.unlink()
+
+    def _is_intact(self, shard: Path) -> bool:
+        try:
+            return checksums.is_intact(shard, checksums.read_sums(self.folder))
+        except InputError:  # then nothing vouches for any shard
+            (self.folder / checksums.NAME).unlink()
+            return False
 
     def write(self, record: Record) -> None:
         """Add one record; a full shard goes to disk."""
@@ -165,7 +179,8 @@ class RecordWriter:
     def write_shard(self, records: Sequence[Record], counts: Counter[str]) -> None:
         """Write these records as a shard of their own, and with them what was counted while they were made."""
         self.flush()
-        write_shard(shard_path(self.folder, self._next_shard), records, counts)
+        with checksums.vouched_path(shard_path(self.folder, self._next_shard)) as temporary:
+            _write_table(temporary, records, counts)
         self.written += len(records)
         self.counts.update(counts)
         self._next_shard += 1
@@ -194,15 +209,20 @@ def write_records(folder: Path, records: Iterable[Record], header: Header, *, sh
 
 def iter_records(folder: Path) -> Iterator[Record]:
     """Stream the records of a folder in the order they were written, one shard in memory at a time."""
-    shards = shards_of(Path(folder))
-    if not shards and not (Path(folder) / "header.json").exists():
+    shards, complete = shards_of(Path(folder)), (Path(folder) / "header.json").exists()
+    if not shards and not complete:
         raise InputError(f"{folder} holds no records (expected part-000000.parquet and header.json).")
+    sums = checksums.read_sums(Path(folder))
+    lost = {name for name in sums if _SHARD_NAME.fullmatch(name)} - {shard.name for shard in shards}
+    if complete and lost:
+        raise InputError(f"{Path(folder) / min(lost)} is missing; restore it, or delete the folder and make it again.")
     for shard in shards:
         yield from iter_shard(shard)
 
 
 def iter_shard(shard: Path) -> Iterator[Record]:
     """The records of one shard; a damaged one is an `InputError` that names it."""
+    checksums.check_file(shard)
     try:
         table = pq.read_table(shard)
         table.validate(full=True)
@@ -223,6 +243,7 @@ def read_header(folder: Path) -> Header:
     """The header of a complete folder of records; an absent one or another version is an `InputError`."""
     path = Path(folder) / "header.json"
     values = read_object(path)
+    checksums.check_file(path)
     if values.get("version") != FORMAT_VERSION:
         found = str(values.get("version"))[:40]
         raise InputError(f"{folder} has record format {found}; this exalign reads {FORMAT_VERSION}.")
@@ -234,17 +255,26 @@ def read_header(folder: Path) -> Header:
 
 
 def write_shard(shard: Path, records: Sequence[Record], counts: Counter[str]) -> None:
-    """Write records as one shard, atomically, and with them what was counted while they were made."""
-    schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts, sort_keys=True)})
-    table = pa.Table.from_pylist([_to_row(record) for record in records], schema=schema)
+    """Write records as one shard, atomically, and with them what was counted while they were made.
+
+    Several processes may write shards of one folder at once, so that none of them may write its SHA256SUMS: that is
+    for whoever sent them.
+    """
     with atomic_path(shard) as temporary:
-        pq.write_table(table, temporary)
+        _write_table(temporary, records, counts)
+
+
+def _write_table(path: Path, records: Sequence[Record], counts: Counter[str]) -> None:
+    schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts)})
+    pq.write_table(pa.Table.from_pylist([_to_row(record) for record in records], schema=schema), path)
 
 
 def write_header(folder: Path, header: Header) -> None:
     """Write the header, which marks a folder of records as complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "header.json", {name: getattr(header, name) for name in Header.__slots__})
+    values = {name: getattr(header, name) for name in Header.__slots__}
+    with checksums.vouched_path(folder / "header.json") as temporary:
+        temporary.write_text(json_text(values), encoding="utf-8")
 
 
 def shards_of(folder: Path) -> list[Path]:

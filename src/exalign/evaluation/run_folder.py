@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exalign.checksums import check_file, checksum
 from exalign.data.records import Record, iter_records, read_header
 from exalign.errors import InputError
 from exalign.evaluation.schema import Curve, Stage
-from exalign.storage import read_json, read_object
+from exalign.storage import read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
 _STEP = re.compile(r"step-(\d+)")
@@ -85,6 +86,7 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
     if not (folder / "header.json").is_file():
         return rewards
     for shard in sorted(folder.glob("part-*.parquet")):
+        check_file(shard)
         try:
             table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
             rows = [
@@ -105,7 +107,7 @@ def stages(run: Path) -> list[Stage]:
     paths = set(run.glob("**/done.json")) - {run / "report" / "done.json"}
     result = []
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
-        values = read_object(path)
+        values = read_sealed(path)
         seconds, counted = values.get("seconds"), values.get("counts")
         counts = {k: v for k, v in counted.items() if isinstance(v, int)} if isinstance(counted, dict) else {}
         name = path.parent.relative_to(run).as_posix()
@@ -127,11 +129,20 @@ def curves(run: Path, notes: Counter[str]) -> list[Curve]:
     """Training curves of every stage with metrics, each stage named by its folder; not those of a search's trials."""
     found = []
     for path in _outside_trials(run, "metrics.jsonl"):
+        _check_listed(path)
         stage = path.parent.relative_to(run).as_posix()
         rows = {row["step"]: row for row in _metric_rows(path, notes)}
         if rows:
             found.append(downsample(stage, [rows[step] for step in sorted(rows)], notes))
     return found
+
+
+def _check_listed(path: Path) -> None:
+    """A file of a complete stage must be what the stage wrote."""
+    done = path.with_name("done.json")
+    files = read_sealed(done).get("files") if done.is_file() else None
+    if isinstance(files, dict) and files.get(path.name) not in (None, checksum(path)):
+        raise InputError(f"{path} is damaged: it is not what its stage wrote; restore it, or make the stage again.")
 
 
 def _outside_trials(run: Path, name: str) -> list[Path]:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from exalign.errors import InputError
 from exalign.evaluation.density_schema import DensityRatios
 from exalign.evaluation.searches import Search
-from exalign.storage import read_json, write_json
+from exalign.storage import read_sealed, write_sealed
 
 EVIDENCE_VERSION = 1
 
@@ -356,13 +356,13 @@ class Evidence:
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
     """Write `evidence` as JSON, atomically; a NaN anywhere is a `ValueError`."""
-    write_json(path, asdict(evidence))
+    write_sealed(path, asdict(evidence))
 
 
 def read_evidence(path: Path) -> Evidence:
     """Read what `write_evidence` wrote; a damaged file or another version is an `InputError`."""
-    values = read_json(path)
-    found = values.get("version") if isinstance(values, dict) else None
+    values = read_sealed(path)
+    found = values.get("version")
     if found != EVIDENCE_VERSION:
         raise InputError(f"{path} has evidence format {found}; this exalign reads {EVIDENCE_VERSION}: evaluate again.")
     try:

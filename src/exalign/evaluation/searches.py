@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exalign.storage import read_json
+from exalign.storage import read_json, read_sealed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_searches(run: Path, methods: Iterable[str]) -> list[Search]:
     for method in methods:
         folder = run / "search" / method
         if (folder / "best.json").is_file():
-            trials = [Trial(**read_json(path)) for path in sorted(folder.glob("trial-*/result.json"))]
+            trials = [Trial(**read_sealed(path)) for path in sorted(folder.glob("trial-*/result.json"))]
             best = read_json(folder / "best.json")
             found.append(Search(method, best["ranked_at"], best["trial"], trials))
     return found

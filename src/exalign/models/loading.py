@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
+from exalign.checksums import write_sums
 from exalign.errors import InputError
 from exalign.settings import Settings
 from exalign.storage import atomic_path, exists
@@ -91,7 +92,7 @@ def load_classifier(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase)
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
-    """Write an ordinary transformers folder atomically: safetensors, tokenizer, and `card` as README.md.
+    """Write an ordinary transformers folder atomically: safetensors, tokenizer, `card` as README.md, and SHA256SUMS.
 
     LoRA adapters are merged into a copy of the weights; the model that was passed in stays as it was.
     """
@@ -101,6 +102,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         plain.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_sums(temporary)
 
 
 def _load(

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from exalign import checksums
 from exalign.data.records import Record, iter_shard, num_rows, shard_path, shards_of, write_shard
 from exalign.errors import InputError
 from exalign.sampling.vllm import VLLMSettings
@@ -76,6 +78,7 @@ def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settin
     source, target = source.resolve(), target.resolve()
     target.mkdir(parents=True, exist_ok=True)
     wanted = len(shards_of(source))
+    _forget_damaged(target)
     left = _unfinished(source, target, wanted)
     if left:
         _sweep(target)
@@ -88,6 +91,15 @@ def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settin
             f"The workers wrote {wanted - len(missing)} of {wanted} shards to {target}: every machine of the cluster "
             "must see this folder under this name."
         )
+    checksums.write_sums(target)
+
+
+def _forget_damaged(target: Path) -> None:
+    """Remove shards that are not what was written, and what vouches for the others until all are there."""
+    for shard in checksums.damaged_files(target):
+        warnings.warn(f"{shard} is damaged; it is made again.", stacklevel=3)
+        shard.unlink(missing_ok=True)
+    (target / checksums.NAME).unlink(missing_ok=True)
 
 
 def _unfinished(source: Path, target: Path, wanted: int) -> list[int]:

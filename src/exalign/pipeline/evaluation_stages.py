@@ -169,7 +169,7 @@ def score_policies(
     tokenizer = load_run_tokenizer(run)
     for policy in sorted((trained / "policies").glob("step-*")):
         here = folder / policy.name
-        if (here / "samples" / "header.json").exists():
+        if all((here / name / "header.json").exists() for name in ("drawn", "samples")):
             counts.update(read_header(here / "drawn").counts)
             continue
         model = load_frozen_policy(policy, run, tokenizer)

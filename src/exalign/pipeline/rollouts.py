@@ -83,17 +83,18 @@ def sample_policy(
         temperature=run.recipe.temperature,
         seed=purpose_seed(run, purpose),
     )
-    started, tokens, work = time.perf_counter(), 0, 0.0
+    tokens, seconds, work, peak = 0, 0.0, 0.0, 0.0
     with RecordWriter(folder) as writer:
         for shard in shards(prompts[writer.written :]):
-            before = Counter(sampler.counts)
+            before, started = Counter(sampler.counts), time.perf_counter()
             records = list(sampler.sample(shard))
-            writer.write_shard(records, sampler.counts - before)
+            seconds += time.perf_counter() - started
             groups = [group_of(record, 0) for record in records]
             tokens += sum(len(ids) for group in groups for ids in group.completion_ids)
             work += forward_flops(model, groups)
-        if tokens:
-            record_speed(folder.parent, tokens, time.perf_counter() - started, work, matmul_peak(model))
+            peak = peak or matmul_peak(model)
+            record_speed(folder.parent, tokens, seconds, work, peak)  # before the shard: a kill cannot come between
+            writer.write_shard(records, sampler.counts - before)
         writer.close(samples_header(run, settings, type(sampler), purpose, writer.counts))
     return writer.counts
 

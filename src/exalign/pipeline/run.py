@@ -1,13 +1,15 @@
 """The directory of a run: which stages stand, which are to do, and what each was made from.
 
 A stage is a folder. While it works it holds `started.json`, when it is complete `done.json`, both with the
-fingerprint of everything the stage depends on: its settings, its data's content and the stages before it.
+fingerprint of everything the stage depends on: its settings, its data's content and the stages before it. `done.json`
+lists the stage's files with their checksums.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import shutil
 import time
@@ -26,9 +28,10 @@ from rich.text import Text
 from exalign.errors import InputError
 from exalign.pipeline.made_from import MadeFrom, made_from, trained_from
 from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
 from exalign.processes import call, leads
 from exalign.redaction import redact_values
-from exalign.storage import read_object, write_json, write_text
+from exalign.storage import read_sealed, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
 from exalign.training.recovery import add_recovery, recoveries
@@ -87,25 +90,27 @@ class Run:
         wanted = select({stage.name: stage for stage in stages}, targets)
         with self._locked():
             made: dict[str, MadeFrom] = {}
+            found: dict[str, dict[str, Any]] = {}
             for stage in wanted:
-                made[stage.name] = self._made_from(stage, [made[name].fingerprint for name in stage.needs])
-            self._check(wanted, made)
+                found[stage.name] = self._found(stage)
+                needs = [made[name].fingerprint for name in stage.needs]
+                made[stage.name] = self._made_from(stage, found[stage.name], needs)
+            self._check(wanted, made, found)
             self._describe()
             for stage in wanted:
-                self._carry_out(stage, made[stage.name])
+                self._carry_out(stage, made[stage.name], found[stage.name])
 
-    def _made_from(self, stage: Stage, needs: list[str]) -> MadeFrom:
+    def _made_from(self, stage: Stage, found: dict[str, Any], needs: list[str]) -> MadeFrom:
         depends = {"stage": stage.name, "inputs": stage.inputs(), "needs": needs}
         if not stage.together:
             return made_from(depends)
-        return trained_from(depends, self._found(stage), self.path(stage.name), recover=self.recover)
+        return trained_from(depends, found, self.path(stage.name), recover=self.recover)
 
-    def _check(self, stages: list[Stage], made: dict[str, MadeFrom]) -> None:
+    def _check(self, stages: list[Stage], made: dict[str, MadeFrom], found: dict[str, dict[str, Any]]) -> None:
         """Refuse, before any work, a directory whose stages were made from something else."""
         for stage in stages:
-            found = self._found_fingerprint(stage)
-            now = made[stage.name]
-            if stage.always or found is None or found == now.fingerprint or now.recovery or self.redo:
+            now, before = made[stage.name], found[stage.name]
+            if stage.always or not before or before["fingerprint"] == now.fingerprint or now.recovery or self.redo:
                 continue
             third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
             raise InputError(
@@ -113,15 +118,22 @@ class Run:
                 f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
             )
 
-    def _found_fingerprint(self, stage: Stage) -> str | None:
-        found = self._found(stage)
-        return str(found.get("fingerprint")) if found else None
-
     def _found(self, stage: Stage) -> dict[str, Any]:
-        for name in ("done.json", "started.json"):
-            path = self.path(stage.name, name)
-            if path.exists():
-                return read_object(path)
+        """What the stage in the directory says that it was made from; nothing where there is none.
+
+        One that is damaged is an `InputError`, unless it may be made again: then that is said, and it is of nothing.
+        """
+        try:
+            for path in (self.path(stage.name, name) for name in MARKERS):
+                if path.exists():
+                    values = read_sealed(path)
+                    check_complete(stage.name, path.parent, values.get("files") or {})
+                    return {"fingerprint": None, **values}
+        except InputError as error:
+            if not (self.redo or stage.always):
+                raise
+            self.console.print(shown(f"! {error}", "yellow"), soft_wrap=True)
+            return {"fingerprint": None}
         return {}
 
     def _difference(self) -> str:
@@ -140,16 +152,16 @@ class Run:
         write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
         write_json(self.path("environment.json"), environment())
 
-    def _carry_out(self, stage: Stage, made: MadeFrom) -> None:
+    def _carry_out(self, stage: Stage, made: MadeFrom, found: dict[str, Any]) -> None:
         folder = self.path(stage.name)
-        found = self._found_fingerprint(stage)
         if made.recovery:
             add_recovery(folder, made.recovery)
-        elif found is not None and (found != made.fingerprint or stage.always):
+        elif found and (found["fingerprint"] != made.fingerprint or stage.always):
             # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
             remove_stage(folder)
-            found = None
-        if found is not None and (folder / "done.json").exists():
+            found = {}
+        if found and (folder / "done.json").exists():
+            (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
             self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
             return
         self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
@@ -158,7 +170,9 @@ class Run:
         for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
             # One may lie inside another that is gone by now.
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        write_json(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
+        for damaged in forget_damaged_records(folder):
+            self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
+        write_sealed(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
         counts: Counter[str] = Counter()
         start = time.monotonic()
         if stage.together:
@@ -168,7 +182,7 @@ class Run:
         if stage.together and (recovered := recoveries(folder)):
             counts["recoveries"] = len(recovered)
         done = {**made.values, "seconds": round(seconds, 2), "counts": dict(counts)}
-        write_json(folder / "done.json", done)
+        write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
         (folder / "started.json").unlink()
         listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
         line = Text.assemble(("✓", "green"), f" {stage.name} ", shown(f"{_duration(seconds)}{listed}", "dim"))
@@ -176,14 +190,24 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
+        """Hold the directory; the lock is the operating system's, so it goes with the process, however that ends."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a+")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                lock.seek(0)
+                holder = lock.read(20).strip()
                 raise InputError(
-                    f"{self.folder} is in use by another exalign process; wait for it or choose --run DIR."
+                    f"{self.folder} is in use by another exalign process{f' (number {holder})' if holder else ''}; "
+                    "wait for it or choose --run DIR."
                 ) from None
+            with writing(self.folder):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
             yield
 
 
@@ -210,7 +234,7 @@ def worked_before(folder: Path) -> float:
     """Seconds that an interrupted stage worked: up to the last file it wrote."""
     started = folder / "started.json"
     last = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    before = read_object(started).get("seconds")
+    before = read_sealed(started).get("seconds")
     return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
 
 

@@ -45,7 +45,7 @@ from exalign.pipeline.sources import (
 )
 from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
 from exalign.processes import leads, several
-from exalign.storage import fingerprint, read_json, write_json, write_text
+from exalign.storage import fingerprint, read_json, read_sealed, write_json, write_sealed, write_text
 from exalign.terminal import shown
 from exalign.training.guards import NotFiniteError
 from exalign.training.settings import TrainSettings
@@ -134,9 +134,9 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
             results = [(trial.values, trial.value) for trial in trials]
             values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
             trial = _trial(run, place, trials, changed(own, values), Trial(number, values, {}), train)
-            write_json(place / "result.json", asdict(trial))
+            write_sealed(place / "result.json", asdict(trial))
         _forget_weights(place)
-        trials.append(Trial(**read_json(place / "result.json")))
+        trials.append(Trial(**read_sealed(place / "result.json")))
         counts.update(trials[-1].counts)
         run.console.print(shown(f"  {trial_sentence(trials[-1])}", "dim"), soft_wrap=True)
     counts["trials"] = len(trials)

@@ -16,7 +16,7 @@ from exalign.data.batching import Group
 from exalign.models.flops import matmul_peak, training_flops
 from exalign.pipeline.run import Run
 from exalign.processes import leads, number
-from exalign.storage import read_json, write_json
+from exalign.storage import read_sealed, write_sealed
 from exalign.training.settings import TrainSettings
 
 
@@ -39,7 +39,7 @@ def record_training_speed(
 def say_speed(run: Run, folder: Path) -> None:
     """Print what `folder`/speed.json holds, where there is one."""
     if (folder / "speed.json").exists():
-        speed = read_json(folder / "speed.json")
+        speed = read_sealed(folder / "speed.json")
         run.console.print(
             f"  [dim]{speed['tokens_per_second']:,.0f} tokens/s; necessary work at {speed['share_of_peak']:.0%} "
             "of this machine's matrix-product peak[/dim]",
@@ -50,4 +50,4 @@ def say_speed(run: Run, folder: Path) -> None:
 def record_speed(folder: Path, tokens: int, seconds: float, work: float, peak: float) -> None:
     """Write `folder`/speed.json: `work` in operations, `peak` in operations per second."""
     speed = {"tokens_per_second": tokens / seconds, "share_of_peak": work / seconds / peak, "peak_flops": peak}
-    write_json(folder / "speed.json", speed)
+    write_sealed(folder / "speed.json", speed)

@@ -7,7 +7,7 @@ there. Mathematics: `objectives.policy_gradient`. What differs from the paper's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 from exalign.training.card import model_card
 from exalign.training.loop import train
-from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.rollouts import RolloutBatches, RolloutCounts, RolloutPlan
 from exalign.training.settings import TrainSettings
 from exalign.training.sft import completion_tokens
 from exalign.training.sharding import Whole
@@ -151,7 +151,12 @@ class PPO:
     """
 
     def __init__(
-        self, module: ActorCritic, tokenizer: PreTrainedTokenizerBase, world: Surroundings, settings: PPOSettings
+        self,
+        module: ActorCritic,
+        tokenizer: PreTrainedTokenizerBase,
+        world: Surroundings,
+        settings: PPOSettings,
+        note_counts: Callable[[int, Sequence[Counter[str]]], None] = lambda number, counts: None,
     ) -> None:
         self.module = module
         self.whole = Whole(module)
@@ -159,6 +164,7 @@ class PPO:
         self.world = world
         self.settings = settings
         module.kl_coefficient.fill_(settings.beta)
+        self._note_counts = note_counts
         self._experience: Experience | None = None
         how = fingerprint([world.sampling.model_dump(exclude={"batch_completions"}), world.temperature])
         self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
@@ -201,8 +207,7 @@ class PPO:
         seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
         with self.whole.everywhere() as module:
             shares = gathered(self._sampled(module, share_of(records), seed))
-        for _, counts in shares:
-            self.world.counts.update(counts)
+        self._note_counts(number, [counts for _, counts in shares])
         sampled = in_order([share for share, _ in shares])
         groups = [replace(one.group, index=index) for index, one in enumerate(sampled)]
         self._experience = self._experience_of(groups, sampled)
@@ -306,7 +311,11 @@ def train_ppo(
         settings,
         pipeline_tag="text-generation",
     )
-    return train(PPO(module, tokenizer, world, settings), module, tokenizer, placed, folder, card=card)
+    counted = RolloutCounts(Path(folder) / "rollouts.json")
+    task = PPO(module, tokenizer, world, settings, counted.note)
+    path = train(task, module, tokenizer, placed, folder, card=card)
+    world.counts.update(counted.total(task.batches.num_rollouts))
+    return path
 
 
 def rollout_plan(settings: PPOSettings) -> RolloutPlan:

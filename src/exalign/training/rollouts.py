@@ -8,13 +8,16 @@ checkpoints are therefore placed there (see `whole_rollouts`).
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from exalign.data.batching import Group, epoch_order
 from exalign.data.records import Record
 from exalign.errors import InputError
-from exalign.storage import fingerprint
+from exalign.processes import leads
+from exalign.storage import fingerprint, read_sealed, write_sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,10 @@ class RolloutBatches:
         start = minibatch * plan.batch_prompts
         return [groups[index] for index in sorted(order[start : start + plan.batch_prompts])]
 
+    @property
+    def num_rollouts(self) -> int:
+        return -(-len(self._prompts) * self._plan.epochs // self._plan.rollout_prompts)
+
     def prompts_of(self, number: int) -> list[Record]:
         """The prompts of rollout `number`: the next of all epochs' prompts in a row, each epoch in its own order."""
         plan, count, found = self._plan, len(self._prompts), []
@@ -114,3 +121,27 @@ class RolloutBatches:
         for record in self._prompts:
             digest.update(fingerprint([record.id, record.prompt, record.prompt_ids]).encode())
         return digest.hexdigest()[:16]
+
+
+class RolloutCounts:
+    """What was counted while each rollout was drawn, in a file: one from before an interruption is not drawn again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._by_rollout = read_sealed(path) if path.exists() else {}
+
+    def note(self, number: int, counts: Sequence[Counter[str]]) -> None:
+        """Keep what the processes counted while they drew rollout `number`; the first of them writes it."""
+        found: Counter[str] = Counter()
+        for share in counts:
+            found.update(share)
+        self._by_rollout[str(number)] = dict(found)
+        if leads():
+            write_sealed(self._path, self._by_rollout)
+
+    def total(self, num_rollouts: int) -> Counter[str]:
+        """The sum over all rollouts; those whose counts are lost, with the file, are `rollouts_not_counted`."""
+        found: Counter[str] = Counter()
+        for number in range(num_rollouts):
+            found.update(self._by_rollout.get(str(number), {"rollouts_not_counted": 1}))
+        return found

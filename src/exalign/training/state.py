@@ -1,8 +1,8 @@
 """What a resume needs: checkpoints that are complete or absent, and metrics without doubled steps.
 
 A checkpoint is a folder `step-000123` with `state.pt` (tensors only, read with `weights_only=True`) and
-`checkpoint.json`, which holds the hash of `state.pt`. Nothing else is state: the learning rate, the batches and the
-random numbers of a step are functions of (seed, step).
+`checkpoint.json`, which holds the hashes of `state.pt` and of the metrics so far. Nothing else is state: the learning
+rate, the batches and the random numbers of a step are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -29,11 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from exalign.errors import InputError
-from exalign.storage import atomic_path, fingerprint_path, read_object, write_json, write_text
+from exalign.storage import atomic_path, fingerprint, fingerprint_path, read_sealed, write_sealed, write_text, writing
 from exalign.training.zero import ZeroOptimizer
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
+METRICS = "metrics.jsonl"
+"""Lies beside the folder of checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         with (temporary / "state.pt").open("wb") as stream:
             _save_tensors(state, stream)
-        values = {**asdict(position), "state": fingerprint_path(temporary / "state.pt")}
-        write_json(temporary / "checkpoint.json", values)
+        state_print = fingerprint_path(temporary / "state.pt")
+        values = {**asdict(position), "state": state_print, "metrics": _metrics_print(folder, position.step)}
+        write_sealed(temporary / "checkpoint.json", values)
     prune_checkpoints(folder, position.step, keep=KEEP)
 
 
@@ -110,20 +112,25 @@ def load_checkpoint(
     """Put the newest intact checkpoint into model and optimizer; `Position(0, 0, run, settled)` where there is none.
 
     A damaged checkpoint is passed over with a warning. One of another run (`run` differs) is an `InputError`, unless
-    it stands at `recovered_after` or before and only what a recovery may change differs.
+    it stands at `recovered_after` or before and only what a recovery may change differs; so are metrics that are not
+    those of the checkpoint.
     """
-    for path in reversed(_checkpoints(folder)):
+    paths = _checkpoints(folder)
+    for place, path in reversed(list(enumerate(paths))):
         try:
             position = _position(path)
             recovered = position.settled == settled != "" and position.step <= recovered_after
             state = _read_tensors(path / "state.pt") if position.run == run or recovered else None
-        except (InputError, OSError):
-            warnings.warn(f"{path} is damaged; training continues from the checkpoint before it.", stacklevel=2)
+        except (InputError, OSError) as error:
+            before = f"continues from {paths[place - 1].name}" if place else "begins anew"
+            said = str(error) if isinstance(error, InputError) else f"{path} cannot be read."
+            warnings.warn(f"{path} is damaged; training {before}. ({said})", stacklevel=2)
             continue
         if state is None:
             raise InputError(
                 f"{folder.parent} holds a run made with other settings or data; delete it or choose another folder."
             )
+        _check_metrics(path)
         _put(state, model, optimizer, path)
         return replace(position, run=run, settled=settled)
     return Position(0, 0, run, settled)
@@ -143,12 +150,14 @@ def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer | ZeroOpt
         raise
     except Exception as error:  # torch raises many kinds where names or shapes are others
         raise InputError(f"{path} does not fit the model ({type(error).__name__}); delete it to train anew.") from error
+    for group in optimizer.param_groups:  # which torch returns as a list, so that the next checkpoint had other bytes
+        group["betas"] = tuple(group["betas"])
     _forget_states_without_steps(model, optimizer, known=set(state["optimizer"]["state"]))
 
 
 def _position(path: Path) -> Position:
     """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
-    values = read_object(path / "checkpoint.json")
+    values = read_sealed(path / "checkpoint.json")
     step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
     settled = values.get("settled", "")
     if type(step) is not int or type(skipped) is not int:  # a truth value is no number
@@ -160,6 +169,22 @@ def _position(path: Path) -> Position:
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
     return Position(step, skipped, run, settled)
+
+
+def _check_metrics(path: Path) -> None:
+    """The rows that were there at a checkpoint must be there as they were: they are not made again."""
+    wanted = read_sealed(path / "checkpoint.json").get("metrics")
+    if wanted is not None and wanted != _metrics_print(path.parent, _step_of(path)):
+        training = path.parents[1]
+        raise InputError(
+            f"{training / METRICS} is damaged: up to step {_step_of(path)} it is not what was written; restore it, or "
+            f"delete {path.parent} to train anew."
+        )
+
+
+def _metrics_print(checkpoints: Path, step: int) -> str:
+    """A hash of the rows up to `step` in the metrics beside the folder of checkpoints."""
+    return fingerprint("".join(_rows_up_to(checkpoints.parent / METRICS, step)))
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
@@ -210,14 +235,14 @@ class MetricsLog:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row through to the operating system, where a kill of this process cannot lose it."""
         if self._stream is not None:
-            with _named(self.path):
+            with writing(self.path):
                 self._stream.write(json.dumps(row, allow_nan=False) + "\n")
                 self._stream.flush()
 
     def sync(self) -> None:
         """Write the rows through to the disk; before a checkpoint that counts on them."""
         if self._stream is not None:
-            with _named(self.path):
+            with writing(self.path):
                 os.fsync(self._stream.fileno())
 
     def __enter__(self) -> MetricsLog:
@@ -239,14 +264,6 @@ def _rows_up_to(path: Path, step: int) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             return
         yield line + "\n"
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}. What was finished is intact.") from error
 
 
 def _save_tensors(state: dict[str, Any], stream: BinaryIO) -> None:

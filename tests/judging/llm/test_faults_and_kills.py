@@ -124,7 +124,7 @@ def test_a_request_that_is_refused_is_left_for_later_and_counted(make_run, rules
 
 
 def test_a_dead_endpoint_is_given_up(run, invoke):
-    options = (*FAST, "--attempts", 2, "--concurrency", 4)
+    options = (*FAST, "--attempts", 2, "--concurrency", 4, "--away-wait", 0)
     result = invoke("judge", run, "--against", "sft", "--endpoint", "http://127.0.0.1:9/v1", "--model", "m", *options)
     assert isinstance(result.exception, InputError)
     assert "10 questions in a row got no answer" in str(result.exception)

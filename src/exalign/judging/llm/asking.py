@@ -21,9 +21,12 @@ GIVE_UP_AFTER = 10
 class Patience:
     """How long to wait before attempt n + 1, and a pause that all questions share when the endpoint asks for one."""
 
-    def __init__(self, first_wait: float) -> None:
+    def __init__(self, first_wait: float, away_wait: float = 0.0) -> None:
         self.first_wait = first_wait
+        self.away_wait = away_wait
         self._resume_at = 0.0
+        self._away_since: float | None = None
+        self._tries = 0
 
     def seconds(self, attempt: int, retry_after: float | None) -> float:
         """Exponential back-off w·2^(n−1), at most a minute, times a random factor in [0.5, 1]: those who failed
@@ -35,6 +38,21 @@ class Patience:
         """
         back_off = min(LONGEST_WAIT, self.first_wait * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1)
         return back_off if retry_after is None else retry_after + min(back_off, 1.0)
+
+    def pause_while_away(self) -> bool:
+        """Nobody answers: let all questions wait, longer each time; False where that has gone on for `away_wait`."""
+        now = time.monotonic()
+        self._away_since = now if self._away_since is None else self._away_since
+        if now - self._away_since >= self.away_wait:
+            return False
+        if now >= self._resume_at:  # else another question has found it out already
+            self._tries += 1
+            rest = self._away_since + self.away_wait - now
+            self.pause_all(min(self.seconds(self._tries, None), rest))
+        return True
+
+    def is_back(self) -> None:
+        self._away_since, self._tries = None, 0
 
     def pause_all(self, seconds: float) -> None:
         self._resume_at = max(self._resume_at, time.monotonic() + seconds)
@@ -108,11 +126,18 @@ class _Line:
     async def _until_answered(self, key: str, body: Body) -> Reply | None:
         """The last attempt's reply; None where asking stopped before the first."""
         reply = None
-        for attempt in range(1, self.attempts + 1):
+        attempt = 1
+        while attempt <= self.attempts:
             await self.patience.wait()
             if self.stop is not None:
                 break
             reply = await self.asker.attempt(body)
+            if reply.outcome != "away":
+                self.patience.is_back()
+            elif self.patience.pause_while_away():
+                self.counts["waits_while_away"] += 1
+                self.report(reply)
+                continue
             self.store.append(key, body, reply)
             self.report(reply)
             if reply.outcome == "answered":
@@ -120,9 +145,10 @@ class _Line:
             self.counts["attempts_failed"] += 1
             if reply.outcome == "fatal":
                 self.stop = f"{self.asker.judge} cannot be asked: {reply.error}."
-            if reply.outcome != "again":
+            if reply.outcome not in ("again", "away"):
                 break
             await self._rest(attempt, reply)
+            attempt += 1
         return reply
 
     async def _rest(self, attempt: int, reply: Reply) -> None:

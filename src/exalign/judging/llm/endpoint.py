@@ -106,7 +106,8 @@ class Endpoint:
             outcome, error = self._meaning(status, self._blot(problem.message, 300) or "")
         except APIConnectionError as problem:
             cause = problem.__cause__ or problem
-            outcome, error = "again", f"{problem.message.rstrip('.')} ({type(cause).__name__}: {cause})"
+            outcome = "away" if type(cause).__name__ == "ConnectError" else "again"
+            error = f"{problem.message.rstrip('.')} ({type(cause).__name__}: {cause})"
         except OpenAIError as problem:
             outcome, error = "again", f"{type(problem).__name__}: {problem}"
         seconds = time.monotonic() - start

@@ -29,8 +29,9 @@ Body = dict[str, Any]
 class Reply:
     """What came back for one attempt.
 
-    `outcome`: `answered` (a chat completion, whatever it says), `again` (worth another attempt), `refused` (this
-    request will never be answered), `fatal` (no request will). `raw` is the body exactly as it came.
+    `outcome`: `answered` (a chat completion, whatever it says), `again` (worth another attempt), `away` (no connection
+    came about, so nothing was asked), `refused` (this request will never be answered), `fatal` (no request will). `raw`
+    is the body exactly as it came.
     """
 
     outcome: str

@@ -39,7 +39,7 @@ from exalign.judging.llm.summary import summarise
 from exalign.judging.llm.verdicts import ORDERS, Judgement, Keys, in_both_orders, judge_pair, together
 from exalign.redaction import redact_values
 from exalign.storage import fingerprint, write_json
-from exalign.terminal import escape_controls
+from exalign.terminal import escape_controls, shown
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text under the tokenizers of today's models, roughly; only the estimate before asking uses it."""
@@ -154,7 +154,7 @@ async def _ask(
             asker,
             store,
             attempts=settings.attempts,
-            patience=Patience(settings.retry_wait),
+            patience=Patience(settings.retry_wait, settings.away_wait),
             report=display.update,
         )
 
@@ -170,8 +170,14 @@ class _Display:
         self.task = progress.add_task(escape_controls(judge), total=len(requests), completed=self.stored, state="")
         self.start = time.monotonic()
         self.answered = self.tokens = self.failed = 0
+        self.away = False
 
     def update(self, reply: Reply) -> None:
+        if reply.outcome != "away":
+            self.away = False
+        elif not self.away:
+            self.away = True
+            self.progress.console.print(shown(f"Nobody answers: {reply.error}. Waiting until somebody does."))
         if reply.outcome == "answered":
             self.answered += 1
             usage = (parse_completion(reply.raw or "") or {}).get("usage")

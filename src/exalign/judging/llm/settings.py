@@ -29,6 +29,11 @@ class JudgeSettings(Settings):
     retry_wait: float = Field(
         1.0, gt=0, description="Seconds before the second attempt; doubles with each further one, up to a minute."
     )
+    away_wait: float = Field(
+        1800.0,
+        ge=0,
+        description="Seconds to wait, over and over, for an endpoint where nobody answers; that counts as no attempt.",
+    )
     key_variable: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the endpoint's key; unset means no key is sent."
     )
