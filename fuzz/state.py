@@ -55,7 +55,9 @@ def write_valid() -> tuple[bytes, bytes]:
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     save_checkpoint(FOLDER / "checkpoints", Position(1, 0, "run"), model, optimizer, writes=True)
-    return (STEP / "checkpoint.json").read_bytes(), (STEP / "state.pt").read_bytes()
+    values = json.loads((STEP / "checkpoint.json").read_text())
+    del values["seal"]  # it would catch every change before it can do anything
+    return json.dumps(values).encode(), (STEP / "state.pt").read_bytes()
 
 
 def valid_evidence() -> dict[str, Any]:
