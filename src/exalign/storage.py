@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from exalign.errors import InputError
+
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -45,8 +48,19 @@ def writing(path: Path) -> Iterator[None]:
     """Around what writes `path`: a disk that is full or may not be written is an `InputError` that names both."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {_reason(path, error)}. What was finished before is intact.") from error
+    except InputError:
+        raise
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else _system_error(error)
+        if cause is None:
+            raise
+        raise InputError(f"Cannot write {path}: {_reason(path, cause)}. What was finished before is intact.") from error
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error that an error of safetensors or tokenizers tells of: libraries in Rust end theirs with it."""
+    found = _SYSTEM_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def _reason(path: Path, error: OSError) -> str:

@@ -163,7 +163,7 @@ def small_rounds_run(folder: Path) -> nn.Module:
     """Two rounds of four prompts, each seen twice in steps of two. A worker may be killed in it."""
     torch.set_num_threads(1)
     settings = AlignSettings(
-        learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=4
+        learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=8
     )
     policy: Any = make_policy()
     train_rounds(policy, make_tokenizer(), make_surroundings(), settings, folder)

@@ -247,6 +247,7 @@ def _closing() -> dict[str, str]:
         )
     return {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs would come first
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
