@@ -36,8 +36,10 @@ fuzz: $(READY)
 		$(BIN)/python -m fuzz.$$name -max_total_time=$$(( $(FUZZ_MINUTES) * 60 )) || exit 1; \
 	done
 
-# Kills in every stage, damaged files, an endpoint that is away; the tables go into docs/reliability.md.
+# The tests that take longest; then kills in every stage, damaged files, an endpoint that is away. The tables go into
+# docs/reliability.md.
 faults: $(READY)
+	$(BIN)/python -m pytest -m large
 	PYTHONPATH=tests $(BIN)/python -m faults --moments $(FAULT_MOMENTS)
 
 format: $(READY)

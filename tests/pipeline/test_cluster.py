@@ -182,6 +182,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(
     assert_same(target, plain / "rollouts" / "records")
 
 
+@pytest.mark.large
 def test_a_shard_whose_workers_die_is_given_up_after_the_tries(ray: Any, plain: Path, tmp_path: Path) -> None:
     source, target, marks = rollout_prompts(plain, tmp_path / "prompts"), tmp_path / "records", tmp_path / "marks"
     marks.mkdir()
@@ -278,6 +279,7 @@ def command(recipe: Recipe, folder: Path, home: Path) -> list[str]:
     return [sys.executable, "-m", "exalign", "sample", str(path), "--run", str(folder)]
 
 
+@pytest.mark.large
 def test_a_run_killed_in_the_middle_continues_with_the_missing_shards(
     ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def test_a_run_killed_in_the_middle_continues_with_the_missing_shards(
     assert read_header(records).counts == read_header(plain / "rollouts" / "records").counts
 
 
+@pytest.mark.large
 def test_a_running_cluster_is_joined_by_its_address_with_its_token_and_by_nobody_without(
     ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
 ) -> None:
@@ -352,6 +355,7 @@ def peaks(recipe: Recipe, folder: Path) -> tuple[int, int]:
     return peak("self"), max(found)
 
 
+@pytest.mark.large
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peaks of memory")
 def test_memory_does_not_grow_with_the_file_of_prompts(ray: Any, make: Callable[..., Recipe], tmp_path: Path) -> None:
     """3 MB of prompts and 30 MB: what held the file would need at least 27 MB more."""
