@@ -17,6 +17,8 @@ from exalign.storage import atomic_path, write_text
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_END = re.compile(r"# (\d+) files")
+"""The last line, a comment to `sha256sum`: without it lines could be lost and nobody would know."""
 
 
 def checksum(path: Path) -> str:
@@ -30,9 +32,11 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = Path(folder) / NAME
     if not path.is_file():
         return {}
-    found = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if any(match is None for match in found):
-        raise InputError(f"{path} is damaged: a line is no checksum; restore the folder, or make it again.")
+    *lines, end = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+    found = [_LINE.fullmatch(line) for line in lines]
+    told = _END.fullmatch(end)
+    if any(match is None for match in found) or told is None or int(told[1]) != len(lines):
+        raise InputError(f"{path} is damaged: its lines are not those written; restore the folder, or make it again.")
     return {match[2]: match[1] for match in found if match}
 
 
@@ -79,4 +83,5 @@ def damaged_files(folder: Path) -> Iterator[Path]:
 
 
 def _write(folder: Path, sums: Mapping[str, str]) -> None:
-    write_text(Path(folder) / NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+    write_text(Path(folder) / NAME, "".join([*lines, f"# {len(lines)} files\n"]))

@@ -87,16 +87,19 @@ def json_text(value: Any) -> str:
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """`write_json` for named values, with a hash of them under `seal`."""
+    """`write_json` for named values, with a hash of them under `seal`, which `sealed` announces."""
     plain = json.loads(json_text(values))  # as it will be read: tuples are lists, every key is a text
-    write_json(path, {**plain, "seal": fingerprint(plain)})
+    write_json(path, {"sealed": True, **plain, "seal": fingerprint(plain)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The named values that `write_sealed` wrote; `InputError` where they are others. No seal, no check."""
+    """The named values that `write_sealed` wrote; `InputError` where they are others.
+
+    A file from before there were seals has neither name and is not checked; a damaged one lacks one of them at most.
+    """
     values = read_object(path)
-    seal = values.pop("seal", None)
-    if seal is not None and seal != fingerprint(values):
+    announced, seal = values.pop("sealed", None), values.pop("seal", None)
+    if (announced, seal) != (None, None) and (announced is not True or seal != fingerprint(values)):
         raise InputError(f"{path} is damaged: its values are not those that were written; restore or delete it.")
     return values
 

@@ -165,7 +165,7 @@ def test_evidence_of_another_version_or_damaged_is_refused(finished, tmp_path):
     path.write_text(damaged)
     with pytest.raises(InputError, match="not those that were written"):
         read_evidence(path)
-    path.write_text(damaged.replace('"seal"', '"no-seal"'))
+    path.write_text(damaged.replace('"seal"', '"no-seal"').replace('"sealed"', '"no-sealed"'))
     with pytest.raises(InputError, match="damaged at sft"):
         read_evidence(path)
 
