@@ -62,6 +62,9 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
             raise InputError(f"{path} is damaged; restore it, or delete {folder} to make the stage anew.")
         path.unlink(missing_ok=True)
         header.unlink(missing_ok=True)
+        if path.name == checksums.NAME:  # then nothing vouches for any shard
+            for shard in path.parent.glob("part-*.parquet"):
+                shard.unlink()
         yield path
 
 
