@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             if temporary.is_dir() and path.exists():
-                _remove(path)
+                remove_folder(path)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:
@@ -160,6 +160,13 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is not finite")
     return value
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that under its name it is whole or absent, also where a kill comes in the middle."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")  # a name that is taken for a leftover
+    os.replace(path, aside)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:

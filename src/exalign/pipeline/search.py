@@ -10,7 +10,6 @@ of finished trials are deleted; their settings, metrics and scored samples stay.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -45,7 +44,7 @@ from exalign.pipeline.sources import (
 )
 from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
 from exalign.processes import leads, several
-from exalign.storage import fingerprint, read_json, read_sealed, write_json, write_sealed, write_text
+from exalign.storage import fingerprint, read_json, read_sealed, remove_folder, write_json, write_sealed, write_text
 from exalign.terminal import shown
 from exalign.training.guards import NotFiniteError
 from exalign.training.settings import TrainSettings
@@ -194,7 +193,7 @@ def _forget_weights(place: Path) -> None:
     drawn = place.glob("evaluated/*/drawn")
     for folder in (place / "model", place / "policies", place / "checkpoints", *drawn):
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_folder(folder)
 
 
 def _training_seconds(place: Path) -> float:
