@@ -2,7 +2,7 @@
 
 Each benchmark runs in its own process and leaves FOLDER/NAME.json; what is there already is not run again, so a run
 that ran out of its minutes is continued by the same command. Times want a machine that does nothing else and two cores
-finish them in about 40 minutes; `--only memory`, which comes last, needs no quiet.
+finish them in about 40 minutes; `--only memory`, which comes last and takes ten more, needs no quiet.
 """
 
 from __future__ import annotations
