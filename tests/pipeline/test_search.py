@@ -201,7 +201,7 @@ def test_a_trial_that_fails_is_kept_and_the_search_goes_on(world: Path, tmp_path
 
 def proposals(count: int, seed: int, worth: Callable[[Any], float]) -> list[dict[str, Any]]:
     ranges = {"learning_rate": Range(low=1e-6, high=1e-1, log=True), "epochs": Range(low=1, high=8)}
-    proposer, tried = Proposer(ranges, AlignSettings, seed=seed), []
+    proposer, tried = Proposer(ranges, AlignSettings, trials=count, seed=seed), []
     for _ in range(count):
         values = proposer.propose([(values, worth(values)) for values in tried])
         tried.append(values)
@@ -224,8 +224,20 @@ def test_proposals_stay_in_their_ranges_and_gather_where_it_is_good() -> None:
         assert sum((rate > 3e-4) == (sign > 0) for rate in late) >= 9
 
 
+def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
+    ranges = {"learning_rate": Range(choices=(1e-4, 1e-3, 1e-2)), "epochs": Range(choices=(1, 2))}
+    proposer, tried = Proposer(ranges, AlignSettings, trials=6, seed=0), [{"learning_rate": 1e-3, "epochs": 2}]
+    for _ in range(5):
+        tried.append(proposer.propose([(values, None) for values in tried]))  # type: ignore[arg-type]
+    assert {(v["learning_rate"], v["epochs"]) for v in tried} == {(r, e) for r in (1e-4, 1e-3, 1e-2) for e in (1, 2)}
+    # Settings from outside the lists are a trial too, and then the sixth combination is the sixth that is proposed.
+    outside = [({"learning_rate": 5.0, "epochs": 9}, 1.0)]
+    assert proposer.propose(outside) == {"learning_rate": 1e-4, "epochs": 1}
+
+
 def test_results_outside_the_ranges_and_failures_do_not_stop_the_search() -> None:
-    proposer = Proposer({"learning_rate": Range(low=1e-4, high=1e-2, log=True)}, AlignSettings, seed=0)
+    rates = {"learning_rate": Range(low=1e-4, high=1e-2, log=True)}
+    proposer = Proposer(rates, AlignSettings, trials=3, seed=0)
     results: list[Any] = [({"learning_rate": 1.0}, 9.0), ({"learning_rate": 1e-3}, None)]
     assert 1e-4 <= proposer.propose(results)["learning_rate"] <= 1e-2  # type: ignore[operator]
 

@@ -52,7 +52,7 @@ def _check_search(recipe: Recipe) -> None:
     """A first proposal for every method, and enough validation prompts, as far as they are local and not to be cut."""
     assert recipe.search is not None
     for method, ranges in recipe.search.methods.items():
-        Proposer(ranges, type(own_settings(recipe, method)), seed=0).propose([])
+        Proposer(ranges, type(own_settings(recipe, method)), trials=recipe.search.trials, seed=0).propose([])
     names = ("evaluation",) if recipe.data.validation is None else ("evaluation", "validation")
     local = {name.removeprefix("data."): settings for name, settings in data_sources(recipe)}
     if all(name in local and local[name].prompt_tokens is None for name in names):

@@ -125,7 +125,9 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
     if several():
         raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
     own = own_settings(run.recipe, method)
-    proposer = Proposer(search.methods[method], type(own), seed=[run.recipe.seed, "search", method])
+    # Methods with the same ranges start with the same draws.
+    seed = [run.recipe.seed, "search"]
+    proposer = Proposer(search.methods[method], type(own), trials=search.trials, seed=seed)
     trials: list[Trial] = []
     for number in range(search.trials):
         place = folder / f"trial-{number:03d}"

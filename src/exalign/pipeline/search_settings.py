@@ -67,7 +67,8 @@ class SearchSettings(Settings):
     """A search for the settings with which each method does best, before it is aligned with them.
 
     Trial 0 has the recipe's own settings. A trial's value is its mean reward on validation prompts at `kl` nats from
-    π_sft, interpolated along its saved policies, or at its reach where that is less.
+    π_sft, interpolated along its saved policies, or at its reach where that is less. Ranges that are all lists, with
+    no more combinations than trials, are tried as a grid.
     """
 
     trials: int = Field(8, gt=1, description="trials of each method, the recipe's own settings among them")

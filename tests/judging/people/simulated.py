@@ -59,6 +59,7 @@ class SimulatedAssessor:
     def __init__(self, name: str, link: str, context: BrowserContext, rng: random.Random) -> None:
         self.name, self.link, self.context, self.rng = name, link, context, rng
         self.did: Counter[str] = Counter()
+        self.history: list[str] = []
 
     async def work(self) -> None:
         """Judge until the page says that everything is done."""
@@ -88,7 +89,9 @@ class SimulatedAssessor:
         systems, prompt = await self.read(page)
         assert not await page.evaluate("window.attacked === true"), "a completion ran as a script"
         whim = self.rng.choice(["reload", "back", "double", "undo", "two tabs", *["plain"] * 6])
-        await self.enter(page, prompt, systems, by_keys=self.rng.random() < 0.5)
+        by_keys = self.rng.random() < 0.5
+        self.history.append(f"{before[-6:]} p{prompt} {'/'.join(systems)} {whim} {'keys' if by_keys else 'pointer'}")
+        await self.enter(page, prompt, systems, by_keys=by_keys)
         if whim == "reload":
             await self.reload_and_check(page, prompt, systems)
         elif whim == "back":
@@ -98,6 +101,10 @@ class SimulatedAssessor:
         elif whim == "two tabs":
             await self.judge_in_another_tab(before, prompt, systems)
         self.did[whim] += 1
+        if not await self.looks_right(page, prompt, systems):
+            self.history.append(f"{page.url[-6:]} was not as meant: looks again")
+            self.did["looked again"] += 1
+            return
         await (page.dblclick("#save", timeout=WAIT) if whim == "double" else page.click("#save", timeout=WAIT))
         await page.wait_for_url(lambda url: url != before, timeout=3 * WAIT)
         undo = page.locator("#undo")
@@ -139,6 +146,13 @@ class SimulatedAssessor:
             chosen = f"#{about}-{self.side(prompt, systems, about)}"
             assert await page.is_checked(chosen, timeout=WAIT), f"{self.name} lost {chosen} by reloading"
 
+    async def looks_right(self, page: Page, prompt: str, systems: tuple[str, str]) -> bool:
+        """The look before saving: still the comparison that was read, with everything as it was meant."""
+        if await self.read(page) != (systems, prompt):
+            return False
+        wanted = [f"#{about}-{self.side(prompt, systems, about)}" for about in ("verdict", *CRITERIA)]
+        return all([await page.is_checked(chosen, timeout=WAIT) for chosen in wanted])
+
     async def judge_in_another_tab(self, address: str, prompt: str, systems: tuple[str, str]) -> None:
         """The same comparison saved in a second tab: the first one saves the same again."""
         other = await self.context.new_page()
@@ -153,7 +167,9 @@ class SimulatedAssessor:
             await other.close()
 
 
-async def run_study(server: Server, links: dict[str, str], store: Store, kill_at: Sequence[int]) -> Counter[str]:
+async def run_study(
+    server: Server, links: dict[str, str], store: Store, kill_at: Sequence[int]
+) -> list[SimulatedAssessor]:
     """All assessors at once; the server is killed and restarted each time that many verdicts are stored."""
 
     async def kill_now_and_then() -> None:
@@ -175,18 +191,20 @@ async def run_study(server: Server, links: dict[str, str], store: Store, kill_at
         assert killer.done(), "the study ended before the server was killed as often as asked"
         await killer
         await browser.close()
-    return sum((person.did for person in people), Counter())
+    return people
 
 
-def check_study(store: Store, names: Sequence[str], num_items: int) -> None:
+def check_study(store: Store, people: Sequence[SimulatedAssessor], num_items: int) -> None:
     """Exactly one verdict for every assignment, and each of them what its assessor thought."""
     comparisons = list(store.comparisons("study"))
-    assert len(comparisons) == num_items * len(names)
+    history = {person.name: person.history for person in people}
+    assert len(comparisons) == num_items * len(people)
     assert len({(c.judge, c.pair) for c in comparisons}) == len(comparisons)
     for c in comparisons:
         number = c.prompt_id[1:]
         thought = {about: opinion(c.judge, number, c.first, c.second, about) for about in ("verdict", *CRITERIA)}
-        assert {"verdict": c.verdict, **c.criteria} == thought
+        found = {"verdict": c.verdict, **c.criteria}
+        assert found == thought, f"{c.judge} on {c.prompt_id} {c.second}: {found}, not {thought}; {history[c.judge]}"
         assert c.first_text == hostile_answer(c.first, int(number))
 
 
@@ -200,12 +218,12 @@ def simulate(folder: Path, num_prompts: int, names: Sequence[str], kill_at: Sequ
     server.start()
     try:
         links = {name: f"{server.url}/a/{token}" for name, token in tokens.items()}
-        did = asyncio.run(run_study(server, links, store, kill_at))
-        check_study(store, names, len(study.items))
+        people = asyncio.run(run_study(server, links, store, kill_at))
+        check_study(store, people, len(study.items))
     finally:
         server.kill()
         store.close()
-    return did
+    return sum((person.did for person in people), Counter())
 
 
 def main() -> None:
