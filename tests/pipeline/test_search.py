@@ -230,9 +230,7 @@ def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
     for _ in range(5):
         tried.append(proposer.propose([(values, None) for values in tried]))  # type: ignore[arg-type]
     assert {(v["learning_rate"], v["epochs"]) for v in tried} == {(r, e) for r in (1e-4, 1e-3, 1e-2) for e in (1, 2)}
-    # Settings from outside the lists are a trial too, and then the sixth combination is the sixth that is proposed.
-    outside = [({"learning_rate": 5.0, "epochs": 9}, 1.0)]
-    assert proposer.propose(outside) == {"learning_rate": 1e-4, "epochs": 1}
+    assert proposer.propose([({"learning_rate": 5.0, "epochs": 9}, 1.0)]) == {"learning_rate": 1e-4, "epochs": 1}
 
 
 def test_results_outside_the_ranges_and_failures_do_not_stop_the_search() -> None:

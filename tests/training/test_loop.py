@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,19 @@ def test_bfloat16_products_keep_float32_weights(tmp_path: Path) -> None:
     assert found != expected
     saved = load_policy(ModelSettings(source=str(tmp_path / "bf16" / "model")), make_tokenizer())
     assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "warned"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)]
+)
+def test_bfloat16_on_a_processor_without_it_is_warned_of(
+    capability: str, precision: str, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses_of_sft(tmp_path, precision=precision)
+    assert sum("no bfloat16 instructions" in str(warning.message) for warning in caught) == warned
 
 
 @pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"max_grad_norm": 0.01}, {"adam_betas": (0.5, 0.6)}])

@@ -56,9 +56,14 @@ class Proposer:
     def _grid(self) -> list[dict[str, Value]]:
         """Every combination, in the order of the lists; none where they are more than the trials, or no lists."""
         lists = [values.choices for values in self.ranges.values()]
-        if any(choices is None for choices in lists) or prod(len(choices) for choices in lists if choices) > self._trials:
+        if (
+            any(choices is None for choices in lists)
+            or prod(len(choices) for choices in lists if choices) > self._trials
+        ):
             return []
-        return [dict(zip(self.ranges, values, strict=True)) for values in product(*(choices or () for choices in lists))]
+        return [
+            dict(zip(self.ranges, values, strict=True)) for values in product(*(choices or () for choices in lists))
+        ]
 
     def _distribution(self, name: str) -> Any:
         optuna, values = _optuna(), self.ranges[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -74,6 +75,12 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
         raise InputError(
             "Steps in which some weights get no gradient are not supported under DeepSpeed; set critic_steps to 0, or "
             "train under FSDP2."
+        )
+    if precision == "bf16" and on_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warnings.warn(
+            "This processor has no bfloat16 instructions: precision bf16 takes about ten times as long as fp32 here. "
+            "Leave precision out.",
+            stacklevel=2,
         )
     join()
     AcceleratorState._reset_state()  # a process may train several models, each in its own precision
