@@ -169,6 +169,12 @@ def remove_folder(path: Path) -> None:
     _remove(aside)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had under way in a folder: the hidden siblings of `atomic_path`."""
+    for leftover in list(folder.rglob(".*.tmp")):
+        _remove(leftover)  # one may lie inside another that is gone by now
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -31,7 +31,7 @@ from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
 from exalign.processes import call, leads
 from exalign.redaction import redact_values
-from exalign.storage import read_sealed, write_json, write_sealed, write_text, writing
+from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
 from exalign.training.recovery import add_recovery, recoveries
@@ -167,9 +167,7 @@ class Run:
         self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
         seconds_before = worked_before(folder) if found else 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in list(folder.rglob(".*.tmp")):  # of a process that was killed; the lock says it is gone
-            # One may lie inside another that is gone by now.
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        remove_leftovers(folder)  # the lock says that no other process is at work here
         for damaged in forget_damaged_records(folder):
             self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
         write_sealed(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})

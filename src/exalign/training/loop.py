@@ -26,7 +26,7 @@ from exalign.models.loading import save_model
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.models.scalar_head import PackedScorer
-from exalign.storage import fingerprint
+from exalign.storage import fingerprint, remove_leftovers
 from exalign.training.accelerator import make_accelerator, sharding_wanted
 from exalign.training.batches import Batches, saved_steps
 from exalign.training.guards import keep_skipped, not_finite, smaller_budget
@@ -41,7 +41,6 @@ from exalign.training.state import (
     last_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    remove_leftovers,
     save_checkpoint,
 )
 

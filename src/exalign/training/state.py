@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from exalign.errors import InputError
-from exalign.storage import atomic_path, fingerprint, fingerprint_path, read_sealed, write_sealed, write_text, writing
+from exalign.storage import (
+    atomic_path,
+    fingerprint,
+    fingerprint_path,
+    read_sealed,
+    remove_folder,
+    write_sealed,
+    write_text,
+    writing,
+)
 from exalign.training.zero import ZeroOptimizer
 
 KEEP = 2
@@ -85,7 +93,7 @@ def prune_checkpoints(folder: Path, step: int, *, keep: int) -> None:
     """Remove all checkpoints but the last `keep` of those up to `step`."""
     kept = [path for path in _checkpoints(folder) if _step_of(path) <= step][-keep:]
     for path in set(_checkpoints(folder)) - set(kept):
-        shutil.rmtree(path)
+        remove_folder(path)
 
 
 def last_checkpoint(folder: Path, *, before: int) -> int:
@@ -97,7 +105,7 @@ def drop_checkpoints(folder: Path, *, after: int) -> None:
     """Remove the checkpoints after step `after`."""
     for path in _checkpoints(folder):
         if _step_of(path) > after:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def load_checkpoint(
@@ -207,15 +215,6 @@ def _forget_states_without_steps(model: nn.Module, optimizer: Optimizer, *, know
     for parameter in set(names) & set(optimizer.state):
         if not names[parameter] & known:
             del optimizer.state[parameter]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process had under way: the hidden siblings of `storage.atomic_path`."""
-    for path in list(folder.rglob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 class MetricsLog:
