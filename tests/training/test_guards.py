@@ -144,7 +144,8 @@ def test_where_every_loss_is_finite_the_gradient_is_to_blame(
     assert "its gradient is not finite (the loss of every row is)" in " ".join(capsys.readouterr().err.split())
 
 
-RATE, DECAY = 1e-2, 5e2
+RATE, DECAY = 1e-2, 1.01e4
+LOWER = RATE / 100  # each matrix times 1 − LOWER · DECAY = −0.01
 UNSTABLE: dict[str, Any] = {
     "schedule": "constant",
     "warmup_fraction": 0.0,
@@ -167,7 +168,10 @@ class DyingBatches(EpochBatches):
 
 
 def diverging_run(folder: Path, *, dies_after: int | None = None, **changes: Any) -> None:
-    """Decay multiplies each matrix by 1 − rate · decay = −4 in every step: soon the gradient overflows."""
+    """Decay multiplies each matrix by 1 − RATE · DECAY = −100 in every step: soon all overflows.
+
+    A smaller factor would come by a step at which some rows overflow and others do not, as rounding decides.
+    """
     settings = SFTSettings(**{"learning_rate": RATE, "weight_decay": DECAY, "batch_prompts": 2} | UNSTABLE | changes)
     batches = DyingBatches(make_groups(64), batch_prompts=2, epochs=1, seed=0)
     batches.dies_after = dies_after
@@ -189,7 +193,7 @@ def stopped_run(folder: Path) -> int:
 def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_lower_rate(tmp_path: Path) -> None:
     good = stopped_run(tmp_path)
     before = read_metrics(tmp_path, without=TIMINGS)
-    lower, other = RATE / 10, RATE / 20
+    lower, other = LOWER, LOWER / 2
     with pytest.raises(InputError, match="other settings or data"):
         diverging_run(tmp_path, learning_rate=lower)
     with pytest.raises(InputError, match="stopped with these very settings, and would again; lower learning_rate or"):
@@ -216,7 +220,7 @@ def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_l
 
 
 def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    lower = {"learning_rate": RATE / 10}
+    lower = {"learning_rate": LOWER}
     good = stopped_run(tmp_path / "whole")
     recover(tmp_path / "whole", SFTSettings(**lower).model_dump())
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -231,9 +235,9 @@ def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp
 def test_where_no_good_checkpoint_is_left_a_recovery_starts_over(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="--recover starts over"):
         diverging_run(tmp_path / "run", checkpoint_every=100)
-    recover(tmp_path / "run", SFTSettings(learning_rate=RATE / 10).model_dump())
+    recover(tmp_path / "run", SFTSettings(learning_rate=LOWER).model_dump())
     for name in ("run", "new"):
-        diverging_run(tmp_path / name, learning_rate=RATE / 10, checkpoint_every=100)
+        diverging_run(tmp_path / name, learning_rate=LOWER, checkpoint_every=100)
     assert_same_outcome(tmp_path / "run", tmp_path / "new")
     assert recoveries(tmp_path / "run") == []
 
