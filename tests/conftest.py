@@ -1,4 +1,4 @@
-"""Processes that start quickly: torch is imported once, then forked for every worker."""
+"""What all tests share: no clock in property tests, and processes that start quickly, forked from one with torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 from multiprocessing.context import ForkServerContext
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")

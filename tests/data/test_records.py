@@ -52,7 +52,7 @@ records = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(records, max_size=5), st.integers(1, 3))
 def test_records_come_back_exactly_as_they_were_written(written, shard_size):
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from exalign.data.records import Completion, Record
 from exalign.data.tokenization import split_text, tokenize_record, tokenize_records
 from exalign.errors import InputError
 
-same_tokenizer = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_tokenizer = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def tokenize(record, tokenizer, prompt=1000, completion=1000, counts=None):

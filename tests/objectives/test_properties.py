@@ -51,7 +51,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups(size=1e4), divergences, betas, betas)
 def test_finite_and_the_gradient_sums_to_zero(group, divergence, beta_pi, beta_r):
     loss, gradient = evaluate(divergence, *group, beta_pi=beta_pi, beta_r=beta_r)
@@ -62,7 +62,7 @@ def test_finite_and_the_gradient_sums_to_zero(group, divergence, beta_pi, beta_r
     assert (total <= 1e-9 * (1 + gradient.abs().sum(-1))).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups(size=20), divergences, st.randoms(use_true_random=False))
 def test_the_order_of_completions_does_not_matter(group, divergence, random):
     order = list(range(group[0].shape[1]))
@@ -73,7 +73,7 @@ def test_the_order_of_completions_does_not_matter(group, divergence, random):
     close(permuted_gradient, gradient[:, order])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups(size=20), divergences, st.floats(-50, 50), st.floats(-50, 50))
 def test_a_constant_added_to_rewards_or_log_ratios_does_not_matter(group, divergence, to_rewards, to_policy):
     policy, reference, rewards, mask = group
@@ -83,7 +83,7 @@ def test_a_constant_added_to_rewards_or_log_ratios_does_not_matter(group, diverg
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups(size=20), divergences, st.floats(allow_nan=True, allow_infinity=True))
 def test_what_stands_in_masked_places_does_not_matter(group, divergence, anything):
     *values, mask = group
@@ -94,7 +94,7 @@ def test_what_stands_in_masked_places_does_not_matter(group, divergence, anythin
     assert torch.equal(dirty_gradient, gradient)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups(size=20), divergences)
 def test_prompts_do_not_see_each_other(group, divergence):
     loss, gradient = evaluate(divergence, *group)
@@ -103,7 +103,7 @@ def test_prompts_do_not_see_each_other(group, divergence):
         close(alone, (loss[row : row + 1], gradient[row : row + 1]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.floats(1e-9, 1 - 1e-9), st.data())
 def test_a_preference_target_is_a_distribution_led_by_epsilon(completions, epsilon, data):
     preferred = data.draw(st.integers(0, completions - 1))

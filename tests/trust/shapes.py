@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exalign.errors import InputError
 
-some = settings(max_examples=60, deadline=None)
+some = settings(max_examples=60)
 odd = st.sampled_from(
     [
         None,

@@ -75,7 +75,7 @@ pieces = st.sampled_from(ATTACKS) | st.text(max_size=8) | st.sampled_from(list("
 texts = st.lists(pieces, min_size=1, max_size=4).map("".join)
 storable = texts.map(lambda text: text.encode("utf-8", "replace").decode())
 """Without lone surrogates, which no reader lets through."""
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -142,7 +142,7 @@ def test_inspected_tokens_are_spelled_out(name: str, prompt: str, text: str) -> 
         assert "completion 1 (preferred)" in printed(render_inspection(found), plain=plain)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(storable)
 def test_progress_and_stages_show_names_only(name: str) -> None:
     console = Console(file=io.StringIO(), width=200)

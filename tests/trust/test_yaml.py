@@ -100,7 +100,7 @@ plain = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.dictionaries(st.text("abcde_", min_size=1), plain, max_size=4))
 def test_what_is_written_is_read_again_and_hides_nothing(values: dict) -> None:
     text = dump_yaml(values)

@@ -199,7 +199,7 @@ def test_length_control_equals_a_plain_minimiser():
     assert found.rate.low < found.rate.estimate < found.rate.high
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-500, 500)), min_size=1, max_size=12))
 def test_length_control_is_antisymmetric_and_within_bounds(rows):
     scores, differences = np.array(rows, dtype=np.float64).T
