@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,29 @@ def test_any_changed_bit_of_a_sealed_file_is_noticed(tmp_path: Path) -> None:
     path, values = tmp_path / "done.json", {"fingerprint": "ab", "counts": {"rows": 3}, "seconds": 1.5}
     write_sealed(path, values)
     assert read_sealed(path) == values
-    content = path.read_bytes()
+    for changed in _changed_in_a_bit(path.read_bytes()):
+        path.write_bytes(changed)
+        with pytest.raises(InputError):
+            read_sealed(path)
+
+
+def _changed_in_a_bit(content: bytes) -> Iterator[bytes]:
     for place in range(len(content)):
         for bit in range(8):
-            changed = bytearray(content)
-            changed[place] ^= 1 << bit
-            path.write_bytes(changed)
-            with pytest.raises(InputError):
-                read_sealed(path)
+            yield content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
 
-def test_checksums_that_lost_their_end_are_noticed(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_checksums_that_lost_their_end_or_changed_in_a_bit_are_noticed(tmp_path: Path) -> None:
+    """Also in the name of a file, which would otherwise be one that nothing vouches for."""
+    for name in ("part-000000.parquet", "header.json"):
         (tmp_path / name).write_text(name)
     write_sums(tmp_path)
-    assert sorted(read_sums(tmp_path)) == ["a", "b"] and not list(damaged_files(tmp_path))
+    assert sorted(read_sums(tmp_path)) == ["header.json", "part-000000.parquet"]
+    assert not list(damaged_files(tmp_path))
     content = (tmp_path / NAME).read_bytes()
-    for end in range(len(content)):
-        (tmp_path / NAME).write_bytes(content[:end])
+    ends = [content[:end] for end in range(len(content))]
+    for damaged in [*ends, *_changed_in_a_bit(content)]:
+        (tmp_path / NAME).write_bytes(damaged)
         with pytest.raises(InputError):
             read_sums(tmp_path)
 

@@ -17,8 +17,9 @@ from exalign.storage import atomic_path, write_text
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_END = re.compile(r"# (\d+) files")
-"""The last line, a comment to `sha256sum`: without it lines could be lost and nobody would know."""
+_END = "# {count} files, {digest}\n"
+"""The last line, a comment to `sha256sum`: how many lines stand above and their own SHA-256, so that none is lost or
+changed unnoticed, a name no more than a checksum."""
 
 
 def checksum(path: Path) -> str:
@@ -32,12 +33,12 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = Path(folder) / NAME
     if not path.is_file():
         return {}
-    *lines, end = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
-    found = [_LINE.fullmatch(line) for line in lines]
-    told = _END.fullmatch(end)
-    if any(match is None for match in found) or told is None or int(told[1]) != len(lines):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = [_LINE.fullmatch(line) for line in text.split("\n")[:-2]]
+    sums = {match[2]: match[1] for match in found if match}
+    if text != _text(sums):
         raise InputError(f"{path} is damaged: its lines are not those written; restore the folder, or make it again.")
-    return {match[2]: match[1] for match in found if match}
+    return sums
 
 
 def write_sums(folder: Path) -> None:
@@ -82,6 +83,10 @@ def damaged_files(folder: Path) -> Iterator[Path]:
                 yield file
 
 
+def _text(sums: Mapping[str, str]) -> str:
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    return lines + _END.format(count=len(sums), digest=hashlib.sha256(lines.encode()).hexdigest())
+
+
 def _write(folder: Path, sums: Mapping[str, str]) -> None:
-    lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
-    write_text(Path(folder) / NAME, "".join([*lines, f"# {len(lines)} files\n"]))
+    write_text(Path(folder) / NAME, _text(sums))
