@@ -226,9 +226,10 @@ def test_proposals_stay_in_their_ranges_and_gather_where_it_is_good() -> None:
 
 def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
     ranges = {"learning_rate": Range(choices=(1e-4, 1e-3, 1e-2)), "epochs": Range(choices=(1, 2))}
-    proposer, tried = Proposer(ranges, AlignSettings, trials=6, seed=0), [{"learning_rate": 1e-3, "epochs": 2}]
+    proposer = Proposer(ranges, AlignSettings, trials=6, seed=0)
+    tried: list[dict[str, Any]] = [{"learning_rate": 1e-3, "epochs": 2}]
     for _ in range(5):
-        tried.append(proposer.propose([(values, None) for values in tried]))  # type: ignore[arg-type]
+        tried.append(proposer.propose([(values, None) for values in tried]))
     assert {(v["learning_rate"], v["epochs"]) for v in tried} == {(r, e) for r in (1e-4, 1e-3, 1e-2) for e in (1, 2)}
     assert proposer.propose([({"learning_rate": 5.0, "epochs": 9}, 1.0)]) == {"learning_rate": 1e-4, "epochs": 1}
 
