@@ -14,8 +14,9 @@ FUZZERS := recipe readers records judge state
 demo: $(READY)
 	$(BIN)/exalign demo
 
+# One process with one thread for each core: the models of the tests are too small for more threads.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,15 @@ def test_the_report_never_imports_torch() -> None:
     for file in FILES:
         if package_of(file) == "report":
             assert not any(name.split(".")[0] in ("torch", "transformers") for name in imports_of(TREES[file]))
+
+
+@pytest.mark.parametrize("module", ["cli", "report.across_runs", "evaluation.evidence", "judging.llm.commands"])
+def test_what_needs_no_model_does_not_wait_for_torch(module: str) -> None:
+    code = (
+        f"import sys, exalign.{module}; print(*sorted({{'torch', 'transformers', 'scipy.stats'}} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
 
 
 def test_the_mathematics_imports_torch_only() -> None:

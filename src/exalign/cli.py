@@ -55,7 +55,8 @@ STAGES = {
 
 
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
-    from exalign.pipeline import Run, carry_out, load_recipe
+    from exalign.pipeline import Run, load_recipe
+    from exalign.pipeline.carry_out import carry_out
 
     _quiet_libraries()
     loaded = load_recipe(recipe, overrides or ())
@@ -95,7 +96,8 @@ def demo(
     recover: Recover = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
-    from exalign.pipeline import Run, carry_out
+    from exalign.pipeline import Run
+    from exalign.pipeline.carry_out import carry_out
     from exalign.pipeline.demo import demo_recipe
 
     _quiet_libraries()

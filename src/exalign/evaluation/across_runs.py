@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from exalign.errors import InputError
 from exalign.evaluation import run_folder
@@ -65,7 +65,7 @@ def over_runs(values: Sequence[float]) -> AcrossRuns | None:
     mean = float(np.mean(values))
     if len(values) == 1:
         return AcrossRuns(mean, None, None, 1)
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / np.sqrt(len(values))
     return AcrossRuns(mean, float(mean - half), float(mean + half), len(values))
 
 

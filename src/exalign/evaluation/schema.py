@@ -170,6 +170,18 @@ class Curve:
     steps: list[float]
     values: dict[str, list[float | None]]
 
+    def total(self, name: str) -> float | None:
+        """The sum of a metric over all steps; None where it was not written, or not finite throughout a bucket.
+
+        >>> Curve("sft", 3, [1.5, 3.0], {"seconds": [2.0, 5.0]}).total("seconds")  # steps 1 and 2, then step 3
+        9.0
+        """
+        means = self.values.get(name, [None])
+        if any(mean is None for mean in means):
+            return None
+        each, longer = divmod(self.num_rows, len(means))  # the first buckets are longer by one row
+        return sum((mean or 0.0) * (each + (place < longer)) for place, mean in enumerate(means))
+
 
 @dataclass(frozen=True)
 class Answer:

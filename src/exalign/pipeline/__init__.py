@@ -6,40 +6,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from exalign.pipeline.preflight import check_inputs
-from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
-from exalign.pipeline.run import Run
-from exalign.pipeline.stages import plan
-from exalign.processes import calls, leading, leads
+if TYPE_CHECKING:
+    from exalign.pipeline.carry_out import run_recipe
+    from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
+    from exalign.pipeline.run import Run
 
-__all__ = ["Recipe", "Run", "carry_out", "load_recipe", "make_recipe", "run_recipe"]
+__all__ = ["Recipe", "Run", "load_recipe", "make_recipe", "run_recipe"]
 
-
-def run_recipe(
-    recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False, recover: bool = False
-) -> Run:
-    """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run` and `Run.carry_out`."""
-    place: Path = Path(folder) if folder is not None else None  # type: ignore[assignment]
-    run = Run(recipe, place, redo=redo, recover=recover)
-    carry_out(run, *targets)
-    return run
+_HOMES = {
+    "Recipe": "recipe",
+    "Run": "run",
+    "load_recipe": "recipe",
+    "make_recipe": "recipe",
+    "run_recipe": "carry_out",
+}
 
 
-def carry_out(run: Run, *targets: str) -> None:
-    """Check everything that the recipe names, then carry out the stages.
-
-    Of several processes the first one does so, and calls the others to the stages that train.
-    """
-    stages = plan(run.recipe)
-    if not leads():
-        work = {stage.name: stage.work for stage in stages}
-        for name in calls():
-            work[name](run, run.path(name), Counter())
-        return
-    with leading():
-        if not run.is_complete(stages):
-            check_inputs(run.recipe)
-        run.carry_out(stages, targets)
+def __getattr__(name: str) -> Any:
+    # Loaded when first asked for: one module of this package must not cost the seconds that all of them take.
+    if name in _HOMES:
+        return getattr(import_module(f"exalign.pipeline.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

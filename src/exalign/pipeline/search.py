@@ -1,10 +1,10 @@
 """The search for a method's settings: trials that train it as its own stage does, ranked on validation prompts.
 
-validation → search/METHOD → align/METHOD, which trains with the settings of the best trial.
+validation → search/METHOD → align/METHOD, which takes over the weights of the best trial (`winner`).
 
 A trial is a folder, `search/METHOD/trial-000`, that ends with `result.json`; what a later trial tries is a function of
 the recipe's seed and of the results before it. So a search that was killed goes on as if it had not been. The weights
-of finished trials are deleted; their settings, metrics and scored samples stay.
+of the other trials are deleted; their settings, metrics and scored samples stay.
 """
 
 from __future__ import annotations
@@ -42,9 +42,19 @@ from exalign.pipeline.sources import (
     seeded,
     supervised_needs,
 )
-from exalign.pipeline.trials import best_of, trial_sentence, trials_csv, trials_table, value_of
-from exalign.processes import leads, several
-from exalign.storage import fingerprint, read_json, read_sealed, remove_folder, write_json, write_sealed, write_text
+from exalign.pipeline.stage_files import HANDED_OVER
+from exalign.pipeline.trials import (
+    best_of,
+    best_so_far,
+    trial_name,
+    trial_sentence,
+    trials_csv,
+    trials_table,
+    value_of,
+)
+from exalign.pipeline.winner import forget_weights, forget_what_is_made_again, hand_over, take_over
+from exalign.processes import gathered, leads, several
+from exalign.storage import fingerprint, read_json, read_sealed, write_json, write_sealed, write_text
 from exalign.terminal import shown
 from exalign.training.guards import NotFiniteError
 from exalign.training.settings import TrainSettings
@@ -130,14 +140,14 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
     proposer = Proposer(search.methods[method], type(own), trials=search.trials, seed=seed)
     trials: list[Trial] = []
     for number in range(search.trials):
-        place = folder / f"trial-{number:03d}"
+        place = folder / trial_name(number)
         if not (place / "result.json").exists():
             results = [(trial.values, trial.value) for trial in trials]
             values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
             trial = _trial(run, place, trials, changed(own, values), Trial(number, values, {}), train)
             write_sealed(place / "result.json", asdict(trial))
-        _forget_weights(place)
         trials.append(Trial(**read_sealed(place / "result.json")))
+        _keep_the_best(folder, trials)
         counts.update(trials[-1].counts)
         run.console.print(shown(f"  {trial_sentence(trials[-1])}", "dim"), soft_wrap=True)
     counts["trials"] = len(trials)
@@ -148,6 +158,7 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
     write_json(folder / "best.json", {**found, "settings": best.settings})
     title = f"search/{method}: reward at a KL of {search.kl:g} nats, or as far as a trial went"
     run.console.print(trials_table(trials, best, title))
+    hand_over(folder / trial_name(best.number), folder / HANDED_OVER)
 
 
 def _trial(
@@ -181,21 +192,31 @@ def own_settings(recipe: Recipe, method: str) -> TrainSettings:
 
 
 def _train(run: Run, folder: Path, counts: Counter[str], *, method: str, train: Train[Any]) -> None:
-    """Train a method with the settings of its best trial, which are written beside the model, or with its own."""
+    """Train a method with its settings, or with those of its best trial, which are written beside the model.
+
+    Where that trial's weights were handed over, they are trained already.
+    """
     settings = own_settings(run.recipe, method)
     if run.recipe.search is not None and method in run.recipe.search.methods:
         best = read_json(run.path("search", method, "best.json"))
         settings = type(settings).model_validate_json(json.dumps(best["settings"]))
         if leads():
             write_json(folder / "settings.json", {"trial": best["trial"], "settings": best["settings"]})
+        taken = leads() and take_over(run.path("search", method, HANDED_OVER), folder)
+        if gathered(taken)[0]:  # the others wait here for the files
+            run.console.print(shown(f"  the weights are those of trial {best['trial']}", "dim"))
     train(run, folder, counts, seeded(settings, run.recipe))
 
 
-def _forget_weights(place: Path) -> None:
-    drawn = place.glob("evaluated/*/drawn")
-    for folder in (place / "model", place / "policies", place / "checkpoints", *drawn):
-        if folder.exists():
-            remove_folder(folder)
+def _keep_the_best(folder: Path, trials: Sequence[Trial]) -> None:
+    """Delete the weights of every trial but the best so far."""
+    best = best_so_far(trials)
+    for trial in trials:
+        place = folder / trial_name(trial.number)
+        if trial is best:
+            forget_what_is_made_again(place)
+        else:
+            forget_weights(place)
 
 
 def _training_seconds(place: Path) -> float:

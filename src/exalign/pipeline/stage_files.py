@@ -14,6 +14,8 @@ from exalign.errors import InputError
 from exalign.storage import read_sealed
 
 MARKERS = ("done.json", "started.json")
+HANDED_OVER = "handed-over"
+"""A folder in a stage's that a later stage takes away, so that it is no part of what stays."""
 
 
 def stage_checksums(folder: Path) -> dict[str, str]:
@@ -72,7 +74,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files of a stage, but not those of stages whose folders lie below it."""
     for path in folder.iterdir():
         if path.is_dir():
-            if not any((path / marker).exists() for marker in MARKERS):
+            if path.name != HANDED_OVER and not any((path / marker).exists() for marker in MARKERS):
                 yield from _files(path)
         elif path.name not in MARKERS:
             yield path

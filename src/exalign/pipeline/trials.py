@@ -41,13 +41,28 @@ def value_of(supervised: Path, evaluated: Path, kl: float) -> dict[str, Any]:
 
 def best_of(trials: Sequence[Trial], method: str) -> Trial:
     """The trial with the highest value, of equal ones the first; an `InputError` where every trial failed."""
-    done = [trial for trial in trials if trial.value is not None]
-    if not done:
+    best = best_so_far(trials)
+    if best is None:
         raise InputError(
             f"search/{method}: every trial failed, the first one because: {trials[0].failed} "
             f"Choose other ranges in search.methods.{method}."
         )
-    return max(done, key=lambda trial: trial.value or 0.0)
+    return best
+
+
+def best_so_far(trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the highest value, of equal ones the first; None where every trial failed."""
+    done = [trial for trial in trials if trial.value is not None]
+    return max(done, key=lambda trial: trial.value or 0.0, default=None)
+
+
+def trial_name(number: int) -> str:
+    """The folder of a trial.
+
+    >>> trial_name(7)
+    'trial-007'
+    """
+    return f"trial-{number:03d}"
 
 
 def _shown(values: Mapping[str, Value]) -> str:

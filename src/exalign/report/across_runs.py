@@ -21,7 +21,8 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         "EXO less DPO on the same target, paired by run, with 95 % intervals over runs.",
         _differences(runs, kls),
         "## Last checkpoints",
-        "The gap is the estimated optimum's reward less the method's, at the KL given with it.",
+        "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
+        "the optimizer steps, with the sampling of methods that sample while they train.",
         _ends(runs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,12 +73,13 @@ def _ends(runs: Sequence[RunResults]) -> str:
 
 
 def _end_rows(run: RunResults) -> Iterator[list[str]]:
-    seconds = {stage.name: stage.seconds for stage in run.evidence.stages}
+    curves = {curve.stage: curve for curve in run.evidence.curves}
     if run.evidence.sft is not None:
         yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), "–", "–", "–", "–", "–"]
     for method in run.evidence.methods:
         if method.points:
-            yield [run.name, *_end(method), duration(seconds.get(f"align/{method.name}"))]
+            curve = curves.get(f"align/{method.name}")
+            yield [run.name, *_end(method), duration(None if curve is None else curve.total("seconds"))]
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
         bound = f"≤ {number(best.kl_bound)}"

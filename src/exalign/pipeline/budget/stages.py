@@ -96,7 +96,7 @@ class _Pricing:
         if parts[0] == "search":
             return self.searched(stage, parts[1])
         if parts[0] in ("reference", "align"):
-            return self.method(parts[1]) if parts[0] == "align" else self.aligned(stage)
+            return self.own_stage(parts[1]) if parts[0] == "align" else self.aligned(stage)
         if stage == "validation":
             return self.drawn_and_scored(stage, self.validation(), evaluation_scorer(recipe), reference=True)
         if parts[0] == "evaluation" and parts[1] not in ("prompts", "density"):
@@ -109,11 +109,24 @@ class _Pricing:
             return self.ppo(name)
         return self.aligned(f"align/{name}") if self.recipe.align[name].rounds == 1 else self.in_rounds(name)
 
+    def own_stage(self, name: str) -> Cost:
+        """A method's training, which is done where a search comes before it."""
+        cost, search = self.method(name), self.recipe.search
+        if search is None or name not in search.methods:
+            return cost
+        return replace(cost, tokens=0, flops=0.0, seconds=0.0, bound="search")
+
     def searched(self, stage: str, name: str) -> Cost:
-        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts.
+
+        Beside the best trial's weights, which the method's stage takes over, one trial's are stored.
+        """
         assert self.recipe.search is not None
+        number, trained = self.recipe.search.trials, self.method(name)
         tried = self.drawn_and_scored(stage, self.validation(), evaluation_scorer(self.recipe), reference=True)
-        return together(stage, [self.method(name), *[tried] * self.policies(name)] * self.recipe.search.trials)
+        evaluated = [tried] * self.policies(name)
+        stored = trained.stored + number * sum(part.stored for part in evaluated)
+        return replace(together(stage, [trained, *evaluated] * number), stored=stored)
 
     def validation(self) -> Load:
         assert self.recipe.search is not None

@@ -103,7 +103,7 @@ def assumptions(budget: Budget) -> list[str]:
         "an exchange is hidden behind products",
         f"tokens: {'; '.join(lengths)} (--prompt-tokens, --completion-tokens). Memory is for the longest",
         "bound by: operations of the devices, a batch with fewer micro-batches than devices, the exchange of "
-        "gradients, AdamW's update, the memory's bandwidth, or launches of small operations",
+        "gradients, AdamW's update, the memory's bandwidth, launches of small operations, or search, which has done it",
         "sampling, scores and references: prompts are dealt out to the devices; PPO: one device",
         "sharded: a full shard in the manner of FSDP2, taken for the time only where replicas do not fit",
         *budget.said,
