@@ -33,7 +33,7 @@ from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.protocol import SampleSettings
+from exalign.sampling.settings import SampleSettings
 
 TEMPERATURE = 0.8
 TOLERANCE = 1e-3  # nats per sequence, float32

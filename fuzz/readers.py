@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 with atheris.instrument_imports(include=["exalign.data"]):
-    from exalign.data.formats import DataSettings, read_source
+    from exalign.data.formats import read_source
+    from exalign.data.sources import DataSettings
 
 from fuzz.contract import fuzz
 from fuzz.grafting import choices, grafted

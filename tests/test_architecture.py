@@ -166,7 +166,9 @@ def test_the_report_never_imports_torch() -> None:
             assert not any(name.split(".")[0] in ("torch", "transformers") for name in imports_of(TREES[file]))
 
 
-@pytest.mark.parametrize("module", ["cli", "report.across_runs", "evaluation.evidence", "judging.llm.commands"])
+@pytest.mark.parametrize(
+    "module", ["cli", "pipeline.explain", "report.across_runs", "evaluation.evidence", "judging.llm.commands"]
+)
 def test_what_needs_no_model_does_not_wait_for_torch(module: str) -> None:
     code = (
         f"import sys, exalign.{module}; print(*sorted({{'torch', 'transformers', 'scipy.stats'}} & set(sys.modules)))"

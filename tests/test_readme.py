@@ -11,7 +11,8 @@ import torch
 
 from exalign.cli import app
 from exalign.data.synthetic import write_world
-from exalign.models.loading import ModelSettings, load_policy, load_tokenizer, save_model
+from exalign.models.loading import load_policy, load_tokenizer, save_model
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.demo import RECIPE
 from pipeline.conftest import tiny_overrides
 

@@ -1,9 +1,19 @@
-"""Align language models with human preferences, exactly and efficiently, and prove what was achieved."""
+"""Align language models with human preferences, exactly and efficiently, and prove what was achieved.
+
+>>> from exalign import load_recipe, run_recipe                                           # doctest: +SKIP
+>>> run = run_recipe(load_recipe("recipes/demo.yaml", ["align.exo-rw.beta_pi=0.2"]))      # doctest: +SKIP
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exalign.pipeline.carry_out import run_recipe
+    from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
+    from exalign.pipeline.run import Run
 
 # Before any library that asks: no usage data to a hub or anyone else, and no request to a service that converts
 # pickled weights.
@@ -15,11 +25,17 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "load_recipe", "make_recipe", "run_recipe"]
 
+_HOMES = {
+    "Recipe": "recipe",
+    "Run": "run",
+    "load_recipe": "recipe",
+    "make_recipe": "recipe",
+    "run_recipe": "carry_out",
+}
+
 
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for: `import exalign.report` must not cost the seconds that torch takes.
-    if name in __all__:
-        from exalign import pipeline
-
-        return getattr(pipeline, name)
+    if name in _HOMES:
+        return getattr(import_module(f"exalign.pipeline.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,11 +55,14 @@ STAGES = {
 
 
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
-    from exalign.pipeline import Run, load_recipe
+    from exalign.pipeline.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())  # first: what is wrong with it is said before torch is loaded
+
     from exalign.pipeline.carry_out import carry_out
+    from exalign.pipeline.run import Run
 
     _quiet_libraries()
-    loaded = load_recipe(recipe, overrides or ())
     carry_out(Run(loaded, console=console, **run), *targets)
 
 
@@ -96,9 +99,9 @@ def demo(
     recover: Recover = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
-    from exalign.pipeline import Run
     from exalign.pipeline.carry_out import carry_out
     from exalign.pipeline.demo import demo_recipe
+    from exalign.pipeline.run import Run
 
     _quiet_libraries()
     recipe = demo_recipe(run, overrides or ())
@@ -134,8 +137,8 @@ def inspect(
     max_completion_tokens: Annotated[int, typer.Option(min=1)] = 512,
 ) -> None:
     """Show exactly which tokens are prompt, which are completion, what was cut, and the counts."""
-    from exalign.data.formats import DataSettings
     from exalign.data.inspection import inspect_source, render_inspection
+    from exalign.data.sources import DataSettings
     from exalign.models.loading import load_tokenizer
 
     settings = DataSettings(source=data, split=split, prompt_tokens=prompt_tokens)
@@ -158,7 +161,7 @@ def bench(
     completion_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each completion.")] = 40,
 ) -> None:
     """Measure training and sampling on your model and shape: tokens/s, and the share of this machine's peak."""
-    from exalign.models.loading import ModelSettings
+    from exalign.models.settings import ModelSettings
     from exalign.pipeline.bench import BenchShape, bench_table
     from exalign.pipeline.bench import bench as measure
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.formats import DataSettings, read_source, record_of
+from exalign.data.formats import read_source, record_of
 from exalign.data.records import Completion, Header, Record, write_records
-from exalign.data.sources import SourceRow
+from exalign.data.sources import DataSettings, SourceRow
 from exalign.errors import InputError
 
 USER = {"role": "user", "content": "Hi"}

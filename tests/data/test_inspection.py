@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exalign.data.formats import DataSettings
 from exalign.data.inspection import escape_controls, inspect_records, inspect_source, render_inspection
 from exalign.data.records import Completion, Record
+from exalign.data.sources import DataSettings
 from exalign.data.tokenization import TokenLimits, tokenize_record
 
 

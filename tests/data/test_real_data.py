@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
+from exalign.data.sources import DataSettings
 from exalign.data.tokenization import tokenize_records
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
+from exalign.data.sources import DataSettings
 from exalign.data.synthetic import make_completion, make_prompts, remark_reward, reward, write_world
 from exalign.data.synthetic_reward import read_remark
 from exalign.data.vocabulary import build_tokenizer

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exalign.data.batching import Group
-from exalign.models.loading import LoraSettings, ModelSettings, load_policy
+from exalign.models.loading import load_policy
 from exalign.models.logprobs import (
     PackedPolicy,
     completion_logprobs,
@@ -19,6 +19,7 @@ from exalign.models.logprobs import (
     reference_logprobs,
 )
 from exalign.models.packing import plan_for
+from exalign.models.settings import LoraSettings, ModelSettings
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

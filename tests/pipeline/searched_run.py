@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from exalign.pipeline import Recipe, run_recipe
+from exalign.pipeline.carry_out import run_recipe
 from exalign.pipeline.demo import RECIPE
-from exalign.pipeline.recipe import load_recipe
+from exalign.pipeline.recipe import Recipe, load_recipe
 from pipeline.conftest import ALIGN, tiny_overrides
 
 ALONE = [

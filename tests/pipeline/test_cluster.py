@@ -37,13 +37,14 @@ from exalign.data.records import (
     write_records,
 )
 from exalign.errors import InputError
-from exalign.pipeline import Recipe, Run
-from exalign.pipeline.cluster import ClusterSettings, ShardWork, connected, map_shards
+from exalign.pipeline.cluster import ShardWork, connected, map_shards
+from exalign.pipeline.cluster_settings import ClusterSettings
 from exalign.pipeline.preflight import check_inputs
-from exalign.pipeline.recipe import make_recipe
+from exalign.pipeline.recipe import Recipe, make_recipe
+from exalign.pipeline.run import Run
 from exalign.pipeline.stages import plan
 from exalign.pipeline.workers import _check_logprobs, _sampling
-from exalign.sampling.vllm import VLLMSettings
+from exalign.sampling.settings import VLLMSettings
 
 # Looked for, not imported: what closes a cluster to others is read with the first import.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install "exalign[ray]"')

@@ -11,9 +11,11 @@ import pytest
 
 from exalign.data.records import Completion, Record, read_records
 from exalign.errors import InputError
-from exalign.pipeline import Recipe, run_recipe
+from exalign.pipeline.carry_out import run_recipe
+from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.stages import plan, preferences_of, preferred_only
 from exalign.storage import read_json
+from exalign.training.align import distance_of
 
 ROUNDS = "align={again: {learning_rate: 1e-3, batch_prompts: 8, save_policies: 2, rounds: 2}}"
 
@@ -38,7 +40,7 @@ def test_a_recipe_with_rounds_alone_needs_no_rollouts_and_ends_in_evidence(
 def test_alpha_acts(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny("align={a: {divergence: alpha, alpha: 0.3}}")
     settings = recipe.align["a"]
-    assert settings.distance.keywords == {"alpha": 0.3}  # type: ignore[attr-defined]
+    assert distance_of(settings).keywords == {"alpha": 0.3}  # type: ignore[attr-defined]
 
 
 def ranked(*rewards: float) -> Record:

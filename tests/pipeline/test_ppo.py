@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exalign.data.records import read_records
-from exalign.pipeline import Recipe, run_recipe
+from exalign.pipeline.carry_out import run_recipe
+from exalign.pipeline.recipe import Recipe
 from exalign.pipeline.stages import plan
 from exalign.storage import read_json
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from exalign.errors import InputError
 from exalign.pipeline.demo import RECIPE
 from exalign.pipeline.explain import explain
-from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe, parse_yaml
-from exalign.pipeline.run import dump_recipe
+from exalign.pipeline.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

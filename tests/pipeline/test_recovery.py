@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from exalign.errors import InputError
-from exalign.pipeline import Recipe, Run
 from exalign.pipeline.demo import RECIPE
 from exalign.pipeline.made_from import without
-from exalign.pipeline.recipe import load_recipe
+from exalign.pipeline.recipe import Recipe, load_recipe
+from exalign.pipeline.run import Run
 from exalign.pipeline.stages import plan
 from exalign.storage import read_json
 from exalign.training.guards import NotFiniteError

@@ -14,9 +14,12 @@ from rich.console import Console
 from exalign.data.batching import group_of
 from exalign.data.records import read_header, read_records
 from exalign.errors import InputError
-from exalign.models.loading import ModelSettings, load_policy, load_tokenizer
+from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.pipeline import Recipe, Run, run_recipe
+from exalign.models.settings import ModelSettings
+from exalign.pipeline.carry_out import run_recipe
+from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.run import Run
 from exalign.pipeline.stages import plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer

@@ -16,15 +16,15 @@ import pytest
 
 from exalign.data.records import read_records
 from exalign.errors import InputError
-from exalign.pipeline import Recipe, run_recipe
+from exalign.pipeline.carry_out import run_recipe
 from exalign.pipeline.preflight import check_inputs
 from exalign.pipeline.proposals import Proposer
-from exalign.pipeline.recipe import load_recipe
+from exalign.pipeline.recipe import Recipe, load_recipe
 from exalign.pipeline.search_settings import Range
 from exalign.pipeline.stages import plan
 from exalign.pipeline.trials import Trial, best_of, trials_csv
 from exalign.storage import read_json
-from exalign.training import AlignSettings
+from exalign.training.settings import AlignSettings
 from pipeline.conftest import tiny_overrides
 from pipeline.searched_run import ALONE, RECIPE, searched_recipe, searched_run
 

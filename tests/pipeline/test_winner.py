@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from exalign.checksums import write_sums
 from exalign.evaluation.run_folder import curves
 from exalign.evaluation.schema import Curve
-from exalign.pipeline import run_recipe
+from exalign.pipeline.carry_out import run_recipe
 from exalign.pipeline.winner import hand_over, take_over
 from exalign.storage import read_json
-from exalign.training import AlignSettings
+from exalign.training.settings import AlignSettings
 from pipeline.searched_run import searched_recipe
 
 SEARCH = (

@@ -20,7 +20,7 @@ from exalign.models.logprobs import plain_completion_logprobs
 from exalign.sampling.draw import prompt_uniforms
 from exalign.sampling.grouped import GroupedSampler
 from exalign.sampling.plain_decoder import PlainDecoder
-from exalign.sampling.protocol import SampleSettings
+from exalign.sampling.settings import SampleSettings
 from exalign.sampling.shared_decoder import SharedDecoder
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "mistral", "gemma", "gemma2"]

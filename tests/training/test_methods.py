@@ -17,28 +17,24 @@ from scipy.stats import t as student
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
 from exalign.data.oracle_pairs import pairs_from_rewards
 from exalign.data.records import Record
+from exalign.data.sources import DataSettings
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.best_of_n import expected_best
 from exalign.models.actor_critic import ActorCritic
-from exalign.models.loading import ModelSettings, load_policy, load_reward_model, load_tokenizer
-from exalign.sampling import GroupedSampler, SampleSettings
+from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
+from exalign.models.settings import ModelSettings
+from exalign.sampling.grouped import GroupedSampler
+from exalign.sampling.settings import SampleSettings
 from exalign.scoring import FunctionScorer
-from exalign.training import (
-    AlignSettings,
-    PPOSettings,
-    SFTSettings,
-    Surroundings,
-    train_align,
-    train_ppo,
-    train_sft,
-    with_reference_logp,
-)
-from exalign.training.align import DIVERGENCES
+from exalign.training.align import DIVERGENCES, train_align, with_reference_logp
+from exalign.training.ppo import Surroundings, train_ppo
 from exalign.training.rounds import train_rounds
+from exalign.training.settings import AlignSettings, PPOSettings, SFTSettings
+from exalign.training.sft import train_sft
 
 SEEDS = range(4)
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_positions": 96}

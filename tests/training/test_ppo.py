@@ -20,11 +20,12 @@ from torch import nn
 
 from exalign.data.records import Record
 from exalign.errors import InputError
-from exalign.models.loading import LoraSettings, ModelSettings
-from exalign.sampling import GroupedSampler, SampleSettings
-from exalign.training import PPOSettings, train_ppo
-from exalign.training.ppo import PPO, rollout_plan
+from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.sampling.grouped import GroupedSampler
+from exalign.sampling.settings import SampleSettings
+from exalign.training.ppo import PPO, rollout_plan, train_ppo
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.settings import PPOSettings
 from training.tiny_world import (
     CONFIG,
     GoodWords,

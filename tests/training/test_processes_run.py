@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from exalign.data.synthetic import write_world
-from exalign.pipeline import run_recipe
+from exalign.pipeline.carry_out import run_recipe
 from exalign.pipeline.demo import RECIPE
 from exalign.pipeline.recipe import load_recipe
 from pipeline.conftest import tiny_overrides

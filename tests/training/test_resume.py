@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.logprobs import PackedPolicy
-from exalign.training import TrainSettings, train
 from exalign.training.batches import EpochBatches
+from exalign.training.loop import train
+from exalign.training.settings import TrainSettings
 from exalign.training.state import MetricsLog, Position, load_checkpoint, save_checkpoint
 from training.tiny_world import (
     assert_same_outcome,

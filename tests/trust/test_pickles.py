@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
+from exalign.data.sources import DataSettings
 from exalign.errors import InputError
-from exalign.models.loading import ModelSettings, load_classifier, load_policy, load_tokenizer, save_model
+from exalign.models.loading import load_classifier, load_policy, load_tokenizer, save_model
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.preflight import check_labels
 from exalign.storage import fingerprint_path, write_json
 from exalign.training.state import Position, load_checkpoint

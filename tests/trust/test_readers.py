@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
 from exalign.data.records import (
     FORMAT_VERSION,
     Completion,
@@ -32,6 +32,7 @@ from exalign.data.records import (
     read_records,
     write_records,
 )
+from exalign.data.sources import DataSettings
 from exalign.data.tables import MAX_ROW
 from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
 from exalign.judging.llm.endpoint import seconds_to_wait

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
+from exalign.data.sources import DataSettings
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.evidence import read_judgements
@@ -24,10 +25,10 @@ from exalign.judging.llm.commands import judge
 from exalign.judging.llm.endpoint import Endpoint, spellings
 from exalign.judging.llm.settings import JudgeSettings
 from exalign.judging.people.tables import open_engine
-from exalign.models.loading import ModelSettings, load_policy
+from exalign.models.loading import load_policy
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.demo import RECIPE
-from exalign.pipeline.recipe import load_recipe
-from exalign.pipeline.run import dump_recipe
+from exalign.pipeline.recipe import dump_recipe, load_recipe
 from exalign.redaction import redact, redact_values
 from exalign.report import write_report
 from exalign.training.card import model_card

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
 from exalign.data.records import Record
+from exalign.data.sources import DataSettings
 from exalign.data.tokenization import (
     TokenLimits,
     completion_token_ids,

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,33 +26,11 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 
 from exalign.checksums import write_sums
 from exalign.errors import InputError
-from exalign.settings import Settings
+from exalign.models.settings import LoraSettings, ModelSettings
 from exalign.storage import atomic_path, exists
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p")
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters: only they (and a new scalar head) are trained; `save_model` merges them into plain weights."""
-
-    rank: int = Field(16, gt=0, description="Rank of each adapter: more rank, more trained weights.")
-    alpha: float = Field(32.0, gt=0, description="The adapters' product is scaled by alpha / rank.")
-    targets: tuple[str, ...] | None = Field(
-        None, strict=False, description="Module names that get adapters; none given: every linear layer of the body."
-    )
-
-
-class ModelSettings(Settings):
-    """Where a model comes from: exactly one of `source` and `config`."""
-
-    source: str | None = Field(None, description="Folder or hub name of a transformers model.")
-    config: dict[str, Any] | None = Field(
-        None, description="A transformers config with model_type: random weights, trained from scratch."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights in memory.")
-    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model; off for safety.")
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

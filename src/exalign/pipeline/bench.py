@@ -18,14 +18,16 @@ from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
-from exalign.models.loading import ModelSettings, load_policy, load_tokenizer
+from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
+from exalign.models.settings import ModelSettings
 from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.protocol import SampleSettings
+from exalign.sampling.settings import SampleSettings
 from exalign.settings import Settings
-from exalign.training.align import Align, AlignSettings, with_reference_logp
+from exalign.training.align import Align, with_reference_logp
 from exalign.training.batches import EpochBatches
 from exalign.training.optimizer import adamw, set_learning_rate
+from exalign.training.settings import AlignSettings
 
 
 class BenchShape(Settings):

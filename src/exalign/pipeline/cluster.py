@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from exalign import checksums
 from exalign.data.records import Record, iter_shard, num_rows, shard_path, shards_of, write_shard
 from exalign.errors import InputError
-from exalign.sampling.vllm import VLLMSettings
-from exalign.settings import Settings
+from exalign.pipeline.cluster_settings import ClusterSettings
 
 ShardWork = Callable[[Sequence[Record]], tuple[list[Record], Counter[str]]]
 """What a worker makes of the records of a shard: as many records, and what was counted."""
@@ -37,27 +35,6 @@ _OBJECT_STORE = 100_000_000
 """Bytes of shared memory of a cluster that is started here: it holds numbers of shards only."""
 _BLOCKS = 16
 """Portions that each worker's share is divided into: the smaller they are, the more evenly the pool ends."""
-
-
-class ClusterSettings(Settings):
-    """A pool of workers on Ray for the stages that sample and score; it changes speed, never a completion."""
-
-    workers: int = Field(1, ge=1, description="processes that each hold the model and take one shard after another")
-    address: str | None = Field(
-        None,
-        min_length=1,
-        description="a running Ray cluster, as host:port; None: one on this machine, for the stage alone",
-    )
-    cpus_per_worker: int = Field(1, ge=1, description="threads that each worker computes with on the processor")
-    gpus_per_worker: int | None = Field(
-        None, ge=0, description="GPUs of each worker; None: one where the cluster has any, else none"
-    )
-    tries: int = Field(
-        4, ge=1, description="how often a shard is begun anew because its worker died, before the stage fails"
-    )
-    vllm: VLLMSettings | None = Field(
-        None, description="sample with vLLM, which draws other completions; None: by transformers, as without a cluster"
-    )
 
 
 def check_installed(settings: ClusterSettings) -> None:

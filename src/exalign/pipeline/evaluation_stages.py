@@ -40,7 +40,7 @@ from exalign.pipeline.sources import (
     supervised_needs,
 )
 from exalign.report import write_report
-from exalign.sampling import SampleSettings
+from exalign.sampling.settings import SampleSettings
 from exalign.storage import fingerprint
 from exalign.terminal import shown
 

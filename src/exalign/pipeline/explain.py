@@ -15,8 +15,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from exalign.pipeline.messages import unwrap_optional
-from exalign.pipeline.recipe import Recipe
-from exalign.pipeline.run import dump_recipe
+from exalign.pipeline.recipe import Recipe, dump_recipe
 from exalign.strict_yaml import dump_yaml
 
 

@@ -25,9 +25,9 @@ from exalign.pipeline.sources import (
     scorer_needs,
     supervised_needs,
 )
-from exalign.training.align import AlignSettings
 from exalign.training.ppo import Surroundings
 from exalign.training.rounds import train_rounds
+from exalign.training.settings import AlignSettings
 
 
 def rounds_stages(recipe: Recipe) -> Iterator[Stage]:

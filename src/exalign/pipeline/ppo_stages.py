@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from exalign.models.actor_critic import ActorCritic
-from exalign.models.loading import ModelSettings, load_reward_model
+from exalign.models.loading import load_reward_model
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.on_policy import on_policy_inputs, on_policy_needs, surroundings
 from exalign.pipeline.recipe import PPOStageSettings, Recipe
 from exalign.pipeline.run import Run, Stage

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
 from exalign.data.records import Record
+from exalign.data.sources import DataSettings
 from exalign.errors import InputError
-from exalign.models.loading import ModelSettings, first_line, is_folder, load_tokenizer
+from exalign.models.loading import first_line, is_folder, load_tokenizer
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.cluster import check_installed
 from exalign.pipeline.proposals import Proposer
 from exalign.pipeline.recipe import Recipe, ScorerSettings

@@ -14,20 +14,17 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from exalign.data.formats import DataSettings
+from exalign.data.sources import DataSettings
 from exalign.errors import InputError
-from exalign.models.loading import ModelSettings
-from exalign.pipeline.cluster import ClusterSettings
+from exalign.models.settings import ModelSettings
+from exalign.pipeline.cluster_settings import ClusterSettings
 from exalign.pipeline.messages import explain_validation_error
 from exalign.pipeline.search_settings import SearchSettings, search_contradictions
-from exalign.sampling import SampleSettings
+from exalign.redaction import redact_values
+from exalign.sampling.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
-from exalign.training.align import AlignSettings
-from exalign.training.classifier import ClassifierSettings
-from exalign.training.ppo import PPOSettings
-from exalign.training.reward_model import RewardModelSettings
-from exalign.training.sft import SFTSettings
+from exalign.training.settings import AlignSettings, ClassifierSettings, PPOSettings, RewardModelSettings, SFTSettings
 
 
 class TokenizerSettings(Settings):
@@ -308,6 +305,11 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate_json(json.dumps(plain_values(values, where)))
     except ValidationError as error:
         raise InputError(f"{where}: {explain_validation_error(error, Recipe)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe: every setting that has a value, credentials in addresses blotted out."""
+    return redact_values(json.loads(recipe.model_dump_json(exclude_none=True)))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -20,7 +20,9 @@ from exalign.pipeline.run import Run
 from exalign.pipeline.sources import SCORING_TOKENS, load_run_tokenizer, load_supervised, model_identity, ready
 from exalign.pipeline.speed import record_speed, say_speed
 from exalign.redaction import redact
-from exalign.sampling import GroupedSampler, Sampler, SampleSettings
+from exalign.sampling.grouped import GroupedSampler
+from exalign.sampling.protocol import Sampler
+from exalign.sampling.settings import SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 

@@ -8,7 +8,6 @@ lists the stage's files with their checksums.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -27,10 +26,9 @@ from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.pipeline.made_from import MadeFrom, made_from, trained_from
-from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.recipe import Recipe, dump_recipe
 from exalign.pipeline.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
 from exalign.processes import call, leads
-from exalign.redaction import redact_values
 from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
@@ -243,11 +241,6 @@ def remove_stage(folder: Path) -> None:
             path.unlink()
         elif not any(path.rglob("done.json")) and not any(path.rglob("started.json")):
             shutil.rmtree(path)
-
-
-def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe: every setting that has a value, credentials in addresses blotted out."""
-    return redact_values(json.loads(recipe.model_dump_json(exclude_none=True)))
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,17 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
 from exalign.data.records import Record, iter_records
+from exalign.data.sources import DataSettings
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.errors import InputError
-from exalign.models.loading import (
-    ModelSettings,
-    load_classifier,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-)
+from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.run import Run
 from exalign.scoring import ClassifierScorer, FunctionScorer, RewardModelScorer, Scorer

@@ -58,10 +58,11 @@ from exalign.pipeline.sources import (
 )
 from exalign.pipeline.speed import record_training_speed
 from exalign.pipeline.workers import sample_by_workers, score_by_workers
-from exalign.sampling import SampleSettings
-from exalign.training.align import AlignSettings, train_align, with_reference_logp
+from exalign.sampling.settings import SampleSettings
+from exalign.training.align import train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
 from exalign.training.reward_model import train_reward_model
+from exalign.training.settings import AlignSettings
 from exalign.training.sft import train_sft
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from exalign.data.records import Header, Record, RecordWriter, iter_shard, read_header, shard_counts, shards_of
 from exalign.data.records import write_header as close
-from exalign.pipeline.cluster import ClusterSettings, ShardWork, map_shards
+from exalign.pipeline.cluster import ShardWork, map_shards
+from exalign.pipeline.cluster_settings import ClusterSettings
 from exalign.pipeline.recipe import Recipe, ScorerSettings
 from exalign.pipeline.rollouts import (
     SHARD,
@@ -36,8 +37,9 @@ from exalign.pipeline.sources import (
     ready,
     supervised_settings,
 )
-from exalign.sampling import GroupedSampler, SampleSettings
-from exalign.sampling.vllm import VLLMSampler, VLLMSettings, engine_arguments
+from exalign.sampling.grouped import GroupedSampler
+from exalign.sampling.settings import SampleSettings, VLLMSettings
+from exalign.sampling.vllm import VLLMSampler, engine_arguments
 from exalign.terminal import shown
 
 CHECKED = 8

@@ -22,7 +22,7 @@ from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.sampling.completions import completion_of, end_ids
 from exalign.sampling.draw import draw_tokens, prompt_uniforms
 from exalign.sampling.plain_decoder import Branches, Decoder, PlainDecoder
-from exalign.sampling.protocol import SampleSettings
+from exalign.sampling.settings import SampleSettings
 from exalign.sampling.shared_decoder import SharedDecoder, why_not_shared
 
 _ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold

@@ -13,28 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.records import Completion, Record
 from exalign.data.tokenization import cut_prompt, prompt_token_ids
 from exalign.errors import InputError
 from exalign.sampling.completions import completion_of, saved_end_ids
-from exalign.sampling.protocol import SampleSettings
-from exalign.settings import Settings
-
-
-class VLLMSettings(Settings):
-    """vLLM as the engine that samples."""
-
-    memory_share: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory that weights and caches of the engine may take"
-    )
-    logprob_limit: float = Field(
-        0.02,
-        gt=0,
-        description="nats per token: a log-probability of the engine that is further from the training path's is told",
-    )
+from exalign.sampling.settings import SampleSettings, VLLMSettings
 
 
 class EngineLogprob(Protocol):

@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +34,7 @@ from exalign.objectives import (
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
 from exalign.training.loop import train
-from exalign.training.settings import TrainSettings
+from exalign.training.settings import AlignSettings
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "reverse_kl": reverse_kl,
@@ -47,30 +45,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class AlignSettings(TrainSettings):
-    """How a policy is aligned: which divergence to which target."""
-
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
-    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "jeffreys", "alpha"] = Field(
-        "reverse_kl", description="what is minimised: reverse_kl is EXO, forward_kl is DPO"
-    )
-    target: Literal["reward", "preference"] = Field("reward", description="what the K completions are matched to")
-    beta_pi: float = Field(0.5, gt=0, description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12)")
-    beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
-    epsilon: float = Field(1e-3, gt=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18)")
-    alpha: float = Field(0.5, gt=0, lt=1, description="α of the divergence alpha: near 1 like EXO, near 0 like DPO")
-    rounds: int = Field(
-        1,
-        gt=0,
-        description="above 1: the prompts are dealt into so many rounds, and each round's completions are drawn from "
-        "the policy as it then is, scored, and aligned on with the correction for where they came from",
-    )
-
-    @property
-    def distance(self) -> Callable[..., Tensor]:
-        """The divergence as a function of `log_p_policy`, `log_p_target` and a mask."""
-        chosen = DIVERGENCES[self.divergence]
-        return partial(chosen, alpha=self.alpha) if chosen is alpha_divergence else chosen
+def distance_of(settings: AlignSettings) -> Callable[..., Tensor]:
+    """The divergence as a function of `log_p_policy`, `log_p_target` and a mask."""
+    chosen = DIVERGENCES[settings.divergence]
+    return partial(chosen, alpha=settings.alpha) if chosen is alpha_divergence else chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +72,7 @@ class Align:
             policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=proposal_logp
         )
         log_p_target = self._log_target(groups, mask, reference_logp, proposal_logp)
-        loss = self.settings.distance(log_p_policy, log_p_target, mask)
+        loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
         with torch.no_grad():
             sampled_from = reference_logp if proposal_logp is None else proposal_logp
             log_weights = log_importance_weights(policy_logp, sampled_from, mask)

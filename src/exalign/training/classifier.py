@@ -17,11 +17,7 @@ from exalign.models.scalar_head import PackedScorer, completion_outputs
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
 from exalign.training.loop import train
-from exalign.training.settings import TrainSettings
-
-
-class ClassifierSettings(TrainSettings):
-    """How the classifier is trained."""
+from exalign.training.settings import ClassifierSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,63 +34,16 @@ from exalign.objectives import (
     whiten,
 )
 from exalign.processes import gathered, in_order, share_of
-from exalign.sampling import GroupedSampler, SampleSettings
+from exalign.sampling.grouped import GroupedSampler
+from exalign.sampling.settings import SampleSettings
 from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 from exalign.training.card import model_card
 from exalign.training.loop import train
 from exalign.training.rollouts import RolloutBatches, RolloutCounts, RolloutPlan
-from exalign.training.settings import TrainSettings
+from exalign.training.settings import MAX_KL_ERROR, PPOSettings
 from exalign.training.sft import completion_tokens
 from exalign.training.sharding import Whole
-
-MAX_KL_ERROR = 0.2
-"""c: how far a rollout's KL counts as being from the target, as a share of it."""
-
-
-class PPOSettings(TrainSettings):
-    """How a policy is trained by PPO. `epochs` counts how often each prompt is sampled.
-
-    β is fixed unless `target_kl` is given. There is no entropy bonus, and no coefficient of the value loss: policy and
-    critic share no weights, so each has a learning rate instead. `max_grad_norm` is of both together.
-    """
-
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of the policy's AdamW")
-    critic_learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the critic's AdamW")
-    rollout_prompts: int = Field(256, gt=0, description="prompts sampled from the policy at a time, then trained on")
-    passes: int = Field(4, gt=0, description="times each rollout is trained on, in minibatches of batch_prompts")
-    critic_steps: int = Field(0, ge=0, description="first steps, in which only the critic is trained")
-    beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs, per token")
-    target_kl: float | None = Field(
-        None,
-        gt=0,
-        description="nats of KL per completion; after each rollout β rises if it was above, falls if below; None: β is "
-        "fixed",
-    )
-    kl_rate: float = Field(
-        0.1,
-        gt=0,
-        lt=1 / MAX_KL_ERROR,
-        description="K: how fast β follows target_kl, at most by the share 0.2 K a rollout",
-    )
-    gamma: float = Field(1.0, ge=0, le=1, description="γ: discount of later rewards, per token")
-    lam: float = Field(0.95, ge=0, le=1, description="λ of the advantages: 1 trusts rewards, 0 trusts the critic")
-    clip: float = Field(0.2, gt=0, description="how far a token's probability ratio may go from 1 in one rollout")
-    value_clip: float = Field(0.2, gt=0, description="how far a value may go in one rollout, in units of reward")
-
-    def rate_of(self, name: str) -> float:
-        """The critic has its own learning rate, on the same schedule."""
-        return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
-
-    @property
-    def leaves_some_out(self) -> bool:
-        """While the critic is trained alone, the policy gets no gradient."""
-        return self.critic_steps > 0
-
-    @property
-    def idle_steps(self) -> int:
-        """The critic's own steps."""
-        return self.critic_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,7 @@ from exalign.objectives import bradley_terry_loss
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
 from exalign.training.loop import train
-from exalign.training.settings import TrainSettings
-
-
-class RewardModelSettings(TrainSettings):
-    """How the reward model is trained."""
+from exalign.training.settings import RewardModelSettings
 
 
 @dataclass(frozen=True, slots=True)

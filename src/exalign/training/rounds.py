@@ -24,13 +24,14 @@ from exalign.data.records import Header, Record, read_header, read_records, writ
 from exalign.errors import InputError
 from exalign.models.logprobs import PackedPolicy
 from exalign.processes import several
-from exalign.sampling import GroupedSampler
+from exalign.sampling.grouped import GroupedSampler
 from exalign.storage import fingerprint
-from exalign.training.align import Align, AlignSettings, check_groups, with_reference_logp
+from exalign.training.align import Align, check_groups, with_reference_logp
 from exalign.training.card import model_card
 from exalign.training.loop import train
 from exalign.training.ppo import Surroundings
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.settings import AlignSettings
 
 
 def train_rounds(

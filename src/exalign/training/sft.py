@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,15 +15,7 @@ from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.card import model_card
 from exalign.training.loop import train
-from exalign.training.settings import TrainSettings
-
-
-class SFTSettings(TrainSettings):
-    """How the supervised policy π_sft is trained."""
-
-    train_on_prompts: bool = Field(
-        False, description="learn the prompts' tokens too, as a model from scratch must; else completions alone"
-    )
+from exalign.training.settings import SFTSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from exalign.data.batching import Group
 from exalign.models.flops import forward_flops, training_flops
-from exalign.models.loading import LoraSettings, ModelSettings, _quicken_gelu, with_lora
+from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
+from exalign.models.settings import LoraSettings, ModelSettings
 from exalign.pipeline.budget.architecture import PUBLIC_CONFIGURATIONS, Architecture, architecture_of
 from exalign.pipeline.budget.assumptions import Assumptions
 from exalign.pipeline.budget.cost import forward_cost, sampling_cost, training_cost
@@ -28,11 +29,11 @@ from exalign.pipeline.budget.memory import (
     training_activations,
     training_state,
 )
-from exalign.sampling import SampleSettings
 from exalign.sampling.plain_decoder import Branches
+from exalign.sampling.settings import SampleSettings
 from exalign.sampling.shared_decoder import SharedDecoder
-from exalign.training.align import AlignSettings
 from exalign.training.optimizer import adamw, set_learning_rate
+from exalign.training.settings import AlignSettings
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4},

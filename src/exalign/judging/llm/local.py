@@ -86,7 +86,8 @@ class LocalModel:
         if self._loaded is None:
             import torch
 
-            from exalign.models.loading import ModelSettings, load_policy, load_tokenizer
+            from exalign.models.loading import load_policy, load_tokenizer
+            from exalign.models.settings import ModelSettings
 
             tokenizer = load_tokenizer(self._source)
             model = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)

@@ -26,12 +26,14 @@ def plan(
     **assumed: Any,
 ) -> None:
     """Work out what a recipe would cost before it is run: memory, tokens, operations, hours, and whether it fits."""
-    from exalign.pipeline.budget.devices import Machine, find_device
-    from exalign.pipeline.budget.stages import budget_of
-    from exalign.pipeline.budget.table import as_values, print_budget
     from exalign.pipeline.recipe import load_recipe
 
     loaded, taken = load_recipe(recipe, overrides or ()), _assumptions(assumed)
+
+    from exalign.pipeline.budget.devices import Machine, find_device
+    from exalign.pipeline.budget.stages import budget_of
+    from exalign.pipeline.budget.table import as_values, print_budget
+
     machine = Machine(find_device(gpu, taken), count, taken)
     _quiet_libraries()
     budget = budget_of(loaded, machine)

@@ -28,7 +28,7 @@ from exalign.pipeline.budget.memory import (
     training_memory,
 )
 from exalign.pipeline.rollouts import SHARD
-from exalign.sampling import SampleSettings
+from exalign.sampling.settings import SampleSettings
 from exalign.training.settings import TrainSettings
 
 OPERATIONS_PER_LAYER, OPERATIONS_PER_GROUP = 12, 22

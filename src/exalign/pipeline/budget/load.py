@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from exalign.data.batching import Group
-from exalign.data.formats import DataSettings, read_source
+from exalign.data.formats import read_source
+from exalign.data.sources import DataSettings
 from exalign.errors import InputError
 from exalign.pipeline.budget.assumptions import Assumptions
 from exalign.pipeline.recipe import Recipe

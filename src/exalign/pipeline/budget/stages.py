@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exalign.models.loading import ModelSettings, load_tokenizer
+from exalign.models.loading import load_tokenizer
+from exalign.models.settings import ModelSettings
 from exalign.pipeline.budget.architecture import Architecture, Kind, architecture_of
 from exalign.pipeline.budget.cost import (
     STORED_BYTES_PER_TOKEN,
