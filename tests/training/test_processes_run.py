@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -73,6 +74,23 @@ def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
     again = start(workers, layout, run_command, tmp_path, command)
     assert finish(again) == [0, 0]
     assert (tmp_path / "printed-0").read_text().count("done before, skipped") == printed.count("✓ ")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", pytest.param("zero2", marks=DEEPSPEED)])
+def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
+    layout: str, arguments: list[str], tmp_path: Path, workers: ForkServerContext
+) -> None:
+    search = ["ppo={}", "search={trials: 2, kl: 9, prompts: 4}", "search.methods.exo-rw={beta_r: {choices: [0.1, 1]}}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_recipe(load_recipe(arguments[0], [*arguments[1:], *search]), "search", folder=one)
+    shutil.copytree(one, two)
+    run_recipe(load_recipe(arguments[0], [*arguments[1:], *search]), "align/exo-rw", folder=one)
+    command = ["align", *arguments, *search, "--run", str(two)]
+    assert finish(start(workers, layout, run_command, tmp_path, command)) == [0, 0]
+    assert (tmp_path / "printed-0").read_text().count("the weights are those of trial") == 1
+    assert not (tmp_path / "printed-1").read_text()
+    assert_same_models(two, one, ["align/exo-rw"])
+    assert (two / "align/exo-rw/metrics.jsonl").read_bytes() == (one / "align/exo-rw/metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
