@@ -128,11 +128,57 @@ def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
     process.join()
     assert process.exitcode == 0
     for method in METHODS:
-        again, undisturbed = results(folder, method), results(searched, method)
-        for trial in (*again, *undisturbed):
-            del trial["seconds"], trial["seal"]  # a clock wrote the one, and the other is of all
-        assert again == undisturbed
+        assert without_clock(results(folder, method)) == without_clock(results(searched, method))
         assert metrics(folder / "align" / method) == metrics(searched / "align" / method)
+
+
+def stamps(run: Path) -> dict[str, int]:
+    """When the metrics of every trial were written, by what it tried."""
+    return {
+        json.dumps(read_json(log.with_name("settings.json"))["settings"]): log.stat().st_mtime_ns
+        for log in run.glob("search/*/*-[0-9]*/metrics.jsonl")
+    }
+
+
+def without_clock(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in trial.items() if k not in ("seconds", "seal")} for trial in trials]
+
+
+def test_more_trials_another_kl_and_other_ranges_train_only_what_is_new(
+    searched: Path, world: Path, tmp_path: Path
+) -> None:
+    """However it came about, a search is the one that is made in one go: `searched`, at first and at last."""
+    in_one_go = results(searched, "exo-rw")
+    rates = [trial["settings"]["learning_rate"] for trial in in_one_go]
+    ranges = "{learning_rate: {low: 1e-4, high: 1e-2, log: true}, epochs: {choices: [1, 2]}}"
+    grid = f"{{learning_rate: {{choices: [{rates[2]!r}, {rates[0]!r}]}}}}"
+
+    def search(*overrides: str, ranges: str = ranges) -> dict[str, int]:
+        methods = [f"search.methods={{exo-rw: {ranges}}}", "ppo={}"]
+        run_recipe(searched_recipe(world, *methods, *overrides), "search", folder=tmp_path, redo=True)
+        return stamps(tmp_path)
+
+    two = search("search.trials=2")
+    three = search("search.trials=3")
+    assert len(three) == 3 and two.items() <= three.items()
+    assert without_clock(results(tmp_path, "exo-rw")) == without_clock(in_one_go)
+
+    assert search("search.trials=3", "search.kl=0.001") == three
+    for trial, other in zip(results(tmp_path, "exo-rw"), in_one_go, strict=True):
+        assert trial["kl"] <= 0.001 < other["kl"] and trial["value"] != other["value"]
+        assert trial["points"] == other["points"] and trial["seconds"] > 0
+
+    assert search("search.trials=2") == three
+    place = tmp_path / "search/exo-rw"
+    assert {path.name for path in place.glob("*-[0-9]*")} == {"trial-000", "trial-001", "earlier-000"}
+    assert three.items() < search("search.trials=2", "align.exo-rw.epochs=2", ranges=grid).items()
+    assert [trial["settings"]["learning_rate"] for trial in results(tmp_path, "exo-rw")] == [rates[0], rates[2]]
+    again = search("search.trials=3")
+    assert three.items() < again.items()
+    assert without_clock(results(tmp_path, "exo-rw")) == without_clock(in_one_go)
+
+    search("search.trials=2", "temperature=0.9")  # other samples, other results
+    assert len(stamps(tmp_path)) == 2 and not stamps(tmp_path).items() & again.items()
 
 
 def test_a_search_made_with_other_settings_is_refused_and_named(searched: Path, world: Path) -> None:

@@ -34,8 +34,7 @@ def rounds_stages(recipe: Recipe) -> Iterator[Stage]:
     """A stage align/NAME for every method of the align section with several rounds, after its search if it has one."""
     for method, settings in recipe.align.items():
         if settings.rounds > 1:
-            inputs = [*on_policy_inputs(recipe), settings.model_dump(mode="json")]
-            yield from method_stages(recipe, method, on_policy_needs(recipe), inputs, _rounds)
+            yield from method_stages(recipe, method, on_policy_needs(recipe), on_policy_inputs(recipe), _rounds)
 
 
 def on_policy_needs(recipe: Recipe) -> tuple[str, ...]:

@@ -31,8 +31,8 @@ def ppo_stages(recipe: Recipe) -> Iterator[Stage]:
         if settings.critic is None and _reward_model_can_start_a_critic(recipe):
             needs.append("reward")
         critic = None if settings.critic is None else source_identity(settings.critic.source)
-        inputs = [*on_policy_inputs(recipe), settings.model_dump(mode="json"), critic]
-        yield from method_stages(recipe, method, tuple(dict.fromkeys(needs)), inputs, _ppo)
+        inputs = on_policy_inputs(recipe)
+        yield from method_stages(recipe, method, tuple(dict.fromkeys(needs)), inputs, _ppo, critic)
 
 
 def _ppo(run: Run, folder: Path, counts: Counter[str], settings: PPOStageSettings) -> None:

@@ -47,6 +47,8 @@ class Stage:
     """Cheap stages that are made anew each time."""
     together: bool = False
     """Where there are several processes all of them work; the first one prints and writes, and does the rest alone."""
+    stays: tuple[str, ...] = ()
+    """What of the folder stays when the stage is made again, as patterns: the work itself sees whether it serves."""
 
 
 TrainingStage = partial(Stage, together=True)
@@ -111,6 +113,7 @@ class Run:
             if stage.always or not before or before["fingerprint"] == now.fingerprint or now.recovery or self.redo:
                 continue
             third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
+            third += " (what was tried on the same models and data is not tried again)" if stage.stays else ""
             raise InputError(
                 f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
                 f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
@@ -156,7 +159,7 @@ class Run:
             add_recovery(folder, made.recovery)
         elif found and (found["fingerprint"] != made.fingerprint or stage.always):
             # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
-            remove_stage(folder)
+            remove_stage(folder, stays=stage.stays)
             found = {}
         if found and (folder / "done.json").exists():
             (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
@@ -234,9 +237,11 @@ def worked_before(folder: Path) -> float:
     return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
 
 
-def remove_stage(folder: Path) -> None:
-    """Delete what a stage wrote, but not the stages whose folders lie below it."""
+def remove_stage(folder: Path, *, stays: Sequence[str] = ()) -> None:
+    """Delete what a stage wrote, but not what `stays` nor the stages whose folders lie below it."""
     for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in stays):
+            continue
         if path.is_file():
             path.unlink()
         elif not any(path.rglob("done.json")) and not any(path.rglob("started.json")):

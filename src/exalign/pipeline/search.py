@@ -3,8 +3,9 @@
 validation → search/METHOD → align/METHOD, which takes over the weights of the best trial (`winner`).
 
 A trial is a folder, `search/METHOD/trial-000`, that ends with `result.json`; what a later trial tries is a function of
-the recipe's seed and of the results before it. So a search that was killed goes on as if it had not been. The weights
-of the other trials are deleted; their settings, metrics and scored samples stay.
+the recipe's seed and of the results before it. So a search that was killed goes on as if it had not been, and
+one with more trials or other ranges carries out what is new (`trial_folders`). The weights of all trials but the best
+are deleted; their settings, metrics and scored samples stay.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ from exalign.pipeline.sources import (
     supervised_needs,
 )
 from exalign.pipeline.stage_files import HANDED_OVER
+from exalign.pipeline.trial_folders import KEPT, forget_others, put_in_place, step_aside_from, trial_folder
 from exalign.pipeline.trials import (
     best_of,
     best_so_far,
-    trial_name,
+    same_as,
     trial_sentence,
     trials_csv,
     trials_table,
@@ -77,17 +79,23 @@ def validation_stage(recipe: Recipe) -> Iterator[Stage]:
     yield Stage("validation", needs, lambda: [how, chosen, numbers], _validation)
 
 
-def method_stages(recipe: Recipe, method: str, needs: tuple[str, ...], inputs: Any, train: Train[Any]) -> list[Stage]:
-    """The stage align/METHOD, after search/METHOD where the recipe searches for the settings of this method."""
+def method_stages(
+    recipe: Recipe, method: str, needs: tuple[str, ...], inputs: Sequence[Any], train: Train[Any], *more: Any
+) -> list[Stage]:
+    """The stage align/METHOD, after search/METHOD where the recipe searches for the settings of this method.
+
+    `inputs` and `more` are what the result depends on besides the settings and the stages that it `needs`.
+    """
     search, stages = recipe.search, []
+    whole = [*inputs, own_settings(recipe, method).model_dump(mode="json"), *more]
     if search is not None and method in search.methods:
         ranges = {name: values.model_dump(mode="json") for name, values in search.methods[method].items()}
-        searched = [inputs, search.trials, search.kl, ranges]
-        trials = partial(_search, method=method, train=train)
-        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, trials))
+        searched = [whole, search.trials, search.kl, ranges]
+        trials = partial(_search, method=method, train=train, tried_on=[inputs, more], needs=(*needs, "validation"))
+        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, trials, stays=KEPT))
         needs = (*needs, f"search/{method}")
     work = partial(_train, method=method, train=train)
-    return [*stages, TrainingStage(f"align/{method}", needs, lambda: inputs, work)]
+    return [*stages, TrainingStage(f"align/{method}", needs, lambda: whole, work)]
 
 
 def validation_prompts(
@@ -129,27 +137,41 @@ def _validation(run: Run, folder: Path, counts: Counter[str]) -> None:
     score_drawn(run, folder / "drawn", folder / "samples")
 
 
-def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train: Train[Any]) -> None:
+def _search(
+    run: Run,
+    folder: Path,
+    counts: Counter[str],
+    *,
+    method: str,
+    train: Train[Any],
+    tried_on: Sequence[Any],
+    needs: Sequence[str],
+) -> None:
     search = run.recipe.search
     assert search is not None
     if several():
         raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
+    base = fingerprint([tried_on, [read_sealed(run.path(need, "done.json"))["fingerprint"] for need in needs]])
+    forget_others(folder, base)
     own = own_settings(run.recipe, method)
     # Methods with the same ranges start with the same draws.
     seed = [run.recipe.seed, "search"]
     proposer = Proposer(search.methods[method], type(own), trials=search.trials, seed=seed)
     trials: list[Trial] = []
     for number in range(search.trials):
-        place = folder / trial_name(number)
-        if not (place / "result.json").exists():
-            results = [(trial.values, trial.value) for trial in trials]
-            values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
-            trial = _trial(run, place, trials, changed(own, values), Trial(number, values, {}), train)
-            write_sealed(place / "result.json", asdict(trial))
-        trials.append(Trial(**read_sealed(place / "result.json")))
+        results = [(trial.values, trial.value) for trial in trials]
+        values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
+        settings = changed(own, values)
+        trial = Trial(number, values, settings.model_dump(mode="json"))
+        twin = next((other for other in trials if other.settings == trial.settings), None)
+        place = put_in_place(folder, number, None if twin else {"settings": trial.settings, "base": base})
+        trial = _carried_out(run, place, settings, trial, train) if twin is None else same_as(twin, trial)
+        write_sealed(place / "result.json", asdict(trial))
+        trials.append(trial)
         _keep_the_best(folder, trials)
-        counts.update(trials[-1].counts)
-        run.console.print(shown(f"  {trial_sentence(trials[-1])}", "dim"), soft_wrap=True)
+        counts.update(trial.counts)
+        run.console.print(shown(f"  {trial_sentence(trial)}", "dim"), soft_wrap=True)
+    step_aside_from(folder, search.trials)
     counts["trials"] = len(trials)
     counts["failed_trials"] = sum(trial.value is None for trial in trials)
     write_text(folder / "trials.csv", trials_csv(trials))
@@ -158,32 +180,34 @@ def _search(run: Run, folder: Path, counts: Counter[str], *, method: str, train:
     write_json(folder / "best.json", {**found, "settings": best.settings})
     title = f"search/{method}: reward at a KL of {search.kl:g} nats, or as far as a trial went"
     run.console.print(trials_table(trials, best, title))
-    hand_over(folder / trial_name(best.number), folder / HANDED_OVER)
+    hand_over(trial_folder(folder, best.number), folder / HANDED_OVER)
 
 
-def _trial(
-    run: Run, place: Path, before: Sequence[Trial], settings: TrainSettings, trial: Trial, train: Train[Any]
-) -> Trial:
-    """Train with these settings in `place`, continuing what stands there, and evaluate every policy saved."""
+def _carried_out(run: Run, place: Path, settings: TrainSettings, trial: Trial, train: Train[Any]) -> Trial:
+    """Train with these settings in `place`, continuing what stands there, and evaluate every policy saved.
+
+    Where a trial of the same stands complete, only its value is computed again, at this search's KL.
+    """
     assert run.recipe.search is not None
-    values = asdict(trial) | {"settings": settings.model_dump(mode="json")}
-    twin = next((other for other in before if other.settings == values["settings"]), None)
-    write_json(place / "settings.json", values["settings"])
-    if twin is not None:
-        again = {"value": twin.value, "kl": twin.kl, "points": twin.points, "failed": twin.failed}
-        return Trial(**values | again | {"same_as": twin.number if twin.same_as is None else twin.same_as})
-    counts: Counter[str] = Counter()
-    try:
-        train(run, place, counts, seeded(settings, run.recipe))
-    except NotFiniteError as error:
-        outcome: dict[str, Any] = {"failed": str(error)}
-        return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
-    prompts = read_records(run.path("validation", "prompts"))
-    sampling = evaluation_sampling(run.recipe, run.recipe.search.samples)
-    # The same random numbers for every trial: trials with the same policies have the same value.
-    score_policies(run, place, prompts, sampling, place / "evaluated", counts, purpose="validation")
-    outcome = value_of(run.path("validation", "samples"), place / "evaluated", run.recipe.search.kl)
-    return Trial(**values | outcome | {"seconds": _training_seconds(place), "counts": dict(counts)})
+    values = asdict(trial)
+    if (place / "result.json").exists():
+        done = Trial(**read_sealed(place / "result.json"))
+        values |= {"seconds": done.seconds, "counts": done.counts}
+        if done.failed is not None:
+            return Trial(**values | {"failed": done.failed})
+    else:
+        counts: Counter[str] = Counter()
+        try:
+            train(run, place, counts, seeded(settings, run.recipe))
+        except NotFiniteError as error:
+            outcome = {"failed": str(error), "seconds": _training_seconds(place), "counts": dict(counts)}
+            return Trial(**values | outcome)
+        prompts = read_records(run.path("validation", "prompts"))
+        sampling = evaluation_sampling(run.recipe, run.recipe.search.samples)
+        # The same random numbers for every trial: trials with the same policies have the same value.
+        score_policies(run, place, prompts, sampling, place / "evaluated", counts, purpose="validation")
+        values |= {"seconds": _training_seconds(place), "counts": dict(counts)}
+    return Trial(**values | value_of(run.path("validation", "samples"), place / "evaluated", run.recipe.search.kl))
 
 
 def own_settings(recipe: Recipe, method: str) -> TrainSettings:
@@ -212,7 +236,7 @@ def _keep_the_best(folder: Path, trials: Sequence[Trial]) -> None:
     """Delete the weights of every trial but the best so far."""
     best = best_so_far(trials)
     for trial in trials:
-        place = folder / trial_name(trial.number)
+        place = trial_folder(folder, trial.number)
         if trial is best:
             forget_what_is_made_again(place)
         else:

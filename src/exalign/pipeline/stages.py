@@ -122,8 +122,7 @@ def _alignment(recipe: Recipe) -> Iterator[Stage]:
         yield Stage(name, (*supervised, source), lambda: [base, model], work)
     for method, settings in at_once.items():
         needs = (*supervised, reference_name(settings))
-        inputs = [base, model, _dump(settings)]
-        yield from method_stages(recipe, method, needs, inputs, _align)
+        yield from method_stages(recipe, method, needs, [base, model], _align)
 
 
 def _engine(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,10 @@ def best_so_far(trials: Sequence[Trial]) -> Trial | None:
     return max(done, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def trial_name(number: int) -> str:
-    """The folder of a trial.
-
-    >>> trial_name(7)
-    'trial-007'
-    """
-    return f"trial-{number:03d}"
+def same_as(twin: Trial, trial: Trial) -> Trial:
+    """A trial that tries what its twin tried, with what came of that."""
+    first = twin.number if twin.same_as is None else twin.same_as
+    return replace(trial, value=twin.value, kl=twin.kl, points=twin.points, failed=twin.failed, same_as=first)
 
 
 def _shown(values: Mapping[str, Value]) -> str:
