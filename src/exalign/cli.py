@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -276,15 +277,14 @@ def _quiet_libraries() -> None:
     """Bars for every file that a library reads or writes would drown what a stage says; so would as many voices as
     there are processes.
     """
-    import datasets
     import transformers
 
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # importing datasets to say so takes a second
     if not leads():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _fail(sentence: str, status: int) -> None:
