@@ -18,8 +18,10 @@ from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.models.settings import ModelSettings
 from exalign.pipeline.carry_out import run_recipe
-from exalign.pipeline.recipe import Recipe
+from exalign.pipeline.demo import RECIPE
+from exalign.pipeline.recipe import Recipe, ScorerSettings, load_recipe
 from exalign.pipeline.run import Run
+from exalign.pipeline.sources import load_scorer
 from exalign.pipeline.stages import plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer
@@ -36,9 +38,6 @@ def carry_out(recipe: Recipe, folder: Path, *targets: str, redo: bool = False) -
 
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    from exalign.pipeline.demo import RECIPE
-    from exalign.pipeline.recipe import load_recipe
-
     recipe = load_recipe(RECIPE, tiny_overrides(world))
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run_recipe(recipe, folder=folder)
@@ -67,6 +66,17 @@ def test_before_the_first_step_every_log_ratio_is_zero(finished: tuple[Recipe, P
     first = json.loads((folder / "align" / "exo-rw" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-5
     assert first["log_ratio_spread"] < 1e-5
+
+
+def test_a_reward_model_reads_in_another_run_what_it_read_in_its_own(world: Path, tmp_path: Path) -> None:
+    """It was trained on prompts cut to four tokens; the other run's longer limit is not its."""
+    own = load_recipe(RECIPE, tiny_overrides(world, "data.max_prompt_tokens=4"))
+    run_recipe(own, "scored", folder=tmp_path)
+    records = read_records(tmp_path / "scored" / "records")
+    assert read_header(tmp_path / "rollouts" / "records").counts["prompts_cut"] > 0
+    other = own.model_copy(update={"data": own.data.model_copy(update={"max_prompt_tokens": 24})})
+    scorer = load_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")), Run(other, tmp_path))
+    assert scorer.score(records) == [pytest.approx(record.rewards, abs=1e-6) for record in records]
 
 
 def test_running_again_skips_everything_but_the_report(finished: tuple[Recipe, Path]) -> None:

@@ -10,6 +10,9 @@ import torch
 from exalign.data.records import Completion, Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
+from exalign.models.loading import load_reward_model, save_model
+from exalign.models.settings import ModelSettings
+from exalign.scoring.limits import keep_limits
 from exalign.scoring.reward_model import RewardModelScorer
 
 DECODERS = ["gpt2", "llama"]
@@ -64,6 +67,25 @@ def test_limits_are_those_of_training(make_classifier, make_tokenizer):
     cut = Completion("w5 w6 w7", finish_reason="length")
     assert scorer.score([record])[0][0] == pytest.approx(by_hand(model, tokenizer, "w3 w4", cut), abs=1e-9)
     assert scorer.counts == {"prompts_cut": 1, "completions_cut": 1}
+
+
+def test_a_model_carries_the_limits_of_its_training(make_classifier, make_tokenizer, tmp_path):
+    """Saved and loaded, it cuts as it was trained, and as `limits` say where they are given."""
+    model, tokenizer = make_classifier("gpt2", 1), make_tokenizer(encoder=False)
+    record = Record("a", "w1 w2 w3 w4", (Completion("w5 w6 w7 w8"),))
+    limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
+    expected = RewardModelScorer(model, tokenizer, limits=limits).score([record])
+    whole = RewardModelScorer(model, tokenizer).score([record])
+    keep_limits(model, limits)
+    save_model(model.float(), tokenizer, tmp_path / "model", card="")
+    loaded = load_reward_model(ModelSettings(source=str(tmp_path / "model")), tokenizer).double()
+    assert RewardModelScorer(loaded, tokenizer).score([record])[0] == pytest.approx(expected[0], abs=1e-6)
+    more = TokenLimits(max_prompt_tokens=9, max_completion_tokens=9)
+    assert RewardModelScorer(loaded, tokenizer, limits=more).score([record])[0] == pytest.approx(whole[0], abs=1e-6)
+    assert abs(expected[0][0] - whole[0][0]) > 1e-3
+    loaded.config.exalign_limits = {"max_prompt_tokens": "many"}
+    with pytest.raises(InputError, match="exalign_limits that are no limits"):
+        RewardModelScorer(loaded, tokenizer)
 
 
 def test_two_labels_are_refused(make_classifier, make_tokenizer):

@@ -116,14 +116,10 @@ def scorer_needs(settings: ScorerSettings) -> tuple[str, ...]:
 
 
 def load_scorer(settings: ScorerSettings, run: Run) -> Scorer:
-    """The scorer that a recipe names, ready to score; a model of this run reads no more than it was trained on."""
+    """The scorer that a recipe names, ready to score; a model that was trained here reads what it was trained on."""
     if settings.function is not None:
         return FunctionScorer(settings.function)
-    recipe, limits = run.recipe, None
-    if settings.stage == "reward":
-        limits = _limits(recipe.data.max_prompt_tokens, recipe.data.max_completion_tokens)
-    if settings.stage == "oracle" and recipe.oracle is not None:
-        limits = _limits(recipe.oracle.max_tokens, recipe.oracle.max_tokens)
+    limits = None if settings.stage is None else trained_limits(run.recipe, settings.stage)
     source = str(run.path(settings.stage, "model")) if settings.stage else settings.reward_model or settings.classifier
     assert source is not None
     model_settings, tokenizer = ModelSettings(source=source), load_tokenizer(source)
@@ -132,8 +128,14 @@ def load_scorer(settings: ScorerSettings, run: Run) -> Scorer:
     return RewardModelScorer(ready(load_reward_model(model_settings, tokenizer)), tokenizer, limits=limits)
 
 
-def _limits(prompt: int, completion: int) -> TokenLimits:
-    return TokenLimits(max_prompt_tokens=prompt, max_completion_tokens=completion)
+def trained_limits(recipe: Recipe, stage: str) -> TokenLimits:
+    """What the run's own reward model or oracle is trained on of each text."""
+    if stage == "oracle":
+        assert recipe.oracle is not None
+        longest = recipe.oracle.max_tokens
+        return TokenLimits(max_prompt_tokens=longest, max_completion_tokens=longest)
+    data = recipe.data
+    return TokenLimits(max_prompt_tokens=data.max_prompt_tokens, max_completion_tokens=data.max_completion_tokens)
 
 
 def tokenize(run: Run, records: list[Record], tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> list[Group]:

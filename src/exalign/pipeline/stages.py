@@ -55,10 +55,12 @@ from exalign.pipeline.sources import (
     supervised_needs,
     supervised_settings,
     tokenize,
+    trained_limits,
 )
 from exalign.pipeline.speed import record_training_speed
 from exalign.pipeline.workers import sample_by_workers, score_by_workers
 from exalign.sampling.settings import SampleSettings
+from exalign.scoring.limits import keep_limits
 from exalign.training.align import train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
 from exalign.training.reward_model import train_reward_model
@@ -190,6 +192,7 @@ def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
     )
     torch.manual_seed(recipe.seed)
     model = load_classifier(recipe.oracle.model, tokenizer)
+    keep_limits(model, trained_limits(recipe, "oracle"))
     train_classifier(model, tokenizer, groups, labels, seeded(recipe.oracle, recipe), folder)
     record_training_speed(run, folder, model, groups, recipe.oracle)
 
@@ -245,6 +248,7 @@ def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
     groups = tokenize(run, read_records(run.path("preferences", "records")), tokenizer, counts)
     torch.manual_seed(recipe.seed)
     model = load_reward_model(settings, tokenizer)
+    keep_limits(model, trained_limits(recipe, "reward"))
     train_reward_model(model, tokenizer, groups, seeded(recipe.reward, recipe), folder)
     record_training_speed(run, folder, model, groups, recipe.reward)
 

@@ -15,6 +15,7 @@ from exalign.data.records import Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.scalar_head import completion_outputs
+from exalign.scoring.limits import kept_limits
 from exalign.scoring.protocol import check_rewards
 from exalign.scoring.retokenized import max_positions, num_labels, outputs_in_batches, retokenize
 
@@ -24,8 +25,9 @@ class ClassifierScorer:
 
     With logits z this is z_pos − logsumexp of the others; with two labels, their difference. Causal classifiers read
     the last token of prompt and completion, tokenised apart; encoders (BERT, DistilBERT, RoBERTa and alike) read both
-    as one text with their special tokens, cut on its left where it is too long. `counts` says what was cut. A model
-    with one label, or a `positive_label` it does not have, is an `InputError`.
+    as one text with their special tokens, cut on its left where it is too long. Texts are cut to `limits`, by default
+    those that the model was trained with (see `RewardModelScorer`). `counts` says what was cut. A model with one label,
+    or a `positive_label` it does not have, is an `InputError`.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class ClassifierScorer:
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._positive = positive_label
-        self._limits = limits
+        self._limits = limits or kept_limits(model)
         self._token_budget = token_budget
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:

@@ -11,6 +11,7 @@ from exalign.data.records import Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.scalar_head import completion_outputs
+from exalign.scoring.limits import kept_limits
 from exalign.scoring.protocol import check_rewards
 from exalign.scoring.retokenized import max_positions, num_labels, outputs_in_batches, retokenize
 
@@ -18,8 +19,9 @@ from exalign.scoring.retokenized import max_positions, num_labels, outputs_in_ba
 class RewardModelScorer:
     """r(x, y) of a sequence classifier with one label: its scalar head on the last token of prompt + completion.
 
-    Texts are tokenised with the reward model's own tokenizer. `limits` should be those it was trained with; without
-    them a text is cut only where the model has no positions left. `token_budget` sets the tokens computed at once and
+    Texts are tokenised with the reward model's own tokenizer, and cut to `limits`. By default those are the limits that
+    the model was trained with, which one that was trained here carries; the text for another is cut only where it has
+    no positions left. `token_budget` sets the tokens computed at once and
     changes no reward beyond rounding. `counts` says what was cut. Another number of labels, or
     a model that is not causal, is an `InputError`.
     """
@@ -42,7 +44,7 @@ class RewardModelScorer:
         self.counts: Counter[str] = Counter()
         self._model = model.eval()
         self._tokenizer = tokenizer
-        self._limits = limits
+        self._limits = limits or kept_limits(model)
         self._token_budget = token_budget
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
