@@ -73,7 +73,12 @@ def test_a_reward_model_reads_in_another_run_what_it_read_in_its_own(world: Path
     own = load_recipe(RECIPE, tiny_overrides(world, "data.max_prompt_tokens=4"))
     run_recipe(own, "scored", folder=tmp_path)
     records = read_records(tmp_path / "scored" / "records")
-    assert read_header(tmp_path / "rollouts" / "records").counts["prompts_cut"] > 0
+    cut = read_header(tmp_path / "rollouts" / "records").counts["prompts_cut"]
+    assert cut > 0
+    scored = {"header": read_header(tmp_path / "scored" / "records").counts}
+    scored["stage"] = read_json(tmp_path / "scored" / "done.json")["counts"]
+    assert [counts["prompts_cut_in_scoring"] for counts in scored.values()] == [cut, cut]
+    assert scored["header"]["prompts_cut"] == cut
     other = own.model_copy(update={"data": own.data.model_copy(update={"max_prompt_tokens": 24})})
     scorer = load_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")), Run(other, tmp_path))
     assert scorer.score(records) == [pytest.approx(record.rewards, abs=1e-6) for record in records]

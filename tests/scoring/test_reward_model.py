@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.loading import load_reward_model, save_model
 from exalign.models.settings import ModelSettings
+from exalign.scoring.function import FunctionScorer
 from exalign.scoring.limits import keep_limits
+from exalign.scoring.protocol import scored
 from exalign.scoring.reward_model import RewardModelScorer
 
 DECODERS = ["gpt2", "llama"]
@@ -67,6 +70,21 @@ def test_limits_are_those_of_training(make_classifier, make_tokenizer):
     cut = Completion("w5 w6 w7", finish_reason="length")
     assert scorer.score([record])[0][0] == pytest.approx(by_hand(model, tokenizer, "w3 w4", cut), abs=1e-9)
     assert scorer.counts == {"prompts_cut": 1, "completions_cut": 1}
+
+
+def test_what_is_cut_in_scoring_is_counted(make_classifier, make_tokenizer):
+    limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
+    scorer = RewardModelScorer(make_classifier("gpt2", 1), make_tokenizer(encoder=False), limits=limits)
+    long = Record("a", "w1 w2 w3", (Completion("w5 w6 w7 w8"), Completion("w5")))
+    short = Record("b", "w1", (Completion("w5"), Completion("w6")))
+    counts = Counter({"prompts": 2})
+    records = scored(scorer, [long, short], counts)
+    assert counts == {"prompts": 2, "prompts_cut_in_scoring": 1, "completions_cut_in_scoring": 1}
+    scored(scorer, [long], counts)
+    assert counts["prompts_cut_in_scoring"] == 2 and counts["completions_cut_in_scoring"] == 2
+    assert records == [r.with_rewards(row) for r, row in zip([long, short], scorer.score([long, short]), strict=True)]
+    scored(FunctionScorer("exalign.data.synthetic:reward"), [long], counts)
+    assert counts["prompts_cut_in_scoring"] == 2
 
 
 def test_a_model_carries_the_limits_of_its_training(make_classifier, make_tokenizer, tmp_path):

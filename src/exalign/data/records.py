@@ -87,6 +87,12 @@ class Header:
     counts: dict[str, int] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
+    def with_counts(self, more: Counter[str]) -> Header:
+        """The header with these counts added."""
+        total = Counter(self.counts)
+        total.update(more)
+        return replace(self, counts=dict(total))
+
 
 _COMPLETION = pa.struct(
     [
@@ -294,6 +300,11 @@ def shard_counts(shard: Path) -> Counter[str]:
         return Counter(_COUNTS_TYPE.validate_json(metadata.get(_COUNTS, b"{}")))
     except ValidationError:
         raise InputError(f"{shard} has damaged counts; delete it and run the stage again.") from None
+
+
+def counted_in(folder: Path) -> Counter[str]:
+    """The sum of what was counted while the shards of a folder were made."""
+    return sum((shard_counts(shard) for shard in shards_of(folder)), Counter())
 
 
 def num_rows(shard: Path) -> int | None:

@@ -21,7 +21,6 @@ from exalign.pipeline.rollouts import (
     sample_policy,
     sample_supervised,
     sampled_logprobs,
-    score_records,
     shards,
     with_reference_logprobs,
 )
@@ -41,6 +40,7 @@ from exalign.pipeline.sources import (
 )
 from exalign.report import write_report
 from exalign.sampling.settings import SampleSettings
+from exalign.scoring import scored
 from exalign.storage import fingerprint
 from exalign.terminal import shown
 
@@ -92,7 +92,7 @@ def _prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
         raise InputError(f"data.evaluation: {recipe.data.evaluation.source} has no usable rows.")
     chosen = [_with_reference_text(record) for record in records]
     if all(record.completions for record in chosen):
-        chosen = score_records(load_scorer(evaluation_scorer(recipe), run), chosen)
+        chosen = scored(load_scorer(evaluation_scorer(recipe), run), chosen, counts)
     else:
         chosen = [Record(record.id, record.prompt, prompt_ids=record.prompt_ids) for record in chosen]
     counts["prompts"] = len(chosen)
@@ -136,7 +136,7 @@ def _evaluation_prompts(run: Run) -> list[Record]:
 def _supervised(run: Run, folder: Path, counts: Counter[str]) -> None:
     prompts, settings = _evaluation_prompts(run), evaluation_sampling(run.recipe, run.recipe.evaluate.samples)
     counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="evaluation"))
-    score_drawn(run, folder / "drawn", folder / "samples")
+    counts.update(score_drawn(run, folder / "drawn", folder / "samples"))
 
 
 def _pool(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -144,9 +144,8 @@ def _pool(run: Run, folder: Path, counts: Counter[str]) -> None:
     settings = evaluation_sampling(run.recipe, run.recipe.evaluate.pool_samples)
     prompts = _evaluation_prompts(run)[: run.recipe.evaluate.pool_prompts]
     counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="pool"))
-    drawn = read_records(folder / "drawn")
-    scored = score_records(load_scorer(evaluation_scorer(run.recipe), run), drawn)
-    write_beside_the_stage(folder, scored, Header(temperature=run.recipe.temperature, counts=dict(counts)))
+    records = scored(load_scorer(evaluation_scorer(run.recipe), run), read_records(folder / "drawn"), counts)
+    write_beside_the_stage(folder, records, Header(temperature=run.recipe.temperature, counts=dict(counts)))
 
 
 def _method(run: Run, folder: Path, counts: Counter[str], *, method: str) -> None:
@@ -170,24 +169,26 @@ def score_policies(
     for policy in sorted((trained / "policies").glob("step-*")):
         here = folder / policy.name
         if all((here / name / "header.json").exists() for name in ("drawn", "samples")):
-            counts.update(read_header(here / "drawn").counts)
+            counts.update(read_header(here / "samples").counts)
             continue
         model = load_frozen_policy(policy, run, tokenizer)
         seeds = f"{purpose} {policy.name}"
         counts.update(sample_policy(run, model, tokenizer, prompts, settings, folder=here / "drawn", purpose=seeds))
-        score_drawn(run, here / "drawn", here / "samples")
+        counts.update(score_drawn(run, here / "drawn", here / "samples"))
 
 
-def score_drawn(run: Run, drawn: Path, samples: Path) -> None:
-    """Rewards and log π_sft for what was drawn."""
+def score_drawn(run: Run, drawn: Path, samples: Path) -> Counter[str]:
+    """Rewards and log π_sft for what was drawn; what the scorer cut."""
     tokenizer = load_run_tokenizer(run)
     scorer = load_scorer(evaluation_scorer(run.recipe), run)
     model = ready(load_supervised(run, tokenizer))
     done: list[Record] = []
+    cut: Counter[str] = Counter()
     for shard in shards(read_records(drawn)):
         logps = sampled_logprobs(run, model, tokenizer, shard)
-        done += with_reference_logprobs(score_records(scorer, shard), logps)
-    write_records(samples, done, read_header(drawn))
+        done += with_reference_logprobs(scored(scorer, shard, cut), logps)
+    write_records(samples, done, read_header(drawn).with_counts(cut))
+    return cut
 
 
 def _report(run: Run, folder: Path, counts: Counter[str]) -> None:

@@ -23,7 +23,6 @@ from exalign.redaction import redact
 from exalign.sampling.grouped import GroupedSampler
 from exalign.sampling.protocol import Sampler
 from exalign.sampling.settings import SampleSettings
-from exalign.scoring import Scorer
 from exalign.storage import fingerprint
 
 SHARD = 256
@@ -122,11 +121,6 @@ def sampled_logprobs(
     )
     logps = reference_logprobs(model, groups, temperature=run.recipe.temperature, token_budget=SCORING_TOKENS)
     return [values.tolist() for values in logps]
-
-
-def score_records(scorer: Scorer, records: Sequence[Record]) -> list[Record]:
-    """The records with the scorer's rewards."""
-    return [record.with_rewards(row) for record, row in zip(records, scorer.score(records), strict=True)]
 
 
 def with_reference_logprobs(records: Sequence[Record], values: Sequence[Sequence[float]]) -> list[Record]:

@@ -134,7 +134,7 @@ def _validation(run: Run, folder: Path, counts: Counter[str]) -> None:
     write_records(folder / "prompts", prompts, Header(counts=dict(counts)))
     settings = evaluation_sampling(recipe, recipe.search.samples)
     counts.update(sample_supervised(run, prompts, settings, folder=folder / "drawn", purpose="validation"))
-    score_drawn(run, folder / "drawn", folder / "samples")
+    counts.update(score_drawn(run, folder / "drawn", folder / "samples"))
 
 
 def _search(

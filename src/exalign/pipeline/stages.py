@@ -37,7 +37,7 @@ from exalign.pipeline.evaluation_stages import evaluation_stages
 from exalign.pipeline.on_policy import rounds_stages
 from exalign.pipeline.ppo_stages import ppo_stages
 from exalign.pipeline.recipe import Recipe, ScorerSettings
-from exalign.pipeline.rollouts import SHARD, sample_supervised, score_records
+from exalign.pipeline.rollouts import SHARD, sample_supervised
 from exalign.pipeline.run import Run, Stage, TrainingStage
 from exalign.pipeline.search import method_stages, validation_stage
 from exalign.pipeline.sources import (
@@ -60,6 +60,7 @@ from exalign.pipeline.sources import (
 from exalign.pipeline.speed import record_training_speed
 from exalign.pipeline.workers import sample_by_workers, score_by_workers
 from exalign.sampling.settings import SampleSettings
+from exalign.scoring import scored
 from exalign.scoring.limits import keep_limits
 from exalign.training.align import train_align, with_reference_logp
 from exalign.training.classifier import train_classifier
@@ -233,7 +234,7 @@ def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
     settings = recipe.sample.model_copy(update={"num_completions": 2})
     drawn = folder / "samples"
     _sample(run, settings, drawn, "preferences", counts)
-    _score(run, recipe.preferences.scorer, drawn, folder / "scored")
+    counts.update(_score(run, recipe.preferences.scorer, drawn, folder / "scored"))
     pairs = list(pairs_from_rewards(iter_records(folder / "scored"), counts))
     if not pairs:
         raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
@@ -266,20 +267,21 @@ def _sample(run: Run, settings: SampleSettings, folder: Path, purpose: str, coun
 
 
 def _scored(run: Run, folder: Path, counts: Counter[str]) -> None:
-    _score(run, run.recipe.score.scorer, run.path("rollouts", "records"), folder / "records")
+    counts.update(_score(run, run.recipe.score.scorer, run.path("rollouts", "records"), folder / "records"))
     counts["completions"] = sum(len(record.completions) for record in iter_records(folder / "records"))
 
 
-def _score(run: Run, settings: ScorerSettings, source: Path, target: Path) -> None:
-    """The records of `source` with their rewards, by the recipe's workers or by this process."""
+def _score(run: Run, settings: ScorerSettings, source: Path, target: Path) -> Counter[str]:
+    """The records of `source` with their rewards, by the recipe's workers or by this process; what the scorer cut."""
     if run.recipe.cluster is not None:
-        score_by_workers(run, run.recipe.cluster, settings, source, target)
-        return
+        return score_by_workers(run, run.recipe.cluster, settings, source, target)
     scorer = load_scorer(settings, run)
     with RecordWriter(target, shard_size=SHARD) as writer:
         for shard in shards_of(source)[-(-writer.written // SHARD) :]:
-            writer.write_shard(score_records(scorer, list(iter_shard(shard))), Counter())
-        writer.close(read_header(source))
+            cut: Counter[str] = Counter()
+            writer.write_shard(scored(scorer, list(iter_shard(shard)), cut), cut)
+        writer.close(read_header(source).with_counts(writer.counts))
+    return writer.counts
 
 
 def _given_rewards(run: Run, folder: Path, counts: Counter[str]) -> None:

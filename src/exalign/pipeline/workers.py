@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from exalign.data.records import Header, Record, RecordWriter, iter_shard, read_header, shard_counts, shards_of
+from exalign.data.records import Header, Record, RecordWriter, counted_in, iter_shard, read_header, shards_of
 from exalign.data.records import write_header as close
 from exalign.pipeline.cluster import ShardWork, map_shards
 from exalign.pipeline.cluster_settings import ClusterSettings
@@ -26,7 +26,6 @@ from exalign.pipeline.rollouts import (
     sample_settings,
     sampled_logprobs,
     samples_header,
-    score_records,
 )
 from exalign.pipeline.run import Run
 from exalign.pipeline.sources import (
@@ -40,6 +39,7 @@ from exalign.pipeline.sources import (
 from exalign.sampling.grouped import GroupedSampler
 from exalign.sampling.settings import SampleSettings, VLLMSettings
 from exalign.sampling.vllm import VLLMSampler, engine_arguments
+from exalign.scoring import scored
 from exalign.terminal import shown
 
 CHECKED = 8
@@ -54,9 +54,7 @@ def sample_by_workers(
     _write_prompts(run, prompts, counts)
     given = (run.recipe, run.folder.resolve(), settings, purpose)
     map_shards(prompts, folder, partial(_sampling, *given), cluster)
-    drawn: Counter[str] = Counter()
-    for shard in shards_of(folder):
-        drawn.update(shard_counts(shard))
+    drawn = counted_in(folder)
     if cluster.vllm is not None:
         _check_logprobs(run, folder, settings, cluster.vllm, drawn)
     sampler = GroupedSampler if cluster.vllm is None else VLLMSampler
@@ -65,10 +63,17 @@ def sample_by_workers(
     shutil.rmtree(prompts)
 
 
-def score_by_workers(run: Run, cluster: ClusterSettings, settings: ScorerSettings, source: Path, target: Path) -> None:
-    """Write the records of `source` with the scorer's rewards to `target`, continuing what stands there."""
+def score_by_workers(
+    run: Run, cluster: ClusterSettings, settings: ScorerSettings, source: Path, target: Path
+) -> Counter[str]:
+    """Write the records of `source` with the scorer's rewards to `target`, continuing what stands there.
+
+    Returns what the scorer cut.
+    """
     map_shards(source, target, partial(_scoring, run.recipe, run.folder.resolve(), settings), cluster)
-    close(target, read_header(source))
+    cut = counted_in(target)
+    close(target, read_header(source).with_counts(cut))
+    return cut
 
 
 def _write_prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
@@ -107,7 +112,12 @@ def _sampling(recipe: Recipe, folder: Path, settings: SampleSettings, purpose: s
 def _scoring(recipe: Recipe, folder: Path, settings: ScorerSettings) -> ShardWork:
     """What a worker holds to score: the scorer."""
     scorer = load_scorer(settings, Run(recipe, folder, Console(quiet=True)))
-    return lambda records: (score_records(scorer, records), Counter())
+
+    def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+        cut: Counter[str] = Counter()
+        return scored(scorer, records, cut), cut
+
+    return work
 
 
 def _check_logprobs(run: Run, folder: Path, settings: SampleSettings, vllm: VLLMSettings, counts: Counter[str]) -> None:

@@ -2,7 +2,7 @@
 
 from exalign.scoring.classifier import ClassifierScorer
 from exalign.scoring.function import FunctionScorer
-from exalign.scoring.protocol import Scorer
+from exalign.scoring.protocol import Scorer, scored
 from exalign.scoring.reward_model import RewardModelScorer
 
-__all__ = ["ClassifierScorer", "FunctionScorer", "RewardModelScorer", "Scorer"]
+__all__ = ["ClassifierScorer", "FunctionScorer", "RewardModelScorer", "Scorer", "scored"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,6 +19,25 @@ class Scorer(Protocol):
     """
 
     def score(self, records: Sequence[Record]) -> list[list[float]]: ...
+
+
+def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> list[Record]:
+    """The records with the scorer's rewards.
+
+    What the scorer cut to read it, which changes a reward and no record, is added to `counts`: `prompts_cut_in_scoring`
+    and `completions_cut_in_scoring`.
+    """
+    before = Counter(_cuts(scorer))
+    rewards = scorer.score(records)
+    for name, number in (_cuts(scorer) - before).items():
+        counts[f"{name}_in_scoring"] += number
+    return [record.with_rewards(row) for record, row in zip(records, rewards, strict=True)]
+
+
+def _cuts(scorer: Scorer) -> Counter[str]:
+    """What a scorer has cut so far; those of other people's making may not say."""
+    counts = getattr(scorer, "counts", None)
+    return counts if isinstance(counts, Counter) else Counter()
 
 
 def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record], *, source: str) -> list[list[float]]:

@@ -36,7 +36,7 @@ from exalign.objectives import (
 from exalign.processes import gathered, in_order, share_of
 from exalign.sampling.grouped import GroupedSampler
 from exalign.sampling.settings import SampleSettings
-from exalign.scoring import Scorer
+from exalign.scoring import Scorer, scored
 from exalign.storage import fingerprint
 from exalign.training.card import model_card
 from exalign.training.loop import train
@@ -191,7 +191,8 @@ class PPO:
         sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
         drawn = list(sampler.sample(records))
         groups = [group_of(record, index) for index, record in enumerate(drawn)]
-        rewards, device = world.scorer.score(drawn), device_of(policy)
+        counts, device = Counter(sampler.counts), device_of(policy)
+        rewards = [record.rewards for record in scored(world.scorer, drawn, counts)]
         world.reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
         found: dict[int, list[Tensor]] = {}
 
@@ -207,7 +208,7 @@ class PPO:
         return [
             Sampled(group, torch.tensor(reward, dtype=torch.float32), *found[group.index])
             for group, reward in zip(groups, rewards, strict=True)
-        ], sampler.counts
+        ], counts
 
     @torch.no_grad()
     def _experience_of(self, groups: list[Group], sampled: list[Sampled]) -> Experience:

@@ -25,6 +25,7 @@ from exalign.errors import InputError
 from exalign.models.logprobs import PackedPolicy
 from exalign.processes import several
 from exalign.sampling.grouped import GroupedSampler
+from exalign.scoring import scored
 from exalign.storage import fingerprint
 from exalign.training.align import Align, check_groups, with_reference_logp
 from exalign.training.card import model_card
@@ -108,10 +109,9 @@ class _Rounds:
         whole = world.sampling.top_p is None and world.sampling.top_k is None
         # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
         proposal = with_reference_logp(self.model, groups, settings, temperature=world.temperature) if whole else None
-        scored = [r.with_rewards(row) for r, row in zip(drawn, world.scorer.score(drawn), strict=True)]
         return [
             _with_logprobs(record, reference[index], None if proposal is None else proposal[index])
-            for index, record in enumerate(scored)
+            for index, record in enumerate(scored(world.scorer, drawn, counts))
         ]
 
 
