@@ -15,7 +15,6 @@ from exalign.evaluation.schema import Curve
 from exalign.pipeline.carry_out import run_recipe
 from exalign.pipeline.winner import hand_over, take_over
 from exalign.storage import read_json
-from exalign.training.settings import AlignSettings
 from pipeline.searched_run import searched_recipe
 
 SEARCH = (
@@ -43,7 +42,15 @@ def folders(place: Path) -> set[str]:
     return {path.name for path in place.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize("extra", [(), ("align.exo-rw.rounds=2",)], ids=["one round", "two rounds"])
+PPO = (
+    "align={}",
+    "ppo={exo-rw: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1, "
+    "save_policies: 2}}",
+)
+"""Under the other's name, so that the rest of the test is the same."""
+
+
+@pytest.mark.parametrize("extra", [(), ("align.exo-rw.rounds=2",), PPO], ids=["one round", "two rounds", "PPO"])
 def test_the_weights_are_those_of_a_training_without_search(
     extra: tuple[str, ...], world: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +64,9 @@ def test_the_weights_are_those_of_a_training_without_search(
     run_recipe(recipe, "align", folder=tmp_path / "run")
     assert not (place / "handed-over").exists()
 
-    alone = {"search": None, "align": {"exo-rw": AlignSettings(**best["settings"] | AS_TUPLES)}}
+    section = "ppo" if extra is PPO else "align"
+    own = getattr(recipe, section)["exo-rw"]
+    alone = {"search": None, section: {"exo-rw": type(own)(**best["settings"] | AS_TUPLES)}}
     run_recipe(recipe.model_copy(update=alone), "align", folder=tmp_path / "alone")
     found, expected = (weights(tmp_path / run / "align/exo-rw") for run in ("run", "alone"))
     assert found == expected and len({name.split("/")[0] for name in found}) == 3

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from exalign.checksums import damaged_files
 from exalign.storage import atomic_path, remove_folder
-from exalign.training.state import METRICS
 
 CHECKPOINTS = "checkpoints"
+OWN = ("settings.json", "result.json")
+"""What is the trial's, not its training's."""
 
 
 def forget_weights(trial: Path) -> None:
@@ -34,12 +35,13 @@ def forget_what_is_made_again(trial: Path) -> None:
 
 
 def hand_over(trial: Path, to: Path) -> None:
-    """Move what training left in a trial's folder into `to`, metrics by a copy, checkpoints last of all."""
+    """Move what training left in a trial's folder into `to`, files by a copy, checkpoints last of all."""
     if not (trial / CHECKPOINTS).exists():
         return  # moved before
     to.mkdir(exist_ok=True)
-    with atomic_path(to / METRICS) as temporary:
-        shutil.copyfile(trial / METRICS, temporary)
+    for file in (path for path in trial.iterdir() if path.is_file() and path.name not in OWN):
+        with atomic_path(to / file.name) as temporary:
+            shutil.copyfile(file, temporary)
     _move([path for path in trial.iterdir() if path.is_dir() and path.name != "evaluated"], to)
 
 
