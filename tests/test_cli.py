@@ -104,6 +104,19 @@ def test_explain_prints_every_setting() -> None:
     printed = exalign("recipe", "--explain").stdout
     assert "align.NAME.beta_pi" in printed
     assert "sample.num_completions" in printed
+    lines = exalign("recipe", "data.sft", "--explain").stdout.splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert names[0] == "data.sft" and all(name.startswith("data.sft.") for name in names[1:]) and len(names) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["algn"], "algn is no setting of a recipe; did you mean align?"), (["align", "seed=1"], "seed=1 is one more")],
+)
+def test_explaining_what_there_is_not_is_one_sentence(arguments: list[str], said: str) -> None:
+    result = exalign("recipe", *arguments, "--explain")
+    assert result.returncode == 2
+    assert said in result.stderr and "Traceback" not in result.stderr
 
 
 def test_inspect_shows_tokens_and_counts(world: Path) -> None:

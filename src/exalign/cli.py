@@ -111,16 +111,20 @@ def demo(
 
 @app.command()
 def recipe(
-    path: Annotated[Path | None, typer.Argument(help="A recipe to check and print in full.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A recipe to check and print in full; with --explain a section, as align.")
+    ] = None,
     overrides: Overrides = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print every setting there is.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every setting there is, with its meaning.")] = False,
 ) -> None:
     """Check a recipe and print it with every default, or explain all settings."""
     from exalign.pipeline.explain import print_recipe, print_settings
-    from exalign.pipeline.recipe import Recipe, load_recipe
+    from exalign.pipeline.recipe import load_recipe
 
     if explain:
-        print_settings(Recipe, console)
+        if overrides:
+            raise InputError(f"--explain takes one section at most; {overrides[0]} is one more.")
+        print_settings(console, None if path is None else str(path))
     elif path is None:
         raise InputError("Give a recipe to print, or --explain for every setting there is.")
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ STEPS: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 16, "epochs": 2
 OFFLINE = [f"{divergence} to {target}" for divergence in sorted(DIVERGENCES) for target in ("reward", "preference")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     supervised: Path
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +60,11 @@ class World:
         sampler = GroupedSampler(policy.eval(), self.tokenizer, SAMPLING, temperature=1.0, seed=seed)
         drawn = list(sampler.sample(prompts))
         return [record.with_rewards(row) for record, row in zip(drawn, self.scorer.score(drawn), strict=True)]
+
+    @cache  # noqa: B019 - one world per module
+    def supervised_samples(self, of: str, seed: int) -> list[Record]:
+        """Of π_sft, the same for every method."""
+        return self.samples(self.policy(), getattr(self, of), seed)
 
     @property
     def scorer(self) -> FunctionScorer:
@@ -95,7 +101,7 @@ def aligned_offline(world: World, method: str, seed: int, folder: Path) -> PreTr
         **STEPS, divergence=divergence, target=target, beta_pi=0.5, beta_r=0.3, epsilon=0.05, seed=seed
     )
     policy = world.policy()
-    drawn = world.samples(policy, world.prompts if target == "reward" else world.more_prompts, seed)
+    drawn = world.supervised_samples("prompts" if target == "reward" else "more_prompts", seed)
     if target == "preference":
         drawn = list(pairs_from_rewards(drawn, Counter()))
     groups: list[Group] = [group_of(record, index) for index, record in enumerate(drawn)]
@@ -133,7 +139,7 @@ def test_every_method_raises_the_oracles_reward_of_fresh_samples(method: str, wo
     gains = []
     for seed in SEEDS:
         align = aligned_offline if method in OFFLINE else aligned_on_policy
-        before = mean_reward(world.samples(world.policy(), world.held_out, 100 + seed))
+        before = mean_reward(world.supervised_samples("held_out", 100 + seed))
         policy = align(world, method, seed, tmp_path / str(seed))
         gains.append(mean_reward(world.samples(policy, world.held_out, 200 + seed)) - before)
     assert lower_bound(gains) > 0, f"{method}: gains {gains}"
@@ -143,6 +149,6 @@ def test_the_best_of_n_has_more_reward_the_larger_n(world: World) -> None:
     for fewer, more in ((1, 2), (2, 4)):
         gains = []
         for seed in SEEDS:
-            rewards = [record.rewards or [] for record in world.samples(world.policy(), world.held_out, seed)]
+            rewards = [record.rewards or [] for record in world.supervised_samples("held_out", 100 + seed)]
             gains.append(float(np.mean([expected_best(row, more) - expected_best(row, fewer) for row in rewards])))
         assert lower_bound(gains) > 0

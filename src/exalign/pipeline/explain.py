@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
+from exalign.errors import InputError
 from exalign.pipeline.messages import unwrap_optional
 from exalign.pipeline.recipe import Recipe, dump_recipe
 from exalign.strict_yaml import dump_yaml
@@ -45,7 +48,8 @@ def type_name(annotation: Any) -> str:
     """A type as a person reads it: `number or none`, `one of "a", "b"`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(argument) for argument in arguments)
+        each = [type_name(argument) for argument in arguments]
+        return (", or " if any(" or " in name for name in each) else " or ").join(each)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(argument) for argument in arguments)
     if origin is typing.Annotated:
@@ -53,21 +57,40 @@ def type_name(annotation: Any) -> str:
     if origin is dict:
         return "mapping" if not _is_settings(arguments[1]) else "mapping of sections"
     if origin in (list, tuple):
-        return "list of " + type_name(arguments[0])
+        item = type_name(arguments[0])
+        return f"list of ({item})" if " or " in item else f"list of {item}"
     if _is_settings(annotation):
         return "section"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def print_settings(model: type[BaseModel], console: Console) -> None:
-    """Print every setting; sections in bold."""
-    for setting in explain(model):
+def print_settings(console: Console, below: str | None = None) -> None:
+    """Print every setting of a recipe, or those of one section (`align`, `data.sft`); sections in bold.
+
+    `InputError` where `below` is none of them.
+    """
+    settings = list(explain(Recipe))
+    if below is not None:
+        settings = [each for each in settings if f"{each.name}.".startswith(f"{below}.")]
+        if not settings:
+            names = {name for each in explain(Recipe) for name in _prefixes(each.name)}
+            close = difflib.get_close_matches(below, sorted(names), n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
+            raise InputError(f"{below} is no setting of a recipe; {hint}")
+    for setting in settings:
         section = setting.type.startswith(("section", "mapping of"))
         style = "bold cyan" if section else "cyan"
         default = f" = {setting.default}" if setting.default not in ("", "required") else f" {setting.default}"
         console.print(Text.assemble((setting.name, style), (f" {setting.type}{default}", "dim")), soft_wrap=True)
-        console.print(Text(f"    {setting.meaning}"))
+        meaning = textwrap.fill(setting.meaning, console.width, initial_indent="    ", subsequent_indent="    ")
+        console.print(Text(meaning), soft_wrap=True)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
 
 
 def print_recipe(recipe: Recipe, console: Console) -> None:
