@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from evaluation.synthetic_run import World, write_run
 from exalign.errors import InputError
-from exalign.evaluation.across_runs import OPTIMUM, RunResults, difference_at, over_runs, read_runs
+from exalign.evaluation.across_runs import OPTIMUM, RunResults, difference_at, differing_settings, over_runs, read_runs
 from exalign.evaluation.evidence import build_evidence
 from exalign.report.across_runs import tables
 
@@ -65,6 +66,24 @@ def test_the_tables_hold_every_run_of_every_method(results: list[RunResults]) ->
     for run in results:
         assert ends.count(f"| {run.name} | ") == 6  # SFT, four methods, best of N
     assert "exo-rw − dpo-rw" in rest and "exo-rw − dpo-pref" not in rest
+
+
+def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunResults]) -> None:
+    def with_rate(run: RunResults, rate: float, seed: int) -> RunResults:
+        methods = [
+            replace(method, settings={**method.settings, "seed": seed, "learning_rate": rate})
+            if method.name == "exo-rw"
+            else method
+            for method in run.evidence.methods
+        ]
+        return replace(run, evidence=replace(run.evidence, methods=methods))
+
+    alike = [with_rate(run, 1e-4, seed) for seed, run in enumerate(results)]
+    assert differing_settings(alike) == {}
+    assert "different settings" not in tables(alike, KLS)
+    mixed = [*alike[:-1], with_rate(alike[-1], 5e-5, 3)]
+    assert differing_settings(mixed) == {"exo-rw": {"learning_rate": [1e-4, 1e-4, 1e-4, 5e-5]}}
+    assert "exo-rw's learning_rate (0.0001, 0.0001, 0.0001, 5e-05)." in tables(mixed, KLS)
 
 
 def test_student_by_hand() -> None:

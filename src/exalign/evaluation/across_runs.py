@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -73,6 +74,21 @@ def difference_at(runs: Sequence[RunResults], first: str, second: str, kl: float
     """Reward of `first` less that of `second` at `kl`, paired by run, over the runs in which both reach it."""
     pairs = [(run.rewards.get(first, {}).get(kl), run.rewards.get(second, {}).get(kl)) for run in runs]
     return over_runs([a.estimate - b.estimate for a, b in pairs if a is not None and b is not None])
+
+
+def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[Any]]]:
+    """For each method, its settings that differ between runs, with the value in every run that has the method.
+
+    The seed is not among them. A mean over runs of such a method is a mean over settings too.
+    """
+    found: dict[str, dict[str, list[Any]]] = {}
+    for method in dict.fromkeys(method.name for run in runs for method in run.evidence.methods):
+        settings = [m.settings for run in runs for m in run.evidence.methods if m.name == method]
+        for name in dict.fromkeys(name for each in settings for name in each if name != "seed"):
+            values = [each.get(name) for each in settings]
+            if any(value != values[0] for value in values):
+                found.setdefault(method, {})[name] = values
+    return found
 
 
 def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:

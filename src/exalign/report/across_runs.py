@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, over_runs
+from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
 from exalign.evaluation.schema import MethodEvidence
 from exalign.report.wording import duration, interval, number, percent
 
@@ -17,6 +17,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         "Each run with its interval over prompts; the mean with its 95 % interval over runs (Student's t). "
         "“–”: the method does not reach this KL.",
         _at_equal_kl(runs, methods, kls),
+        _mixed(runs),
         "## Differences at equal KL",
         "EXO less DPO on the same target, paired by run, with 95 % intervals over runs.",
         _differences(runs, kls),
@@ -48,6 +49,16 @@ def _at_equal_kl(runs: Sequence[RunResults], methods: Sequence[str], kls: Sequen
             mean = over_runs([value.estimate for value in found if value is not None])
             rows.append([f"{kl:g}", method, *map(interval, found), across(mean)])
     return _markdown(["KL (nats)", "method", *(run.name for run in runs), "mean over runs"], rows)
+
+
+def _mixed(runs: Sequence[RunResults]) -> str:
+    """What the means over runs mix beside the seeds."""
+    sentences = [
+        f"{method}'s {name} ({', '.join(map(str, values))})"
+        for method, settings in differing_settings(runs).items()
+        for name, values in settings.items()
+    ]
+    return f"**The means are over different settings too**: {'; '.join(sentences)}." if sentences else ""
 
 
 def _differences(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
