@@ -11,8 +11,17 @@ import pytest
 
 from evaluation.synthetic_run import World, write_run
 from exalign.errors import InputError
-from exalign.evaluation.across_runs import OPTIMUM, RunResults, difference_at, differing_settings, over_runs, read_runs
+from exalign.evaluation.across_runs import (
+    OPTIMUM,
+    RunResults,
+    contrasts,
+    difference_at,
+    differing_settings,
+    over_runs,
+    read_runs,
+)
 from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.schema import MethodEvidence
 from exalign.report.across_runs import tables
 
 KLS = (0.5, 1.0, 3.0)
@@ -45,11 +54,33 @@ def test_the_mean_over_runs_is_the_true_reward_within_its_error(results: list[Ru
 
 def test_the_difference_of_two_methods_is_paired_by_run(results: list[RunResults]) -> None:
     """The truth is 0.22 √2; with four runs Student's 95 % interval is 3.2 standard errors to each side."""
-    found = difference_at(results, "exo-rw", "dpo-rw", 1.0)
+    found = difference_at(results, ("exo-rw", "dpo-rw"), 1.0)
     assert found is not None and found.low is not None and found.high is not None and found.runs == 4
     assert found.low < 0.22 * math.sqrt(2) < found.high
     assert found.low > 0
-    assert difference_at(results, "exo-rw", "dpo-rw", 3.0) is None  # exo-rw ends at 1.28 nats
+    assert difference_at(results, ("exo-rw", "dpo-rw"), 3.0) is None  # exo-rw ends at 1.28 nats
+
+
+def test_within_a_run_the_difference_is_paired_by_prompt(results: list[RunResults]) -> None:
+    """A prompt's level has a spread of 0.8 and drops out; of each reward 1/√4 is left, so √0.5 against √1.78: 0.53."""
+    for run in results:
+        difference = run.differences["exo-rw", "dpo-rw"][1.0]
+        both = [run.rewards[name][1.0] for name in ("exo-rw", "dpo-rw")]
+        assert difference is not None and both[0] is not None and both[1] is not None
+        assert difference.estimate == pytest.approx(both[0].estimate - both[1].estimate)
+        apart = math.hypot(*(value.high - value.low for value in both if value is not None))
+        assert difference.high - difference.low < 0.7 * apart
+        assert run.differences["exo-rw", "dpo-rw"][3.0] is None
+
+
+def test_exo_is_set_against_dpo_on_its_target_and_against_ppo_where_it_learns_from_rewards() -> None:
+    methods = [
+        MethodEvidence(name, name.split("-")[0], target, True, [], [])
+        for name, target in {
+            "exo-rw": "reward", "dpo-rw": "reward", "exo-pref": "preference", "dpo-pref": "preference", "ppo": None
+        }.items()
+    ]  # fmt: skip
+    assert contrasts(methods) == [("exo-rw", "dpo-rw"), ("exo-rw", "ppo"), ("exo-pref", "dpo-pref")]
 
 
 def test_beyond_a_methods_reach_there_is_no_reward(results: list[RunResults]) -> None:

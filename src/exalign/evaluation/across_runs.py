@@ -19,7 +19,7 @@ from exalign.evaluation import run_folder
 from exalign.evaluation.comparison import Paths
 from exalign.evaluation.frontier import reward_at_kl
 from exalign.evaluation.optimum import PoolFrontier, optimum_path, pool_frontier
-from exalign.evaluation.schema import Evidence, Interval, read_evidence
+from exalign.evaluation.schema import Evidence, Interval, MethodEvidence, read_evidence
 from exalign.evaluation.statistics import CONFIDENCE, mean_interval
 from exalign.evaluation.tables import SampleTable, tabulate
 
@@ -28,11 +28,16 @@ OPTIMUM = "estimated optimum"
 
 @dataclass(frozen=True)
 class RunResults:
-    """One run: its evidence, and the reward of each method at each KL (None beyond its reach), with `OPTIMUM` last."""
+    """One run: its evidence, and at each KL the reward of each method, with `OPTIMUM` last, and differences of them.
+
+    None stands beyond a method's reach. `differences` are the first's reward less the second's, paired by prompt, for
+    the pairs of `contrasts`.
+    """
 
     name: str
     evidence: Evidence
     rewards: dict[str, dict[float, Interval | None]]
+    differences: dict[tuple[str, str], dict[float, Interval | None]]
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,24 @@ def over_runs(values: Sequence[float]) -> AcrossRuns | None:
     return AcrossRuns(mean, float(mean - half), float(mean + half), len(values))
 
 
-def difference_at(runs: Sequence[RunResults], first: str, second: str, kl: float) -> AcrossRuns | None:
-    """Reward of `first` less that of `second` at `kl`, paired by run, over the runs in which both reach it."""
-    pairs = [(run.rewards.get(first, {}).get(kl), run.rewards.get(second, {}).get(kl)) for run in runs]
-    return over_runs([a.estimate - b.estimate for a, b in pairs if a is not None and b is not None])
+def contrasts(methods: Sequence[MethodEvidence]) -> list[tuple[str, str]]:
+    """What the paper compares: EXO with DPO on the same target, and with PPO where both learn from rewards."""
+    return [
+        (first.name, second.name)
+        for first in methods
+        for second in methods
+        if first.family == "exo"
+        and (
+            (second.family == "dpo" and first.target == second.target)
+            or (second.family, first.target) == ("ppo", "reward")
+        )
+    ]
+
+
+def difference_at(runs: Sequence[RunResults], pair: tuple[str, str], kl: float) -> AcrossRuns | None:
+    """Reward of a pair's first less that of its second at `kl`, over the runs in which both reach it."""
+    found = [run.differences.get(pair, {}).get(kl) for run in runs]
+    return over_runs([value.estimate for value in found if value is not None])
 
 
 def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[Any]]]:
@@ -107,10 +126,19 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         method: {kl: paths.interval(paths.reward(method, kl)) if kl <= paths.reach(method) else None for kl in kls}
         for method in paths.methods
     }
+    differences = {
+        (first, second): {
+            kl: paths.interval(paths.reward(first, kl) - paths.reward(second, kl))
+            if kl <= min(paths.reach(first), paths.reach(second))
+            else None
+            for kl in kls
+        }
+        for first, second in contrasts([method for method in evidence.methods if method.name in paths.methods])
+    }
     pool = pool_frontier(run_folder.pool_rewards(folder / "evaluation" / "pool"))
     if pool is not None and pool.reliable.any():
         rewards[OPTIMUM] = {kl: _optimum_at(pool, kl, evidence.seed) for kl in kls}
-    return RunResults(name, evidence, rewards)
+    return RunResults(name, evidence, rewards, differences)
 
 
 def _optimum_at(pool: PoolFrontier, kl: float, seed: int) -> Interval | None:

@@ -19,7 +19,8 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         _at_equal_kl(runs, methods, kls),
         _mixed(runs),
         "## Differences at equal KL",
-        "EXO less DPO on the same target, paired by run, with 95 % intervals over runs.",
+        "EXO less DPO on the same target, and less PPO. Each run with its interval over prompts, paired; the mean with "
+        "its interval over runs.",
         _differences(runs, kls),
         "## Last checkpoints",
         "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
@@ -62,19 +63,12 @@ def _mixed(runs: Sequence[RunResults]) -> str:
 
 
 def _differences(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
-    known = {method.name: method for run in runs for method in run.evidence.methods}
-    pairs = [
-        (first, second)
-        for first in known.values()
-        for second in known.values()
-        if (first.family, second.family) == ("exo", "dpo") and first.target == second.target
-    ]
-    rows = [
-        [f"{kl:g}", f"{first.name} − {second.name}", across(difference_at(runs, first.name, second.name, kl))]
-        for kl in kls
-        for first, second in pairs
-    ]
-    return _markdown(["KL (nats)", "difference", "mean over runs"], rows)
+    rows = []
+    for kl in kls:
+        for pair in dict.fromkeys(pair for run in runs for pair in run.differences):
+            found = [run.differences.get(pair, {}).get(kl) for run in runs]
+            rows.append([f"{kl:g}", " − ".join(pair), *map(interval, found), across(difference_at(runs, pair, kl))])
+    return _markdown(["KL (nats)", "difference", *(run.name for run in runs), "mean over runs"], rows)
 
 
 def _ends(runs: Sequence[RunResults]) -> str:
