@@ -23,6 +23,7 @@ from exalign.evaluation.across_runs import (
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import MethodEvidence
 from exalign.report.across_runs import tables
+from exalign.report.wording import interval
 
 KLS = (0.5, 1.0, 3.0)
 
@@ -97,6 +98,16 @@ def test_the_tables_hold_every_run_of_every_method(results: list[RunResults]) ->
     for run in results:
         assert ends.count(f"| {run.name} | ") == 6  # SFT, four methods, best of N
     assert "exo-rw − dpo-rw" in rest and "exo-rw − dpo-pref" not in rest
+
+
+def test_of_a_single_run_kls_stand_beside_each_other(runs: list[Path]) -> None:
+    one = read_runs(runs[:1], KLS)
+    text = tables(one, KLS)
+    assert "| method | 0.5 nats | 1 nat | 3 nats |" in text and "over runs" not in text
+    equal, rest = text.split("## Differences at equal KL")
+    (row,) = [line for line in equal.splitlines() if line.startswith("| exo-rw |")]
+    assert row == "| " + " | ".join(["exo-rw", *(interval(one[0].rewards["exo-rw"][kl]) for kl in KLS)]) + " |"
+    assert sum(line.startswith("| exo-rw − dpo-rw |") for line in rest.splitlines()) == 1
 
 
 def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunResults]) -> None:

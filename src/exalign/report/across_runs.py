@@ -12,16 +12,16 @@ from exalign.report.wording import duration, interval, number, percent
 def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     """The page: every run of every method is in it, and every mean says how many runs it is of."""
     methods = list(dict.fromkeys(method for run in runs for method in run.rewards))
+    several, differences = len(runs) > 1, _differences(runs, kls)
     parts = [
         "## Reward at equal KL",
-        "Each run with its interval over prompts; the mean with its 95 % interval over runs (Student's t). "
-        "“–”: the method does not reach this KL.",
+        "With 95 % intervals over prompts"
+        + ("; the mean over runs with Student's. " if several else ". ")
+        + "“–”: the method does not reach this KL.",
         _at_equal_kl(runs, methods, kls),
         _mixed(runs),
-        "## Differences at equal KL",
-        "EXO less DPO on the same target, and less PPO. Each run with its interval over prompts, paired; the mean with "
-        "its interval over runs.",
-        _differences(runs, kls),
+        *(_differences_heading(several) if differences else ()),
+        differences,
         "## Last checkpoints",
         "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
         "the optimizer steps, with the sampling of methods that sample while they train.",
@@ -49,7 +49,7 @@ def _at_equal_kl(runs: Sequence[RunResults], methods: Sequence[str], kls: Sequen
             found = [run.rewards.get(method, {}).get(kl) for run in runs]
             mean = over_runs([value.estimate for value in found if value is not None])
             rows.append([f"{kl:g}", method, *map(interval, found), across(mean)])
-    return _markdown(["KL (nats)", "method", *(run.name for run in runs), "mean over runs"], rows)
+    return _side_by_side("method", runs, rows)
 
 
 def _mixed(runs: Sequence[RunResults]) -> str:
@@ -68,7 +68,25 @@ def _differences(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         for pair in dict.fromkeys(pair for run in runs for pair in run.differences):
             found = [run.differences.get(pair, {}).get(kl) for run in runs]
             rows.append([f"{kl:g}", " − ".join(pair), *map(interval, found), across(difference_at(runs, pair, kl))])
-    return _markdown(["KL (nats)", "difference", *(run.name for run in runs), "mean over runs"], rows)
+    return _side_by_side("difference", runs, rows)
+
+
+def _differences_heading(several: bool) -> tuple[str, str]:
+    paired = " within a run; the mean over runs with Student's interval" if several else ""
+    return "## Differences at equal KL", f"EXO less DPO on the same target, and less PPO, paired by prompt{paired}."
+
+
+def _side_by_side(what: str, runs: Sequence[RunResults], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of KL, `what`, a cell for each run, and their mean; of a single run one row for each `what`, KLs beside."""
+    if len(runs) > 1:
+        return _markdown(["KL (nats)", what, *(run.name for run in runs), "mean over runs"], rows)
+    kls = list(dict.fromkeys(kl for kl, *_ in rows))
+    cells = {(kl, name): cell for kl, name, cell, _ in rows}
+    names = dict.fromkeys(name for _, name, *_ in rows)
+    return _markdown(
+        [what, *(f"{kl} nat{'s' * (kl != '1')}" for kl in kls)],
+        [[name, *(cells[kl, name] for kl in kls)] for name in names],
+    )
 
 
 def _ends(runs: Sequence[RunResults]) -> str:
