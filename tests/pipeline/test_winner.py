@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from exalign.checksums import write_sums
 from exalign.evaluation.run_folder import curves
 from exalign.evaluation.schema import Curve
 from exalign.pipeline.carry_out import run_recipe
-from exalign.pipeline.winner import hand_over, take_over
-from exalign.storage import read_json
+from exalign.pipeline.winner import forget_weights, give_back, hand_over, take_over
+from exalign.storage import read_json, remove_leftovers
 from pipeline.searched_run import searched_recipe
 
 SEARCH = (
@@ -41,6 +42,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 def folders(place: Path) -> set[str]:
     return {path.name for path in place.iterdir() if path.is_dir()}
 
+
+TRAINED = {"policies", "checkpoints"}
 
 PPO = (
     "align={}",
@@ -96,6 +99,55 @@ def test_damaged_weights_are_trained_again(world: Path, tmp_path: Path) -> None:
     assert len(weights(tmp_path / "align/exo-rw")) == 3 * len(load_file(file_of_model(tmp_path)))
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["handed over", "taken over"])
+def test_a_search_made_again_with_the_same_best_does_not_train_it_again(
+    taken: bool, world: Path, tmp_path: Path
+) -> None:
+    """Beyond every reach another KL ranks the same. The very files of the weights are there before and after."""
+    run_recipe(searched_recipe(world, *SEARCH), "align" if taken else "search", folder=tmp_path)
+    stage, handed = tmp_path / "align/exo-rw", tmp_path / "search/exo-rw/handed-over"
+    trained = files_of(stage if taken else handed)
+    best = read_json(tmp_path / "search/exo-rw/best.json")
+    again = searched_recipe(world, *SEARCH, "search.kl=49")
+    run_recipe(again, "search", folder=tmp_path, redo=True)
+    assert read_json(tmp_path / "search/exo-rw/best.json") == {**best, "ranked_at": 49}
+    assert files_of(handed) == trained
+    if taken:
+        assert files_of(stage) == trained, "what was aligned before stays until it is aligned again"
+    run_recipe(again, "align", folder=tmp_path, redo=True)
+    assert files_of(stage) == trained and not handed.exists()
+    assert not any(folders(trial) & {"model", *TRAINED} for trial in (tmp_path / "search/exo-rw").glob("trial-*"))
+
+
+def test_another_best_takes_the_place_of_the_one_before(world: Path, tmp_path: Path) -> None:
+    """The best of three, then without it, then with it again: an earlier trial keeps no weights."""
+    run_recipe(searched_recipe(world, *SEARCH), "align", folder=tmp_path)
+    best = read_json(tmp_path / "search/exo-rw/best.json")["settings"]["learning_rate"]
+    expected = weights(tmp_path / "align/exo-rw")
+    others = sorted({1e-4, 1e-2, 1e-3} - {best})
+    without = searched_recipe(
+        world, *SEARCH, f"align.exo-rw.learning_rate={others[0]}", "search.trials=2",
+        f"search.methods={{exo-rw: {{learning_rate: {{choices: {others}}}}}}}"
+    )  # fmt: skip
+    run_recipe(without, "align", folder=tmp_path, redo=True)
+    assert read_json(tmp_path / "search/exo-rw/best.json")["settings"]["learning_rate"] in others
+    assert weights(tmp_path / "align/exo-rw") != expected
+    places = list((tmp_path / "search/exo-rw").glob("*-[0-9]*"))
+    assert len(places) == 3 and not any(folders(place) & {"model", *TRAINED} for place in places)
+    run_recipe(searched_recipe(world, *SEARCH), "align", folder=tmp_path, redo=True)
+    assert weights(tmp_path / "align/exo-rw") == expected
+
+
+def files_of(place: Path) -> dict[str, int]:
+    """The files of weights and state by their number in the file system."""
+    return {
+        path.relative_to(place).as_posix(): path.stat().st_ino
+        for name in TRAINED
+        for path in (place / name).rglob("*")
+        if path.is_file()
+    }
+
+
 def file_of_model(run: Path) -> Path:
     return run / "align/exo-rw/model/model.safetensors"
 
@@ -145,6 +197,52 @@ def test_an_interruption_at_any_move_loses_nothing(tmp_path: Path, monkeypatch: 
         assert contents(stage) == expected, fatal
         assert not handed.exists() and folders(trial) == {"evaluated"} and (trial / "metrics.jsonl").exists()
     assert fatal == 9, "every move has failed once, and then none"
+
+
+@pytest.mark.parametrize("source", ["handed", "stage"])
+def test_giving_back_can_be_interrupted_at_any_rename(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, names, fatal = os.replace, 0, 0
+
+    def counted(old: Path, new: Path) -> None:
+        nonlocal names
+        names += 1
+        if names == fatal:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    while names >= fatal:
+        fatal += 1
+        run = tmp_path / f"run-{fatal}"
+        trial, handed, stage = trial_at(run / "trial-000"), run / "handed-over", run / "stage"
+        (trial / "result.json").touch()
+        (trial / "evaluated/step").rename(trial / "evaluated/step-000001")
+        expected = contents(trial)
+        stage.mkdir()
+        hand_over(trial, handed)
+        assert source == "handed" or take_over(handed, stage)
+        assert contents(trial) != expected
+        names = 0
+        monkeypatch.setattr(os, "replace", counted)
+        with suppress(KeyboardInterrupt):
+            give_back([trial], handed, stage)
+        monkeypatch.setattr(os, "replace", rename)
+        remove_leftovers(run)
+        give_back([trial], handed, stage)
+        assert contents(trial) == expected and not handed.exists(), fatal
+    assert fatal > 3
+
+
+def test_weights_of_another_training_are_not_given_to_a_trial(tmp_path: Path) -> None:
+    """One that took other times is another training, though its steps were the same."""
+    trial, stage = trial_at(tmp_path / "trial-000"), trial_at(tmp_path / "stage")
+    (trial / "result.json").touch()
+    (trial / "evaluated/step").rename(trial / "evaluated/step-000001")
+    forget_weights(trial)
+    (stage / "metrics.jsonl").write_text('{"step": 1, "seconds": 2}\n')
+    give_back([trial], tmp_path / "handed-over", stage)
+    assert folders(trial) == {"rollouts", "evaluated"}
 
 
 def test_a_total_over_buckets_is_that_of_the_steps() -> None:

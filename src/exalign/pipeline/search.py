@@ -44,7 +44,7 @@ from exalign.pipeline.sources import (
     supervised_needs,
 )
 from exalign.pipeline.stage_files import HANDED_OVER
-from exalign.pipeline.trial_folders import KEPT, forget_others, put_in_place, step_aside_from, trial_folder
+from exalign.pipeline.trial_folders import KEPT, forget_others, put_in_place, step_aside_from, trial_folder, tried_in
 from exalign.pipeline.trials import (
     best_of,
     best_so_far,
@@ -54,7 +54,7 @@ from exalign.pipeline.trials import (
     trials_table,
     value_of,
 )
-from exalign.pipeline.winner import forget_weights, forget_what_is_made_again, hand_over, take_over
+from exalign.pipeline.winner import forget_weights, forget_what_is_made_again, give_back, hand_over, take_over
 from exalign.processes import gathered, leads, several
 from exalign.storage import fingerprint, read_json, read_sealed, write_json, write_sealed, write_text
 from exalign.terminal import shown
@@ -92,7 +92,9 @@ def method_stages(
         ranges = {name: values.model_dump(mode="json") for name, values in search.methods[method].items()}
         searched = [whole, search.trials, search.kl, ranges]
         trials = partial(_search, method=method, train=train, tried_on=[inputs, more], needs=(*needs, "validation"))
-        stages.append(Stage(f"search/{method}", (*needs, "validation"), lambda: searched, trials, stays=KEPT))
+        stages.append(
+            Stage(f"search/{method}", (*needs, "validation"), lambda: searched, trials, stays=(*KEPT, HANDED_OVER))
+        )
         needs = (*needs, f"search/{method}")
     work = partial(_train, method=method, train=train)
     return [*stages, TrainingStage(f"align/{method}", needs, lambda: whole, work)]
@@ -153,6 +155,7 @@ def _search(
         raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
     base = fingerprint([tried_on, [read_sealed(run.path(need, "done.json"))["fingerprint"] for need in needs]])
     forget_others(folder, base)
+    give_back(list(tried_in(folder)), folder / HANDED_OVER, run.path("align", method))
     own = own_settings(run.recipe, method)
     # Methods with the same ranges start with the same draws.
     seed = [run.recipe.seed, "search"]
@@ -172,6 +175,8 @@ def _search(
         counts.update(trial.counts)
         run.console.print(shown(f"  {trial_sentence(trial)}", "dim"), soft_wrap=True)
     step_aside_from(folder, search.trials)
+    for earlier in set(tried_in(folder)) - {trial_folder(folder, trial.number) for trial in trials}:
+        forget_weights(earlier)
     counts["trials"] = len(trials)
     counts["failed_trials"] = sum(trial.value is None for trial in trials)
     write_text(folder / "trials.csv", trials_csv(trials))

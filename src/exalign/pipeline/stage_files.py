@@ -50,11 +50,15 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
     """Before an interrupted stage continues: files of finished records that are damaged, removed to be made again.
 
     With a shard goes the header of its folder, which says that the folder is complete. A damaged model, which only
-    training anew could make again, is an `InputError`, and so is a speed that may not be measured again.
+    training anew could make again, is an `InputError`, and so is a speed that may not be measured again. What is
+    handed over is looked at by the stage that takes it.
     """
     for path in folder.rglob("speed.json"):
-        read_sealed(path)
+        if HANDED_OVER not in path.relative_to(folder).parts:
+            read_sealed(path)
     for path in list(checksums.damaged_files(folder)):
+        if HANDED_OVER in path.relative_to(folder).parts:
+            continue
         header = path.parent / "header.json"
         if not header.exists():
             if path.suffix == ".parquet" or (path.name == checksums.NAME and any(path.parent.glob("part-*.parquet"))):

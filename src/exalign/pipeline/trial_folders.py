@@ -29,6 +29,11 @@ def trial_folder(search: Path, number: int) -> Path:
     return search / f"trial-{number:03d}"
 
 
+def tried_in(search: Path) -> Iterator[Path]:
+    """The folders of all trials, those of a search before among them."""
+    return (folder for pattern in KEPT for folder in sorted(search.glob(pattern)))
+
+
 def put_in_place(search: Path, number: int, tried: dict[str, Any] | None) -> Path:
     """The folder of trial `number`, with what an earlier trial of the same left, or with what it tries alone.
 
@@ -42,7 +47,7 @@ def put_in_place(search: Path, number: int, tried: dict[str, Any] | None) -> Pat
     if tried is None or _tried(place) == tried:
         return place
     taken = {trial_folder(search, before) for before in range(number)}
-    same = next((folder for folder in _folders(search) if folder not in taken and _tried(folder) == tried), None)
+    same = next((folder for folder in tried_in(search) if folder not in taken and _tried(folder) == tried), None)
     if same is not None:
         os.replace(same, place)
     else:
@@ -59,13 +64,9 @@ def step_aside_from(search: Path, number: int) -> None:
 
 def forget_others(search: Path, base: str) -> None:
     """Delete the trials that were made on something else: a search that tries their settings has other results."""
-    for folder in list(_folders(search)):
+    for folder in list(tried_in(search)):
         if (_tried(folder) or {}).get("base") != base:
             remove_folder(folder)
-
-
-def _folders(search: Path) -> Iterator[Path]:
-    return (folder for pattern in KEPT for folder in sorted(search.glob(pattern)))
 
 
 def _tried(folder: Path) -> dict[str, Any] | None:
@@ -77,6 +78,6 @@ def _tried(folder: Path) -> dict[str, Any] | None:
 
 
 def _step_aside(trial: Path) -> None:
-    names = {folder.name for folder in _folders(trial.parent)}
+    names = {folder.name for folder in tried_in(trial.parent)}
     free = next(name for number in range(len(names) + 1) if (name := f"earlier-{number:03d}") not in names)
     os.replace(trial, trial.with_name(free))
