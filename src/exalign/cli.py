@@ -205,6 +205,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs, as of several seeds.")],
     kl: Annotated[str, typer.Option(help="KLs in nats at which rewards are compared.")] = "1,2,4",
     out: Annotated[Path | None, typer.Option(help="A Markdown file; by default the tables are printed.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="A folder for a figure of the differences.")] = None,
 ) -> None:
     """Compare runs: the reward of every method at equal KL in every run, and the mean over the runs."""
     from exalign.evaluation.across_runs import read_runs
@@ -221,6 +222,13 @@ def compare(
     else:
         write_text(out, text)
         console.print(shown(f"wrote {out}"), soft_wrap=True)
+    if figure is not None:
+        from exalign.report.figure_differences import STEPS, write_differences
+
+        finely = [max(kls) * step / STEPS for step in range(1, STEPS + 1)]
+        path = write_differences(read_runs(runs, finely), figure)
+        said = "no figure: in no run are there EXO and DPO on one target, or EXO on rewards and PPO"
+        console.print(shown(f"wrote {path} and .svg" if path else said), soft_wrap=True)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from evaluation.synthetic_run import World, write_run
 from exalign.errors import InputError
@@ -23,6 +24,7 @@ from exalign.evaluation.across_runs import (
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import MethodEvidence
 from exalign.report.across_runs import tables
+from exalign.report.figure_differences import draw_differences, write_differences
 from exalign.report.wording import interval
 
 KLS = (0.5, 1.0, 3.0)
@@ -108,6 +110,39 @@ def test_of_a_single_run_kls_stand_beside_each_other(runs: list[Path]) -> None:
     (row,) = [line for line in equal.splitlines() if line.startswith("| exo-rw |")]
     assert row == "| " + " | ".join(["exo-rw", *(interval(one[0].rewards["exo-rw"][kl]) for kl in KLS)]) + " |"
     assert sum(line.startswith("| exo-rw − dpo-rw |") for line in rest.splitlines()) == 1
+
+
+def lines_of(figure: Figure, panel: int) -> dict[str, np.ndarray]:
+    return {str(line.get_label()): np.array(line.get_xydata()) for line in figure.axes[panel].lines}
+
+
+def test_the_figure_draws_each_runs_difference_and_their_mean_where_all_reach(results: list[RunResults]) -> None:
+    figure = draw_differences(results, width=8.8)
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["exo-rw − dpo-rw", "exo-pref − dpo-pref"]
+    drawn = lines_of(figure, 0)
+    for run in results:
+        values = run.differences["exo-rw", "dpo-rw"]
+        expected = [(kl, value.estimate) for kl in KLS if (value := values[kl]) is not None]
+        assert drawn[run.name].tolist() == pytest.approx(np.array(expected))
+    mean = np.mean([drawn[run.name][:2] for run in results], axis=0)  # all reach 1 nat, none 3
+    assert drawn["mean over runs"].tolist() == pytest.approx(mean)
+    (band,) = figure.axes[0].collections
+    found = difference_at(results, ("exo-rw", "dpo-rw"), 1.0)
+    assert found is not None
+    heights = {y for x, y in band.get_paths()[0].vertices if x == 1.0}
+    assert (min(heights), max(heights)) == pytest.approx((found.low, found.high))
+
+
+def test_of_a_single_run_the_figure_has_its_interval_over_prompts(results: list[RunResults], tmp_path: Path) -> None:
+    figure = draw_differences(results[:1], width=8.8)
+    assert figure is not None and set(lines_of(figure, 0)) - {results[0].name} == {"_child0"}  # the line at 0
+    (band,) = figure.axes[0].collections
+    value = results[0].differences["exo-rw", "dpo-rw"][1.0]
+    assert value is not None and band.get_paths()[0].get_extents().x1 == 1.0
+    assert write_differences(results[:1], tmp_path) == tmp_path / "differences.png"
+    assert (tmp_path / "differences.svg").read_text().startswith("<?xml")
+    assert write_differences([replace(run, differences={}) for run in results], tmp_path / "none") is None
 
 
 def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunResults]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +18,11 @@ from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import draw_accuracy_frontier, draw_frontier
 from exalign.report.figure_reward import draw_reward_against_step
 from exalign.report.figure_verdicts import draw_verdicts
-from exalign.report.style import LIGHT, figure_style, looks_of
-from exalign.report.svg import save_figure
+from exalign.report.style import figure_style, looks_of
+from exalign.report.svg import WIDTH, save_figure, write_under
 from exalign.report.win_table import SCORER, WinTable, as_markdown, win_table, write_win_table
 from exalign.report.wording import visible
 from exalign.storage import write_text
-
-WIDTH = 8.8
-_CAPTION_LETTERS = 165
-"""Letters in a line of the caption, which 8.8 inches have room for."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> Written:
             if figure is None:
                 missing.append(drawing.missing)
                 continue
-            _write_under(figure, drawing.caption())
+            write_under(figure, drawing.caption())
             save_figure(figure, folder, drawing.name)
         paths.append(folder / f"{drawing.name}.png")
         index.append(f"## Figure {drawing.number}: {drawing.title}\n\n![]({drawing.name}.png)\n\n{drawing.caption()}\n")
@@ -153,12 +148,6 @@ def _drawings(evidence: Evidence, run: Path) -> Iterator[_Drawing]:
 
 def _first(density: DensityRatios) -> DensityRatios:
     return replace(density, prompts=density.prompts[:1])
-
-
-def _write_under(figure: Figure, caption: str) -> None:
-    text = "\n".join(textwrap.wrap(visible(caption), _CAPTION_LETTERS))
-    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.13 * (text.count("\n") + 2))
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
 
 
 def _unevaluated(evidence: Evidence, run: Path) -> Iterator[str]:

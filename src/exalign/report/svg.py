@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from exalign.report.style import LIGHT, figure_style
+from exalign.report.wording import visible
 from exalign.storage import atomic_path
 
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 PNG_DPI = 160
+WIDTH = 8.8
+"""Inches of a figure with its caption."""
+_CAPTION_LETTERS = 165
+"""Letters in a line of the caption, which `WIDTH` has room for."""
+
+
+def write_under(figure: Figure, caption: str) -> None:
+    """Write a caption under a figure of `WIDTH`, which grows by its lines."""
+    text = "\n".join(textwrap.wrap(visible(caption), _CAPTION_LETTERS))
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.13 * (text.count("\n") + 2))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
