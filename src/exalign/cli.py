@@ -228,7 +228,8 @@ def compare(
         finely = [max(kls) * step / STEPS for step in range(1, STEPS + 1)]
         path = write_differences(read_runs(runs, finely), figure)
         said = "no figure: in no run are there EXO and DPO on one target, or EXO on rewards and PPO"
-        console.print(shown(f"wrote {path} and .svg" if path else said), soft_wrap=True)
+        # Not into the Markdown that may be piped elsewhere.
+        typer.echo(shown(f"wrote {path} and .svg" if path else said).plain, err=out is None)
 
 
 @app.command()
