@@ -65,6 +65,7 @@ def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | No
 
 def _panel(axes: Axes, runs: Sequence[RunResults], pair: tuple[str, str]) -> None:
     having = [run for run in runs if pair in run.differences]
+    axes.set_title(f"n = {len(having)}" if len(runs) > 1 else "", loc="right", fontweight="normal")
     for run, dashes in zip(runs, cycle(_DASHES), strict=False):
         found = [(kl, value) for kl, value in sorted(run.differences.get(pair, {}).items()) if value is not None]
         line = np.array([(kl, value.estimate, value.low, value.high) for kl, value in found])
@@ -90,4 +91,6 @@ def _caption(runs: Sequence[RunResults]) -> str:
     what = f"Rewards of {prompts} prompts, interpolated between checkpoints, paired by prompt. "
     if len(runs) == 1:
         return f"Run {runs[0].name}. {what}Band: 95 % bootstrap interval over prompts."
-    return f"n = {len(runs)} runs. {what}Band: Student's 95 % interval over runs, as far as all of them reach."
+    return (
+        f"n runs have both methods. {what}Band: Student's 95 % interval over those runs, as far as all of them reach."
+    )
