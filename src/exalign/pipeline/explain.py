@@ -70,11 +70,11 @@ def print_settings(console: Console, below: str | None = None) -> None:
 
     `InputError` where `below` is none of them.
     """
-    settings = list(explain(Recipe))
+    settings = known = list(explain(Recipe))
     if below is not None:
-        settings = [each for each in settings if f"{each.name}.".startswith(f"{below}.")]
+        settings = [each for each in known if f"{each.name}.".startswith(f"{below}.")]
         if not settings:
-            names = {name for each in explain(Recipe) for name in _prefixes(each.name)}
+            names = {name for each in known for name in _prefixes(each.name)}
             close = difflib.get_close_matches(below, sorted(names), n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
             raise InputError(f"{below} is no setting of a recipe; {hint}")
