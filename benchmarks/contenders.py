@@ -16,11 +16,11 @@ from torch import Tensor
 
 from benchmarks.workload import BETA_PI, BETA_R, EPSILON, make_model, make_tokenizer
 from exalign.data.batching import Group
+from exalign.methods.matching import Align
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.settings import ModelSettings
 from exalign.objectives import log_policy_distribution, log_preference_target, log_reward_target, reverse_kl
-from exalign.training.align import Align
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate
 from exalign.training.optimizer import adamw, set_learning_rate

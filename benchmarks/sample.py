@@ -32,8 +32,8 @@ from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.settings import SampleSettings
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.settings import SampleSettings
 
 TEMPERATURE = 0.8
 TOLERANCE = 1e-3  # nats per sequence, float32

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["yaml", "exalign.strict_yaml", "exalign.pipeline", "exalign.settings"]):
-    from exalign.pipeline.demo import RECIPE
-    from exalign.pipeline.recipe import load_recipe
-    from exalign.pipeline.run import dump_recipe
+with atheris.instrument_imports(include=["yaml", "exalign.strict_yaml", "exalign.run", "exalign.settings"]):
+    from exalign.run.demo import RECIPE
+    from exalign.run.recipe import load_recipe
+    from exalign.run.runner import dump_recipe
     from exalign.strict_yaml import dump_yaml, parse_yaml
 
 from fuzz.contract import fuzz

@@ -39,26 +39,27 @@ MAY_IMPORT = {
     "exact": {"objectives"},
     "data": FOUNDATION,
     "models": {*FOUNDATION, "data"},
-    "sampling": {*FOUNDATION, "data", "models"},
-    "scoring": {*FOUNDATION, "data", "models"},
-    "training": {*FOUNDATION, "data", "models", "sampling", "scoring", "objectives"},
-    "evaluation": {*FOUNDATION, "data", "models", "sampling", "scoring", "objectives"},
-    "judging": {*FOUNDATION, "data", "models", "sampling", "evaluation"},
+    "rollout": {*FOUNDATION, "data", "models", "objectives"},
+    "training": {*FOUNDATION, "data", "models", "rollout", "objectives"},
+    "methods": {*FOUNDATION, "data", "models", "rollout", "training", "objectives"},
+    "evaluation": {*FOUNDATION, "data", "models", "rollout", "objectives"},
+    "judging": {*FOUNDATION, "data", "models", "rollout", "evaluation"},
     "report": {*FOUNDATION, "evaluation"},
-    "pipeline": {
+    "run": {
         *FOUNDATION,
         "data",
         "models",
-        "sampling",
-        "scoring",
+        "rollout",
         "training",
+        "methods",
         "evaluation",
         "judging",
         "report",
         "exact",
+        "objectives",
     },
-    "cli": {*FOUNDATION, "data", "models", "evaluation", "judging", "report", "pipeline", "exact"},
-    "__init__": {"pipeline"},
+    "cli": {*FOUNDATION, "data", "models", "evaluation", "judging", "report", "run", "exact"},
+    "__init__": {"run"},
     "__main__": {"cli"},
 }
 
@@ -167,7 +168,7 @@ def test_the_report_never_imports_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline.explain", "report.across_runs", "evaluation.evidence", "judging.llm.commands"]
+    "module", ["cli", "run.explain", "report.across_runs", "evaluation.evidence", "judging.llm.commands"]
 )
 def test_what_needs_no_model_does_not_wait_for_torch(module: str) -> None:
     code = (

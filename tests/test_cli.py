@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exalign.data.synthetic import write_world
-from exalign.pipeline.demo import RECIPE
+from exalign.run.demo import RECIPE
 
 
 def exalign(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,8 @@ from exalign.cli import app
 from exalign.data.synthetic import write_world
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.settings import ModelSettings
-from exalign.pipeline.demo import RECIPE
-from pipeline.conftest import tiny_overrides
+from exalign.run.demo import RECIPE
+from run.conftest import tiny_overrides
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -88,7 +88,7 @@ def test_models_come_as_safetensors_and_remote_code_is_off_unless_named() -> Non
                     assert argument(call, "use_safetensors") == "True"
             if name.endswith(".save_pretrained") and "tokenizer" not in name:
                 assert argument(call, "safe_serialization") == "True"
-    assert set(found) == {"models/loading.py", "pipeline/budget/architecture.py", "pipeline/preflight.py"}
+    assert set(found) == {"models/loading.py", "run/budget/architecture.py", "run/preflight.py"}
     written = [argument(call, "trust_remote_code") for tree in TREES.values() for _, call in calls(tree)]
     assert "True" not in written
 
@@ -99,8 +99,8 @@ def test_who_may_speak_to_a_network() -> None:
     assert users_of("uvicorn") == {"judging/people/server.py"}  # serves the assessment page
     assert users_of("datasets") == {"data/sources.py"}  # reads a data set from the hub by its name
     assert users_of("huggingface_hub") == set()
-    assert users_of("ray") == {"pipeline/cluster.py"}  # joins the cluster that a recipe names, or starts one here
-    assert users_of("vllm") == {"sampling/vllm.py"}
+    assert users_of("ray") == {"run/cluster.py"}  # joins the cluster that a recipe names, or starts one here
+    assert users_of("vllm") == {"rollout/vllm.py"}
 
 
 def test_every_page_escapes_what_it_prints() -> None:

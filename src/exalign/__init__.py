@@ -11,9 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exalign.pipeline.carry_out import run_recipe
-    from exalign.pipeline.recipe import Recipe, load_recipe, make_recipe
-    from exalign.pipeline.run import Run
+    from exalign.run.carry_out import run_recipe
+    from exalign.run.recipe import Recipe, load_recipe, make_recipe
+    from exalign.run.runner import Run
 
 # Before any library that asks: no usage data to a hub or anyone else, and no request to a service that converts
 # pickled weights.
@@ -27,7 +27,7 @@ __all__ = ["Recipe", "Run", "load_recipe", "make_recipe", "run_recipe"]
 
 _HOMES = {
     "Recipe": "recipe",
-    "Run": "run",
+    "Run": "runner",
     "load_recipe": "recipe",
     "make_recipe": "recipe",
     "run_recipe": "carry_out",
@@ -37,5 +37,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for: `import exalign.report` must not cost the seconds that torch takes.
     if name in _HOMES:
-        return getattr(import_module(f"exalign.pipeline.{_HOMES[name]}"), name)
+        return getattr(import_module(f"exalign.run.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.judging.llm.commands import grade_judge, judge
-from exalign.pipeline.budget.command import plan
 from exalign.processes import failing, leads, several
+from exalign.run.budget.command import plan
 from exalign.terminal import shown
 
 app = typer.Typer(
@@ -56,12 +56,12 @@ STAGES = {
 
 
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
-    from exalign.pipeline.recipe import load_recipe
+    from exalign.run.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())  # first: what is wrong with it is said before torch is loaded
 
-    from exalign.pipeline.carry_out import carry_out
-    from exalign.pipeline.run import Run
+    from exalign.run.carry_out import carry_out
+    from exalign.run.runner import Run
 
     _quiet_libraries()
     carry_out(Run(loaded, console=console, **run), *targets)
@@ -100,9 +100,9 @@ def demo(
     recover: Recover = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
-    from exalign.pipeline.carry_out import carry_out
-    from exalign.pipeline.demo import demo_recipe
-    from exalign.pipeline.run import Run
+    from exalign.run.carry_out import carry_out
+    from exalign.run.demo import demo_recipe
+    from exalign.run.runner import Run
 
     _quiet_libraries()
     recipe = demo_recipe(run, overrides or ())
@@ -118,8 +118,8 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Print every setting there is, with its meaning.")] = False,
 ) -> None:
     """Check a recipe and print it with every default, or explain all settings."""
-    from exalign.pipeline.explain import print_recipe, print_settings
-    from exalign.pipeline.recipe import load_recipe
+    from exalign.run.explain import print_recipe, print_settings
+    from exalign.run.recipe import load_recipe
 
     if explain:
         if overrides:
@@ -167,8 +167,8 @@ def bench(
 ) -> None:
     """Measure training and sampling on your model and shape: tokens/s, and the share of this machine's peak."""
     from exalign.models.settings import ModelSettings
-    from exalign.pipeline.bench import BenchShape, bench_table
-    from exalign.pipeline.bench import bench as measure
+    from exalign.run.bench import BenchShape, bench_table
+    from exalign.run.bench import bench as measure
 
     _quiet_libraries()
     shape = BenchShape(
@@ -186,11 +186,11 @@ def figures(
 ) -> None:
     """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
     if run is None:
-        from exalign.pipeline.exact_figures import draw_exact_figures
+        from exalign.run.exact_figures import draw_exact_figures
 
         paths, missing = draw_exact_figures(Path("figures") if out is None else out), []
     else:
-        from exalign.pipeline.run_figures import draw_run_figures
+        from exalign.run.run_figures import draw_run_figures
 
         written = draw_run_figures(run, out)
         paths, missing = written.paths, written.missing

@@ -1,6 +1,6 @@
 """The strict base of every settings class: frozen, no unknown keys, no silent conversion of a wrong type.
 
-Each stage defines its settings beside the code that reads them; `pipeline/recipe.py` assembles them
+Each stage defines its settings beside the code that reads them; `run/recipe.py` assembles them
 into the recipe. Every field carries a default (unless it must be given) and a one-line description.
 """
 

@@ -145,7 +145,7 @@ def import_everything() -> None:
 
     import exalign.cli
     import exalign.judging.people.commands
-    import exalign.pipeline  # noqa: F401
+    import exalign.run  # noqa: F401
 
 
 def _be_exalign(order: dict[str, Any]) -> NoReturn:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exalign.data.synthetic import write_world
-from exalign.pipeline.recipe import load_recipe
-from exalign.pipeline.stages import plan
+from exalign.run.recipe import load_recipe
+from exalign.run.stages import plan
 from faults.starts import Starter
 
 RECIPE = """

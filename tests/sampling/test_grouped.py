@@ -17,11 +17,11 @@ from exalign.data.batching import Group
 from exalign.data.records import Record
 from exalign.errors import InputError
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.sampling.draw import prompt_uniforms
-from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.plain_decoder import PlainDecoder
-from exalign.sampling.settings import SampleSettings
-from exalign.sampling.shared_decoder import SharedDecoder
+from exalign.rollout.draw import prompt_uniforms
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.plain_decoder import PlainDecoder
+from exalign.rollout.settings import SampleSettings
+from exalign.rollout.shared_decoder import SharedDecoder
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "mistral", "gemma", "gemma2"]
 TAU = 0.8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exalign.sampling.plain_decoder import Branches, PlainDecoder
-from exalign.sampling.shared_decoder import SharedDecoder, why_not_shared
+from exalign.rollout.plain_decoder import Branches, PlainDecoder
+from exalign.rollout.shared_decoder import SharedDecoder, why_not_shared
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from exalign.errors import InputError
-from exalign.sampling.completions import saved_end_ids
-from exalign.sampling.settings import SampleSettings, VLLMSettings
-from exalign.sampling.vllm import VLLMSampler, completions_of, engine_arguments, prompt_seed, sampling_arguments
+from exalign.rollout.completions import saved_end_ids
+from exalign.rollout.settings import SampleSettings, VLLMSettings
+from exalign.rollout.vllm import VLLMSampler, completions_of, engine_arguments, prompt_seed, sampling_arguments
 
 EOS = 0
 TWO = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=10)

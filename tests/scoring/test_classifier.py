@@ -9,7 +9,7 @@ import torch
 
 from exalign.data.records import Completion, Record
 from exalign.errors import InputError
-from exalign.scoring.classifier import ClassifierScorer, log_odds
+from exalign.rollout.classifier_scorer import ClassifierScorer, log_odds
 
 ENCODERS = ["bert", "roberta", "distilbert"]
 

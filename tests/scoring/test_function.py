@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from exalign.errors import InputError
-from exalign.scoring.function import FunctionScorer
+from exalign.rollout.function_scorer import FunctionScorer
 
 MODULE = """
 def length(prompts, completions):

@@ -13,10 +13,10 @@ from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.loading import load_reward_model, save_model
 from exalign.models.settings import ModelSettings
-from exalign.scoring.function import FunctionScorer
-from exalign.scoring.limits import keep_limits
-from exalign.scoring.protocol import scored
-from exalign.scoring.reward_model import RewardModelScorer
+from exalign.rollout.function_scorer import FunctionScorer
+from exalign.rollout.limits import keep_limits
+from exalign.rollout.reward_model_scorer import RewardModelScorer
+from exalign.rollout.scorer import scored
 
 DECODERS = ["gpt2", "llama"]
 

@@ -21,16 +21,16 @@ from torch.distributed import TCPStore
 from exalign.cli import main
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.methods.matching import train_align, with_reference_logp
+from exalign.methods.reward_model import train_reward_model
+from exalign.methods.sft import train_sft
 from exalign.models.loading import load_reward_model
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.settings import LoraSettings, ModelSettings
 from exalign.processes import failing
-from exalign.training.align import train_align, with_reference_logp
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import train
-from exalign.training.reward_model import train_reward_model
 from exalign.training.settings import AlignSettings, RewardModelSettings, SFTSettings, TrainSettings
-from exalign.training.sft import train_sft
 from training.tiny_world import CONFIG, make_groups, make_policy, make_tokenizer, small_ppo_run
 
 FSDP2 = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.methods.matching import DIVERGENCES, Align, check_groups, train_align, with_reference_logp
 from exalign.models.logprobs import completion_logprobs
-from exalign.training.align import DIVERGENCES, Align, check_groups, train_align, with_reference_logp
 from exalign.training.batches import EpochBatches
 from exalign.training.settings import AlignSettings
 from training.tiny_world import by_formula, make_groups, make_policy, make_tokenizer, read_metrics

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.methods.matching import train_align, with_reference_logp
+from exalign.methods.sft import MaximumLikelihood
 from exalign.models.logprobs import PackedPolicy
 from exalign.storage import read_json
-from exalign.training.align import train_align, with_reference_logp
 from exalign.training.batches import EpochBatches
 from exalign.training.guards import KEEP_SKIPPED, NotFiniteError
 from exalign.training.loop import train
 from exalign.training.recovery import recover, recoveries
 from exalign.training.settings import AlignSettings, SFTSettings, TrainSettings
-from exalign.training.sft import MaximumLikelihood
 from training.launched import finish, run_out_of_memory, start
 from training.tiny_world import TIMINGS, assert_same_outcome, make_groups, make_policy, make_tokenizer, read_metrics
 

@@ -15,16 +15,16 @@ from torch import nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.methods.matching import Align, train_align, with_reference_logp
+from exalign.methods.sft import MaximumLikelihood, train_sft
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.settings import LoraSettings, ModelSettings
-from exalign.training.align import Align, train_align, with_reference_logp
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate
 from exalign.training.optimizer import learning_rate_factor
 from exalign.training.progress import TrainingProgress
 from exalign.training.settings import AlignSettings, SFTSettings
-from exalign.training.sft import MaximumLikelihood, train_sft
 from training.tiny_world import (
     CONFIG,
     make_groups,

@@ -25,17 +25,17 @@ from exalign.data.sources import DataSettings
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.best_of_n import expected_best
+from exalign.methods.matching import DIVERGENCES, train_align, with_reference_logp
+from exalign.methods.ppo import Surroundings, train_ppo
+from exalign.methods.rounds import train_rounds
+from exalign.methods.sft import train_sft
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
 from exalign.models.settings import ModelSettings
-from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.settings import SampleSettings
-from exalign.scoring import FunctionScorer
-from exalign.training.align import DIVERGENCES, train_align, with_reference_logp
-from exalign.training.ppo import Surroundings, train_ppo
-from exalign.training.rounds import train_rounds
+from exalign.rollout.function_scorer import FunctionScorer
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.settings import SampleSettings
 from exalign.training.settings import AlignSettings, PPOSettings, SFTSettings
-from exalign.training.sft import train_sft
 
 SEEDS = range(4)
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_positions": 96}

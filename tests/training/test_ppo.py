@@ -20,10 +20,10 @@ from torch import nn
 
 from exalign.data.records import Record
 from exalign.errors import InputError
+from exalign.methods.ppo import PPO, rollout_plan, train_ppo
 from exalign.models.settings import LoraSettings, ModelSettings
-from exalign.sampling.grouped import GroupedSampler
-from exalign.sampling.settings import SampleSettings
-from exalign.training.ppo import PPO, rollout_plan, train_ppo
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.settings import SampleSettings
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
 from exalign.training.settings import PPOSettings
 from training.tiny_world import (

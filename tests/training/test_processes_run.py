@@ -18,10 +18,10 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from exalign.data.synthetic import write_world
-from exalign.pipeline.carry_out import run_recipe
-from exalign.pipeline.demo import RECIPE
-from exalign.pipeline.recipe import load_recipe
-from pipeline.conftest import tiny_overrides
+from exalign.run.carry_out import run_recipe
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import load_recipe
+from run.conftest import tiny_overrides
 from training.launched import finish, run_command, start
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"

@@ -16,9 +16,9 @@ import torch
 from exalign.data.batching import group_of
 from exalign.data.records import read_records
 from exalign.errors import InputError
+from exalign.methods.matching import train_align, with_reference_logp
+from exalign.methods.rounds import train_rounds
 from exalign.models.logprobs import completion_logprobs
-from exalign.training.align import train_align, with_reference_logp
-from exalign.training.rounds import train_rounds
 from exalign.training.settings import AlignSettings
 from training.tiny_world import (
     assert_same_outcome,

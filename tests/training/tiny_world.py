@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from exalign.data.batching import Group
 from exalign.data.records import Record
+from exalign.methods.matching import train_align, with_reference_logp
+from exalign.methods.ppo import Surroundings, train_ppo
+from exalign.methods.rounds import train_rounds
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model
 from exalign.models.settings import ModelSettings
-from exalign.sampling.settings import SampleSettings
-from exalign.training.align import train_align, with_reference_logp
-from exalign.training.ppo import Surroundings, train_ppo
-from exalign.training.rounds import train_rounds
+from exalign.rollout.settings import SampleSettings
 from exalign.training.settings import AlignSettings, PPOSettings
 
 EOS = 0

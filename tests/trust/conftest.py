@@ -53,7 +53,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Isolated:
     """`exalign run` on a world of a few rows, in a network namespace that holds no interface, with secrets around."""
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system does not permit network namespaces (unshare -rn)")
-    from exalign.pipeline.demo import RECIPE
+    from exalign.run.demo import RECIPE
 
     home = tmp_path_factory.mktemp("isolated")
     write_world(home / "world", num_sft=32, num_prompts=8, num_test=4)

@@ -49,13 +49,13 @@ from exalign.judging.llm.commands import _print_grade, _print_summaries
 from exalign.judging.people.app import CHOICES, QUESTIONS, create_app, turns
 from exalign.judging.people.commands import _tally_table
 from exalign.judging.people.store import Store
-from exalign.pipeline.run import Run
-from exalign.pipeline.run import Stage as RunStage
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.page import render_page
 from exalign.report.style import figure_style, looks_of
 from exalign.report.svg import inline_svg
 from exalign.report.wording import visible
+from exalign.run.runner import Run
+from exalign.run.runner import Stage as RunStage
 from exalign.terminal import escape_controls, shown
 from exalign.training.progress import TrainingProgress
 
@@ -309,8 +309,8 @@ def test_the_assessment_page_has_the_tags_of_a_harmless_one(pages: Any, text: st
 
 
 def test_a_recipe_that_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from exalign.pipeline.demo import RECIPE
-    from exalign.pipeline.recipe import load_recipe
+    from exalign.run.demo import RECIPE
+    from exalign.run.recipe import load_recipe
 
     attack = json.dumps("[/dim][link=http://evil]" + "\u202e\x1b[2J" + "long " * 60)
     main(["recipe", str(RECIPE), f"model.config.note={attack}"])

@@ -27,10 +27,10 @@ from exalign.judging.llm.settings import JudgeSettings
 from exalign.judging.people.tables import open_engine
 from exalign.models.loading import load_policy
 from exalign.models.settings import ModelSettings
-from exalign.pipeline.demo import RECIPE
-from exalign.pipeline.recipe import dump_recipe, load_recipe
 from exalign.redaction import redact, redact_values
 from exalign.report import write_report
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import dump_recipe, load_recipe
 from exalign.training.card import model_card
 from trust.conftest import CANARY, SECRETS, Isolated
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exalign.errors import InputError
-from exalign.pipeline.demo import RECIPE
-from exalign.pipeline.recipe import load_recipe, make_recipe
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import load_recipe, make_recipe
 from exalign.strict_yaml import MAX_DEPTH, MAX_VALUES, dump_yaml, parse_yaml, plain_values
 
 LAUGHS = "a0: &a0 [ha, ha]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 31))

@@ -1,0 +1,194 @@
+"""What training and sampling cost on this machine, for the user's own model and shape of data, against its limit."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from exalign.data.batching import Group, group_of, microbatches
+from exalign.data.records import Record
+from exalign.errors import InputError
+from exalign.methods.matching import Align, with_reference_logp
+from exalign.models.flops import forward_flops, matmul_peak, training_flops
+from exalign.models.loading import load_policy, load_tokenizer
+from exalign.models.logprobs import PackedPolicy
+from exalign.models.settings import ModelSettings
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.settings import SampleSettings
+from exalign.settings import Settings
+from exalign.training.batches import EpochBatches
+from exalign.training.optimizer import adamw, set_learning_rate
+from exalign.training.settings import AlignSettings
+
+
+class BenchShape(Settings):
+    """The shape of the data; token ids are random, because cost depends on lengths only."""
+
+    prompts: int = Field(8, ge=1, description="prompts of one training step, and prompts sampled for")
+    num_completions: int = Field(4, ge=2, description="K, the completions of each prompt")
+    prompt_tokens: int = Field(350, ge=1, description="tokens of each prompt")
+    completion_tokens: int = Field(40, ge=1, description="tokens of each completion")
+    token_budgets: tuple[int, ...] = Field(
+        (1024, 4096, 16384), min_length=1, strict=False, description="values of token_budget to try for training"
+    )
+    repeats: int = Field(3, ge=1, description="times each thing is measured; the median counts")
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A measured speed. `tokens` counts each prompt once and every completion; `flops` is the necessary work."""
+
+    seconds: float
+    tokens: int
+    flops: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def share_of(self, peak: float) -> float:
+        """The rate of the necessary work over `peak`, both in operations per second."""
+        return self.flops / self.seconds / peak
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """`peak`: the best rate of this model's matrix products. `training`: by token budget."""
+
+    shape: BenchShape
+    peak: float
+    training: dict[int, Rate]
+    sampling: Rate
+
+    @property
+    def best_budget(self) -> int:
+        return min(self.training, key=lambda budget: self.training[budget].seconds)
+
+
+def bench(settings: ModelSettings, shape: BenchShape, *, tokenizer: str | None = None) -> BenchResult:
+    """Load the model, train on it for a few steps and sample from it; nothing is written.
+
+    `tokenizer` is the source of a tokenizer, by default the one that comes with the model. A shape that exceeds the
+    model's positions, or a model without tokenizer, is an `InputError`.
+    """
+    source = tokenizer or settings.source
+    if source is None:
+        raise InputError("A model from a config needs a tokenizer; name a folder or hub name that has one.")
+    loaded = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
+    torch.manual_seed(0)
+    model: Any = load_policy(settings, loaded)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and shape.prompt_tokens + shape.completion_tokens > limit:
+        raise InputError(
+            f"A prompt of {shape.prompt_tokens} and a completion of {shape.completion_tokens} tokens do not fit into "
+            f"the model's {limit} positions; ask for shorter ones."
+        )
+    sampling = measure_sampling(model, loaded, shape)
+    training = measure_training(model, shape)
+    return BenchResult(shape, matmul_peak(model), training, sampling)
+
+
+def measure_training(model: Any, shape: BenchShape) -> dict[int, Rate]:
+    """Seconds of a whole EXO step: forward, backward, clipping, AdamW. The model's weights change a little."""
+    settings = AlignSettings(learning_rate=1e-6, batch_prompts=shape.prompts)
+    groups = with_reference_logp(model, _groups(model, shape), settings, temperature=1.0)
+    task = Align(EpochBatches(groups, batch_prompts=shape.prompts, epochs=1, seed=0), settings, 1.0)
+    policy = PackedPolicy(model).train()
+    optimizer = adamw(policy, betas=settings.adam_betas, weight_decay=0.0, device=model.device)
+    set_learning_rate(optimizer, settings.learning_rate)
+    tokens, work = sum(group.num_tokens for group in groups), training_flops(model, groups)
+
+    def step(budget: int) -> None:
+        for part in microbatches(groups, token_budget=budget):
+            loss, _ = task.loss(policy, part)
+            (loss / len(groups)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step(shape.token_budgets[0])  # the first step allocates what later ones reuse
+    seconds: dict[int, list[float]] = {budget: [] for budget in shape.token_budgets}
+    for _ in range(shape.repeats):
+        for budget, measured in seconds.items():
+            measured.append(_timed(partial(step, budget), model.device))
+    model.eval()
+    return {budget: Rate(statistics.median(measured), tokens, work) for budget, measured in seconds.items()}
+
+
+def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: BenchShape) -> Rate:
+    """Seconds to draw K completions of each prompt; one that ends early counts as long as it became."""
+    prompts = [
+        Record(str(group.index), "", prompt_ids=tuple(group.prompt_ids.tolist())) for group in _groups(model, shape)
+    ]
+    settings = SampleSettings(
+        num_completions=shape.num_completions,
+        max_new_tokens=shape.completion_tokens,
+        max_prompt_tokens=shape.prompt_tokens,
+    )
+    rates = []
+    for seed in range(shape.repeats):
+        sampler = GroupedSampler(model, tokenizer, settings, temperature=1.0, seed=seed)
+        drawn: list[Record] = []
+        seconds = _timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
+        groups = [group_of(record, index) for index, record in enumerate(drawn)]
+        tokens = sampler.counts["completion_tokens"]
+        rates.append(Rate(seconds, tokens, forward_flops(model, groups)))
+    rates.sort(key=lambda rate: rate.tokens_per_second)
+    return rates[len(rates) // 2]
+
+
+def bench_table(result: BenchResult) -> Table:
+    """The result for a terminal: tokens per second, and the share of the peak that necessary work reached."""
+    shape = result.shape
+    table = Table(
+        title=f"{shape.prompts} prompts × {shape.num_completions} completions, "
+        f"{shape.prompt_tokens} + {shape.completion_tokens} tokens, {torch.get_num_threads()} CPU threads",
+        caption=f"Best rate of this model's matrix products: {result.peak / 1e9:,.0f} GFLOP/s. The share counts "
+        "each prompt once, no padding, the head on completion tokens only.",
+    )
+    table.add_column("")
+    for name in ("seconds", "tokens/s", "share of peak"):
+        table.add_column(name, justify="right")
+    for budget, rate in result.training.items():
+        best = " (fastest)" if budget == result.best_budget and len(result.training) > 1 else ""
+        table.add_row(f"training, token_budget {budget}{best}", *_cells(rate, result.peak))
+    table.add_row("sampling, drawn tokens", *_cells(result.sampling, result.peak))
+    return table
+
+
+def _cells(rate: Rate, peak: float) -> Sequence[str]:
+    return f"{rate.seconds:.3g}", f"{rate.tokens_per_second:,.0f}", f"{rate.share_of(peak):.0%}"
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _groups(model: Any, shape: BenchShape) -> list[Group]:
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(vocabulary, (length,), generator=draw)
+
+    groups = []
+    for index in range(shape.prompts):
+        completions = tuple(ids(shape.completion_tokens) for _ in range(shape.num_completions))
+        rewards = torch.randn(shape.num_completions, generator=draw)
+        groups.append(Group(index, ids(shape.prompt_tokens), completions, rewards=rewards))
+    return groups

@@ -1,0 +1,116 @@
+"""Every setting of the recipe, printed with its type, default and meaning."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+
+from exalign.errors import InputError
+from exalign.run.messages import unwrap_optional
+from exalign.run.recipe import Recipe, dump_recipe
+from exalign.strict_yaml import dump_yaml
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One setting: its dotted name, type, default (`required` where there is none) and meaning."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
+    """Every setting below `model`, depth first; settings under a name of the user's own have `NAME` in theirs."""
+    for name, field in model.model_fields.items():
+        dotted = f"{prefix}{name}"
+        inner = unwrap_optional(field.annotation)
+        yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "")
+        while typing.get_origin(inner) is dict:
+            inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
+        if _is_settings(inner):
+            yield from explain(inner, f"{dotted}.")
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a person reads it: `number or none`, `one of "a", "b"`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        each = [type_name(argument) for argument in arguments]
+        return (", or " if any(" or " in name for name in each) else " or ").join(each)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin is dict:
+        return "mapping" if not _is_settings(arguments[1]) else "mapping of sections"
+    if origin in (list, tuple):
+        item = type_name(arguments[0])
+        return f"list of ({item})" if " or " in item else f"list of {item}"
+    if _is_settings(annotation):
+        return "section"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def print_settings(console: Console, below: str | None = None) -> None:
+    """Print every setting of a recipe, or those of one section (`align`, `data.sft`); sections in bold.
+
+    `InputError` where `below` is none of them.
+    """
+    settings = known = list(explain(Recipe))
+    if below is not None:
+        settings = [each for each in known if f"{each.name}.".startswith(f"{below}.")]
+        if not settings:
+            names = {name for each in known for name in _prefixes(each.name)}
+            close = difflib.get_close_matches(below, sorted(names), n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
+            raise InputError(f"{below} is no setting of a recipe; {hint}")
+    for setting in settings:
+        section = setting.type.startswith(("section", "mapping of"))
+        style = "bold cyan" if section else "cyan"
+        default = f" = {setting.default}" if setting.default not in ("", "required") else f" {setting.default}"
+        console.print(Text.assemble((setting.name, style), (f" {setting.type}{default}", "dim")), soft_wrap=True)
+        meaning = textwrap.fill(setting.meaning, console.width, initial_indent="    ", subsequent_indent="    ")
+        console.print(Text(meaning), soft_wrap=True)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def print_recipe(recipe: Recipe, console: Console) -> None:
+    """Print the resolved recipe, every default written out, as YAML that can be used again."""
+    text = dump_yaml(dump_recipe(recipe))
+    console.print(
+        Syntax(text, "yaml", background_color="default") if console.is_terminal else Text(text), soft_wrap=True
+    )
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is PydanticUndefined:
+        return ""  # a section: its own settings have their defaults
+    if isinstance(value, bool) or value is None:
+        return "none" if value is None else str(value).lower()
+    return str(value)

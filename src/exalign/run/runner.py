@@ -1,0 +1,283 @@
+"""The directory of a run: which stages stand, which are to do, and what each was made from.
+
+A stage is a folder. While it works it holds `started.json`, when it is complete `done.json`, both with the
+fingerprint of everything the stage depends on: its settings, its data's content and the stages before it. `done.json`
+lists the stage's files with their checksums.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from exalign.errors import InputError
+from exalign.processes import call, leads
+from exalign.run.made_from import MadeFrom, made_from, trained_from
+from exalign.run.recipe import Recipe, dump_recipe
+from exalign.run.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
+from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
+from exalign.strict_yaml import dump_yaml, parse_yaml
+from exalign.terminal import shown
+from exalign.training.recovery import add_recovery, recoveries
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: `work(run, folder, counts)` fills `folder`; `inputs` is what its content depends on."""
+
+    name: str
+    needs: tuple[str, ...]
+    inputs: Callable[[], Any]
+    work: Callable[[Run, Path, Counter[str]], None]
+    always: bool = False
+    """Cheap stages that are made anew each time."""
+    together: bool = False
+    """Where there are several processes all of them work; the first one prints and writes, and does the rest alone."""
+    stays: tuple[str, ...] = ()
+    """What of the folder stays when the stage is made again, as patterns: the work itself sees whether it serves."""
+
+
+TrainingStage = partial(Stage, together=True)
+
+
+@dataclass
+class Run:
+    """A recipe and the directory where it is carried out: `runs/NAME`, unless another is given.
+
+    With `redo`, stages that were made from something else are made again instead of refused; with `recover`, a training
+    that stopped goes on from its last good checkpoint with the settings as they are now (see `training.recovery`).
+    """
+
+    recipe: Recipe
+    folder: Path = None  # type: ignore[assignment]
+    console: Console = field(default_factory=Console)
+    redo: bool = False
+    recover: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder)
+        if not leads():
+            self.console = Console(quiet=True)
+
+    def path(self, *parts: str) -> Path:
+        """A place in the run's directory."""
+        return self.folder.joinpath(*parts)
+
+    def is_complete(self, stages: Sequence[Stage]) -> bool:
+        """Whether every stage stands, whatever it was made from."""
+        return all(self.path(stage.name, "done.json").exists() for stage in stages)
+
+    def carry_out(self, stages: Sequence[Stage], targets: Sequence[str] = ()) -> None:
+        """Carry out the stages that `targets` name (all by default), and whatever they need.
+
+        A target is a stage or a folder of stages (`align` means every method). Complete stages are skipped,
+        interrupted ones continue; a stage that was made from something else is an `InputError` before any work.
+        """
+        wanted = select({stage.name: stage for stage in stages}, targets)
+        with self._locked():
+            made: dict[str, MadeFrom] = {}
+            found: dict[str, dict[str, Any]] = {}
+            for stage in wanted:
+                found[stage.name] = self._found(stage)
+                needs = [made[name].fingerprint for name in stage.needs]
+                made[stage.name] = self._made_from(stage, found[stage.name], needs)
+            self._check(wanted, made, found)
+            self._describe()
+            for stage in wanted:
+                self._carry_out(stage, made[stage.name], found[stage.name])
+
+    def _made_from(self, stage: Stage, found: dict[str, Any], needs: list[str]) -> MadeFrom:
+        depends = {"stage": stage.name, "inputs": stage.inputs(), "needs": needs}
+        if not stage.together:
+            return made_from(depends)
+        return trained_from(depends, found, self.path(stage.name), recover=self.recover)
+
+    def _check(self, stages: list[Stage], made: dict[str, MadeFrom], found: dict[str, dict[str, Any]]) -> None:
+        """Refuse, before any work, a directory whose stages were made from something else."""
+        for stage in stages:
+            now, before = made[stage.name], found[stage.name]
+            if stage.always or not before or before["fingerprint"] == now.fingerprint or now.recovery or self.redo:
+                continue
+            third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
+            third += " (what was tried on the same models and data is not tried again)" if stage.stays else ""
+            raise InputError(
+                f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
+                f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
+            )
+
+    def _found(self, stage: Stage) -> dict[str, Any]:
+        """What the stage in the directory says that it was made from; nothing where there is none.
+
+        One that is damaged is an `InputError`, unless it may be made again: then that is said, and it is of nothing.
+        """
+        try:
+            for path in (self.path(stage.name, name) for name in MARKERS):
+                if path.exists():
+                    values = read_sealed(path)
+                    check_complete(stage.name, path.parent, values.get("files") or {})
+                    return {"fingerprint": None, **values}
+        except InputError as error:
+            if not (self.redo or stage.always):
+                raise
+            self.console.print(shown(f"! {error}", "yellow"), soft_wrap=True)
+            return {"fingerprint": None}
+        return {}
+
+    def _difference(self) -> str:
+        path = self.path("recipe.yaml")
+        before = (
+            flatten(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))) if path.exists() else {}
+        )
+        now = flatten(dump_recipe(self.recipe))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if not changed:
+            return "the content of its data or of a model it starts from changed"
+        shown = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3]]
+        return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
+
+    def _describe(self) -> None:
+        write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
+        write_json(self.path("environment.json"), environment())
+
+    def _carry_out(self, stage: Stage, made: MadeFrom, found: dict[str, Any]) -> None:
+        folder = self.path(stage.name)
+        if made.recovery:
+            add_recovery(folder, made.recovery)
+        elif found and (found["fingerprint"] != made.fingerprint or stage.always):
+            # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
+            remove_stage(folder, stays=stage.stays)
+            found = {}
+        if found and (folder / "done.json").exists():
+            (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
+            self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
+            return
+        self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
+        seconds_before = worked_before(folder) if found else 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)  # the lock says that no other process is at work here
+        for damaged in forget_damaged_records(folder):
+            self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
+        write_sealed(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
+        counts: Counter[str] = Counter()
+        start = time.monotonic()
+        if stage.together:
+            call(stage.name)
+        stage.work(self, folder, counts)
+        seconds = seconds_before + time.monotonic() - start
+        if stage.together and (recovered := recoveries(folder)):
+            counts["recoveries"] = len(recovered)
+        done = {**made.values, "seconds": round(seconds, 2), "counts": dict(counts)}
+        write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
+        (folder / "started.json").unlink()
+        listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+        line = Text.assemble(("✓", "green"), f" {stage.name} ", shown(f"{_duration(seconds)}{listed}", "dim"))
+        self.console.print(line, soft_wrap=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the directory; the lock is the operating system's, so it goes with the process, however that ends."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a+")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                holder = lock.read(20).strip()
+                raise InputError(
+                    f"{self.folder} is in use by another exalign process{f' (number {holder})' if holder else ''}; "
+                    "wait for it or choose --run DIR."
+                ) from None
+            with writing(self.folder):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
+            yield
+
+
+def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:
+    """The stages that the targets name, with what they need, in the pipeline's order."""
+    wanted: set[str] = set()
+
+    def add(name: str) -> None:
+        if name not in wanted:
+            wanted.add(name)
+            for needed in stages[name].needs:
+                add(needed)
+
+    for target in targets or tuple(stages):
+        named = [name for name in stages if name == target or name.startswith(f"{target}/")]
+        if not named:
+            raise InputError(f"This recipe has no stage {target!r}; it has {', '.join(stages)}.")
+        for name in named:
+            add(name)
+    return [stage for name, stage in stages.items() if name in wanted]
+
+
+def worked_before(folder: Path) -> float:
+    """Seconds that an interrupted stage worked: up to the last file it wrote."""
+    started = folder / "started.json"
+    last = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+    before = read_sealed(started).get("seconds")
+    return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
+
+
+def remove_stage(folder: Path, *, stays: Sequence[str] = ()) -> None:
+    """Delete what a stage wrote, but not what `stays` nor the stages whose folders lie below it."""
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in stays):
+            continue
+        if path.is_file():
+            path.unlink()
+        elif not any(path.rglob("done.json")) and not any(path.rglob("started.json")):
+            shutil.rmtree(path)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        key: value
+        for name, below in values.items()
+        for key, value in flatten(below, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on; no names of users, hosts or folders."""
+    import torch
+
+    packages = {}
+    for name in ("exalign", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "threads": torch.get_num_threads(),
+        "accelerators": devices,
+    }
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,286 @@
+"""Laws of a plan, what the command prints, and that every shipped recipe can be planned."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from exalign.cli import app
+from exalign.data.sources import DataSettings
+from exalign.errors import InputError
+from exalign.run.budget.assumptions import Assumptions
+from exalign.run.budget.devices import GPUS, Machine, find_device
+from exalign.run.budget.load import UNKNOWN_ROWS, rows_of
+from exalign.run.budget.stages import Budget, budget_of
+from exalign.run.budget.table import duration, print_budget, quantity
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import load_recipe
+from exalign.run.stages import plan
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
+CONTINUED = [path for path in SHIPPED if (load_recipe(path).model.source or "").startswith("runs/")]
+WHOLE = [path for path in SHIPPED if path not in CONTINUED]
+LARGE = [path for path in WHOLE if path.name != "demo.yaml" and "-cpu" not in path.stem]
+WITH_PPO = ["ppo={ppo: {}}"]
+
+
+def planned(path: Path = RECIPE, *overrides: str, gpu: str = "H100", count: int = 8, **assumed: Any) -> Budget:
+    taken = Assumptions(**assumed)
+    return budget_of(load_recipe(path, overrides), Machine(find_device(gpu, taken), count, taken))
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_planned_stage_by_stage(path: Path) -> None:
+    budget = planned(path)
+    without_model = {"tokenizer", "evaluation/prompts", "report"}
+    if budget.recipe.data.preferences is not None:
+        without_model.add("preferences")
+    if budget.recipe.score.scorer.function is not None or budget.recipe.data.rewards is not None:
+        without_model.add("scored")
+    stages = [stage.name for stage in plan(budget.recipe) if stage.name not in without_model]
+    stages = [name for name in stages if not name.startswith("evaluation/density/")]  # with their method's evaluation
+    assert [cost.stage for cost in budget.costs] == stages
+    assert all(cost.flops > 0 and cost.seconds > 0 and cost.tokens > 0 for cost in budget.costs)
+
+
+@pytest.mark.parametrize("path", CONTINUED, ids=lambda path: path.name)
+def test_a_recipe_that_goes_on_from_another_run_says_so(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="carry out the run that makes it"):
+        planned(path)
+
+
+def test_a_search_costs_its_trials_and_rounds_cost_their_samples() -> None:
+    search = "search={trials: 3, kl: 1.0, prompts: 20, samples: 2, methods: {exo-rw: {beta_pi: {low: 0.1, high: 1.0}}}}"
+    costs = {cost.stage: cost for cost in planned(RECIPE, search, "align.dpo-rw.rounds=2").costs}
+    alone = {cost.stage: cost for cost in planned(RECIPE).costs}
+    once, tried, after = alone["align/exo-rw"], costs["validation"], costs["align/exo-rw"]
+    assert costs["search/exo-rw"].flops == pytest.approx(3 * (once.flops + 4 * tried.flops))  # four policies are saved
+    assert (after.flops, after.seconds, after.tokens, after.bound) == (0, 0, 0, "search")  # the best trial's weights
+    assert after.stored == once.stored and after.replicated == once.replicated
+    assert costs["search/exo-rw"].stored == pytest.approx(once.stored + 3 * 4 * tried.stored)
+    assert tried.tokens == 2 * 20 * (12 + 2 * 28)  # drawn, scored by a function, and log π_sft of them
+    rounds = costs["align/dpo-rw"]
+    assert rounds.devices == 1 and rounds.flops > once.flops
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
+def test_what_a_recipe_says_of_its_cost_is_what_the_command_says(path: Path) -> None:
+    comment = re.sub(r"\n# ?", "\n", path.read_text(encoding="utf-8"))
+    command, hours, ppo, memory = re.search(  # type: ignore[union-attr]
+        r"(exalign plan .*)\nsays: (.*) in all, (.*) of it PPO, .*; (.*) GB on the fullest device", comment
+    ).groups()
+    words = shlex.split(command)[2:]
+    assert Path(words[0]).name == path.name
+    given = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(1, len(words), 2)}
+    gpu, count = given.pop("gpu"), int(given.pop("count"))
+    budget = planned(path, gpu=gpu, count=count, **{name: int(value) for name, value in given.items()})
+    assert duration(budget.seconds) == hours
+    assert duration(sum(cost.seconds for cost in budget.costs if cost.stage == "align/ppo")) == ppo
+    assert f"{max(cost.replicated.total for cost in budget.costs) / 1e9:.1f}" == memory
+    assert all(cost.fits(budget.machine.usable) == "yes" for cost in budget.costs)
+
+
+def test_more_devices_need_no_more_memory_and_change_no_work() -> None:
+    budgets = [planned(RECIPE, *WITH_PPO, count=count) for count in (1, 2, 3, 8, 16, 512)]
+    for fewer, more in itertools.pairwise(budgets):
+        for before, after in zip(fewer.costs, more.costs, strict=True):
+            assert (after.flops, after.tokens) == (before.flops, before.tokens)
+            if before.sharded is not None and after.sharded is not None:
+                assert after.sharded.total <= before.sharded.total
+            # A single device needs no buckets; every further one needs what the second does.
+            assert after.replicated.total - after.replicated.exchange <= before.replicated.total
+            if fewer.machine.count > 1:
+                assert after.replicated.total <= before.replicated.total
+
+
+def test_the_device_changes_no_work_and_a_faster_one_takes_no_longer() -> None:
+    slow, fast = planned(gpu="A100-80"), planned(gpu="H200")
+    assert slow.flops == fast.flops
+    for before, after in zip(slow.costs, fast.costs, strict=True):
+        assert after.seconds <= before.seconds
+        assert after.replicated == before.replicated
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sample.batch_completions=512",
+        "data.max_prompt_tokens=40",
+        "sft.token_budget=8192",
+        "data.max_completion_tokens=80",
+    ],
+)
+def test_more_at_a_time_never_needs_less(override: str) -> None:
+    for before, after in zip(planned().costs, planned(RECIPE, override).costs, strict=True):
+        assert after.replicated.total >= before.replicated.total
+
+
+def test_checkpointing_trades_memory_for_time_and_changes_no_necessary_work() -> None:
+    plain, recomputed = planned(count=1), planned(RECIPE, "align.exo-rw.gradient_checkpointing=true", count=1)
+    before, after = (
+        next(cost for cost in budget.costs if cost.stage == "align/exo-rw") for budget in (plain, recomputed)
+    )
+    assert after.flops == before.flops and after.seconds > before.seconds
+    assert after.replicated.activations < before.replicated.activations
+
+
+def test_ppo_is_on_one_device_and_holds_four_models() -> None:
+    cost = next(cost for cost in planned(RECIPE, *WITH_PPO).costs if cost.stage == "align/ppo")
+    policy, reward = (cost.parameters for cost in planned().costs if cost.stage in ("sft", "reward"))
+    assert cost.devices == 1 and cost.sharded is None
+    assert cost.trained == policy + reward  # the critic is a reward model in shape
+    assert cost.replicated.weights == 4 * 2 * (policy + reward)  # π_sft and the scorer beside them
+
+
+def test_a_batch_with_one_micro_batch_gains_nothing_from_more_devices() -> None:
+    overrides = ["sft.batch_prompts=4", "sft.token_budget=100000"]
+    one, many = (planned(RECIPE, *overrides, count=count).costs[0] for count in (1, 64))
+    assert many.seconds >= one.seconds and many.bound in ("batch", "exchange")
+
+
+def test_learning_prompts_moves_their_tokens_and_adds_work_in_the_head() -> None:
+    plain, learnt = planned(RECIPE, "sft.train_on_prompts=false"), planned(RECIPE, "sft.train_on_prompts=true")
+    assert learnt.costs[0].tokens == plain.costs[0].tokens
+    assert learnt.costs[0].flops > plain.costs[0].flops
+
+
+def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))
+    assert rows_of(DataSettings(source=str(file), skip=2, limit=5))[0] == 5
+    assert rows_of(DataSettings(source=str(file), skip=7))[0] == 2
+    assert rows_of(DataSettings(source="trl-lib/tldr", split="test"))[0] == 6_553
+    assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=24_000, limit=5_000))[0] == 1_000
+    assert rows_of(DataSettings(source="data/hh-rlhf/helpful-base/train.jsonl.gz"))[0] == 43_835
+    assert rows_of(DataSettings(source="no/such-data", limit=7))[0] == 7
+    rows, how = rows_of(DataSettings(source="no/such-data"))
+    assert rows == UNKNOWN_ROWS and "assumed" in how
+
+
+def test_devices_are_found_by_their_names_or_named_by_the_nearest() -> None:
+    assert find_device("h100", Assumptions()) is GPUS["H100"]
+    assert find_device("RTX 4090", Assumptions()) is GPUS["RTX-4090"]
+    with pytest.raises(InputError, match="did you mean A100-40"):
+        find_device("A100-4", Assumptions())
+    with pytest.raises(InputError, match=r"there are: .*H200"):
+        find_device("zzz", Assumptions())
+    with pytest.raises(InputError, match="needs --gflops"):
+        find_device("cpu", Assumptions())
+    with pytest.raises(InputError, match="--gflops is that of a cpu"):
+        find_device("H100", Assumptions(gflops=3.0))
+    cpu = find_device("cpu", Assumptions(gflops=340.0, memory=24.0, bandwidth=30.0))
+    assert (cpu.fp32, cpu.memory, cpu.bandwidth) == (340e9, 24e9, 30e9)
+
+
+def test_a_mean_above_the_longest_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--prompt-tokens 900 is above data.max_prompt_tokens = 24"):
+        planned(prompt_tokens=900)
+
+
+def test_an_unreadable_configuration_names_those_that_are_built_in(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read .* gpt2-large"):
+        planned(RECIPE, f"model.source={tmp_path}", "model.config=null")
+
+
+CHANGES: dict[str, Any] = {
+    "prompt_tokens": 20,
+    "completion_tokens": 50,
+    "prompts": 77,
+    "training_share": 0.1,
+    "bandwidth_share": 0.1,
+    "memory_share": 0.5,
+    "launch": 50.0,
+    "network": 1.0,
+}
+OF_A_CPU: dict[str, Any] = {"gflops": 100.0, "memory": 1.0, "bandwidth": 1.0}
+
+
+def test_every_assumption_acts() -> None:
+    assert {*CHANGES, *OF_A_CPU} == set(Assumptions.model_fields)
+    plain = values(planned(count=16))
+    for name, value in CHANGES.items():
+        assert values(planned(count=16, **{name: value})) != plain, name
+    of_a_cpu = {"gflops": 300.0, "memory": 24.0, "bandwidth": 20.0, "launch": 0.0}
+    plain = values(planned(gpu="cpu", **of_a_cpu))
+    for name, value in OF_A_CPU.items():
+        assert values(planned(gpu="cpu", **{**of_a_cpu, name: value})) != plain, name
+
+
+def values(budget: Budget) -> list[Any]:
+    return [budget.machine.usable, *((cost.flops, cost.seconds, cost.bound) for cost in budget.costs)]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
+def test_tables_are_whole_at_100_columns(path: Path) -> None:
+    console = Console(file=io.StringIO(), width=100, record=True)
+    print_budget(planned(path), console)
+    printed = console.export_text()
+    assert "…" not in printed
+    assert "H100 datasheet" in printed and "--training-share" in printed
+
+
+def test_the_command_prints_values_that_add_up() -> None:
+    result = CliRunner().invoke(app, ["plan", str(RECIPE), "--gpu", "A100-40", "--count", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.output)
+    assert printed["device"]["memory"] == 40e9 and printed["count"] == 2
+    for name in ("flops", "seconds", "tokens", "stored"):
+        assert printed["total"][name] == pytest.approx(sum(stage[name] for stage in printed["stages"]))
+    for stage in printed["stages"]:
+        parts = {name: size for name, size in stage["replicated"].items() if name != "total"}
+        assert stage["replicated"]["total"] == pytest.approx(sum(parts.values()))
+
+
+def test_the_command_takes_settings_and_assumptions() -> None:
+    more = ["align={}", "--prompts", "10", "--prompt-tokens", "8", "--completion-tokens", "16", "--json"]
+    result = CliRunner().invoke(app, ["plan", str(RECIPE), *more])
+    stages = {stage["stage"]: stage for stage in json.loads(result.output)["stages"]}
+    assert set(stages) == {"sft", "preferences", "reward"}
+    assert stages["sft"]["tokens"] == 4 * 10 * (8 + 16)  # four epochs
+    assert stages["preferences"]["tokens"] == 10 * (8 + 2 * 16)  # drawn; a function scores
+
+
+def test_a_share_above_one_is_one_sentence() -> None:
+    result = CliRunner().invoke(app, ["plan", str(RECIPE), "--training-share", "1.5"])
+    assert isinstance(result.exception, InputError)
+    assert "--training-share: input should be less than or equal to 1" in str(result.exception)
+
+
+def test_every_row_of_the_page_on_scale_is_what_its_command_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    page = Path("docs/scale.md").read_text(encoding="utf-8")
+    stages = {}
+    for label, command in re.findall(r"^(\w)  exalign (plan .*)$", page, re.MULTILINE):
+        result = CliRunner().invoke(app, [*shlex.split(command), "--json"])
+        stages |= {(label, stage["stage"]): stage for stage in json.loads(result.stdout)["stages"]}
+    rows = re.findall(r"^\| (\w) \| ([\w/-]+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 20
+    for label, name, printed in rows:
+        assert printed == row_of(stages[label, name]), (label, name)
+
+
+def row_of(stage: dict[str, Any]) -> str:
+    operations, spread = stage["flops"] / 1e18, stage["sharded"]
+    cells = (
+        quantity(stage["tokens"]),
+        f"{operations:,.0f}" if operations >= 100 else f"{operations:.3g}",
+        duration(stage["seconds"]),
+        stage["bound"],
+        f"{stage['replicated']['total'] / 1e9:.1f}",
+        "–" if spread is None else f"{spread['total'] / 1e9:.1f}",
+        stage["fits"],
+    )
+    return " | ".join(cells)

@@ -1,0 +1,381 @@
+"""Workers on a real local Ray cluster: the plain records, whoever is killed, and one shard in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from exalign.data.records import (
+    Header,
+    Record,
+    iter_shard,
+    num_rows,
+    read_header,
+    read_records,
+    shard_path,
+    shards_of,
+    write_records,
+)
+from exalign.errors import InputError
+from exalign.rollout.settings import VLLMSettings
+from exalign.run.cluster import ShardWork, connected, map_shards
+from exalign.run.cluster_settings import ClusterSettings
+from exalign.run.preflight import check_inputs
+from exalign.run.recipe import Recipe, make_recipe
+from exalign.run.runner import Run
+from exalign.run.stages import plan
+from exalign.run.workers import _check_logprobs, _sampling
+
+# Looked for, not imported: what closes a cluster to others is read with the first import.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install "exalign[ray]"')
+
+ONE, TWO = ClusterSettings(workers=1), ClusterSettings(workers=2)
+PROMPTS = 256 * 5 + 30
+
+
+@pytest.fixture(scope="module")
+def policy(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy with its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    torch.manual_seed(0)
+    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **size, **ends)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """Makes a recipe that samples 5 shards of prompts and 30 prompts more, and scores them by a function."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Film {i}: a"}) + "\n" for i in range(PROMPTS)))
+
+    def recipe(**changes: Any) -> Recipe:
+        values = {
+            "name": "pool",
+            "model": {"source": str(policy)},
+            "data": {"prompts": {"source": str(prompts)}, "evaluation": {"source": str(prompts)}},
+            "sample": {"num_completions": 3, "max_new_tokens": 6, "top_p": 0.9},
+            "score": {"scorer": {"function": "exalign.data.synthetic:reward"}},
+            "align": {"exo": {}},
+        }
+        values["data"]["max_prompt_tokens"] = 16
+        return make_recipe({**values, **changes})
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def plain(make: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process without a cluster."""
+    folder = tmp_path_factory.mktemp("plain")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    Run(make(), folder).carry_out(plan(make()), ["scored"])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """One cluster on this machine for the whole module, started as a stage starts its own."""
+    with connected(TWO) as ray:
+        yield ray
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """The same shards of the same records: ids exactly, log-probabilities up to the order of sums."""
+    assert [shard.name for shard in shards_of(found)] == [shard.name for shard in shards_of(expected)]
+    assert read_header(found) == read_header(expected)
+    for one, other in zip(read_records(found), read_records(expected), strict=True):
+        assert (one.id, one.prompt, one.prompt_ids) == (other.id, other.prompt, other.prompt_ids)
+        for c, d in zip(one.completions, other.completions, strict=True):
+            assert (c.text, c.token_ids, c.finish_reason, c.reward) == (d.text, d.token_ids, d.finish_reason, d.reward)
+            assert c.logprob == pytest.approx(d.logprob, abs=1e-4)
+    leftovers = [path.name for path in found.iterdir() if path.name.startswith(".")]
+    assert leftovers == []
+
+
+def test_a_cluster_that_was_started_here_is_reached_from_here_only(ray: Any) -> None:
+    import psutil
+
+    listening = [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) == {"127.0.0.1"}
+
+
+def test_the_stages_write_what_one_process_writes(
+    ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
+) -> None:
+    recipe = make(cluster={"workers": 2})
+    Run(recipe, tmp_path).carry_out(plan(recipe), ["scored"])
+    for stage in ("rollouts", "scored"):
+        assert_same(tmp_path / stage / "records", plain / stage / "records")
+        done = [json.loads((folder / stage / "done.json").read_text()) for folder in (tmp_path, plain)]
+        assert done[0]["fingerprint"] == done[1]["fingerprint"]
+        assert done[0]["counts"] == done[1]["counts"]
+    assert not (tmp_path / "rollouts" / "prompts").exists()
+
+
+def rollout_prompts(plain: Path, folder: Path) -> Path:
+    """The prompts of the plain run as shards, as the stage writes them for its workers."""
+    records = [Record(record.id, record.prompt) for record in read_records(plain / "rollouts" / "records")]
+    write_records(folder, records, Header())
+    return folder
+
+
+def sampling(recipe: Recipe, plain: Path) -> ShardWork:
+    return _sampling(recipe, plain, recipe.sample, "rollouts")
+
+
+def suicidal(begin: Callable[[], ShardWork], marks: Path, times: int) -> ShardWork:
+    """The same work, whose process is killed in the middle of the third shard, `times` times; every shard is noted."""
+    work = begin()
+
+    def killed(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+        if records[0].id.endswith(f":{2 * 256 + 1}") and len(list(marks.glob("kill-*"))) < times:
+            (marks / f"kill-{time.time_ns()}").touch()
+            work(records[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+        (marks / f"done-{records[0].id}-{os.getpid()}-{time.time_ns()}").touch()
+        return work(records)
+
+    return killed
+
+
+def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(
+    ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
+) -> None:
+    source, target, marks = rollout_prompts(plain, tmp_path / "prompts"), tmp_path / "records", tmp_path / "marks"
+    marks.mkdir()
+    map_shards(source, target, partial(suicidal, partial(sampling, make(), plain), marks, 1), TWO)
+    assert len(list(marks.glob("kill-*"))) == 1
+    assert Counter(path.name.split("-")[1] for path in marks.glob("done-*")) == Counter(
+        next(iter_shard(shard)).id for shard in shards_of(source)
+    )
+    shutil.copy(plain / "rollouts" / "records" / "header.json", target)
+    assert_same(target, plain / "rollouts" / "records")
+
+
+@pytest.mark.large
+def test_a_shard_whose_workers_die_is_given_up_after_the_tries(ray: Any, plain: Path, tmp_path: Path) -> None:
+    source, target, marks = rollout_prompts(plain, tmp_path / "prompts"), tmp_path / "records", tmp_path / "marks"
+    marks.mkdir()
+    with pytest.raises(InputError, match=r"part-000002.parquet was begun 2 times, and its worker died"):
+        map_shards(source, target, partial(suicidal, _echo, marks, 100), ClusterSettings(workers=1, tries=2))
+    assert len(list(marks.glob("kill-*"))) == 2
+    assert {num_rows(shard) for shard in shards_of(target)} <= {256, 30}
+
+
+def test_a_damaged_shard_is_made_again_and_a_whole_one_is_not(ray: Any, plain: Path, tmp_path: Path) -> None:
+    source, target, seen = rollout_prompts(plain, tmp_path / "prompts"), tmp_path / "records", tmp_path / "seen"
+    seen.mkdir()
+    map_shards(source, target, partial(_threads, seen), ONE)
+    before = {shard: shard.stat().st_mtime_ns for shard in shards_of(target)}
+    damaged = shard_path(target, 1)
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    map_shards(source, target, partial(_threads, seen), ClusterSettings(workers=1, cpus_per_worker=2))
+    after = {shard: shard.stat().st_mtime_ns for shard in shards_of(target)}
+    assert [shard for shard in before if after[shard] != before[shard]] == [damaged]
+    assert [num_rows(shard) for shard in shards_of(target)] == [256] * 5 + [30]
+    # And each worker had its threads, and the working directory of this process.
+    assert sorted(path.read_text() for path in seen.iterdir()) == [f"1 {Path.cwd()}", f"2 {Path.cwd()}"]
+    map_shards(source, target, _refusing, ONE)  # where all shards stand, no worker is started
+
+
+def _threads(seen: Path) -> ShardWork:
+    (seen / str(os.getpid())).write_text(f"{torch.get_num_threads()} {Path.cwd()}")
+    return _echo()
+
+
+def _echo() -> ShardWork:
+    return lambda records: (list(records), Counter())
+
+
+def _refusing() -> ShardWork:
+    raise InputError("The model of this worker cannot be read.")
+
+
+def test_a_problem_in_a_worker_is_one_sentence_here(ray: Any, plain: Path, tmp_path: Path) -> None:
+    source = rollout_prompts(plain, tmp_path / "prompts")
+    with pytest.raises(InputError, match=r"^The model of this worker cannot be read\.$"):
+        map_shards(source, tmp_path / "records", _refusing, ONE)
+
+
+def test_a_pool_that_has_no_place_is_refused(ray: Any, plain: Path, tmp_path: Path) -> None:
+    source = rollout_prompts(plain, tmp_path / "prompts")
+    for settings, said in (
+        (ClusterSettings(workers=3), r"cluster.workers = 3 needs 3 CPUs, but the cluster has 2"),
+        (ClusterSettings(workers=1, cpus_per_worker=3), r"cluster.workers = 1 needs 3 CPUs"),
+        (ClusterSettings(workers=1, gpus_per_worker=2), r"needs 2 GPUs, but the cluster has 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            map_shards(source, tmp_path / "records", _echo, settings)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_what_is_not_installed_is_told_before_any_work(make: Callable[..., Recipe]) -> None:
+    with pytest.raises(InputError, match=r'pip install "exalign\[vllm\]"'):
+        check_inputs(make(cluster={"vllm": {}}))
+
+
+def test_vllm_makes_the_samples_again_and_the_number_of_workers_does_not(make: Callable[..., Recipe]) -> None:
+    def inputs(**cluster: Any) -> Any:
+        return next(stage for stage in plan(make(cluster=cluster or None)) if stage.name == "rollouts").inputs()
+
+    assert inputs() == inputs(workers=8, cpus_per_worker=2, tries=1) != inputs(vllm={})
+    assert inputs(vllm={}) == inputs(vllm={"memory_share": 0.5, "logprob_limit": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("top_p", "temperature", "differ"), [(None, 1.0, False), (0.8, 1.0, False), (None, 3.0, True), (None, 0.3, True)]
+)
+def test_logprobs_of_another_temperature_are_told(
+    top_p: float | None, temperature: float, differ: bool, make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """The comparison that vLLM's samples pass, on samples of τ = 1 in runs of that τ and of others."""
+    settings = make().sample.model_copy(update={"top_p": top_p})
+    records, _ = _sampling(make(), tmp_path, settings, "rollouts")([Record(str(i), f"Film {i}: a") for i in range(9)])
+    write_records(tmp_path / "records", records, Header())
+    printed, counts = io.StringIO(), Counter[str]()
+    run = Run(make(temperature=temperature), tmp_path, Console(file=printed, width=500))
+    _check_logprobs(run, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e-4), counts)
+    assert counts["logprobs_checked"] == 8 * 3
+    assert (counts["logprobs_that_differ"] > 0) == differ
+    assert ("differ from the training path" in printed.getvalue()) == differ
+    lenient = Counter[str]()
+    _check_logprobs(run, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e3), lenient)
+    assert lenient["logprobs_that_differ"] == 0
+
+
+def command(recipe: Recipe, folder: Path, home: Path) -> list[str]:
+    path = home / "recipe.yaml"
+    path.write_text(recipe.model_dump_json(exclude_none=True))  # JSON is YAML
+    return [sys.executable, "-m", "exalign", "sample", str(path), "--run", str(folder)]
+
+
+@pytest.mark.large
+def test_a_run_killed_in_the_middle_continues_with_the_missing_shards(
+    ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
+) -> None:
+    """The whole program, with a cluster of its own, killed by SIGKILL; continued by workers that are here already."""
+    slow = make().sample.model_copy(update={"batch_completions": 1}).model_dump()
+    recipe, folder = make(cluster={"workers": 2}, sample=slow), tmp_path / "run"
+    records = folder / "rollouts" / "records"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command(recipe, folder, tmp_path), env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(records.glob("part-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    before = {shard: shard.stat().st_mtime_ns for shard in shards_of(records)}
+    assert 0 < len(before) < 6 and not (records / "header.json").exists()
+    fewer = make(cluster={"workers": 1}, sample=slow)  # which is the same run all the same
+    Run(fewer, folder).carry_out(plan(fewer), ["rollouts"])
+    assert {shard: shard.stat().st_mtime_ns for shard in before} == before
+    expected = [[c.token_ids for c in record.completions] for record in read_records(plain / "rollouts" / "records")]
+    assert [[c.token_ids for c in record.completions] for record in read_records(records)] == expected
+    assert read_header(records).counts == read_header(plain / "rollouts" / "records").counts
+
+
+@pytest.mark.large
+def test_a_running_cluster_is_joined_by_its_address_with_its_token_and_by_nobody_without(
+    ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
+) -> None:
+    from exalign.run.cluster import _closing
+
+    address = ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    environment = {**os.environ, **_closing(), "PYTHONPATH": os.pathsep.join(sys.path)}
+    without = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+    recipe = make(cluster={"workers": 1, "address": address})
+    refused = command(recipe, tmp_path / "refused", tmp_path)
+    with subprocess.Popen(refused, env=without, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        joined = command(recipe, tmp_path / "run", tmp_path)
+        subprocess.run(joined, env=environment, check=True, capture_output=True)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"{address} is no Ray cluster to join" in " ".join(said.split())
+    assert_same(tmp_path / "run" / "rollouts" / "records", plain / "rollouts" / "records")
+
+
+def peak(pid: int | str) -> int:
+    """The most resident memory that a process has had, in MiB."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) >> 10
+    return 0
+
+
+def peaks(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """The peaks of this process and of the largest worker while the stage `rollouts` is carried out, in MiB."""
+    import psutil
+
+    found, finished = [0], threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.05):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.name().startswith("ray::MapWorker"):
+                        found.append(peak(process.pid))
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    Run(recipe, folder).carry_out(plan(recipe), ["rollouts"])
+    finished.set()
+    watcher.join()
+    return peak("self"), max(found)
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peaks of memory")
+def test_memory_does_not_grow_with_the_file_of_prompts(ray: Any, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    """3 MB of prompts and 30 MB: what held the file would need at least 27 MB more."""
+    found = []
+    for number in (300, 3000):
+        path = tmp_path / f"{number}.jsonl"
+        with path.open("w") as stream:
+            for i in range(number):
+                stream.write(json.dumps({"prompt": f"{i} " + "a film " * 1430}) + "\n")
+        source = {"source": str(path)}
+        recipe = make(
+            cluster={"workers": 1},
+            data={"prompts": source, "evaluation": source, "max_prompt_tokens": 8},
+            sample={"num_completions": 1, "max_new_tokens": 1},
+        )
+        found.append(peaks(recipe, tmp_path / str(number)))
+        assert (
+            sum(num_rows(shard) or 0 for shard in shards_of(tmp_path / str(number) / "rollouts" / "records")) == number
+        )
+    (small_here, small_worker), (large_here, large_worker) = found
+    assert min(small_here, small_worker) > 100
+    assert large_here - small_here < 20 and large_worker - small_worker < 20, found

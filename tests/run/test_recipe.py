@@ -1,0 +1,148 @@
+"""A recipe is complete and strict: each mistake is one sentence that names the setting and the nearest right one."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exalign.errors import InputError
+from exalign.run.demo import RECIPE
+from exalign.run.explain import explain
+from exalign.run.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_yaml
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def problem(*overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(RECIPE, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid_and_survives_being_written_out_in_full(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert make_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_a_misspelt_setting_names_the_nearest() -> None:
+    assert "align.exo-rw.beta_p is not a setting; did you mean beta_pi?" in problem("align.exo-rw.beta_p=0.1")
+    assert "did you mean temperature?" in problem("temprature=1.0")
+    assert "did you mean num_completions?" in problem("sample.num_completion=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("temperature=hot", "temperature"),
+        ("temperature=0", "temperature"),
+        ("seed=1.5", "seed"),
+        ("sft.epochs='3'", "sft.epochs"),
+        ("align.exo-rw.beta_pi=-1", "align.exo-rw.beta_pi"),
+        ("align.exo-pref.epsilon=1.0", "align.exo-pref.epsilon"),
+        ("align.exo-rw.divergence=kl", "align.exo-rw.divergence"),
+        ("sft.learning_rate=.nan", "sft.learning_rate"),
+        ("name=a/b", "name"),
+    ],
+)
+def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
+    assert f"{named}:" in problem(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["score.scorer={stage: oracle}"],
+            "score.scorer names the stage 'oracle', but the recipe has no oracle section",
+        ),
+        (["preferences.scorer={stage: reward}"], "cannot be this run's reward model"),
+        (["data.prompts=null"], "data.prompts is missing"),
+        (["data.labelled={source: x.jsonl}"], "data.labelled has no effect without an oracle"),
+        (["data.evaluation=null"], "data.evaluation is missing"),
+        (["preferences=null"], "needs preferences"),
+        (["sft=null"], "needs the sft section"),
+        (["tokenizer.vocab_size=400"], "give source or vocab_size, not both"),
+        (["score.scorer={stage: reward, function: a:b}"], "give exactly one of"),
+        (["data.preferences={source: p.jsonl}"], "preferences has no effect beside data.preferences"),
+        (["align.exo-pref.beta_r=0.7"], "beta_r"),
+        (["align.exo-rw.epsilon=0.2"], "epsilon"),
+        (["align.exo-rw.alpha=0.3"], "align.exo-rw.alpha has no effect on the divergence reverse_kl"),
+        (["align.exo-pref.rounds=2"], "align.exo-pref.rounds needs target: reward"),
+        (["align={a: {rounds: 2}}", "data.prompts=null"], "data.prompts is missing"),
+        (["align.sft={}"], "is not 'sft'"),
+        (["align.pool={}"], "'pool' or 'density'"),
+        (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
+        (["ppo={sft: {}}"], "ppo: a method's name"),
+        (["ppo={exo-rw: {}}"], "ppo.exo-rw has the name of a method in align"),
+        (["ppo={ppo: {}}", "sample.top_p=0.9"], "remove sample.top_p and sample.top_k"),
+        (["ppo={ppo: {}}", "align={}", "score.scorer={stage: oracle}"], "score.scorer names the stage 'oracle'"),
+        (["ppo={ppo: {}}", "align={}", "data.evaluation=null"], "data.evaluation is missing"),
+        (["cluster={workers: 0}"], "cluster.workers:"),
+        (["cluster={}", "align={}", "preferences=null", "reward=null"], "cluster has no effect"),
+        (["cluster={vllm: {}, gpus_per_worker: 0}"], "cluster.vllm needs a GPU"),
+        (["ppo={ppo: {lamb: 0.9}}"], "ppo.ppo.lamb is not a setting; did you mean lam?"),
+        (["ppo={ppo: {gamma: 1.5}}"], "ppo.ppo.gamma:"),
+        (["ppo={ppo: {kl_rate: 0.2}}"], "ppo.ppo.kl_rate has no effect without ppo.ppo.target_kl"),
+        (["ppo={ppo: {target_kl: 1.0, kl_rate: 5.0}}"], "ppo.ppo.kl_rate:"),
+        (["ppo={ppo: {target_kl: 1.0, beta: 0.0}}"], "ppo.ppo.beta = 0 can never change"),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(overrides: list[str], sentence: str) -> None:
+    assert sentence in problem(*overrides)
+
+
+def test_a_missing_file_names_the_recipes_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "imdb.yaml").write_text("name: x")
+    with pytest.raises(InputError, match=r"does not exist; there are .*imdb\.yaml"):
+        load_recipe(tmp_path / "imbd.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: 1\na: 2", "- 1", "a: !!python/object:os.system {}", "\t", "", "a: &x [*x]"]
+)
+def test_yaml_that_is_no_recipe_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(tmp_path / "bad.yaml")
+    assert "bad.yaml" in str(caught.value)
+
+
+@given(st.text(alphabet="ab:[]{}&*!-#'\"\n |>,.1e\x00", max_size=40))
+def test_no_text_gets_anything_but_a_value_or_one_sentence(text: str) -> None:
+    try:
+        values = parse_yaml(text, "recipe")
+        make_recipe(values if isinstance(values, dict) else {})
+    except InputError:
+        pass
+
+
+@given(st.floats(1e-12, 1e12))
+def test_numbers_are_read_as_people_write_them(value: float) -> None:
+    for text in (repr(value), f"{value:e}", f"{value:.3E}"):
+        assert parse_yaml(f"x: {text}", "recipe")["x"] == float(text)
+
+
+def test_neighbouring_methods_differ_in_one_line() -> None:
+    """EXO and DPO, from preferences or rewards: each is its neighbour with one setting changed."""
+    base = {"divergence": "reverse_kl", "target": "reward"}
+    for divergence, target in itertools.product(("reverse_kl", "forward_kl"), ("reward", "preference")):
+        overrides = [f"align={{one: {{divergence: {divergence}, target: {target}}}}}"]
+        made = load_recipe(RECIPE, overrides).align["one"].model_dump()
+        neighbour = load_recipe(RECIPE, [f"align={{one: {base}}}"]).align["one"].model_dump()
+        different = {key for key in made if made[key] != neighbour[key]}
+        assert different == {key for key, value in base.items() if value not in (divergence, target)}
+
+
+def test_every_setting_is_explained() -> None:
+    settings = list(explain(Recipe))
+    assert len({setting.name for setting in settings}) == len(settings)
+    assert [setting.name for setting in settings if not setting.meaning] == []
+    names = {setting.name for setting in settings}
+    assert {"temperature", "align.NAME.beta_pi", "data.sft.source", "model.lora.rank"} <= names
+    assert "search.methods.NAME.NAME.log" in names

@@ -1,0 +1,215 @@
+"""A run is a directory: complete stages are skipped, interrupted ones continue, foreign ones are refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from exalign.data.batching import group_of
+from exalign.data.records import read_header, read_records
+from exalign.errors import InputError
+from exalign.models.loading import load_policy, load_tokenizer
+from exalign.models.logprobs import plain_completion_logprobs
+from exalign.models.settings import ModelSettings
+from exalign.run.carry_out import run_recipe
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import Recipe, ScorerSettings, load_recipe
+from exalign.run.runner import Run
+from exalign.run.sources import load_scorer
+from exalign.run.stages import plan
+from exalign.storage import fingerprint_path, read_json
+from judging.judged_run import judge_run, longer
+from run.conftest import tiny_overrides
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def carry_out(recipe: Recipe, folder: Path, *targets: str, redo: bool = False) -> str:
+    printed = io.StringIO()
+    Run(recipe, folder, Console(file=printed, width=200), redo).carry_out(plan(recipe), targets)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    recipe = load_recipe(RECIPE, tiny_overrides(world))
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_recipe(recipe, folder=folder)
+    return recipe, folder
+
+
+def test_a_whole_run_leaves_what_the_documentation_promises(finished: tuple[Recipe, Path]) -> None:
+    _, folder = finished
+    for name in ("recipe.yaml", "environment.json", "report/index.html", "evaluation/evidence.json"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("sft", "reward", "align/exo-rw", "align/dpo-pref"):
+        assert (folder / name / "model" / "model.safetensors").exists()
+        assert (folder / name / "metrics.jsonl").exists()
+    rollouts = read_records(folder / "scored" / "records")
+    assert [len(record.completions) for record in rollouts] == [3] * 24
+    assert all(record.rewards is not None for record in rollouts)
+    assert read_header(folder / "rollouts" / "records").temperature == 1.0
+    samples = read_records(folder / "evaluation" / "exo-rw" / "step-000003" / "samples")
+    assert all(c.reference_logprob is not None and c.logprob is not None for r in samples for c in r.completions)
+
+
+def test_before_the_first_step_every_log_ratio_is_zero(finished: tuple[Recipe, Path]) -> None:
+    import json
+
+    _, folder = finished
+    first = json.loads((folder / "align" / "exo-rw" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) < 1e-5
+    assert first["log_ratio_spread"] < 1e-5
+
+
+def test_a_reward_model_reads_in_another_run_what_it_read_in_its_own(world: Path, tmp_path: Path) -> None:
+    """It was trained on prompts cut to four tokens; the other run's longer limit is not its."""
+    own = load_recipe(RECIPE, tiny_overrides(world, "data.max_prompt_tokens=4"))
+    run_recipe(own, "scored", folder=tmp_path)
+    records = read_records(tmp_path / "scored" / "records")
+    cut = read_header(tmp_path / "rollouts" / "records").counts["prompts_cut"]
+    assert cut > 0
+    scored = {"header": read_header(tmp_path / "scored" / "records").counts}
+    scored["stage"] = read_json(tmp_path / "scored" / "done.json")["counts"]
+    assert [counts["prompts_cut_in_scoring"] for counts in scored.values()] == [cut, cut]
+    assert scored["header"]["prompts_cut"] == cut
+    other = own.model_copy(update={"data": own.data.model_copy(update={"max_prompt_tokens": 24})})
+    scorer = load_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")), Run(other, tmp_path))
+    assert scorer.score(records) == [pytest.approx(record.rewards, abs=1e-6) for record in records]
+
+
+def test_running_again_skips_everything_but_the_report(finished: tuple[Recipe, Path]) -> None:
+    recipe, folder = finished
+    before = fingerprint_path(folder / "align")
+    printed = carry_out(recipe, folder)
+    assert printed.count("skipped") == len(plan(recipe)) - 1
+    assert fingerprint_path(folder / "align") == before
+
+
+def test_the_report_shows_what_was_judged_since(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    carry_out(recipe, copy, "report")
+    assert "judged-by-model" not in (copy / "report" / "index.html").read_text()
+    judge_run(copy, "machine", longer, prompts=3)
+    carry_out(recipe, copy, "report")
+    assert 'id="judged-by-model"' in (copy / "report" / "index.html").read_text()
+
+
+def test_a_directory_of_another_recipe_is_refused_and_named(finished: tuple[Recipe, Path], tiny: MakeRecipe) -> None:
+    _, folder = finished
+    with pytest.raises(InputError, match=r"align.exo-rw.beta_pi was 0.5, is 0.25.*--redo"):
+        carry_out(tiny("align.exo-rw.beta_pi=0.25"), folder)
+
+
+def test_redo_makes_again_what_differs_and_nothing_else(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    printed = carry_out(tiny("align.exo-rw.beta_pi=0.25"), copy, "align", redo=True)
+    again = [line.split()[1] for line in printed.splitlines() if line.startswith("▸")]
+    assert again == ["align/exo-rw"]
+    assert (copy / "evaluation" / "sft" / "done.json").exists()
+
+
+def test_changed_data_is_noticed(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    data.write_text((world / "sft.jsonl").read_text())
+    recipe = tiny(f"data.sft.source={data}")
+    carry_out(recipe, tmp_path / "run", "sft")
+    data.write_text("\n".join(data.read_text().splitlines()[:-1]))
+    with pytest.raises(InputError, match="content of its data"):
+        carry_out(recipe, tmp_path / "run", "sft")
+
+
+def test_the_order_of_methods_and_what_else_a_recipe_aligns_change_no_method(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    _, folder = finished
+    alone = tiny()
+    alone = alone.model_copy(update={"align": {"exo-rw": alone.align["exo-rw"]}})
+    run_recipe(alone, "align", folder=tmp_path / "alone")
+    assert fingerprint_path(tmp_path / "alone/align/exo-rw/model/model.safetensors") == fingerprint_path(
+        folder / "align/exo-rw/model/model.safetensors"
+    )
+
+
+def test_a_second_process_is_told_and_leaves(tiny: MakeRecipe, tmp_path: Path) -> None:
+    run = Run(tiny(), tmp_path / "run")
+    with run._locked(), pytest.raises(InputError, match="in use by another exalign process"):
+        carry_out(tiny(), tmp_path / "run", "sft")
+
+
+def test_an_unknown_stage_lists_those_there_are(tiny: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no stage 'oracle'; it has sft, preferences"):
+        carry_out(tiny(), tmp_path / "run", "oracle")
+
+
+def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    stage = copy / "evaluation" / "density" / "exo-rw"
+    (stage / "done.json").rename(stage / "started.json")
+    outer = stage / ".samples.1.tmp"
+    outer.mkdir()
+    (outer / ".part-000000.parquet.1.tmp").touch()
+    assert "evaluation/density/exo-rw (continues)" in carry_out(recipe, copy, "evaluation/density")
+    assert not list(copy.rglob("*.tmp"))
+    assert (stage / "done.json").exists()
+
+
+def test_density_stages_have_the_final_policys_numbers_on_the_pool(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe
+) -> None:
+    recipe, folder = finished
+    pool = read_records(folder / "evaluation" / "pool")
+    tokenizer = load_tokenizer(str(folder / "sft" / "model"))
+    for method in recipe.methods:
+        records = read_records(folder / "evaluation" / "density" / method / "samples")
+        assert [record.id for record in records] == [record.id for record in pool]  # 4 prompts have a pool
+        policy = load_policy(ModelSettings(source=str(folder / "align" / method / "model")), tokenizer).eval()
+        groups = [group_of(record, 0) for record in records]
+        with torch.no_grad():
+            plain = plain_completion_logprobs(policy, groups, temperature=recipe.temperature)
+        found = [[c.logprob for c in record.completions] for record in records]
+        torch.testing.assert_close(torch.tensor(found), plain, rtol=1e-5, atol=1e-4)
+        # What the sampler said when it drew them from the supervised policy.
+        for record, drawn in zip(records, pool, strict=True):
+            for completion, before in zip(record.completions, drawn.completions, strict=True):
+                assert completion.reference_logprob == pytest.approx(before.logprob, abs=1e-4)
+                assert completion.reward == before.reward
+    density = read_json(folder / "evaluation" / "evidence.json")["density"]
+    assert (len(density["prompts"]), density["beta_of"], density["beta"]) == (4, "exo-rw", 0.5 * 0.1)
+
+
+def test_density_prompts_says_for_how_many_and_0_for_none(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    assert not [stage for stage in plan(tiny("evaluate.density_prompts=0")) if "density" in stage.name]
+    assert not [stage for stage in plan(tiny("evaluate.pool_prompts=0")) if "density" in stage.name]
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    recipe = tiny("evaluate.density_prompts=2")
+    printed = carry_out(recipe, copy, "evaluation/density", redo=True)
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("▸")] == [
+        f"evaluation/density/{method}" for method in recipe.methods
+    ]
+    assert len(read_records(copy / "evaluation" / "density" / "exo-rw" / "samples")) == 2
+
+
+def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:
+    _, folder = finished
+    counts = read_json(folder / "rollouts" / "done.json")["counts"]
+    assert counts["completions"] == 72
+    assert counts["prompts"] == 24
