@@ -28,7 +28,7 @@ from benchmarks.workload import (
     prepare_process,
 )
 from exalign.data.batching import Group
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs

@@ -10,15 +10,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["exalign.data", "exalign.storage"]):
-    from exalign.data.records import (
-        Completion,
-        Header,
-        Record,
-        RecordWriter,
-        read_header,
-        read_records,
-        write_records,
-    )
+    from exalign.data.record import Completion, Record
+    from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
 
 from fuzz.contract import fuzz
 from fuzz.grafting import choices, grafted

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exalign.data.formats import read_source, record_of
-from exalign.data.records import Completion, Header, Record, write_records
+from exalign.data.record import Completion, Record
 from exalign.data.sources import DataSettings, SourceRow
+from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 
 USER = {"role": "user", "content": "Hi"}

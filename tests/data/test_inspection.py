@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from exalign.data.inspection import escape_controls, inspect_records, inspect_source, render_inspection
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.sources import DataSettings
 from exalign.data.tokenization import TokenLimits, tokenize_record
 

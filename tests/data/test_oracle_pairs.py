@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.oracle_pairs import pairs_from_rewards
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record, pairs_from_rewards
 from exalign.errors import InputError
 
 

@@ -14,16 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exalign.data.records import (
-    Completion,
-    Header,
-    Record,
-    RecordWriter,
-    iter_records,
-    read_header,
-    read_records,
-    write_records,
-)
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, RecordWriter, iter_records, read_header, read_records, write_records
 from exalign.errors import InputError
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
@@ -132,7 +124,8 @@ def test_a_folder_without_records_or_with_another_version_is_refused(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from exalign.data.records import Completion, Record, RecordWriter
+from exalign.data.record import Completion, Record
+from exalign.data.store import RecordWriter
 writer = RecordWriter(Path(sys.argv[1]), shard_size=4)
 for i in range(10**9):
     writer.write(Record(str(i), "prompt", (Completion("text"),)))
@@ -158,7 +151,8 @@ def test_a_killed_writer_leaves_its_finished_shards_readable(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from exalign.data.records import Completion, Record, RecordWriter
+from exalign.data.record import Completion, Record
+from exalign.data.store import RecordWriter
 from exalign.errors import InputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer
 
 from exalign.data.formats import read_source
 from exalign.data.sources import DataSettings
-from exalign.data.synthetic import make_completion, make_prompts, remark_reward, reward, write_world
-from exalign.data.synthetic_reward import read_remark
+from exalign.data.synthetic import make_completion, make_prompts, read_remark, remark_reward, reward, write_world
 from exalign.data.vocabulary import build_tokenizer
 
 PROMPT = "This comedy about a shy baker"

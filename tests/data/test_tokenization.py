@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.tokenization import split_text, tokenize_record, tokenize_records
 from exalign.errors import InputError
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from exalign.data.records import Completion, Header, Prompt, Record, write_records
+from exalign.data.record import Completion, Prompt, Record
+from exalign.data.store import Header, write_records
 
 SENTENCE = "the film was a quiet surprise with warm acting and its slow story asks for more patience than most have"
 WORDS = SENTENCE.split()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import gaussian_kde
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.evaluation.density_ratio import (
     GRID_POINTS,

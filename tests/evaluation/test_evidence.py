@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.records import Header, read_records, write_records
+from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Evidence, Interval, read_evidence, write_evidence

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
 from exalign.evaluation.frontier import frontier_point, reach, reward_at_kl, select_within

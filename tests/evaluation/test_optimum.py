@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.evaluation.best_of_n import best_of_n, best_of_n_shares, expected_best
 from exalign.evaluation.optimum import LEAST_ESS, gap_to_optimum, optimum, pool_frontier
 from exalign.evaluation.tables import tabulate

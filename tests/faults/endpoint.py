@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from exalign.data.records import Completion, Header, Record, write_records
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, write_records
 from faults.starts import Ended, Starter
 
 PROMPTS = 24

@@ -17,7 +17,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.judging.agreement import (
     agreement,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.records import Completion, Header, read_records, write_records
+from exalign.data.record import Completion
+from exalign.data.store import Header, read_records, write_records
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Interval, Judgements, Tally, read_evidence
 from exalign.judging.agreement import agreement, agreement_between

@@ -15,7 +15,7 @@ import pytest
 
 from evaluation.synthetic_run import World, write_run
 from exalign.cli import main
-from exalign.data.records import read_records
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.schema import Evidence, MethodEvidence

@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from exalign.data.records import (
+from exalign.data.record import Record
+from exalign.data.store import (
     Header,
-    Record,
     iter_shard,
     num_rows,
     read_header,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exalign.data.records import Completion, Record, read_records
+from exalign.data.record import Completion, Record
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.methods.matching import distance_of
 from exalign.run.carry_out import run_recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from exalign.data.records import read_records
+from exalign.data.store import read_records
 from exalign.run.carry_out import run_recipe
 from exalign.run.recipe import Recipe
 from exalign.run.stages import plan

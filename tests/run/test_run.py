@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from exalign.data.batching import group_of
-from exalign.data.records import read_header, read_records
+from exalign.data.store import read_header, read_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs

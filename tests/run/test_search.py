@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from exalign.data.records import read_records
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.run.carry_out import run_recipe
 from exalign.run.preflight import check_inputs

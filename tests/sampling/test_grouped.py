@@ -14,7 +14,7 @@ from scipy import stats
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from exalign.data.batching import Group
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.rollout.draw import prompt_uniforms

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.rollout.classifier_scorer import ClassifierScorer, log_odds
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.loading import load_reward_model, save_model

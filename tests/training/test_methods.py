@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
 from exalign.data.formats import read_source
-from exalign.data.oracle_pairs import pairs_from_rewards
-from exalign.data.records import Record
+from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.sources import DataSettings
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records

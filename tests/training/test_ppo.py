@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.ppo import PPO, rollout_plan, train_ppo
 from exalign.models.settings import LoraSettings, ModelSettings

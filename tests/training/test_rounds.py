@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from exalign.data.batching import group_of
-from exalign.data.records import read_records
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.methods.matching import train_align, with_reference_logp
 from exalign.methods.rounds import train_rounds

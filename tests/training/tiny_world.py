@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from exalign.data.batching import Group
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.methods.matching import train_align, with_reference_logp
 from exalign.methods.ppo import Surroundings, train_ppo
 from exalign.methods.rounds import train_rounds

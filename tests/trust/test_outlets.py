@@ -27,7 +27,7 @@ from rich.console import Console
 
 from exalign.cli import main
 from exalign.data.inspection import inspect_records, render_inspection
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.tokenization import TokenLimits
 from exalign.evaluation.schema import (
     Answer,

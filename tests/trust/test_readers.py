@@ -22,17 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exalign.data.formats import read_source
-from exalign.data.records import (
-    FORMAT_VERSION,
-    Completion,
-    Header,
-    Record,
-    RecordWriter,
-    read_header,
-    read_records,
-    write_records,
-)
+from exalign.data.record import Completion, Record
 from exalign.data.sources import DataSettings
+from exalign.data.store import FORMAT_VERSION, Header, RecordWriter, read_header, read_records, write_records
 from exalign.data.tables import MAX_ROW
 from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
 from exalign.judging.llm.endpoint import seconds_to_wait

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 
 
 @dataclass(frozen=True, slots=True, eq=False)

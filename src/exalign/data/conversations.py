@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from exalign.data.records import Prompt
+from exalign.data.record import Prompt
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn markers of Anthropic's dialogues."""

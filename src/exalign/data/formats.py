@@ -35,8 +35,9 @@ from exalign.data.conversations import (
     shared_messages,
     shared_prompt,
 )
-from exalign.data.records import Completion, Prompt, Record, iter_records
+from exalign.data.record import Completion, Prompt, Record
 from exalign.data.sources import DataSettings, SourceRow, local_path, read_rows
+from exalign.data.store import iter_records
 from exalign.data.tokenization import split_text
 from exalign.errors import InputError
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.formats import read_source
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.data.sources import DataSettings
 from exalign.data.tokenization import (
     TokenLimits,

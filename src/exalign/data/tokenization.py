@@ -18,7 +18,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.settings import Settings
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.evaluation.density_schema import DensityCurve, DensityRatios, PromptDensity
 from exalign.evaluation.examples import render_prompt

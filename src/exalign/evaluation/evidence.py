@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exalign.data.records import Record, read_header
+from exalign.data.record import Record
+from exalign.data.store import read_header
 from exalign.errors import InputError
 from exalign.evaluation import run_folder
 from exalign.evaluation.best_of_n import best_of_n

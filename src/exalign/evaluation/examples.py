@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from exalign.data.records import Completion, Prompt, Record
+from exalign.data.record import Completion, Prompt, Record
 from exalign.evaluation.schema import Answer, Example
 from exalign.evaluation.tables import log_ratio
 

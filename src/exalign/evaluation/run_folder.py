@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exalign.checksums import check_file, checksum
-from exalign.data.records import Record, iter_records, read_header
+from exalign.data.record import Record
+from exalign.data.store import iter_records, read_header
 from exalign.errors import InputError
 from exalign.evaluation.schema import Curve, Stage
 from exalign.storage import read_json, read_sealed

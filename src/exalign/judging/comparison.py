@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from exalign.data.records import Prompt
+from exalign.data.record import Prompt
 from exalign.errors import InputError
 from exalign.storage import atomic_path, fingerprint, finite
 

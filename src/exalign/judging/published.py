@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, Verdict
 
@@ -24,7 +24,7 @@ def from_preference_records(records: Iterable[Record], *, judge: str, counts: Co
     The systems are called `completion_i` after the position in the record. Records without a preference, and
     completions whose text equals the preferred one's, are left out: `no_preference`, `identical_pair`.
 
-    >>> from exalign.data.records import Completion
+    >>> from exalign.data.record import Completion
     >>> pair = Record("0", "Hi", (Completion("Hello."), Completion("Go away.")), preferred=0)
     >>> [(c.first_text, c.second_text, c.verdict) for c in from_preference_records([pair], judge="p", counts=Counter())]
     [('Hello.', 'Go away.', 'first')]

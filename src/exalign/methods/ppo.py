@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, completion_token_mask, group_of
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.sft import completion_tokens
 from exalign.models.actor_critic import ActorCritic

@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
-from exalign.data.records import Header, Record, read_header, read_records, write_records
+from exalign.data.record import Record
+from exalign.data.store import Header, read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.methods.matching import Align, check_groups, with_reference_logp
 from exalign.methods.ppo import Surroundings

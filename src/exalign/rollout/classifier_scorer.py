@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.scalar_head import completion_outputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.records import Completion
+from exalign.data.record import Completion
 from exalign.data.tokenization import eos_id
 from exalign.storage import read_object
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from exalign.data.records import Prompt, Record
+from exalign.data.record import Prompt, Record
 from exalign.errors import InputError
 from exalign.rollout.scorer import check_rewards
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.data.tokenization import cut_prompt, prompt_token_ids
 from exalign.errors import InputError
 from exalign.models.memory import is_out_of_memory, release_memory

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.data.tokenization import TokenLimits, completion_token_ids, tokenize_record
 from exalign.models.memory import computed
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.scalar_head import completion_outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 
 
 class Sampler(Protocol):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 
 
@@ -43,7 +43,7 @@ def _cuts(scorer: Scorer) -> Counter[str]:
 def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record], *, source: str) -> list[list[float]]:
     """The rewards as lists of floats; a wrong count, a value that is no number, NaN or infinity is an `InputError`.
 
-    >>> from exalign.data.records import Completion
+    >>> from exalign.data.record import Completion
     >>> record = Record(id="7", prompt="Hi", completions=(Completion("a"), Completion("b")))
     >>> check_rewards([[1, 2.5]], [record], source="length")
     [[1.0, 2.5]]

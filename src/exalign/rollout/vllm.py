@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.tokenization import cut_prompt, prompt_token_ids
 from exalign.errors import InputError
 from exalign.rollout.completions import completion_of, saved_end_ids

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of, microbatches
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.matching import Align, with_reference_logp
 from exalign.models.flops import forward_flops, matmul_peak, training_flops

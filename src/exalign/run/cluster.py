@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from exalign import checksums
-from exalign.data.records import Record, iter_shard, num_rows, shard_path, shards_of, write_shard
+from exalign.data.record import Record
+from exalign.data.store import iter_shard, num_rows, shard_path, shards_of, write_shard
 from exalign.errors import InputError
 from exalign.run.cluster_settings import ClusterSettings
 

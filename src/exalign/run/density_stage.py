@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from exalign.data.records import read_header, read_records, write_records
+from exalign.data.store import read_header, read_records, write_records
 from exalign.run.on_demand import sampled_logprobs, with_reference_logprobs
 from exalign.run.recipe import Recipe
 from exalign.run.runner import Run, Stage

@@ -11,7 +11,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from exalign.data.records import Completion, Header, Record, RecordWriter, read_header, read_records, write_records
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.evidence import read_judgements

@@ -12,7 +12,8 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
-from exalign.data.records import Header, Record, RecordWriter
+from exalign.data.record import Record
+from exalign.data.store import Header, RecordWriter
 from exalign.data.tokenization import tokenize_records
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import reference_logprobs

@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from exalign.data.records import Header, Record, read_records, write_records
+from exalign.data.record import Record
+from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.searches import Trial
 from exalign.processes import gathered, leads, several

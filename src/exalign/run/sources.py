@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
 from exalign.data.formats import read_source
-from exalign.data.records import Record, iter_records
+from exalign.data.record import Record
 from exalign.data.sources import DataSettings
+from exalign.data.store import iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer

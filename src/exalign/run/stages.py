@@ -17,10 +17,9 @@ import torch
 
 from exalign.data.batching import Group, group_of
 from exalign.data.formats import read_source
-from exalign.data.oracle_pairs import pairs_from_rewards
-from exalign.data.records import (
+from exalign.data.record import Record, pairs_from_rewards
+from exalign.data.store import (
     Header,
-    Record,
     RecordWriter,
     iter_records,
     iter_shard,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from exalign.data.records import read_records
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.comparison import path
 from exalign.evaluation.frontier import reach, reward_at_kl

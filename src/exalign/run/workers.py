@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from exalign.data.records import Header, Record, RecordWriter, counted_in, iter_shard, read_header, shards_of
-from exalign.data.records import write_header as close
+from exalign.data.record import Record
+from exalign.data.store import Header, RecordWriter, counted_in, iter_shard, read_header, shards_of
+from exalign.data.store import write_header as close
 from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.scorer import scored
 from exalign.rollout.settings import SampleSettings, VLLMSettings
@@ -144,7 +145,7 @@ def logprob_gaps(records: Sequence[Record], values: Sequence[Sequence[float]], *
     Where the draw was `truncated` to the most probable tokens, log q may be above log π by any amount, and only what it
     is below counts.
 
-    >>> from exalign.data.records import Completion
+    >>> from exalign.data.record import Completion
     >>> record = Record("a", "Hi", (Completion("b c", (1, 2), "length", -3.0),))
     >>> logprob_gaps([record], [[-3.5]], truncated=False), logprob_gaps([record], [[-3.5]], truncated=True)
     ([0.25], [0.0])

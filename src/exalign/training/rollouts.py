@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exalign.data.batching import Group, epoch_order
-from exalign.data.records import Record
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.processes import leads
 from exalign.storage import fingerprint, read_sealed, write_sealed

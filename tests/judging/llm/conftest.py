@@ -16,7 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from exalign.data.records import Completion, Header, Prompt, Record, write_records
+from exalign.data.record import Completion, Prompt, Record
+from exalign.data.store import Header, write_records
 from exalign.judging.llm.commands import grade_judge, judge
 
 HERE = Path(__file__).parent

@@ -13,7 +13,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from exalign.data.records import Completion, Header, Record, write_records
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, write_records
 
 COMMAND = [sys.executable, "-c", "from exalign.judging.people.commands import app; app()"]
 MATCHES = [("exo", "dpo"), ("exo", "ppo"), ("exo", "sft")]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.records import Header, Record, write_records
+from exalign.data.record import Record
+from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 from exalign.judging.people.study import assign, parse_matches, plan_study
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from exalign.data.records import Prompt
+from exalign.data.record import Prompt
 from exalign.errors import InputError
 from exalign.judging.comparison import Side
 from exalign.judging.llm.pairs import Pair

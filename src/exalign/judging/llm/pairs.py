@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from exalign.data.records import Prompt, Record, iter_records
+from exalign.data.record import Prompt, Record
+from exalign.data.store import iter_records
 from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, Side, Verdict
 

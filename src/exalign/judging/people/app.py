@@ -24,7 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from exalign.data.records import Prompt
+from exalign.data.record import Prompt
 from exalign.judging.comparison import CRITERIA
 from exalign.judging.people.security import SecurityHeaders, form_token, is_forged, read_form, wants_json
 from exalign.judging.people.store import Answer, Assessor, Store

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from exalign.data.records import Prompt
+from exalign.data.record import Prompt
 from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, Side, verdict_from_shown
 from exalign.judging.people.security import hash_token, new_token, same_token

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exalign.data.records import Prompt, iter_records
+from exalign.data.record import Prompt
+from exalign.data.store import iter_records
 from exalign.errors import InputError
 from exalign.judging.comparison import Side
 

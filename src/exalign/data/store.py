@@ -1,10 +1,6 @@
-"""The one record that flows through the pipeline, and its file format.
+"""Folders of records: Parquet shards, `header.json` and SHA256SUMS beside them, each written atomically.
 
-A record is a prompt with its K completions. SFT data is K = 1, a preference pair K = 2 with `preferred`,
-rollouts K = 4…128 with rewards once they are scored, evaluation samples M = 4. K may differ between records.
-
-Files are folders of Parquet shards, `header.json` and SHA256SUMS beside them; `datasets.load_dataset("parquet")` reads
-the shards.
+`datasets.load_dataset("parquet")` reads the shards.
 """
 
 from __future__ import annotations
@@ -23,55 +19,11 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from exalign import checksums
+from exalign.data.record import Completion, Prompt, Record
 from exalign.errors import InputError
 from exalign.storage import atomic_path, json_text, read_object
 
 FORMAT_VERSION = 1
-Prompt = str | tuple[dict[str, str], ...]
-"""Plain text, or chat messages: each a dict with `role` and `content`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One completion of a prompt.
-
-    `token_ids` are the ids that were sampled (never re-tokenised text), the end-of-sequence id included
-    exactly when the sampler produced it. `logprob` is log q(y|x) under the proposal that was sampled from, at its
-    temperature, summed over tokens; `reference_logprob` is log π_sft(y|x) at the recipe's temperature; both in nats.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] | None = None
-    finish_reason: str | None = None
-    """`stop` (ended by the end-of-sequence token), `length` (cut by the limit), or None where unknown."""
-    logprob: float | None = None
-    reference_logprob: float | None = None
-    reward: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A prompt with its K ≥ 1 completions (K = 0 for a prompt that is still to be sampled).
-
-    `id` is stable and unique within a file. `preferred` is the index of the completion that won, where one did.
-    """
-
-    id: str
-    prompt: Prompt
-    completions: tuple[Completion, ...] = ()
-    prompt_ids: tuple[int, ...] | None = None
-    preferred: int | None = None
-
-    @property
-    def rewards(self) -> list[float] | None:
-        """The K rewards, or None unless every completion has one."""
-        values = [completion.reward for completion in self.completions]
-        return None if not values or any(value is None for value in values) else values  # type: ignore[return-value]
-
-    def with_rewards(self, rewards: Iterable[float]) -> Record:
-        """This record with its K rewards set."""
-        pairs = zip(self.completions, rewards, strict=True)
-        return replace(self, completions=tuple(replace(completion, reward=float(r)) for completion, r in pairs))
 
 
 @dataclass(frozen=True, slots=True)

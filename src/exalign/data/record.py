@@ -1,0 +1,93 @@
+"""The one record that flows through the pipeline: a prompt with its K completions.
+
+SFT data is K = 1, a preference pair K = 2 with `preferred`, rollouts K = 4…128 with rewards once they are scored,
+evaluation samples M = 4. K may differ between records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from exalign.errors import InputError
+
+Prompt = str | tuple[dict[str, str], ...]
+"""Plain text, or chat messages: each a dict with `role` and `content`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion of a prompt.
+
+    `token_ids` are the ids that were sampled (never re-tokenised text), the end-of-sequence id included
+    exactly when the sampler produced it. `logprob` is log q(y|x) under the proposal that was sampled from, at its
+    temperature, summed over tokens; `reference_logprob` is log π_sft(y|x) at the recipe's temperature; both in nats.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: str | None = None
+    """`stop` (ended by the end-of-sequence token), `length` (cut by the limit), or None where unknown."""
+    logprob: float | None = None
+    reference_logprob: float | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A prompt with its K ≥ 1 completions (K = 0 for a prompt that is still to be sampled).
+
+    `id` is stable and unique within a file. `preferred` is the index of the completion that won, where one did.
+    """
+
+    id: str
+    prompt: Prompt
+    completions: tuple[Completion, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    preferred: int | None = None
+
+    @property
+    def rewards(self) -> list[float] | None:
+        """The K rewards, or None unless every completion has one."""
+        values = [completion.reward for completion in self.completions]
+        return None if not values or any(value is None for value in values) else values  # type: ignore[return-value]
+
+    def with_rewards(self, rewards: Iterable[float]) -> Record:
+        """This record with its K rewards set."""
+        pairs = zip(self.completions, rewards, strict=True)
+        return replace(self, completions=tuple(replace(completion, reward=float(r)) for completion, r in pairs))
+
+
+def pairs_from_rewards(records: Iterable[Record], counts: Counter[str]) -> Iterator[Record]:
+    """Pairs of samples of one prompt, the one with the higher reward preferred (the paper's preference data).
+
+    The K samples of a record are taken two by two as they stand, (1, 2), (3, 4), …: disjoint pairs of independent
+    samples, as when each pair had been drawn for itself. Taking the best against the worst instead would change the
+    distribution that the preferences come from. Counted: `pairs`, and what is dropped, `pairs_tied` (equal
+    rewards) and `samples_without_partner` (K odd). Ids are those of the records, with `#2`, `#3`, … for further
+    pairs. A record without rewards, or with one that is not finite, is an `InputError` that names it.
+
+    >>> scored = Record("7", "Hi", tuple(Completion(t, reward=r) for t, r in [("a", 0.0), ("b", 2.0), ("c", 1.0)]))
+    >>> [(p.id, [c.text for c in p.completions], p.preferred) for p in pairs_from_rewards([scored], Counter())]
+    [('7', ['a', 'b'], 1)]
+    """
+    for record in records:
+        rewards = record.rewards
+        if rewards is None or not all(math.isfinite(reward) for reward in rewards):
+            raise InputError(f"Record {record.id} has no finite reward for each completion: score the records first.")
+        if len(rewards) % 2:
+            counts["samples_without_partner"] += 1
+        for first in range(0, len(rewards) - 1, 2):
+            left, right = rewards[first : first + 2]
+            if left == right:
+                counts["pairs_tied"] += 1
+                continue
+            counts["pairs"] += 1
+            yield replace(
+                record,
+                id=record.id if first == 0 else f"{record.id}#{first // 2 + 1}",
+                completions=record.completions[first : first + 2],
+                preferred=0 if left > right else 1,
+            )
