@@ -19,7 +19,7 @@ from exalign.data.batching import Group
 from exalign.methods.matching import Align
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.objectives import log_policy_distribution, log_preference_target, log_reward_target, reverse_kl
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate

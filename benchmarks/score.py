@@ -30,7 +30,7 @@ from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.loading import load_reward_model
 from exalign.models.scalar_head import completion_outputs
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 
 TOLERANCE = 1e-4  # of a reward, as a share of the rewards' spread
 PADDING_ID = 0

@@ -12,7 +12,7 @@ import torch
 from exalign.cli import app
 from exalign.data.synthetic import write_world
 from exalign.models.loading import load_policy, load_tokenizer, save_model
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.run.demo import RECIPE
 from run.conftest import tiny_overrides
 

@@ -166,7 +166,7 @@ def bench(
     completion_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each completion.")] = 40,
 ) -> None:
     """Measure training and sampling on your model and shape: tokens/s, and the share of this machine's peak."""
-    from exalign.models.settings import ModelSettings
+    from exalign.models.model_settings import ModelSettings
     from exalign.run.bench import BenchShape, bench_table
     from exalign.run.bench import bench as measure
 

@@ -19,7 +19,7 @@ from exalign.models.logprobs import (
     reference_logprobs,
 )
 from exalign.models.packing import plan_for
-from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -16,7 +16,7 @@ from exalign.data.store import read_header, read_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe

@@ -12,7 +12,7 @@ from exalign.data.record import Completion, Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
 from exalign.models.loading import load_reward_model, save_model
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.function_scorer import FunctionScorer
 from exalign.rollout.limits import keep_limits
 from exalign.rollout.reward_model_scorer import RewardModelScorer

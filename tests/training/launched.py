@@ -26,7 +26,7 @@ from exalign.methods.reward_model import train_reward_model
 from exalign.methods.sft import train_sft
 from exalign.models.loading import load_reward_model
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
-from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.processes import failing
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import train

@@ -19,7 +19,7 @@ from exalign.methods.matching import Align, train_align, with_reference_logp
 from exalign.methods.sft import MaximumLikelihood, train_sft
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
-from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate
 from exalign.training.optimizer import learning_rate_factor

@@ -30,7 +30,7 @@ from exalign.methods.rounds import train_rounds
 from exalign.methods.sft import train_sft
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.function_scorer import FunctionScorer
 from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.settings import SampleSettings

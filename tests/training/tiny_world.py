@@ -21,7 +21,7 @@ from exalign.methods.ppo import Surroundings, train_ppo
 from exalign.methods.rounds import train_rounds
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import SampleSettings
 from exalign.training.settings import AlignSettings, PPOSettings
 

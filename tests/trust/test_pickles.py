@@ -18,7 +18,7 @@ from exalign.data.formats import read_source
 from exalign.data.sources import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_tokenizer, save_model
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.run.preflight import check_labels
 from exalign.storage import fingerprint_path, write_json
 from exalign.training.state import Position, load_checkpoint

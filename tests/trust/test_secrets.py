@@ -26,7 +26,7 @@ from exalign.judging.llm.endpoint import Endpoint, spellings
 from exalign.judging.llm.settings import JudgeSettings
 from exalign.judging.people.tables import open_engine
 from exalign.models.loading import load_policy
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact, redact_values
 from exalign.report import write_report
 from exalign.run.demo import RECIPE

@@ -26,7 +26,7 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 
 from exalign.checksums import write_sums
 from exalign.errors import InputError
-from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.storage import atomic_path, exists
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -21,7 +21,7 @@ from exalign.methods.matching import Align, with_reference_logp
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings

@@ -11,7 +11,7 @@ import torch
 from exalign.methods.ppo import train_ppo
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import load_reward_model
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.run.on_policy import on_policy_inputs, on_policy_needs, surroundings
 from exalign.run.recipe import PPOStageSettings, Recipe
 from exalign.run.runner import Run, Stage

@@ -13,7 +13,7 @@ from exalign.data.record import Record
 from exalign.data.sources import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import first_line, is_folder, load_tokenizer
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.function_scorer import FunctionScorer
 from exalign.run.cluster import check_installed
 from exalign.run.proposals import Proposer

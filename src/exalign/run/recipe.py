@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from exalign.data.sources import DataSettings
 from exalign.errors import InputError
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster_settings import ClusterSettings

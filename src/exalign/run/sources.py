@@ -19,7 +19,7 @@ from exalign.data.store import iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.rollout.classifier_scorer import ClassifierScorer
 from exalign.rollout.function_scorer import FunctionScorer
 from exalign.rollout.reward_model_scorer import RewardModelScorer

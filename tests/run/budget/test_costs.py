@@ -15,7 +15,7 @@ from exalign.data.batching import Group
 from exalign.models.flops import forward_flops, training_flops
 from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
-from exalign.models.settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.plain_decoder import Branches
 from exalign.rollout.settings import SampleSettings
 from exalign.rollout.shared_decoder import SharedDecoder

@@ -87,7 +87,7 @@ class LocalModel:
             import torch
 
             from exalign.models.loading import load_policy, load_tokenizer
-            from exalign.models.settings import ModelSettings
+            from exalign.models.model_settings import ModelSettings
 
             tokenizer = load_tokenizer(self._source)
             model = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)

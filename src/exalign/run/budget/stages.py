@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exalign.models.loading import load_tokenizer
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.run.budget.architecture import Architecture, Kind, architecture_of
 from exalign.run.budget.cost import (
     STORED_BYTES_PER_TOKEN,
