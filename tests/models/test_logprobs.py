@@ -18,8 +18,8 @@ from exalign.models.logprobs import (
     plain_completion_logprobs,
     reference_logprobs,
 )
-from exalign.models.packing import plan_for
 from exalign.models.model_settings import LoraSettings, ModelSettings
+from exalign.models.packing import plan_for
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
