@@ -16,6 +16,7 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
 FOUNDATION = {
     "checksums",
+    "device",
     "errors",
     "processes",
     "redaction",
@@ -28,7 +29,8 @@ FOUNDATION = {
 MAY_IMPORT = {
     "checksums": {"errors", "storage"},
     "errors": {"redaction"},
-    "processes": {"errors"},
+    "device": set(),
+    "processes": {"device", "errors"},
     "redaction": set(),
     "spreadsheet": set(),
     "strict_yaml": {"errors"},
@@ -151,6 +153,16 @@ def only_in(library: str, *allowed: str) -> None:
 
 def test_accelerate_is_known_where_processes_are_and_nowhere_else() -> None:
     only_in("accelerate", "processes.py", "training/accelerator.py", "training/loop.py")
+
+
+def test_one_file_chooses_the_device() -> None:
+    for file in FILES:
+        asked = {
+            ast.unparse(node)
+            for node in ast.walk(TREES[file])
+            if isinstance(node, ast.Attribute) and node.attr in ("current_accelerator", "is_available")
+        }
+        assert file.name in ("device.py", "local.py", "askers.py") or asked <= {"torch.distributed.is_available"}, file
 
 
 def test_no_pickle() -> None:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from exalign.device import device
 from exalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def leads() -> bool:
 
 def on_cpu() -> bool:
     """Whether the processes train on CPUs: where there is no accelerator, or ACCELERATE_USE_CPU says so."""
-    import torch
-
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return device().type == "cpu"
 
 
 def shards() -> bool:

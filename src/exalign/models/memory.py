@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from exalign.data.batching import Group, microbatches
+from exalign.device import device
 from exalign.errors import InputError
 
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ def fitting(groups: Sequence[Group]) -> Iterator[None]:
 def release_memory() -> None:
     """Give back what caches hold; after the error is gone, whose traceback holds tensors."""
     gc.collect()
-    if torch.accelerator.is_available():
+    if device().type != "cpu":
         torch.accelerator.empty_cache()
 
 

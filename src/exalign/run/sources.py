@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
@@ -17,6 +16,7 @@ from exalign.data.record import Record
 from exalign.data.sources import DataSettings
 from exalign.data.store import iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
+from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
@@ -35,7 +35,7 @@ SCORING_TOKENS = 8192
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
     """The model in evaluation mode, on the accelerator where there is one."""
-    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
+    model.to(device())  # type: ignore[arg-type]
     return model.eval()
 
 

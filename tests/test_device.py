@@ -1,0 +1,83 @@
+"""The device that a run computes on, and how many threads of a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from exalign import device as subject
+from exalign.device import choose_threads
+
+NO_DRIVER = """
+import torch
+torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")  # what a build for CUDA says on any machine
+assert torch.accelerator.current_accelerator().type == "cuda" and not torch.cuda.is_available()
+
+from exalign.data.batching import Group
+from exalign.data.record import Record
+from exalign.models.logprobs import completion_logprobs
+from exalign.models.memory import release_memory
+from exalign.processes import on_cpu
+from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.settings import SampleSettings
+from exalign.run.sources import ready
+from training.tiny_world import make_groups, make_policy, make_tokenizer
+
+model = ready(make_policy())
+assert on_cpu()
+completion_logprobs(model, make_groups(2), temperature=1.0).sum().backward()
+release_memory()
+settings = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=8)
+drawn = list(GroupedSampler(model, make_tokenizer(), settings, temperature=1.0, seed=0).sample([Record("a", "x")]))
+print(len(drawn[0].completions), model.device)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a driver here")
+def test_a_build_for_gpus_without_a_driver_computes_on_the_cpu_and_says_so_once() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run([sys.executable, "-c", NO_DRIVER], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["2", "cpu"]
+    assert run.stderr.count("There is no usable GPU driver; running on the CPU.") == 1
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", None])
+def test_threads_are_measured_unless_the_environment_or_a_setting_says_how_many(monkeypatch, name) -> None:
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(subject, "_seconds_by_threads", lambda most: {1: 0.1, 2: 0.2, most: 0.9})
+    torch.set_num_threads(3)
+    if name is not None:
+        monkeypatch.setenv(name, "3")
+        assert choose_threads() is None
+        assert torch.get_num_threads() == 3
+        assert choose_threads(2) == "2 threads of the CPU, as was asked."
+        assert torch.get_num_threads() == 2
+    else:
+        assert choose_threads() == "1 thread of the CPU: 9.0 times as fast now as 3 threads."
+        assert torch.get_num_threads() == 1
+
+
+def test_a_number_that_is_hardly_faster_is_not_taken(monkeypatch) -> None:
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(subject, "_seconds_by_threads", lambda most: {1: 0.9, most: 1.0})
+    torch.set_num_threads(2)
+    assert choose_threads() is None
+    assert torch.get_num_threads() == 2
+
+
+def test_every_power_of_two_up_to_the_most_is_tried() -> None:
+    assert set(subject._seconds_by_threads(3)) == {1, 2, 3}
