@@ -104,7 +104,7 @@ def test_odd_runs_have_a_page(tmp_path, world):
 
 
 def test_without_evidence_it_says_so(tmp_path):
-    with pytest.raises(InputError, match=r"evidence\.json does not exist"):
+    with pytest.raises(InputError, match="has no evidence; finish it with exalign run"):
         write_report(tmp_path)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from evaluation.synthetic_run import World, write_run
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.schema import read_evidence
-from exalign.evaluation.searches import Search, Trial
+from exalign.evaluation.schema import Search, Trial, read_evidence
 from exalign.report import write_report
 from exalign.storage import write_json
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from exalign.checksums import write_sums
-from exalign.evaluation.run_folder import curves
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Curve
 from exalign.run.carry_out import run_recipe
 from exalign.run.winner import forget_weights, give_back, hand_over, take_over
@@ -77,7 +77,7 @@ def test_the_weights_are_those_of_a_training_without_search(
     assert counts[0] == counts[1]
 
     # The stage took no time to train; what it says of the training is what the trial took.
-    (curve,) = (curve for curve in curves(tmp_path / "run", Counter()) if curve.stage == "align/exo-rw")
+    (curve,) = (curve for curve in RunFolder(tmp_path / "run").curves(Counter()) if curve.stage == "align/exo-rw")
     assert curve.total("seconds") == pytest.approx(
         read_json(trials[best["trial"]] / "result.json")["seconds"], abs=0.01
     )

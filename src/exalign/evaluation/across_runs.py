@@ -15,11 +15,11 @@ import numpy as np
 from scipy.special import stdtrit
 
 from exalign.errors import InputError
-from exalign.evaluation import run_folder
 from exalign.evaluation.comparison import Paths
 from exalign.evaluation.frontier import reward_at_kl
 from exalign.evaluation.optimum import PoolFrontier, optimum_path, pool_frontier
-from exalign.evaluation.schema import Evidence, Interval, MethodEvidence, read_evidence
+from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
+from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 from exalign.evaluation.statistics import CONFIDENCE, mean_interval
 from exalign.evaluation.tables import SampleTable, tabulate
 
@@ -111,15 +111,11 @@ def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[A
 
 
 def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
-    path = folder / "evaluation" / "evidence.json"
-    if not path.is_file():
-        raise InputError(f"{folder} has no evidence; finish it with exalign run RECIPE --run {folder}.")
-    evidence = read_evidence(path)
-    _, recipe = run_folder.read_recipe(folder)
-    supervised = _table(folder / "evaluation" / "sft" / "samples")
+    run = RunFolder(folder)
+    evidence = run.read_evidence()
+    supervised = _table(run.supervised)
     checkpoints = {
-        method: [_table(where) for _, where in run_folder.evaluated_steps(folder, method)]
-        for method in run_folder.methods_of(folder, recipe)
+        method: [_table(run.samples(method, step)) for step in run.sampled_steps(method)] for method in run.methods()
     }
     paths = Paths(supervised, checkpoints, seed=evidence.seed)
     rewards: dict[str, dict[float, Interval | None]] = {
@@ -135,7 +131,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         }
         for first, second in contrasts([method for method in evidence.methods if method.name in paths.methods])
     }
-    pool = pool_frontier(run_folder.pool_rewards(folder / "evaluation" / "pool"))
+    pool = pool_frontier(pool_rewards(run.pool))
     if pool is not None and pool.reliable.any():
         rewards[OPTIMUM] = {kl: _optimum_at(pool, kl, evidence.seed) for kl in kls}
     return RunResults(name, evidence, rewards, differences)
@@ -149,7 +145,7 @@ def _optimum_at(pool: PoolFrontier, kl: float, seed: int) -> Interval | None:
 
 
 def _table(folder: Path) -> SampleTable:
-    records = run_folder.complete_records(folder)
+    records = complete_records(folder)
     if records is None:
         raise InputError(f"{folder} is missing or incomplete; run the evaluate stage first.")
     return tabulate(records, str(folder))

@@ -21,8 +21,8 @@ import numpy as np
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.evaluation.density_schema import DensityCurve, DensityRatios, PromptDensity
 from exalign.evaluation.examples import render_prompt
+from exalign.evaluation.schema import DensityCurve, DensityRatios, PromptDensity
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, resample_weights
 
 OPTIMUM = "estimated optimum"

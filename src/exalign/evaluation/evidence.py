@@ -11,28 +11,26 @@ from typing import Any
 from exalign.data.record import Record
 from exalign.data.store import read_header
 from exalign.errors import InputError
-from exalign.evaluation import run_folder
 from exalign.evaluation.best_of_n import best_of_n
 from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
 from exalign.evaluation.density_ratio import density_ratios
 from exalign.evaluation.examples import choose_examples
 from exalign.evaluation.frontier import frontier_point, select_within
 from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
+from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.schema import Evidence, FrontierPoint, Judgements, MethodEvidence, WinRate, write_evidence
-from exalign.evaluation.searches import read_searches, searched_settings
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
 from exalign.evaluation.tables import SampleTable, tabulate
 from exalign.evaluation.winrate import win_rate
 
 SFT = "SFT"
 REFERENCE_TEXTS = "reference texts"
-_FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 
 
 def build_evidence(run: Path, **options: Any) -> Evidence:
     """`collect_evidence`, with its options and errors, written to `evaluation/evidence.json`."""
     evidence = collect_evidence(run, **options)
-    write_evidence(Path(run) / "evaluation" / "evidence.json", evidence)
+    write_evidence(RunFolder(Path(run)).evidence, evidence)
     return evidence
 
 
@@ -50,9 +48,9 @@ def collect_evidence(
     and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.evidence` reads it).
     Without samples of the supervised policy there is nothing to compare with: `InputError`.
     """
-    run = Path(run)
+    folder = RunFolder(Path(run))
     judgements = Judgements() if judgements is None else judgements
-    material = _Material.read(run)
+    material = _Material.read(folder)
     options: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
     log_odds = _rewards_are_log_odds(material.recipe)
     methods = [_method(material, name, log_odds, options) for name in material.methods]
@@ -60,10 +58,10 @@ def collect_evidence(
     finished = [method.name for method in methods if method.finished]
     density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, **options)
     counts: Counter[str] = Counter()
-    curves = run_folder.curves(run, counts)
-    header = read_header(run / "evaluation" / "sft" / "samples")
+    curves = folder.curves(counts)
+    header = read_header(folder.supervised)
     return Evidence(
-        name=str(material.recipe.get("name") or run.resolve().name),
+        name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
         temperature=header.temperature,
         kl_budget=_kl_budget(material.recipe),
@@ -77,15 +75,15 @@ def collect_evidence(
         best_of_n=best_of_n(material.pool_rewards, material.opponents, **options),
         examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
         curves=curves,
-        stages=run_folder.stages(run),
-        record_counts=run_folder.record_counts(run),
+        stages=folder.stages(),
+        record_counts=folder.record_counts(),
         notes=material.notes
         + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
         + judgements.notes,
-        environment=run_folder.read_environment(run),
+        environment=folder.environment_values(),
         recipe=material.recipe_text,
         judgements=judgements,
-        searches=read_searches(run, material.methods),
+        searches=folder.searches(),
         density=density,
         **options,
     )
@@ -97,7 +95,7 @@ class _Material:
 
     recipe_text: str
     recipe: dict[str, Any]
-    run: Path
+    run: RunFolder
     sft: SampleTable
     prompts: list[Record]
     reference: SampleTable | None
@@ -110,27 +108,24 @@ class _Material:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, run: Path) -> _Material:
-        text, recipe = run_folder.read_recipe(run)
-        folder = run / "evaluation"
-        samples = run_folder.complete_records(folder / "sft" / "samples")
+    def read(cls, run: RunFolder) -> _Material:
+        samples = complete_records(run.supervised)
         if samples is None:
-            raise InputError(f"{folder / 'sft' / 'samples'} is missing or incomplete; run the evaluate stage first.")
-        prompts = run_folder.complete_records(folder / "prompts") or []
+            raise InputError(f"{run.supervised} is missing or incomplete; run the evaluate stage first.")
+        prompts = complete_records(run.prompts) or []
         texts = [record for record in prompts if record.rewards is not None]
-        pool = run_folder.pool_rewards(folder / "pool")
-        methods = run_folder.methods_of(run, recipe)
+        pool = pool_rewards(run.pool)
         material = cls(
-            recipe_text=text,
-            recipe=recipe,
+            recipe_text=run.recipe_text(),
+            recipe=run.recipe_values(),
             run=run,
             sft=tabulate(samples, "evaluation/sft/samples"),
             prompts=prompts,
             reference=tabulate(texts, "evaluation/prompts") if texts else None,
             pool_rewards=pool,
             pool=pool_frontier(pool),
-            density=run_folder.density_records(run, methods),
-            methods=methods,
+            density=run.density_records(),
+            methods=run.methods(),
             last_samples={SFT: samples},
         )
         material._note_missing()
@@ -146,9 +141,10 @@ class _Material:
 
     def _read_method(self, method: str) -> None:
         self.tables[method] = {}
-        for step, folder in run_folder.evaluated_steps(self.run, method):
-            where = folder.relative_to(self.run).as_posix()
-            records = run_folder.complete_records(folder)
+        for step in self.run.sampled_steps(method):
+            folder = self.run.samples(method, step)
+            where = self.run.relative(folder)
+            records = complete_records(folder)
             if records is None:
                 self.notes.append(f"{where} is incomplete and left out.")
                 continue
@@ -193,35 +189,19 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
         gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), **options)
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
-    sections = [material.recipe.get(section) or {} for section in ("align", "ppo")]
-    found = [section[name] for section in sections if isinstance(section.get(name), dict)]
-    settings: dict[str, Any] = searched_settings(material.run, name) or (found[0] if found else {})
+    described = material.run.describe(name)
     return MethodEvidence(
         name=name,
-        family="ppo" if name in sections[1] else _family(name, settings),
-        target=_target(name, settings),
-        finished=run_folder.is_finished(material.run, name),
+        family=described.family,
+        target=described.target,
+        finished=material.run.is_finished(name),
         points=points,
         win_rates=win_rates,
         gain=gain,
         gap=gap,
         selected_step=selected.step if selected else None,
-        settings=settings,
+        settings=described.settings,
     )
-
-
-def _family(name: str, settings: Mapping[str, Any]) -> str:
-    """exo or dpo by the divergence the recipe names, else by the method's name; other otherwise."""
-    if "divergence" in settings:
-        return _FAMILIES.get(str(settings["divergence"]), "other")
-    return next((family for family in _FAMILIES.values() if family in name.lower()), "other")
-
-
-def _target(name: str, settings: Mapping[str, Any]) -> str | None:
-    if "target" in settings:
-        return str(settings["target"])
-    endings = {"pref": "preference", "rw": "reward"}
-    return next((target for ending, target in endings.items() if ending in name.lower()), None)
 
 
 def _kl_budget(recipe: Mapping[str, Any]) -> float | None:

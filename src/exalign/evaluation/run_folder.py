@@ -1,4 +1,21 @@
-"""Where a run folder keeps what the evidence is made from. Reads what is there; what is not is simply absent."""
+"""The directory of a run: where everything stands, and readers of what stands there. No other file knows these paths.
+
+    recipe.yaml · environment.json           what was asked for, and on what it ran
+    STAGE/done.json, STAGE/started.json      a stage that is complete, and one under way
+    align/METHOD/                            method.json · settings.json · model · policies/step-NNNNNN · metrics.jsonl
+    search/METHOD/                           best.json · trial-NNN/result.json
+    evaluation/prompts                       held-out prompts, with their reference texts
+    evaluation/sft/samples                   samples of π_sft on them
+    evaluation/METHOD/step-NNNNNN/samples    samples of every saved policy
+    evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
+    evaluation/pool                          many samples of π_sft per prompt
+    evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
+    evaluation/evidence.json                 every number of the report
+    judging/llm, assessment                  what language models and people said
+    report/index.html, report/figures        the page
+
+Reading takes what is there; what is not is simply absent.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +24,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +36,289 @@ from exalign.checksums import check_file, checksum
 from exalign.data.record import Record
 from exalign.data.store import iter_records, read_header
 from exalign.errors import InputError
-from exalign.evaluation.schema import Curve, Stage
+from exalign.evaluation.schema import Curve, Evidence, Search, Stage, Trial, read_evidence
 from exalign.storage import read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
-_STEP = re.compile(r"step-(\d+)")
+DONE, STARTED = "done.json", "started.json"
+SUPERVISED, REFERENCE = "sft", "reference"
+"""What the supervised policy and the reference texts are called among the systems of a run."""
+NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs")
+"""Folders of `evaluation/` that belong to no method."""
 CURVE_BUCKETS = 120
+_STEP = re.compile(r"step-(\d+)")
+_FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 
 
-def read_recipe(run: Path) -> tuple[str, dict[str, Any]]:
-    """The resolved recipe as text and as a mapping; both empty where there is none."""
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        return "", {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    values = parse_yaml(text, str(path))
-    return text, values if isinstance(values, dict) else {}
+@dataclass(frozen=True)
+class MethodDescription:
+    """What a method says of itself in `align/METHOD/method.json`.
+
+    `label` is its short name (EXO), `family` how it is drawn, `target` reward, preference or None, `line` a sentence.
+    """
+
+    label: str
+    family: str
+    target: str | None
+    settings: dict[str, Any]
+    line: str = ""
 
 
-def read_environment(run: Path) -> dict[str, Any]:
-    """environment.json, or an empty mapping."""
-    path = run / "environment.json"
-    values = read_json(path) if path.is_file() else {}
-    return values if isinstance(values, dict) else {"environment": values}
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's directory. Properties and methods without a verb are places, whether anything stands there or not."""
+
+    path: Path
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage, as `align/exo-rw`."""
+        return self.path / name
+
+    def done(self, stage: str) -> Path:
+        return self.path / stage / DONE
+
+    def started(self, stage: str) -> Path:
+        return self.path / stage / STARTED
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    def align(self, method: str) -> Path:
+        return self.path / "align" / method
+
+    def model(self, method: str) -> Path:
+        """The policy at the end of training."""
+        return self.align(method) / "model"
+
+    def policies(self, method: str) -> Path:
+        return self.align(method) / "policies"
+
+    def policy(self, method: str, step: int) -> Path:
+        """The policy that was saved at a step."""
+        return self.policies(method) / step_name(step)
+
+    def description(self, method: str) -> Path:
+        return self.align(method) / "method.json"
+
+    def found_settings(self, method: str) -> Path:
+        """The settings that a search chose."""
+        return self.align(method) / "settings.json"
+
+    def search(self, method: str) -> Path:
+        return self.path / "search" / method
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def evidence(self) -> Path:
+        return self.evaluation / "evidence.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.evaluation / "prompts"
+
+    @property
+    def supervised(self) -> Path:
+        """Samples of π_sft on the evaluation's prompts."""
+        return self.evaluation / SUPERVISED / "samples"
+
+    @property
+    def pool(self) -> Path:
+        return self.evaluation / "pool"
+
+    def samples(self, method: str, step: int) -> Path:
+        return self.evaluation / method / step_name(step) / "samples"
+
+    def pairs(self, method: str, step: int) -> Path:
+        return self.evaluation / "pairs" / method / step_name(step)
+
+    def density(self, method: str) -> Path:
+        return self.evaluation / "density" / method / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def page(self) -> Path:
+        return self.report / "index.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.report / "figures"
+
+    @property
+    def judgements(self) -> Path:
+        """What language models said, `JUDGE/MATCH-UP` below it."""
+        return self.path / "judging" / "llm"
+
+    @property
+    def assessment(self) -> Path:
+        """What people said."""
+        return self.path / "assessment"
+
+    @property
+    def studies(self) -> Path:
+        """The database of the people's studies, unless they are kept elsewhere."""
+        return self.assessment / "study.sqlite"
+
+    def relative(self, path: Path) -> str:
+        """A place in the run as messages and the report name it."""
+        return path.relative_to(self.path).as_posix()
+
+    def recipe_text(self) -> str:
+        """The resolved recipe; empty where there is none."""
+        return self.recipe.read_text(encoding="utf-8", errors="replace") if self.recipe.is_file() else ""
+
+    def recipe_values(self) -> dict[str, Any]:
+        """The resolved recipe as a mapping; empty where there is none."""
+        values = parse_yaml(self.recipe_text(), str(self.recipe))
+        return values if isinstance(values, dict) else {}
+
+    def environment_values(self) -> dict[str, Any]:
+        """What `environment.json` holds; empty where there is none."""
+        values = read_json(self.environment) if self.environment.is_file() else {}
+        return values if isinstance(values, dict) else {"environment": values}
+
+    def read_evidence(self) -> Evidence:
+        """The evidence of an evaluated run; an `InputError` where it has none."""
+        if not self.evidence.is_file():
+            raise InputError(f"{self.path} has no evidence; finish it with exalign run RECIPE --run {self.path}.")
+        return read_evidence(self.evidence)
+
+    def methods(self) -> list[str]:
+        """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
+        in_recipe = self.methods_of_recipe()
+        there = {path.name for path in (self.path / "align").glob("*") if path.is_dir()} | set(self.evaluated())
+        return [name for name in in_recipe if name in there] + sorted(there - set(in_recipe))
+
+    def methods_of_recipe(self) -> list[str]:
+        return [str(name) for name in self.recipe_values().get("align") or {}]
+
+    def evaluated(self) -> list[str]:
+        """Methods of which samples were drawn, or pairs read, sorted."""
+        folders = [*self.evaluation.glob("*/step-*"), *self.evaluation.glob("pairs/*/step-*")]
+        return sorted({path.parent.name for path in folders if path.is_dir()})
+
+    def describe(self, method: str) -> MethodDescription:
+        """What the method says of itself; while its stage has not said it, what the recipe's settings tell."""
+        if self.description(method).is_file():
+            values = read_json(self.description(method))
+            known = MethodDescription.__dataclass_fields__
+            try:
+                return MethodDescription(**{name: value for name, value in values.items() if name in known})
+            except (TypeError, AttributeError):
+                raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
+        in_recipe = (self.recipe_values().get("align") or {}).get(method)
+        settings = self.searched_settings(method) or (in_recipe if isinstance(in_recipe, dict) else {})
+        family, target = _family(method, settings), _target(method, settings)
+        label = str(settings.get("divergence", family)) if family == "other" else family.upper()
+        return MethodDescription(label, family, target, settings)
+
+    def searched_settings(self, method: str) -> dict[str, Any]:
+        """The settings that a search chose and the method was aligned with; empty where there was none."""
+        path = self.found_settings(method)
+        return {k: v for k, v in read_json(path)["settings"].items() if v is not None} if path.is_file() else {}
+
+    def is_finished(self, method: str) -> bool:
+        """Whether alignment came to its end: its final model is there, or it was not trained in this run at all."""
+        return self.model(method).is_dir() or not self.align(method).is_dir()
+
+    def sampled_steps(self, method: str) -> list[int]:
+        """The checkpoints of which samples were drawn, in the order of training."""
+        return _steps(self.evaluation / method)
+
+    def paired_steps(self, method: str) -> list[int]:
+        """The checkpoints that read the held-out pairs, in the order of training."""
+        return _steps(self.evaluation / "pairs" / method)
+
+    def answers(self, system: str) -> Path:
+        """The samples of `sft`, `reference` (the reference texts), METHOD (its last step) or METHOD@STEP.
+
+        What the run does not have is an `InputError` that says what it has.
+        """
+        method, _, wanted = system.partition("@")
+        if system in (SUPERVISED, REFERENCE):
+            found = self.supervised if system == SUPERVISED else self.prompts
+        else:
+            steps = [] if method in NO_METHODS else self.sampled_steps(method)
+            steps = [step for step in steps if str(step) == wanted.lstrip("0")] if wanted else steps[-1:]
+            found = self.samples(method, steps[0]) if steps else self.samples(method, 0)
+        if not found.is_dir():
+            known = [SUPERVISED] if self.supervised.is_dir() else []
+            known += [name for name in self.evaluated() if self.sampled_steps(name)]
+            raise InputError(
+                f"{self.path} has no evaluation samples of {system}; evaluated there: {', '.join(known) or 'nothing'}."
+            )
+        return found
+
+    def searches(self) -> list[Search]:
+        """The finished searches, in the order of `methods`."""
+        found = []
+        for method in self.methods():
+            best = self.search(method) / "best.json"
+            if best.is_file():
+                results = sorted(self.search(method).glob("trial-*/result.json"))
+                values = read_json(best)
+                trials = [Trial(**read_sealed(path)) for path in results]
+                found.append(Search(method, values["ranked_at"], values["trial"], trials))
+        return found
+
+    def density_records(self) -> dict[str, list[Record]]:
+        """Per method, samples of π_sft with the final policy's log-probabilities, where they are complete."""
+        found = {name: complete_records(self.density(name)) for name in self.methods()}
+        return {name: records for name, records in found.items() if records is not None}
+
+    def stages(self) -> list[Stage]:
+        """Every finished stage but the report, which comes after, in the order in which they ended."""
+        paths = set(self.path.glob(f"**/{DONE}")) - {self.report / DONE}
+        result = []
+        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
+            values = read_sealed(path)
+            seconds, counted = values.get("seconds"), values.get("counts")
+            counts = {k: v for k, v in counted.items() if isinstance(v, int)} if isinstance(counted, dict) else {}
+            taken = float(seconds) if isinstance(seconds, int | float) else None
+            result.append(Stage(self.relative(path.parent), taken, counts))
+        return result
+
+    def record_counts(self) -> dict[str, dict[str, int]]:
+        """What each folder of records says was dropped or cut; a search's stage sums its trials."""
+        headers = {path: read_header(path.parent).counts for path in self._outside_trials("header.json")}
+        return {self.relative(path.parent): counts for path, counts in headers.items() if counts}
+
+    def curves(self, notes: Counter[str]) -> list[Curve]:
+        """Training curves of every stage with metrics, each named by its folder; not those of a search's trials."""
+        found = []
+        for path in self._outside_trials("metrics.jsonl"):
+            _check_listed(path)
+            rows = {row["step"]: row for row in _metric_rows(path, notes)}
+            if rows:
+                found.append(downsample(self.relative(path.parent), [rows[step] for step in sorted(rows)], notes))
+        return found
+
+    def _outside_trials(self, name: str) -> list[Path]:
+        return sorted(path for path in self.path.glob(f"**/{name}") if path.relative_to(self.path).parts[0] != "search")
+
+
+def step_name(step: int) -> str:
+    """The folder of a checkpoint.
+
+    >>> step_name(40)
+    'step-000040'
+    """
+    return f"step-{step:06d}"
 
 
 def complete_records(folder: Path) -> list[Record] | None:
     """The records of a complete folder, or None where it is absent or was not finished (no header)."""
     return list(iter_records(folder)) if (folder / "header.json").is_file() else None
-
-
-def evaluated_steps(run: Path, method: str) -> list[tuple[int, Path]]:
-    """A method's evaluated checkpoints in the order of training: step and folder of samples."""
-    found = [
-        (int(match[1]), folder / "samples")
-        for folder in (run / "evaluation" / method).glob("step-*")
-        if (match := _STEP.fullmatch(folder.name))
-    ]
-    return sorted(found)
-
-
-def density_records(run: Path, methods: list[str]) -> dict[str, list[Record]]:
-    """Per method, samples of π_sft with the final policy's log-probabilities, where they are complete."""
-    found = {name: complete_records(run / "evaluation" / "density" / name / "samples") for name in methods}
-    return {name: records for name, records in found.items() if records is not None}
-
-
-def methods_of(run: Path, recipe: dict[str, Any]) -> list[str]:
-    """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
-    in_recipe = [str(name) for section in ("align", "ppo") for name in recipe.get(section) or {}]
-    trained = {path.name for path in (run / "align").glob("*") if path.is_dir()}
-    evaluated = {path.parent.name for path in (run / "evaluation").glob("*/step-*") if path.is_dir()}
-    there = trained | evaluated
-    return [name for name in in_recipe if name in there] + sorted(there - set(in_recipe))
-
-
-def is_finished(run: Path, method: str) -> bool:
-    """Whether alignment came to its end: its final model is there, or it was not trained in this run at all."""
-    return (run / "align" / method / "model").is_dir() or not (run / "align" / method).is_dir()
 
 
 def pool_rewards(folder: Path) -> dict[str, list[float]]:
@@ -103,51 +346,12 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
     return rewards
 
 
-def stages(run: Path) -> list[Stage]:
-    """Every finished stage but the report, which comes after, in the order in which they ended."""
-    paths = set(run.glob("**/done.json")) - {run / "report" / "done.json"}
-    result = []
-    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
-        values = read_sealed(path)
-        seconds, counted = values.get("seconds"), values.get("counts")
-        counts = {k: v for k, v in counted.items() if isinstance(v, int)} if isinstance(counted, dict) else {}
-        name = path.parent.relative_to(run).as_posix()
-        result.append(Stage(name, float(seconds) if isinstance(seconds, int | float) else None, counts))
-    return result
-
-
-def record_counts(run: Path) -> dict[str, dict[str, int]]:
-    """What each folder of records says was dropped or cut, where it says anything; a search's stage sums its trials."""
-    found = {}
-    for path in _outside_trials(run, "header.json"):
-        counts = read_header(path.parent).counts
-        if counts:
-            found[path.parent.relative_to(run).as_posix()] = counts
-    return found
-
-
-def curves(run: Path, notes: Counter[str]) -> list[Curve]:
-    """Training curves of every stage with metrics, each stage named by its folder; not those of a search's trials."""
-    found = []
-    for path in _outside_trials(run, "metrics.jsonl"):
-        _check_listed(path)
-        stage = path.parent.relative_to(run).as_posix()
-        rows = {row["step"]: row for row in _metric_rows(path, notes)}
-        if rows:
-            found.append(downsample(stage, [rows[step] for step in sorted(rows)], notes))
-    return found
-
-
 def _check_listed(path: Path) -> None:
     """A file of a complete stage must be what the stage wrote."""
     done = path.with_name("done.json")
     files = read_sealed(done).get("files") if done.is_file() else None
     if isinstance(files, dict) and files.get(path.name) not in (None, checksum(path)):
         raise InputError(f"{path} is damaged: it is not what its stage wrote; restore it, or make the stage again.")
-
-
-def _outside_trials(run: Path, name: str) -> list[Path]:
-    return sorted(path for path in run.glob(f"**/{name}") if path.relative_to(run).parts[0] != "search")
 
 
 def downsample(stage: str, rows: list[dict[str, float]], notes: Counter[str]) -> Curve:
@@ -187,3 +391,22 @@ def _metric_rows(path: Path, notes: Counter[str]) -> Iterator[dict[str, float]]:
 
 def _is_number_or_none(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(match[1]) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name)))
+
+
+def _family(name: str, settings: dict[str, Any]) -> str:
+    """By the divergence or the method that the recipe names, else by the name it was given; other otherwise."""
+    if "divergence" in settings:
+        return _FAMILIES.get(str(settings["divergence"]), "other")
+    by_name = (family for family in _FAMILIES.values() if family in name.lower())
+    return str(settings.get("method") or next(by_name, "other"))
+
+
+def _target(name: str, settings: dict[str, Any]) -> str | None:
+    if "target" in settings:
+        return str(settings["target"])
+    endings = {"pref": "preference", "rw": "reward"}
+    return next((target for ending, target in endings.items() if ending in name.lower()), None)

@@ -13,8 +13,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exalign.errors import InputError
-from exalign.evaluation.density_schema import DensityRatios
-from exalign.evaluation.searches import Search
 from exalign.storage import read_sealed, write_sealed
 
 EVIDENCE_VERSION = 1
@@ -333,6 +331,76 @@ class Judgements:
     agreement: list[JudgeAgreement] = field(default_factory=list)
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial tried, and what came of it: `value` is the mean reward at `kl` nats, or None where it `failed`.
+
+    `values` are the settings that are searched over, `settings` all of them. `points` are the saved policies: step,
+    mean reward, mean KL. `seconds` are those of the training steps. A trial that tries what an earlier one tried is
+    the `same_as` that one and is not trained again.
+    """
+
+    number: int
+    values: dict[str, Any]
+    settings: dict[str, Any]
+    value: float | None = None
+    kl: float | None = None
+    points: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    failed: str | None = None
+    same_as: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """All trials of one method, ranked by mean reward at `kl` nats, and the number of the best."""
+
+    method: str
+    kl: float
+    best: int
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class DensityCurve:
+    """π(y|x)/π_sft(y|x) along log π_sft(y|x) for one policy, with the bounds of its interval over the samples.
+
+    `effective_samples` says how many equal weights the policy's importance weights are worth: near 1 a single sample
+    carries the whole curve.
+    """
+
+    policy: str
+    ratio: list[float]
+    low: list[float]
+    high: list[float]
+    effective_samples: float
+
+
+@dataclass(frozen=True)
+class PromptDensity:
+    """The curves of one prompt over `grid` (log π_sft, nats), and the `samples` of π_sft (sorted) they come from.
+
+    All curves of a prompt are smoothed by the same Gaussian kernel with standard deviation `bandwidth` (nats).
+    """
+
+    id: str
+    prompt: str
+    samples: list[float]
+    grid: list[float]
+    bandwidth: float
+    curves: list[DensityCurve]
+
+
+@dataclass(frozen=True)
+class DensityRatios:
+    """Density ratios on a few prompts. `beta` = β_π·β_r of the method `beta_of` is the optimum's; None without one."""
+
+    prompts: list[PromptDensity]
+    beta: float | None = None
+    beta_of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from exalign.errors import InputError
 from exalign.evaluation.frontier import select_within
-from exalign.evaluation.schema import FrontierPoint, read_evidence
+from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.schema import FrontierPoint
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,13 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
     """
     if not kl_budget > 0:
         raise InputError(f"--kl-budget {kl_budget:g} allows no checkpoint; give a number of nats above 0.")
-    path = run / "evaluation" / "evidence.json"
-    if not path.is_file():
-        raise InputError(f"{run} has no evaluation/evidence.json; finish it with `exalign run` first.")
+    place = RunFolder(run)
     found, without = [], []
-    for method in read_evidence(path).methods:
+    for method in place.read_evidence().methods:
         point = select_within(method.points, kl_budget)
         if point is None:
             without.append(method.name)
         else:
-            place = Path("align") / method.name / "policies" / f"step-{point.step:06d}"
-            found.append(Selected(method.name, point, place))
+            policy = place.policy(method.name, point.step)
+            found.append(Selected(method.name, point, policy.relative_to(run)))
     return sorted(found, key=lambda selected: -selected.point.reward.estimate), without

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from exalign.evaluation.density_schema import DensityCurve, DensityRatios, PromptDensity
+from exalign.evaluation.schema import DensityCurve, DensityRatios, PromptDensity
 from exalign.report.labels import drawable
 from exalign.report.style import LIGHT, Look
 

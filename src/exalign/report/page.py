@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from exalign.evaluation.schema import Evidence, MethodEvidence, read_evidence
+from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.schema import Evidence, MethodEvidence
 from exalign.report.captions import Captions
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import draw_accuracy_frontier, draw_frontier
@@ -34,13 +35,11 @@ def write_report(run: Path) -> Path:
 
     A missing or damaged evidence file is an `InputError`.
     """
-    run = Path(run)
-    evidence = read_evidence(run / "evaluation" / "evidence.json")
-    folder = run / "report"
-    figures = dict(_figures(evidence, folder / "figures"))
-    page = folder / "index.html"
-    write_text(page, render_page(evidence, figures))
-    return page
+    folder = RunFolder(Path(run))
+    evidence = folder.read_evidence()
+    figures = dict(_figures(evidence, folder.figures))
+    write_text(folder.page, render_page(evidence, figures))
+    return folder.page
 
 
 def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from exalign.evaluation.density_schema import DensityRatios
-from exalign.evaluation.run_folder import read_recipe
-from exalign.evaluation.schema import Evidence
+from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.schema import DensityRatios, Evidence
 from exalign.report.captions import Captions
 from exalign.report.figure_ablation import draw_ablation
 from exalign.report.figure_density import draw_density
@@ -151,10 +150,8 @@ def _first(density: DensityRatios) -> DensityRatios:
 
 
 def _unevaluated(evidence: Evidence, run: Path) -> Iterator[str]:
-    _, recipe = read_recipe(run)
-    wanted = [str(name) for section in ("align", "ppo") for name in recipe.get(section) or {}]
     evaluated = {method.name for method in evidence.methods if method.points}
-    for name in wanted:
+    for name in RunFolder(run).methods_of_recipe():
         if name not in evaluated:
             yield f"{name} has no evaluated checkpoint: {evaluate_command(run)} makes it."
 

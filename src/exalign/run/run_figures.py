@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
-from exalign.evaluation.run_folder import complete_records, read_recipe
+from exalign.evaluation.run_folder import RunFolder, complete_records
 from exalign.judging.evidence import read_judgements
 from exalign.report.paper_figures import Written, evaluate_command, write_paper_figures
 
@@ -17,13 +17,13 @@ def draw_run_figures(run: Path, folder: Path | None = None) -> Written:
     A directory that holds no run, or no samples of the supervised policy, which everything is compared with, is an
     `InputError`.
     """
-    run = Path(run)
-    _, recipe = read_recipe(run)
+    folder_of = RunFolder(Path(run))
+    recipe = folder_of.recipe_values()
     if not recipe:
         raise InputError(
             f"{run} is no run's directory, for it has no recipe.yaml: exalign run RECIPE --run {run} makes one."
         )
-    if complete_records(run / "evaluation" / "sft" / "samples") is None:
+    if complete_records(folder_of.supervised) is None:
         raise InputError(f"{run} has no samples of the supervised policy yet: {evaluate_command(run)} draws them.")
     evidence = collect_evidence(run, seed=int(recipe.get("seed") or 0), judgements=read_judgements(run))
-    return write_paper_figures(evidence, run, run / "report" / "figures" if folder is None else folder)
+    return write_paper_figures(evidence, run, folder_of.figures if folder is None else folder)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from exalign.data.record import Record
 from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
-from exalign.evaluation.searches import Trial
+from exalign.evaluation.schema import Trial
 from exalign.processes import gathered, leads, several
 from exalign.run.evaluation_stages import (
     different_prompts,

@@ -13,7 +13,7 @@ from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.comparison import path
 from exalign.evaluation.frontier import reach, reward_at_kl
-from exalign.evaluation.searches import Trial
+from exalign.evaluation.schema import Trial
 from exalign.evaluation.tables import tabulate
 from exalign.run.search_settings import Value
 from exalign.spreadsheet import csv_text
