@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import logging
 
 from exalign.data.batching import Group, completion_mask, group_of, stack_values
-from exalign.data.records import Completion, Record
+from exalign.data.record import Completion, Record
 from exalign.data.synthetic import reward, write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.statistics import mean_interval
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import completion_logprobs, reference_logprobs
-from exalign.models.settings import ModelSettings
+from exalign.models.model_settings import ModelSettings
 from exalign.objectives import kl_estimate, log_policy_distribution, log_reward_target, reverse_kl
 from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.settings import SampleSettings
@@ -78,8 +78,7 @@ def steps(
     for step in range(total):
         factor = learning_rate_factor(step, num_steps=total, warmup_steps=warmup, schedule="cosine")
         set_learning_rate(optimizer, learning_rate * factor)
-        value = loss(policy, batches[step])
-        value.backward()
+        (value := loss(policy, batches[step])).backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
