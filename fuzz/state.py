@@ -10,7 +10,9 @@ from typing import Any
 
 import atheris
 
-with atheris.instrument_imports(include=["exalign.training.state", "exalign.storage", "exalign.evaluation.schema"]):
+with atheris.instrument_imports(
+    include=["exalign.training.checkpoint", "exalign.storage", "exalign.evaluation.schema"]
+):
     import torch
 
     from exalign.evaluation.schema import (
@@ -33,7 +35,7 @@ with atheris.instrument_imports(include=["exalign.training.state", "exalign.stor
         write_evidence,
     )
     from exalign.storage import fingerprint_path, write_json
-    from exalign.training.state import MetricsLog, Position, load_checkpoint, save_checkpoint
+    from exalign.training.checkpoint import MetricsLog, Position, load_checkpoint, save_checkpoint
 
 from fuzz.contract import fuzz
 from fuzz.grafting import choices, grafted

@@ -151,7 +151,7 @@ def only_in(library: str, *allowed: str) -> None:
 
 
 def test_accelerate_is_known_where_processes_are_and_nowhere_else() -> None:
-    only_in("accelerate", "processes.py", "training/accelerator.py", "training/loop.py")
+    only_in("accelerate", "processes.py", "training/distributed.py", "training/loop.py")
 
 
 def test_one_file_chooses_the_device() -> None:

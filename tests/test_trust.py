@@ -63,7 +63,7 @@ def test_nothing_is_unpickled_and_no_process_is_started() -> None:
 def test_tensors_are_loaded_as_tensors_only() -> None:
     found = [(file, argument(call, "weights_only")) for file, tree in TREES.items() for name, call in calls(tree)
              if name == "torch.load"]  # fmt: skip
-    assert found == [("training/state.py", "True")]
+    assert found == [("training/checkpoint.py", "True")]
 
 
 def test_yaml_is_loaded_in_one_place() -> None:

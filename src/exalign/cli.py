@@ -272,8 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments, standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("Interrupted; the same command continues where it was.", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "Interrupted; the same command continues where it was.", 130)
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except Exception as error:

@@ -53,17 +53,29 @@ def on_cpu() -> bool:
 
 def shards() -> bool:
     """Whether the launcher's configuration asks for sharded weights (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return is_on("ACCELERATE_USE_FSDP")
+
+
+def is_on(name: str) -> bool:
+    """Whether the launcher set this variable of the environment to true."""
+    return os.environ.get(name, "").lower() in ("1", "true")
 
 
 def join() -> None:
-    """Meet the other processes and take this process's own device; once, and nothing where it is alone."""
+    """Meet the other processes and take this process's own device; once, and nothing where it is alone.
+
+    A launcher's configuration for what is not supported is an `InputError`.
+    """
+    for name in ("DeepSpeed", "Megatron-LM"):
+        if is_on(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            raise InputError(
+                f"Training under {name} is not supported; use FSDP2 (configs/accelerate/8gpu-fsdp2.yaml), which "
+                "divides weights, gradients and optimizer states among the processes."
+            )
     if several():
         from accelerate import PartialState
-        from accelerate.utils import patch_environment
 
-        with patch_environment(accelerate_use_deepspeed="false"):  # `training.zero` does without Accelerate's part
-            PartialState(cpu=on_cpu(), timeout=TOGETHER)
+        PartialState(cpu=on_cpu(), timeout=TOGETHER)
 
 
 @contextmanager

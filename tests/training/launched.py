@@ -39,13 +39,9 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-ZERO1 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
-ZERO2 = {**ZERO1, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 LAYOUTS: dict[str, dict[str, str]] = {
     "ddp": {},
     "fsdp2": FSDP2,
-    "zero1": ZERO1,
-    "zero2": ZERO2,
     "fsdp2-one-group": {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
 }
 UNTIED: dict[str, Any] = {

@@ -22,12 +22,19 @@ from exalign.methods.sft import MaximumLikelihood
 from exalign.models.logprobs import PackedPolicy
 from exalign.storage import read_json
 from exalign.training.batches import EpochBatches
-from exalign.training.guards import KEEP_SKIPPED, NotFiniteError
+from exalign.training.guards import KEEP_SKIPPED, NotFiniteError, recover, recoveries, steps_not_taken
 from exalign.training.loop import train
-from exalign.training.recovery import recover, recoveries
 from exalign.training.settings import AlignSettings, SFTSettings, TrainSettings
 from training.launched import finish, run_out_of_memory, start
-from training.tiny_world import TIMINGS, assert_same_outcome, make_groups, make_policy, make_tokenizer, read_metrics
+from training.tiny_world import (
+    TIMINGS,
+    assert_same_outcome,
+    make_groups,
+    make_policy,
+    make_tokenizer,
+    read_metrics,
+    small_ppo_run,
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,42 @@ def test_too_many_skipped_steps_in_a_row_stop_and_a_higher_limit_lets_the_run_go
 
 def test_only_so_many_batches_are_kept_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = KEEP_SKIPPED + 2
-    poisoned_run(tmp_path, count, range(1, count + 1), max_skipped_in_a_row=count + 1)
+    with pytest.raises(NotFiniteError, match=f"No step was taken: .* in all {count} of them"):
+        poisoned_run(tmp_path, count, range(1, count + 1), max_skipped_in_a_row=count + 1)
+    assert not (tmp_path / "model").exists()
+    assert steps_not_taken(tmp_path) == count
     assert kept(tmp_path) == list(range(1, KEEP_SKIPPED + 1))
     assert " ".join(capsys.readouterr().err.split()).count("is full, so its batch is not kept") == 2
+
+
+def test_a_training_that_could_take_no_step_is_refused(tmp_path: Path) -> None:
+    """Also where only the policy would stay as it is, because all steps are the critic's, or nothing is trained."""
+    with pytest.raises(InputError, match="No step would be taken: there are 16, and the first 16 leave the policy"):
+        small_ppo_run(tmp_path, critic_steps=16)
+    policy = PackedPolicy(make_policy().requires_grad_(False))
+    task = PoisonedTask(EpochBatches(make_groups(2), batch_prompts=1, epochs=1, seed=0), frozenset(), "loss")
+    with pytest.raises(InputError, match="No weight of this model is trained"):
+        train(task, policy, make_tokenizer(), TrainSettings(), tmp_path, card="")
+
+
+def test_an_interruption_says_what_stands(tmp_path: Path) -> None:
+    class Impatient(EpochBatches):
+        def __getitem__(self, step: int) -> list[Group]:
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().__getitem__(step)
+
+    def interrupted_run(checkpoint_every: int) -> None:
+        settings = TrainSettings(batch_prompts=1, checkpoint_every=checkpoint_every)
+        batches = Impatient(make_groups(8), batch_prompts=1, epochs=1, seed=0)
+        task = PoisonedTask(batches, frozenset(), "loss")
+        train(task, PackedPolicy(make_policy()), make_tokenizer(), settings, tmp_path / "exo", card="")
+
+    for every, goes_on in ((100, "begins it again"), (2, "goes on after step 4, where its last checkpoint stands")):
+        with pytest.raises(
+            KeyboardInterrupt, match=f"^Interrupted: exo after step 5 of 8. The same command {goes_on}.$"
+        ):
+            interrupted_run(every)
 
 
 def test_the_batch_of_a_skipped_step_is_kept_with_the_row_to_blame(

@@ -21,9 +21,7 @@ from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import accumulate
-from exalign.training.optimizer import learning_rate_factor
-from exalign.training.progress import TrainingProgress
+from exalign.training.loop import TrainingProgress, accumulate, learning_rate_factor
 from exalign.training.settings import AlignSettings, SFTSettings
 from training.tiny_world import (
     CONFIG,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from exalign.errors import InputError
 from exalign.processes import in_order
 from exalign.storage import read_json
-from exalign.training.accelerator import sharding_wanted
+from exalign.training.distributed import make_accelerator, sharding_wanted
 from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
 from training.tiny_world import TIMINGS, read_metrics
 
@@ -139,12 +139,20 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(monkeypatch: pytest.Monke
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing in the recipe does that"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is not supported"),
         ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "only TRANSFORMER_BASED_WRAP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
     ]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(InputError, match=sentence):
                 sharding_wanted()
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_an_old_configuration_for_deepspeed_is_told_what_takes_its_place(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(InputError, match="is not supported; use FSDP2"):
+        make_accelerator(tmp_path, precision="fp32", trackers=(), some_left_out=False)
 
 
 def test_shares_are_put_together_in_order() -> None:

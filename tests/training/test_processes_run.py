@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from training.launched import finish, run_command, start
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 PPO = "ppo={ppo: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1}}"
-DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 MODELS = ["sft", "reward", "align/exo-rw", "align/dpo-pref", "align/ppo"]
 
 
@@ -56,7 +54,7 @@ def assert_same_models(folder: Path, other: Path, names: list[str]) -> None:
             torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", pytest.param("zero2", marks=DEEPSPEED)])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
     layout: str, arguments: list[str], one: Path, tmp_path: Path, workers: ForkServerContext
 ) -> None:
@@ -76,7 +74,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
     assert (tmp_path / "printed-0").read_text().count("done before, skipped") == printed.count("✓ ")
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", pytest.param("zero2", marks=DEEPSPEED)])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
     layout: str, arguments: list[str], tmp_path: Path, workers: ForkServerContext
 ) -> None:
@@ -113,7 +111,7 @@ def test_what_fails_is_said_once_and_ends_all(
     assert lines[0].startswith("error: ") and sentence in lines[0]
 
 
-@pytest.mark.parametrize("name", ["ddp-2cpu", "fsdp2-2cpu", pytest.param("zero2-2cpu", marks=DEEPSPEED)])
+@pytest.mark.parametrize("name", ["ddp-2cpu", "fsdp2-2cpu"])
 def test_accelerate_launches_the_configurations_for_cpus(
     name: str, arguments: list[str], one: Path, tmp_path: Path
 ) -> None:
@@ -133,7 +131,6 @@ def test_every_configuration_is_one_that_accelerate_reads(path: Path) -> None:
     assert config.num_processes % config.num_machines == 0
     assert path.stem.startswith(f"{config.num_processes}gpu") or path.stem.endswith(f"-{config.num_processes}cpu")
     options = {action.dest for action in launch_command_parser()._actions}
-    assert set(config.fsdp_config) <= options and set(config.deepspeed_config) <= options
-    assert ("zero2" in path.stem) == (config.deepspeed_config.get("zero_stage") == 2)
+    assert set(config.fsdp_config) <= options and not config.deepspeed_config
     assert ("fsdp2" in path.stem) == (config.fsdp_config.get("fsdp_version") == 2)
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"

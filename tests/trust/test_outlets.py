@@ -57,7 +57,7 @@ from exalign.report.wording import visible
 from exalign.run.runner import Run
 from exalign.run.runner import Stage as RunStage
 from exalign.terminal import escape_controls, shown
-from exalign.training.progress import TrainingProgress
+from exalign.training.loop import TrainingProgress
 
 ATTACKS = (
     "\x1b[2J\x1b]8;;http://evil\x07click\x1b]8;;\x07",

@@ -21,7 +21,7 @@ from exalign.models.loading import load_classifier, load_policy, load_tokenizer,
 from exalign.models.model_settings import ModelSettings
 from exalign.run.preflight import check_labels
 from exalign.storage import fingerprint_path, write_json
-from exalign.training.state import Position, load_checkpoint
+from exalign.training.checkpoint import Position, load_checkpoint
 from training.tiny_world import CONFIG, make_policy, make_tokenizer
 
 

@@ -31,7 +31,7 @@ from exalign.redaction import redact, redact_values
 from exalign.report import write_report
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import dump_recipe, load_recipe
-from exalign.training.card import model_card
+from exalign.training.loop import model_card
 from trust.conftest import CANARY, SECRETS, Isolated
 
 KEY = SECRETS["OPENAI_API_KEY"]

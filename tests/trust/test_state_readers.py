@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from exalign.evaluation.schema import read_evidence
 from exalign.run.recipe import load_recipe
 from exalign.storage import fingerprint_path, write_json
-from exalign.training.state import MetricsLog, Position, load_checkpoint, save_checkpoint
+from exalign.training.checkpoint import MetricsLog, Position, load_checkpoint, save_checkpoint
 from trust.shapes import grafted, sentence, some
 
 NESTED = b"[" * 100_000 + b"]" * 100_000

@@ -32,8 +32,7 @@ from exalign.objectives import (
     weighted_mean,
 )
 from exalign.training.batches import Batches, EpochBatches
-from exalign.training.card import model_card
-from exalign.training.loop import train
+from exalign.training.loop import model_card, train
 from exalign.training.settings import AlignSettings
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

@@ -39,11 +39,10 @@ from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.scorer import Scorer, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint
-from exalign.training.card import model_card
-from exalign.training.loop import train
+from exalign.training.distributed import Whole
+from exalign.training.loop import model_card, train
 from exalign.training.rollouts import RolloutBatches, RolloutCounts, RolloutPlan
 from exalign.training.settings import MAX_KL_ERROR, PPOSettings
-from exalign.training.sharding import Whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ from exalign.errors import InputError
 from exalign.models.scalar_head import PackedScorer, completion_outputs
 from exalign.objectives import bradley_terry_loss
 from exalign.training.batches import Batches, EpochBatches
-from exalign.training.card import model_card
-from exalign.training.loop import train
+from exalign.training.loop import model_card, train
 from exalign.training.settings import RewardModelSettings
 
 

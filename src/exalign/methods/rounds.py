@@ -30,8 +30,7 @@ from exalign.processes import several
 from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.scorer import scored
 from exalign.storage import fingerprint
-from exalign.training.card import model_card
-from exalign.training.loop import train
+from exalign.training.loop import model_card, train
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
 from exalign.training.settings import AlignSettings
 

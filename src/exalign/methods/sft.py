@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.batching import Group, microbatches
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.training.batches import Batches, EpochBatches
-from exalign.training.card import model_card
-from exalign.training.loop import train
+from exalign.training.loop import model_card, train
 from exalign.training.settings import SFTSettings
 
 

@@ -26,7 +26,7 @@ from exalign.rollout.grouped import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
-from exalign.training.optimizer import adamw, set_learning_rate
+from exalign.training.loop import adamw, set_learning_rate
 from exalign.training.settings import AlignSettings
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exalign.storage import fingerprint
-from exalign.training.recovery import extended, next_recovery, recoveries
+from exalign.training.guards import extended, next_recovery, recoveries
 from exalign.training.settings import ADJUSTABLE, WITHOUT_EFFECT_ON_RESULTS
 
 

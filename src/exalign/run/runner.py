@@ -32,7 +32,7 @@ from exalign.run.stage_files import MARKERS, check_complete, forget_damaged_reco
 from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
-from exalign.training.recovery import add_recovery, recoveries
+from exalign.training.guards import add_recovery, recoveries, steps_not_taken
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
     """A recipe and the directory where it is carried out: `runs/NAME`, unless another is given.
 
     With `redo`, stages that were made from something else are made again instead of refused; with `recover`, a training
-    that stopped goes on from its last good checkpoint with the settings as they are now (see `training.recovery`).
+    that stopped goes on from its last good checkpoint with the settings as they are now (see `training.guards`).
     """
 
     recipe: Recipe
@@ -178,8 +178,9 @@ class Run:
             call(stage.name)
         stage.work(self, folder, counts)
         seconds = seconds_before + time.monotonic() - start
-        if stage.together and (recovered := recoveries(folder)):
-            counts["recoveries"] = len(recovered)
+        if stage.together:
+            more = {"recoveries": len(recoveries(folder)), "steps_not_taken": steps_not_taken(folder)}
+            counts.update({name: value for name, value in more.items() if value})
         done = {**made.values, "seconds": round(seconds, 2), "counts": dict(counts)}
         write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
         (folder / "started.json").unlink()

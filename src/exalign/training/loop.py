@@ -1,4 +1,4 @@
-"""The one training loop, on Accelerate. A task gives it batches and a loss; everything else is here or in `state`.
+"""The one training loop, on Accelerate. A task gives it batches and a loss; everything else is here or in `checkpoint`.
 
 The loss of a step is Σ over its groups of the task's loss, divided by the task's weight of the whole step: neither
 the token budget, nor accumulation, nor the number of processes changes it. Whatever a step needs is a function of
@@ -16,26 +16,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
+from exalign.errors import InputError
 from exalign.models.actor_critic import ActorCritic
 from exalign.models.loading import save_model
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.models.scalar_head import PackedScorer
+from exalign.redaction import redact_values
+from exalign.settings import Settings
 from exalign.storage import fingerprint, remove_leftovers
-from exalign.training.accelerator import make_accelerator, sharding_wanted
+from exalign.terminal import escape_controls, shown
 from exalign.training.batches import Batches, saved_steps
-from exalign.training.guards import keep_skipped, not_finite, smaller_budget
-from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
-from exalign.training.progress import TrainingProgress
-from exalign.training.recovery import forget_stop, record_stop, recovered_after, with_recoveries
-from exalign.training.settings import ADJUSTABLE, WITHOUT_EFFECT_ON_RESULTS, TrainSettings
-from exalign.training.sharding import Whole, shard, whole_number
-from exalign.training.state import (
+from exalign.training.checkpoint import (
     MetricsLog,
     Position,
     last_checkpoint,
@@ -43,7 +44,21 @@ from exalign.training.state import (
     prune_checkpoints,
     save_checkpoint,
 )
+from exalign.training.distributed import Whole, make_accelerator, shard, sharding_wanted, whole_number
+from exalign.training.guards import (
+    forget_stop,
+    interrupted,
+    keep_skipped,
+    not_finite,
+    record_stop,
+    recovered_after,
+    smaller_budget,
+    with_recoveries,
+)
+from exalign.training.settings import ADJUSTABLE, WITHOUT_EFFECT_ON_RESULTS, TrainSettings
 
+LINE_SECONDS = 30.0
+"""Between two lines about a training where there is no terminal for a bar."""
 Trainable = PackedPolicy | PackedScorer | ActorCritic
 
 
@@ -92,10 +107,18 @@ def train(
 
     Writes `model`, `metrics.jsonl` (a row per optimizer step, counted from 1), `checkpoints` and `policies`. A step
     whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1, its batch in `skipped`;
-    `max_skipped_in_a_row` of them end the run with `NotFiniteError`, an `InputError` (and see `recovery`). Where memory
-    runs out the token budget is halved and the step begun again (see `guards`).
+    `max_skipped_in_a_row` of them, or where no other is left, end the run with `NotFiniteError`, an `InputError` (see
+    `guards`). Where memory runs out the token budget is halved and the step begun again. Ctrl-C is a
+    `KeyboardInterrupt` with a sentence that says what stands.
     """
     folder = Path(folder)
+    if settings.idle_steps >= len(task.batches):
+        raise InputError(
+            f"No step would be taken: there are {len(task.batches)}, and the first {settings.idle_steps} leave the "
+            "policy as it is; lower critic_steps, or give more data or epochs."
+            if settings.idle_steps
+            else "No step would be taken: there are no batches to train on."
+        )
     whole = Whole(module)
     trainer = _prepare(task, module, tokenizer, settings, folder)
     accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
@@ -162,23 +185,26 @@ def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
 
         if position.step:
             say(f"continues after step {position.step} of {num_steps}")
-        while position.step < num_steps:
-            row = _take_step(trainer, position.step, say)
-            trainer.accelerator.log({n: value for n, value in row.items() if value is not None}, step=row["step"])
-            metrics.append(row)
-            progress.update(row)
-            in_a_row = position.skipped_in_a_row + 1 if row["skipped"] else 0
-            position = replace(position, step=row["step"], skipped_in_a_row=in_a_row)
-            if row["skipped"]:
-                _skip(trainer, row, in_a_row, say)
-            if position.step in policy_steps:
-                save(folder / "policies" / f"step-{position.step:06d}")
-            # Among skipped steps there is none: a recovery begins before the first of them.
-            due = position.step % settings.checkpoint_every == 0 and not row["skipped"]
-            if due or position.step == num_steps:
-                metrics.sync()
-                save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
-                trainer.saved_at = position.step
+        try:
+            while position.step < num_steps:
+                row = _take_step(trainer, position.step, say)
+                trainer.accelerator.log({n: value for n, value in row.items() if value is not None}, step=row["step"])
+                metrics.append(row)
+                progress.update(row)
+                in_a_row = position.skipped_in_a_row + 1 if row["skipped"] else 0
+                position = replace(position, step=row["step"], skipped_in_a_row=in_a_row)
+                if row["skipped"]:
+                    _skip(trainer, row, in_a_row, say)
+                if position.step in policy_steps:
+                    save(folder / "policies" / f"step-{position.step:06d}")
+                # Among skipped steps there is none: a recovery begins before the first of them.
+                due = position.step % settings.checkpoint_every == 0 and not row["skipped"]
+                if due or position.step == num_steps:
+                    metrics.sync()
+                    save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
+                    trainer.saved_at = position.step
+        except KeyboardInterrupt:
+            raise interrupted(folder, position.step, num_steps, saved_at=trainer.saved_at) from None
 
 
 def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -236,10 +262,12 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
 
     writes, skipped = trainer.accelerator.is_main_process, trainer.folder / "skipped"
     say(keep_skipped(skipped, row, trainer.task.batches[row["step"] - 1], loss_of, trainer.tokenizer, writes=writes))
-    if in_a_row >= trainer.settings.max_skipped_in_a_row:
+    num_steps = len(trainer.task.batches)
+    all_steps = row["step"] == num_steps and in_a_row >= num_steps - trainer.settings.idle_steps
+    if all_steps or in_a_row >= trainer.settings.max_skipped_in_a_row:
         # The weights that all these batches failed on were made by the step before them, and may be to blame.
         good = last_checkpoint(trainer.folder / "checkpoints", before=row["step"] - in_a_row)
-        error = not_finite(row["step"], in_a_row, skipped, last_good=good)
+        error = not_finite(row["step"], in_a_row, skipped, last_good=good, all_steps=all_steps)
         if writes:
             record_stop(trainer.folder, str(error), trainer.settings.model_dump(), after_step=good)
         raise error
@@ -296,3 +324,123 @@ def _prepare(
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
     budget = settings.token_budget
     return _Trainer(accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    device: torch.device,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.AdamW:
+    """AdamW over the weights that are trained; only those with two dimensions or more decay.
+
+    `rate_of` a parameter's name is what its learning rate is multiplied with. Trained weights in half precision are an
+    `InputError`: a step of relative size 1e-6 would round to nothing.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for _, parameter in trained):
+        raise InputError(
+            "Weights in half precision cannot take small steps: set the model's dtype to float32 (precision may be "
+            "bf16), or train LoRA adapters."
+        )
+    if not trained:
+        raise InputError("No weight of this model is trained: all of them are frozen.")
+    groups: list[dict[str, Any]] = []
+    for rate in sorted({rate_of(name) for name, _ in trained}):
+        some = [parameter for name, parameter in trained if rate_of(name) == rate]
+        decaying = [parameter for parameter in some if parameter.ndim >= 2]
+        others = [parameter for parameter in some if parameter.ndim < 2]
+        groups.append({"params": decaying, "weight_decay": weight_decay, "rate": rate})
+        groups.append({"params": others, "weight_decay": 0.0, "rate": rate})
+    # The rate is set before every step; the fused kernel exists where models are trained.
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Give every parameter group this rate, times its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
+
+
+def learning_rate_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:
+    """The share of the peak learning rate for optimizer step `step` (from 0) of `num_steps`.
+
+    Warm-up: (step + 1) / (warmup_steps + 1), so that no step has rate 0. After it, with
+    u = (step − warmup_steps) / (num_steps − warmup_steps) in [0, 1): `constant` 1, `linear` 1 − u,
+    `cosine` (1 + cos πu) / 2.
+
+    >>> [learning_rate_factor(s, num_steps=6, warmup_steps=2, schedule="linear") for s in range(6)]
+    [0.3333333333333333, 0.6666666666666666, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2.0}
+    return shapes[schedule]
+
+
+class TrainingProgress:
+    """A context that shows the rows of metrics it is given; `visible=False` shows nothing (all processes but one)."""
+
+    def __init__(self, label: str, *, num_steps: int, done: int, visible: bool, console: Console | None = None) -> None:
+        self.label = label
+        self.num_steps = num_steps
+        self.console = console or Console(stderr=True, quiet=not visible)
+        self._last_line = 0.0
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        fields = TextColumn("[dim]{task.fields[numbers]}[/dim]")
+        self._bar = Progress(*columns, fields, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task(escape_controls(label), total=num_steps, completed=done, numbers="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line beside the bar."""
+        self.console.print(shown(text), soft_wrap=True)
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show the metrics of a finished step."""
+        shown = [name for name in ("loss", "kl", "accuracy", "tokens_per_second") if row.get(name) is not None]
+        numbers = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in shown)
+        self._bar.update(self._task, completed=row["step"], numbers=numbers)
+        now = time.monotonic()
+        last = row["step"] == self.num_steps
+        if not self.console.is_terminal and (last or now - self._last_line >= LINE_SECONDS):
+            self._last_line = now
+            self.say(f"{self.label}: step {row['step']}/{self.num_steps}  {numbers}")
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline_tag}
+tags:
+- exalign
+---
+# {title}
+
+{description}
+
+Trained with exalign under these settings:
+
+```yaml
+{settings}```
+"""
+
+
+def model_card(title: str, description: str, settings: Settings, *, pipeline_tag: str) -> str:
+    """A model card in Markdown with the front matter that model hubs read."""
+    shown = yaml.safe_dump(redact_values(settings.model_dump(mode="json")), sort_keys=False)
+    return _CARD.format(title=title, description=description, settings=shown, pipeline_tag=pipeline_tag)

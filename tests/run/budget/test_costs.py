@@ -32,7 +32,7 @@ from exalign.run.budget.memory import (
     training_activations,
     training_state,
 )
-from exalign.training.optimizer import adamw, set_learning_rate
+from exalign.training.loop import adamw, set_learning_rate
 from exalign.training.settings import AlignSettings
 
 TINY: dict[str, dict[str, Any]] = {

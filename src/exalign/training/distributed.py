@@ -1,4 +1,5 @@
-"""Weights divided among processes (FSDP2), and whole copies of them: to be saved, or to sample from.
+"""Accelerate as the launcher set it up (one process, DDP, FSDP2), weights divided among processes, and whole copies of
+them: to be saved, or to sample from.
 
 Only the forward of the module that the loop calls gathers weights. What stands outside its blocks (embeddings, head,
 final norm) is one group, gathered from the beginning of a pass to its end, because the tiled head uses its weight in
@@ -8,20 +9,63 @@ the backward pass as well; each block is gathered where it is used.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    patch_environment,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from exalign.errors import InputError
 from exalign.models.packing import base_of
-from exalign.processes import shards
+from exalign.processes import is_on, join, on_cpu, several, shards
+
+
+def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], some_left_out: bool) -> Accelerator:
+    """The accelerator of one training; `some_left_out` where some steps give some parameters no gradient."""
+    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
+    if missing:
+        raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
+    if on_cpu():  # Accelerate imports DeepSpeed where it finds it, which complains that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if precision == "bf16" and on_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warnings.warn(
+            "This processor has no bfloat16 instructions: precision bf16 takes about ten times as long as fp32 here. "
+            "Leave precision out.",
+            stacklevel=2,
+        )
+    join()
+    AcceleratorState._reset_state()  # a process may train several models, each in its own precision
+    # Accelerate itself shards one model in the life of a process, on accelerators only, and rounds what the module
+    # returns to bf16, log-probabilities among them; so it does not hear of FSDP, and `shard` does that part.
+    with patch_environment(accelerate_use_fsdp="false"):
+        return Accelerator(
+            cpu=several() and on_cpu(),
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(trackers) or None,
+            project_dir=str(folder),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=some_left_out),
+                # Its cache would keep a copy of every block's weights that were gathered for a moment.
+                AutocastKwargs(cache_enabled=not shards()),
+            ],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +76,33 @@ class Sharding:
 
     blocks: bool
     reshard_after_forward: bool
+
+
+def sharding_wanted() -> Sharding | None:
+    """What the launcher's configuration says about sharding; None where it asks for none.
+
+    What it asks for and cannot get is an `InputError`.
+    """
+    if not shards():
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("Only version 2 of FSDP is supported; set fsdp_version: 2 in accelerate's configuration.")
+    plugin = FullyShardedDataParallelPlugin()
+    unsupported = {
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        "fsdp_offload_params": is_on("FSDP_OFFLOAD_PARAMS"),
+    }
+    for name in (name for name, asked in unsupported.items() if asked):
+        instead = "; gradient_checkpointing in the recipe does that" if "checkpointing" in name else ""
+        raise InputError(f"{name} is not supported; set it to false in accelerate's configuration{instead}.")
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP") not in ("NO_WRAP", "TRANSFORMER_BASED_WRAP"):
+        raise InputError("fsdp_auto_wrap_policy: only TRANSFORMER_BASED_WRAP and NO_WRAP are supported.")
+    if not torch.distributed.is_initialized() and not several():
+        return None  # nobody to share with
+    return Sharding(
+        blocks=plugin.auto_wrap_policy is not None, reshard_after_forward=bool(plugin.reshard_after_forward)
+    )
 
 
 def shard(module: nn.Module, device: torch.device, sharding: Sharding) -> None:

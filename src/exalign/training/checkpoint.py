@@ -37,7 +37,6 @@ from exalign.storage import (
     write_text,
     writing,
 )
-from exalign.training.zero import ZeroOptimizer
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
@@ -58,25 +57,17 @@ class Position:
     settled: str = ""
 
 
-def save_checkpoint(
-    folder: Path, position: Position, model: nn.Module, optimizer: Optimizer | ZeroOptimizer, *, writes: bool
-) -> None:
+def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer, *, writes: bool) -> None:
     """Write `folder/step-NNNNNN` atomically and remove all but the last `KEEP`.
 
     Every process calls it, because sharded weights are gathered; the one with `writes` writes. Frozen weights, which
     come with the model that training starts from, are left out.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    if isinstance(optimizer, ZeroOptimizer):
-        state = {
-            "model": get_model_state_dict(optimizer.module, options=options),
-            "optimizer": optimizer.whole_state(),
-        }
-    else:
-        state = {
-            "model": get_model_state_dict(model, options=options),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-        }
+    state = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
     if not writes:
         return
     with atomic_path(folder / f"step-{position.step:06d}") as temporary:
@@ -112,7 +103,7 @@ def load_checkpoint(
     folder: Path,
     run: str,
     model: nn.Module,
-    optimizer: Optimizer | ZeroOptimizer,
+    optimizer: Optimizer,
     *,
     settled: str = "",
     recovered_after: int = 0,
@@ -144,14 +135,10 @@ def load_checkpoint(
     return Position(0, 0, run, settled)
 
 
-def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer | ZeroOptimizer, path: Path) -> None:
+def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Path) -> None:
     """Put weights and optimizer state in their places."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     try:
-        if isinstance(optimizer, ZeroOptimizer):
-            set_model_state_dict(optimizer.module, state["model"], options=options)
-            optimizer.put(state["optimizer"])
-            return
         set_model_state_dict(model, state["model"], options=options)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     except torch.OutOfMemoryError:
@@ -192,7 +179,7 @@ def _check_metrics(path: Path) -> None:
 
 def _metrics_print(checkpoints: Path, step: int) -> str:
     """A hash of the rows up to `step` in the metrics beside the folder of checkpoints."""
-    return fingerprint("".join(_rows_up_to(checkpoints.parent / METRICS, step)))
+    return fingerprint("".join(rows_up_to(checkpoints.parent / METRICS, step)))
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
@@ -228,7 +215,7 @@ class MetricsLog:
         self._stream: TextIO | None = None
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(_rows_up_to(path, step)))
+            write_text(path, "".join(rows_up_to(path, step)))
             self._stream = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -252,7 +239,7 @@ class MetricsLog:
             self._stream.close()
 
 
-def _rows_up_to(path: Path, step: int) -> Iterator[str]:
+def rows_up_to(path: Path, step: float) -> Iterator[str]:
     """The lines of the file whose step is at most `step`; what a kill left of a last one is dropped."""
     if not path.exists():
         return
