@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 with atheris.instrument_imports(include=["exalign.data"]):
-    from exalign.data.formats import read_source
-    from exalign.data.sources import DataSettings
+    from exalign.data.reading import DataSettings, read_source
 
 from fuzz.contract import fuzz
 from fuzz.grafting import choices, grafted
 
 FOLDER = Path(tempfile.mkdtemp(prefix="exalign-fuzz-"))
-FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")  # their order is in the corpus
 KINDS = (*FILES, "rows", "grafted.jsonl", "grafted.parquet")
 ROWS = (
     {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -30,6 +29,16 @@ ROWS = (
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"text": "a", "label": 1},
+    {"prompt": "a", "completions": ["b", "c"], "preferred": 1, "weight": 0.5},
+    {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "system": "d"},
+    {
+        "conversations": [{"role": "user", "content": "a"}],
+        "chosen": {"role": "assistant", "content": "b"},
+        "rejected": "c",
+    },
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "tools": [{"name": "f"}]},
+    {"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]'},
+    {"prompt": {"text": "a", "role": "prompter", "replies": [{"text": "b", "role": "assistant", "rank": 0}]}},
 )
 
 
@@ -52,7 +61,7 @@ def read(data: bytes) -> None:
     path.write_bytes(content)
     counts: Counter[str] = Counter()
     records = list(read_source(DataSettings(source=str(path)), counts))
-    assert counts["records"] == len(records) <= counts["rows"]
+    assert counts["records"] == len(records)
 
 
 def parquet(content: bytes) -> bytes | None:

@@ -143,7 +143,7 @@ def inspect(
 ) -> None:
     """Show exactly which tokens are prompt, which are completion, what was cut, and the counts."""
     from exalign.data.inspection import inspect_source, render_inspection
-    from exalign.data.sources import DataSettings
+    from exalign.data.reading import DataSettings
     from exalign.models.loading import load_tokenizer
 
     settings = DataSettings(source=data, split=split, prompt_tokens=prompt_tokens)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from exalign.data.inspection import escape_controls, inspect_records, inspect_source, render_inspection
+from exalign.data.reading import DataSettings
 from exalign.data.record import Completion, Record
-from exalign.data.sources import DataSettings
 from exalign.data.tokenization import TokenLimits, tokenize_record
 
 

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -29,13 +30,19 @@ completions = st.builds(
     reference_logprob=st.none() | numbers,
     reward=st.none() | numbers,
 )
-messages = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=3).map(tuple)
+said = st.fixed_dictionaries(
+    {"role": st.text(), "content": st.text()},
+    optional={"name": st.text(min_size=1), "tool_calls": st.just([{"function": {"name": "f", "arguments": {"x": 1}}}])},
+)
+messages = st.lists(said, max_size=3).map(tuple)
 unordered = st.builds(
     Record,
     id=st.text(),
     prompt=st.text() | messages,
     completions=st.lists(completions, max_size=3).map(tuple),
     prompt_ids=st.none() | ids,
+    weight=st.none() | numbers,
+    tools=st.none() | st.just('[{"name": "f"}]'),
 )
 records = st.builds(
     lambda record, index: replace(record, preferred=index) if index < len(record.completions) else record,
@@ -177,3 +184,16 @@ def test_token_ids_and_log_probabilities_keep_their_full_precision(tmp_path):
     write_records(tmp_path / "records", [record], Header())
     assert read_records(tmp_path / "records") == [record]
     assert pq.read_schema(tmp_path / "records/part-000000.parquet").names[0] == "id"
+
+
+def test_records_of_before_there_were_weights_tools_and_calls_are_read(tmp_path):
+    record = Record("1", ({"role": "user", "content": "a"},), (Completion("b"),))
+    write_records(tmp_path / "records", [record], Header())
+    table = pq.read_table(tmp_path / "records" / "part-000000.parquet").drop(["weight", "tools"])
+    old = table.schema.set(
+        2, pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+    )
+    rows = [{**row, "messages": [{"role": "user", "content": "a"}]} for row in table.to_pylist()]
+    (tmp_path / "records" / "SHA256SUMS").unlink()
+    pq.write_table(pa.Table.from_pylist(rows, schema=old), tmp_path / "records" / "part-000000.parquet")
+    assert read_records(tmp_path / "records") == [record]

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from exalign.data.formats import read_source
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.synthetic import make_completion, make_prompts, read_remark, remark_reward, reward, write_world
 from exalign.data.vocabulary import build_tokenizer
 

@@ -18,9 +18,8 @@ from scipy.stats import t as student
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
-from exalign.data.formats import read_source
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record, pairs_from_rewards
-from exalign.data.sources import DataSettings
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.best_of_n import expected_best

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exalign.data.formats import read_source
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings, read_source
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings

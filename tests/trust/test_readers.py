@@ -21,11 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.formats import read_source
+from exalign.data.reading import MAX_ROW, DataSettings, read_source
 from exalign.data.record import Completion, Record
-from exalign.data.sources import DataSettings
 from exalign.data.store import FORMAT_VERSION, Header, RecordWriter, read_header, read_records, write_records
-from exalign.data.tables import MAX_ROW
 from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
 from exalign.judging.llm.endpoint import seconds_to_wait
 from exalign.judging.llm.exchanges import MAX_TOKENS, parse_completion, read_answers, token_count
@@ -50,6 +48,16 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"text": "a", "label": 1},
+    {"prompt": "a", "completions": ["b", "c"], "preferred": 1, "weight": 0.5},
+    {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "system": "d"},
+    {
+        "conversations": [{"role": "user", "content": "a"}],
+        "chosen": {"role": "assistant", "content": "b"},
+        "rejected": "c",
+    },
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "tools": [{"name": "f"}]},
+    {"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]'},
+    {"prompt": {"text": "a", "role": "prompter", "replies": [{"text": "b", "role": "assistant", "rank": 0}]}},
 ]
 
 
@@ -64,10 +72,13 @@ def parquet(rows: list[Any]) -> bytes | None:
 
 
 @some
-@given(st.sampled_from(ROWS).flatmap(grafted))
-def test_rows_of_any_shape(place: Path, row: Any) -> None:
+@given(st.sampled_from(ROWS).flatmap(lambda row: st.tuples(st.just(row), grafted(row), grafted(row))))
+def test_rows_of_any_shape(place: Path, rows: tuple[Any, ...]) -> None:
+    """One damaged row, and one behind a valid one, which has decided what the columns mean."""
+    valid, row, other = rows
     read_file(place, "rows.jsonl", json.dumps(row).encode() + b"\n")
-    read_file(place, "rows.json", json.dumps([row]).encode())
+    read_file(place, "rows.jsonl", b"\n".join(json.dumps(one).encode() for one in (valid, row, other)))
+    read_file(place, "rows.json", json.dumps([row], indent=1).encode())
     if (table := parquet([row])) is not None:
         read_file(place, "rows.parquet", table)
 
@@ -136,10 +147,12 @@ def test_a_source_that_cannot_exist_is_one_sentence(source: str) -> None:
 ROW = {
     "id": "0",
     "prompt": None,
-    "messages": [{"role": "user", "content": "a"}],
+    "messages": [{"role": "user", "content": "a", "more": '{"name": "b"}'}],
     "prompt_ids": [1],
     "completions": [asdict(Completion("b", (1,), "stop", -1.0, -1.5, 0.5))],
     "preferred": 0,
+    "weight": 0.5,
+    "tools": '[{"name": "c"}]',
 }
 
 
@@ -189,6 +202,8 @@ def test_records_with_damaged_bytes(place: Path, changes: list[tuple[int, int]])
         {"messages": None},
         {"messages": [None]},
         {"prompt_ids": [None]},
+        {"messages": [{"role": "user", "content": "a", "more": "{"}]},
+        {"messages": [{"role": "user", "content": "a", "more": "[1]"}]},
     ],
     ids=str,
 )

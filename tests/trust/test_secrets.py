@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.formats import read_source
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings, read_source
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.evidence import read_judgements

@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.formats import read_source
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
-from exalign.data.sources import DataSettings
 from exalign.data.tokenization import (
     TokenLimits,
     completion_token_ids,

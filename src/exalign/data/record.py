@@ -10,11 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from exalign.errors import InputError
 
-Prompt = str | tuple[dict[str, str], ...]
-"""Plain text, or chat messages: each a dict with `role` and `content`."""
+Prompt = str | tuple[dict[str, Any], ...]
+"""Plain text, or chat messages: each a dict with the texts `role` and `content`, and what else the chat template is to
+see of it: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Record:
     """A prompt with its K ≥ 1 completions (K = 0 for a prompt that is still to be sampled).
 
     `id` is stable and unique within a file. `preferred` is the index of the completion that won, where one did.
+    `weight` is the record's weight in the loss (None: 1), `tools` what the chat template is told, a JSON list as text.
     """
 
     id: str
@@ -47,6 +50,8 @@ class Record:
     completions: tuple[Completion, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
     preferred: int | None = None
+    weight: float | None = None
+    tools: str | None = None
 
     @property
     def rewards(self) -> list[float] | None:

@@ -56,16 +56,22 @@ _COMPLETION = pa.struct(
         ("reward", pa.float64()),
     ]
 )
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())])
+"""`more` is the rest of a message as a JSON object."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("prompt", pa.string()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("messages", pa.list_(_MESSAGE)),
         ("prompt_ids", pa.list_(pa.int32())),
         ("completions", pa.list_(_COMPLETION)),
         ("preferred", pa.int32()),
+        ("weight", pa.float64()),
+        ("tools", pa.string()),
     ]
 )
+_LATER = ("weight", "tools")
+"""Columns that older files lack."""
 _COUNTS = b"exalign.counts"
 _COUNTS_TYPE = TypeAdapter(dict[str, int])
 _HEADER = TypeAdapter(Header)
@@ -184,6 +190,9 @@ def iter_shard(shard: Path) -> Iterator[Record]:
     try:
         table = pq.read_table(shard)
         table.validate(full=True)
+        for name in _LATER:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table)))
         rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         said = " ".join(str(error).split())[:200]
@@ -273,36 +282,54 @@ def _to_row(record: Record) -> dict[str, Any]:
     return {
         "id": record.id,
         "prompt": record.prompt if plain else None,
-        "messages": None if plain else [dict(message) for message in record.prompt],  # type: ignore[arg-type]
+        "messages": None if plain else [_message_row(message) for message in record.prompt],  # type: ignore[arg-type]
         "prompt_ids": record.prompt_ids,
         "completions": [
             {name: getattr(completion, name) for name in Completion.__slots__} for completion in record.completions
         ],
         "preferred": record.preferred,
+        "weight": record.weight,
+        "tools": record.tools,
     }
 
 
+def _message_row(message: dict[str, Any]) -> dict[str, Any]:
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {"role": message["role"], "content": message["content"], "more": json.dumps(more) if more else None}
+
+
 def _checked(row: dict[str, Any], shard: Path, number: int) -> Record:
-    """The record of a row that has the right types, unless a part is missing."""
-    completions, plain = row["completions"], row["messages"] is None
-    missing = row["id"] is None or completions is None or (row["prompt"] is None) == plain
-    if not missing:
-        parts = [*completions, *(() if plain else row["messages"])]
-        missing = any(part is None for part in parts) or any(c["text"] is None for c in completions)
-        missing = missing or any(None in message.values() for message in row["messages"] or ())
-        preferred = row["preferred"]
-        missing = missing or (preferred is not None and not 0 <= preferred < len(completions))
-        ids = [row["prompt_ids"], *(completion["token_ids"] for completion in completions if completion)]
-        missing = missing or any(None in values for values in ids if values is not None)
-    if missing:
-        raise InputError(f"{shard}, row {number} is not a record; delete the file and run the stage again.")
-    return _from_row(row)
+    """The record of a row that has the right types, unless a part is missing or is no JSON."""
+    try:
+        return _from_row(row)
+    except (ValueError, TypeError, RecursionError):
+        said = f"{shard}, row {number} is not a record; delete the file and run the stage again."
+        raise InputError(said) from None
 
 
 def _from_row(row: dict[str, Any]) -> Record:
-    def ids(values: list[int] | None) -> tuple[int, ...] | None:
-        return None if values is None else tuple(values)
+    said = row["messages"]
+    prompt: Prompt = row["prompt"] if said is None else tuple(_message(message) for message in said)
+    completions = tuple(Completion(**{**c, "token_ids": _ids(c["token_ids"])}) for c in row["completions"])
+    preferred = row["preferred"]
+    missing = row["id"] is None or any(completion.text is None for completion in completions)
+    if missing or (row["prompt"] is None) == (said is None):
+        raise ValueError("a part is missing")
+    if preferred is not None and not 0 <= preferred < len(completions):
+        raise ValueError("nothing is preferred")
+    return Record(
+        row["id"], prompt, completions, _ids(row["prompt_ids"]), preferred, weight=row["weight"], tools=row["tools"]
+    )
 
-    completions = tuple(Completion(**{**c, "token_ids": ids(c["token_ids"])}) for c in row["completions"])
-    prompt: Prompt = row["prompt"] if row["messages"] is None else tuple(row["messages"])
-    return Record(row["id"], prompt, completions, ids(row["prompt_ids"]), row["preferred"])
+
+def _ids(values: list[int] | None) -> tuple[int, ...] | None:
+    if values is not None and None in values:
+        raise ValueError("an id is missing")
+    return None if values is None else tuple(values)
+
+
+def _message(row: dict[str, Any]) -> dict[str, Any]:
+    if row["role"] is None or row["content"] is None:
+        raise ValueError("a message has no role or content")
+    more = {} if row["more"] is None else json.loads(row["more"])
+    return {**more, "role": row["role"], "content": row["content"]}

@@ -1,6 +1,6 @@
 """Published human-labelled comparisons as `Comparison` records, so that a judge can be graded against people.
 
-Each reader takes rows as dicts, as `datasets` yields them. Preference pairs in any format that `data/formats.py`
+Each reader takes rows as dicts, as `datasets` yields them. Preference pairs in any format that `data/shapes.py`
 reads come in through their `Record`s. None of these sets says which answer stood on the left; `left` stays None.
 What is left out is counted in `counts`.
 """

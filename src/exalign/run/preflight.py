@@ -8,9 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from exalign.data.formats import read_source
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
-from exalign.data.sources import DataSettings
 from exalign.errors import InputError
 from exalign.models.loading import first_line, is_folder, load_tokenizer
 from exalign.models.model_settings import ModelSettings

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings
 from exalign.errors import InputError
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.formats import read_source
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
-from exalign.data.sources import DataSettings
 from exalign.data.store import iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device

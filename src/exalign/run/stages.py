@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from exalign.data.batching import Group, group_of
-from exalign.data.formats import read_source
+from exalign.data.reading import read_source
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.store import (
     Header,

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from exalign.cli import app
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings
 from exalign.errors import InputError
 from exalign.run.budget.assumptions import Assumptions
 from exalign.run.budget.devices import GPUS, Machine, find_device

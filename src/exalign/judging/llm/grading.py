@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exalign.data.sources import DataSettings, read_rows
+from exalign.data.reading import DataSettings, read_rows
 from exalign.errors import InputError
 from exalign.judging.comparison import Comparison, read_comparisons
 from exalign.judging.llm.pairs import Pair, choose
@@ -36,7 +36,7 @@ def read_human(path: Path, counts: Counter[str]) -> list[Comparison]:
     elif {"info", "summaries", "choice"} <= columns:
         found = list(from_summarize_from_feedback(_values(settings, counts), counts=counts))
     else:
-        from exalign.data.formats import read_source
+        from exalign.data.reading import read_source
 
         records = read_source(settings, counts)
         preferences = from_preference_records(records, judge=f"preferences of {path.name}", counts=counts)

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from exalign.data.batching import Group
-from exalign.data.formats import read_source
-from exalign.data.sources import DataSettings
+from exalign.data.reading import DataSettings, read_source
 from exalign.errors import InputError
 from exalign.run.budget.assumptions import Assumptions
 from exalign.run.recipe import Recipe

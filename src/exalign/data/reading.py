@@ -1,0 +1,636 @@
+"""Where data comes from, and its way to records: files, folders of them, hub data sets, and folders of our own.
+
+Local files are read by our own thin readers, row by row, because a message about a bad row must name it; the hub and
+folders saved by `datasets` go through that library. What the columns mean is the business of `shapes`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from exalign.data.record import Record
+from exalign.data.shapes import COLUMNS, Shape, spelled
+from exalign.data.store import iter_records
+from exalign.errors import InputError
+from exalign.settings import Settings, Source
+from exalign.storage import exists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+"""What can be read; all but Parquet also with `.gz` behind."""
+MAX_ROW = 1 << 28
+"""Bytes of one row: a small compressed file can unpack to a line that fills the memory."""
+MAX_WHOLE = 1 << 31
+"""Bytes of a JSON array, or of objects over several lines, which are in memory as a whole."""
+SEEN = 100
+"""Rows, the first of a source, that decide its shape."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The hub's splits and the words that name them."""
+_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+_SPACE = re.compile(r"\s*")
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_OTHER_FILES = ("dataset_info.json", "dataset_infos.json", "header.json")
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+ByteStream = BinaryIO | gzip.GzipFile
+
+
+class DataSettings(Settings):
+    """Which rows to read, and from where."""
+
+    source: Source = Field(
+        description="A JSONL, JSON, CSV, Parquet or text file (.gz allowed), a folder of them, a folder of our "
+        "records, or the name of a data set on the Hugging Face hub."
+    )
+    name: str | None = Field(None, description="The configuration of a hub data set that has several.")
+    split: str | None = Field(
+        None, description="The split: of a hub data set (default `train`), or of a folder whose file names carry one."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names columns, ours: theirs, or a JMESPath expression over the row, e.g. "
+        "{prompt: question, completions: 'answers[].text', rewards: 'answers[].score'}.",
+    )
+    labels: dict[str, float | Literal["tie"]] = Field(
+        default_factory=dict,
+        description="What values mean, theirs: ours; of `preferred` the completion (from 0) or tie, of `label` and "
+        "`rewards` the number, e.g. {model_a: 0, model_b: 1, tie: tie}.",
+    )
+    prompt_tokens: int | None = Field(
+        None, gt=0, description="For rows of plain `text`: its first n tokens are the prompt, the rest the completion."
+    )
+    skip: int = Field(0, ge=0, description="Rows left out at the start (after shuffling).")
+    limit: int | None = Field(None, gt=0, description="At most this many rows are read (after `skip`).")
+    share: float = Field(
+        1.0, gt=0, le=1, description="Each row is kept with this probability, by its place and `shuffle_seed` alone."
+    )
+    weight: float | None = Field(
+        None, ge=0, description="The weight of each row of this source in the loss, times the row's own."
+    )
+    shuffle_seed: int | None = Field(
+        None, ge=0, description="Shuffles all rows with this seed before `skip` and `limit`; none keeps their order."
+    )
+    streaming: bool = Field(
+        False, description="Reads a hub data set row by row over the network instead of downloading it first."
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in columns if name not in COLUMNS]:
+            near = difflib.get_close_matches(unknown[0], COLUMNS, n=1)
+            said = f"did you mean {near[0]}?" if near else f"there are {', '.join(COLUMNS)}"
+            raise ValueError(f"{unknown[0][:40]!r} is no column that is read; {said} (columns are given ours: theirs)")
+        return columns
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_spelled(cls, labels: Any) -> Any:
+        """YAML reads `1` and `yes` as numbers and truth values; what counts is how they are written."""
+        if not isinstance(labels, dict):
+            return labels
+        return {spelled(k): float(v) if isinstance(v, int) and abs(v) < 2**53 else v for k, v in labels.items()}
+
+
+Sources = DataSettings | list[DataSettings]
+"""What one kind of data comes from: a source, or several that are read one after another."""
+
+
+def each(sources: Sources) -> list[DataSettings]:
+    """The sources, one or several, as a list."""
+    return [sources] if isinstance(sources, DataSettings) else sources
+
+
+def named(sources: Sources) -> str:
+    """The names of one or several sources, for a message."""
+    return ", ".join(settings.source for settings in each(sources))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row: its columns, and where it stands (`number` counts from 1; in a text file it is the line)."""
+
+    where: str
+    number: int
+    id: str
+    values: dict[str, Any]
+
+    def problem(self, text: str) -> InputError:
+        """The error that names the file and this row."""
+        return InputError(f"{self.where}, row {self.number}: {text}")
+
+
+def read_source(
+    sources: Sources, counts: Counter[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Record]:
+    """The records of one or several sources, streamed. `tokenizer` is needed (and used) only for `prompt_tokens`.
+
+    A row's id is its place in the source (`train.jsonl:17`), so it does not depend on shuffling or limits; where there
+    are several sources, the number of its own stands before it (`2/train.jsonl:17`). `counts` receives `rows` and
+    `records`, what was dropped or left out (`pairs_equal`, `empty_completions`, …), what was mended
+    (`prompts_taken_off_answers`), and the rows with a column that is not used; of several sources also each on its own,
+    under `source 2: rows`. A missing source or a setting that cannot take effect is an `InputError` now, a malformed
+    row one (naming file and row) when it is reached.
+    """
+    if len(each(sources)) == 1:
+        return _read_one(each(sources)[0], counts, tokenizer)
+    parts = [(settings, Counter[str]()) for settings in each(sources)]
+    read = [_read_one(settings, own, tokenizer) for settings, own in parts]
+    return _read_each(read, [own for _, own in parts], counts)
+
+
+def _read_each(
+    sources: Sequence[Iterator[Record]], own: Sequence[Counter[str]], counts: Counter[str]
+) -> Iterator[Record]:
+    for number, (records, found) in enumerate(zip(sources, own, strict=True), start=1):
+        for record in records:
+            yield replace(record, id=f"{number}/{record.id}")
+        counts.update(found)
+        counts.update({f"source {number}: {name}": value for name, value in found.items()})
+
+
+def _read_one(
+    settings: DataSettings, counts: Counter[str], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Record]:
+    path = local_path(settings)
+    if settings.prompt_tokens is not None and tokenizer is None:
+        raise InputError("`prompt_tokens` cuts texts with a tokenizer, which is not used where this data is read.")
+    if path is not None and any((path / name).exists() for name in ("part-000000.parquet", "header.json")):
+        records = _own_records(path, settings, counts)
+    else:
+        _check_settings(settings, path)
+        records = _foreign_records(settings, path, counts, tokenizer)
+    return _counted(records, settings.weight, counts)
+
+
+def _own_records(folder: Path, settings: DataSettings, counts: Counter[str]) -> Iterator[Record]:
+    if not (folder / "header.json").exists():
+        raise InputError(f"{folder} was not finished (it has no header.json): run the stage that writes it again.")
+    for name in ("name", "split", "columns", "labels", "prompt_tokens", "shuffle_seed"):
+        if getattr(settings, name):
+            raise InputError(f"`{name}` cannot take effect on {folder}, which already holds records.")
+    return _window(iter_records(folder), settings, counts)
+
+
+def _foreign_records(
+    settings: DataSettings, path: Path | None, counts: Counter[str], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Record]:
+    rows = _all_rows(settings, path, counts)
+    seen = list(islice(rows, SEEN))
+    if not seen:
+        return
+    try:
+        shape = Shape.of([row.values for row in seen], settings.columns, settings.labels)
+    except ValueError as error:
+        raise InputError(f"{seen[0].where}: {error}") from None
+    if settings.prompt_tokens is not None and shape.kind != "text":
+        raise InputError(f"{seen[0].where}: `prompt_tokens` cuts plain `text`, but these rows have their own prompt.")
+    for row in _window(_shuffled(chain(seen, rows), settings.shuffle_seed), settings, counts):
+        try:
+            records = list(shape.records(row.id, row.values, counts))
+        except (ValueError, RecursionError) as error:
+            raise row.problem(str(error)) from None
+        for record in records:
+            if tokenizer is None or settings.prompt_tokens is None:
+                yield record
+            elif (split := _split(record, tokenizer, settings.prompt_tokens, counts)) is not None:
+                yield split
+
+
+def _split(
+    record: Record, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, counts: Counter[str]
+) -> Record | None:
+    from exalign.data.tokenization import split_text
+
+    return split_text(record, tokenizer, prompt_tokens=prompt_tokens, counts=counts)
+
+
+Placed = TypeVar("Placed", Record, SourceRow)
+
+
+def _window(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]) -> Iterator[Placed]:
+    """The rows of the share, after `skip`, up to `limit`, counted."""
+    stop = None if settings.limit is None else settings.skip + settings.limit
+    for row in islice(_drawn(rows, settings, counts), settings.skip, stop):
+        counts["rows"] += 1
+        yield row
+
+
+def _drawn(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]) -> Iterator[Placed]:
+    for row in rows:
+        digest = hashlib.sha256(f"{settings.shuffle_seed or 0} {row.id}".encode("utf-8", "replace")).digest()
+        if settings.share == 1 or int.from_bytes(digest[:8], "big") < settings.share * 2**64:
+            yield row
+        else:
+            counts["rows_beyond_the_share"] += 1
+
+
+def _counted(records: Iterable[Record], weight: float | None, counts: Counter[str]) -> Iterator[Record]:
+    for record in records:
+        counts["records"] += 1
+        if weight is not None:
+            record = replace(record, weight=weight * (1.0 if record.weight is None else record.weight))
+        yield record
+
+
+def _shuffled(rows: Iterable[SourceRow], seed: int | None) -> Iterator[SourceRow]:
+    if seed is None:
+        yield from rows
+        return
+    everything = list(rows)
+    random.Random(seed).shuffle(everything)
+    yield from everything
+
+
+def read_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
+    """The rows of a source as they are, in their order (or shuffled), after `skip` and `limit`."""
+    path = local_path(settings)
+    _check_settings(settings, path)
+    return _window(_shuffled(_all_rows(settings, path, counts), settings.shuffle_seed), settings, counts)
+
+
+def shared_prompts(first: Iterable[Record], second: Iterable[Record]) -> tuple[int, int]:
+    """How many different prompts of `second` are also prompts of `first`, and how many different ones it has.
+
+    White space around a text, or a message, makes no difference.
+
+    >>> shared_prompts([Record("0", "Hi"), Record("1", "Bye")], [Record("2", "Hi "), Record("3", "Why?")])
+    (1, 2)
+    """
+    known, asked = ({_digest(record) for record in records} for records in (first, second))
+    return len(known & asked), len(asked)
+
+
+def _digest(record: Record) -> bytes:
+    said = record.prompt
+    parts = said.strip() if isinstance(said, str) else [{**part, "content": part["content"].strip()} for part in said]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+def local_path(settings: DataSettings) -> Path | None:
+    """The file or folder that `source` names, or None where it is the name of a hub data set.
+
+    What looks like a path and does not exist is an `InputError` that names the nearest existing one.
+    """
+    path = Path(settings.source)
+    if exists(path):
+        return path
+    parent_exists = path.parent != Path(".") and exists(path.parent) and path.parent.is_dir()
+    looks_local = settings.source.startswith((".", "/", "~")) or data_suffix(path) is not None
+    if looks_local or parent_exists or not _HUB_NAME.fullmatch(settings.source):
+        raise InputError(f"There is no file or folder {str(path)[:300]}{_nearest(path)}.")
+    return None
+
+
+def _nearest(path: Path) -> str:
+    """`; did you mean …?` with the closest name in the nearest folder that exists, or nothing."""
+    folder = path.parent
+    wanted = path.name
+    while not exists(folder) and folder != folder.parent:
+        folder, wanted = folder.parent, folder.name
+    if not folder.is_dir() or len(wanted) > 255:
+        return ""
+    names = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
+    return f"; did you mean {folder / names[0]}" if names else ""
+
+
+def _check_settings(settings: DataSettings, path: Path | None) -> None:
+    if settings.streaming and settings.shuffle_seed is not None:
+        raise InputError("`shuffle_seed` needs all rows at once: turn `streaming` off, or leave the order as it is.")
+    if path is not None and settings.name is not None:
+        raise InputError(f"`name` applies to hub data sets only, but {path} is local.")
+    if path is not None and path.is_file() and settings.split is not None:
+        raise InputError(f"`split` applies to folders and hub data sets, but {path} is one file.")
+
+
+# --- rows of a hub data set or a folder ---
+
+
+def _all_rows(settings: DataSettings, path: Path | None, counts: Counter[str]) -> Iterator[SourceRow]:
+    if path is None:
+        yield from _hub_rows(settings)
+    elif path.is_file():
+        yield from _file_rows(path, path.name, settings, counts)
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        yield from _saved_rows(path, settings)
+    else:
+        for file in _split_files(path, settings.split):
+            yield from _file_rows(file, file.relative_to(path).as_posix(), settings, counts)
+
+
+def _file_rows(path: Path, label: str, settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
+    for number, values in read_file(path, streaming=settings.streaming, counts=counts):
+        yield SourceRow(str(path), number, f"{label}:{number}", values)
+
+
+def _split_files(folder: Path, split: str | None) -> list[Path]:
+    """The data files below a folder, of one split. Splits are words of the file or folder names, as on the hub."""
+    files = _data_files(folder)
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    found = sorted({name for name in splits.values() if name})
+    if split is not None:
+        wanted = _SPLIT_OF.get(split, split)
+        matching = [file for file in files if splits[file] == wanted or data_stem(file) == split]
+        if not matching:
+            names = ", ".join(found or sorted({data_stem(file) for file in files}))
+            raise InputError(f"The folder {folder} has no split {split!r}; found {names}.")
+        return matching
+    if len(found) > 1:
+        raise InputError(f"The folder {folder} has several splits ({', '.join(found)}): name one in `split`.")
+    without = [file.relative_to(folder).as_posix() for file in files if splits[file] is None]
+    if found and without:
+        raise InputError(
+            f"The folder {folder} has files of the split {found[0]} and others without one, as {without[0][:100]}: "
+            f"name {found[0]} in `split`, or one file in `source`."
+        )
+    return files
+
+
+def _data_files(folder: Path) -> list[Path]:
+    try:
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if data_suffix(file) is not None
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and file.name not in _OTHER_FILES
+        )
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be read ({error}).") from None
+    if not files:
+        raise InputError(f"The folder {folder} holds no data files ({', '.join(DATA_SUFFIXES)}).")
+    tables = [file for file in files if ".txt" not in (data_suffix(file) or "")]  # texts beside data are about it
+    return tables or files
+
+
+def data_stem(file: Path) -> str:
+    """The file's name without its data suffix: `train.jsonl.gz` → `train`."""
+    return file.name[: -len(data_suffix(file) or "")] if data_suffix(file) else file.name
+
+
+def _split_of(relative: Path) -> str | None:
+    """The split that the file's own name says, else the nearest folder's."""
+    for part in reversed(relative.parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_OF:
+                return _SPLIT_OF[word]
+    return None
+
+
+def _saved_rows(folder: Path, settings: DataSettings) -> Iterator[SourceRow]:
+    """A folder written by `Dataset.save_to_disk`, memory-mapped."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged folder brings up errors of several libraries
+        raise InputError(f"The folder {folder} cannot be read by datasets ({_first_line(error)}).") from None
+    if isinstance(data, datasets.DatasetDict):
+        split = next(iter(data)) if settings.split is None and len(data) == 1 else settings.split
+        if split not in data:
+            raise InputError(f"The folder {folder} has the splits {', '.join(data)}: name one of them in `split`.")
+        data = data[split]
+    elif settings.split is not None:
+        raise InputError(f"`split` cannot take effect: the folder {folder} holds a single split.")
+    for number, values in enumerate(data, start=1):
+        yield SourceRow(str(folder), number, f"{folder.name}:{number}", dict(values))
+
+
+def _hub_rows(settings: DataSettings) -> Iterator[SourceRow]:
+    import datasets
+
+    split = settings.split or "train"
+    where = f"{settings.source} ({split})"
+    try:
+        data = datasets.load_dataset(settings.source, settings.name, split=split, streaming=settings.streaming)
+        for number, values in enumerate(data, start=1):
+            yield SourceRow(where, number, f"{split}:{number}", dict(values))
+    except (GeneratorExit, InputError):
+        raise
+    except Exception as error:  # the hub client raises errors of several HTTP libraries
+        near = _nearest(Path(settings.source))
+        raise InputError(
+            f"{settings.source!r} is no local file{near}, and reading it from the Hugging Face hub failed: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- rows of a file ---
+
+
+def data_suffix(path: Path) -> str | None:
+    """The suffix of a data file, `.gz` included, or None.
+
+    >>> data_suffix(Path("a/train.JSONL.gz")), data_suffix(Path("README.md"))
+    ('.jsonl.gz', None)
+    """
+    name = path.name.lower()
+    suffixes = [*DATA_SUFFIXES, *(suffix + ".gz" for suffix in DATA_SUFFIXES if suffix != ".parquet")]
+    return next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+
+
+def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
+    """(row number, columns) of each row of a data file, read as it is asked for.
+
+    Row numbers count from 1 and are line numbers in JSON lines and texts, and record numbers (the header not counted)
+    in CSV. A `.json` file may hold an array of objects, or objects over several lines, which are loaded whole (an
+    `InputError` when `streaming`), or JSON lines. A line of a text file is a row with a `text`. Anything malformed is
+    an `InputError` that names the file and the row.
+    """
+    suffix = data_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path} is not a data file: its name must end in one of {', '.join(DATA_SUFFIXES)} (or .gz).")
+    kind = suffix.removesuffix(".gz")
+    row = 0
+    try:
+        refuse_pointer(path)
+        if kind == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
+            rows = _json_rows(path, stream, streaming, counts)
+            if kind in (".csv", ".txt"):
+                rows = _csv_rows(path, stream) if kind == ".csv" else _text_rows(path, stream, counts)
+            for row, values in rows:
+                yield row, values
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path}: reading stopped after row {row} ({error or type(error).__name__}).") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """A file that Git LFS left in place of the real one is an `InputError` that says how to get that."""
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise InputError(f"{path} is a Git LFS pointer, not the data: fetch it with `git lfs pull`.")
+
+
+def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[str]) -> Rows:
+    first = _first_character(stream)
+    stream.seek(0)
+    if first == b"[" or (first == b"{" and _over_several_lines(stream)):
+        if streaming:
+            what = "one JSON array" if first == b"[" else "JSON over several lines"
+            raise InputError(f"{path} is {what}, which cannot be streamed: write one object per line (JSON lines).")
+        return _whole_json(path, stream)
+    return _json_lines(path, stream, counts)
+
+
+def _first_character(stream: ByteStream) -> bytes:
+    while block := stream.read(1 << 16):
+        if rest := block.lstrip(b" \t\r\n\v\f\xef\xbb\xbf"):
+            return rest[:1]
+    return b""
+
+
+def _over_several_lines(stream: ByteStream) -> bool:
+    """Whether the first line that is not blank begins a JSON object and does not end it."""
+    line = stream.readline(MAX_ROW)
+    while line and not line.strip(b"\xef\xbb\xbf \t\r\n\v\f"):
+        line = stream.readline(MAX_ROW)
+    more = stream.read(1)
+    stream.seek(0)
+    try:
+        json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return bool(more) and error.pos >= len(error.doc.rstrip())
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
+    for number, line in enumerate(_lines(path, stream), start=1):
+        if line.isspace():
+            counts["blank_lines"] += 1
+            continue
+        yield number, _object(_parse(path, number, line), path, number)
+
+
+def _whole_json(path: Path, stream: ByteStream) -> Rows:
+    """A JSON array of objects, or objects that follow one another."""
+    try:
+        content = stream.read(MAX_WHOLE + 1)
+        if len(content) > MAX_WHOLE:
+            raise InputError(f"{path} has more than {MAX_WHOLE >> 30} GiB: write one object per line (JSON lines).")
+        text = content.decode("utf-8-sig")
+        values, position = [], len(text) - len(text.lstrip())
+        while position < len(text):
+            value, position = json.JSONDecoder().raw_decode(text, position)
+            values.append(value)
+            position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8 at byte {error.start}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({_unreadable(error)}).") from None
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    for number, value in enumerate(rows, start=1):
+        yield number, _object(value, path, number)
+
+
+def _parse(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos + 1}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, row {number}: not valid UTF-8 at byte {error.start + 1} of the line.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, row {number}: not valid JSON ({_unreadable(error)}).") from None
+
+
+def _unreadable(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
+
+
+def _lines(path: Path, stream: ByteStream) -> Iterator[bytes]:
+    for number in count(1):
+        line = stream.readline(MAX_ROW + 1)
+        if not line:
+            return
+        if len(line) > MAX_ROW:
+            raise InputError(f"{path}, row {number} has more than {MAX_ROW >> 20} MiB.")
+        yield line
+
+
+def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, row {number}: expected an object with named columns, found {type(value).__name__}.")
+    return value
+
+
+def _text_rows(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
+    for number, line in enumerate(_lines(path, stream), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, row {number}: not valid UTF-8.") from None
+        if text.strip():
+            yield number, {"text": text}
+        else:
+            counts["blank_lines"] += 1
+
+
+def _csv_rows(path: Path, stream: ByteStream) -> Rows:
+    csv.field_size_limit(MAX_ROW)  # the default refuses long texts
+    number = 0
+    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(_lines(path, stream)))
+    try:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, None)
+        if not header or len(set(header)) < len(header):
+            raise InputError(f"{path}: the first line must name the columns, each once; found {header!s:.200}.")
+        for number, cells in enumerate((cells for cells in reader if cells), start=1):
+            if len(cells) != len(header):
+                raise InputError(f"{path}, row {number}: {len(cells)} cells, but the header names {len(header)}.")
+            yield number, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}, row {number + 1}: not valid CSV ({error}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}, row {number + 1}: not valid UTF-8.") from None
+
+
+def _parquet_rows(path: Path) -> Rows:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number, values
+    # Values that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) are not errors of Arrow.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{path}: not readable as Parquet after row {number} ({' '.join(str(error).split())[:200]})."
+        ) from None
