@@ -26,8 +26,9 @@ from pathlib import Path
 
 import httpx
 
-from exalign.judging.people.store import Store
-from exalign.judging.people.study import Item, Study, assign
+from exalign.judging.comparisons import Pair
+from exalign.judging.study import Study, assign
+from exalign.judging.study_store import Store
 
 # One for all: making a TLS context takes longer than everything that is measured, and none is used.
 NO_TLS = ssl.create_default_context()
@@ -59,7 +60,7 @@ def make_study(num_assessors: int, num_items: int) -> Study:
         return " ".join(rng.choices(WORDS, k=200))
 
     items = tuple(
-        Item(f"p{i}", ({"role": "user", "content": text()},), "exo", "dpo", text(), text(), text())
+        Pair(f"p{i}", ({"role": "user", "content": text()},), "exo", "dpo", text(), text(), reference=text())
         for i in range(num_items)
     )
     people = tuple(f"assessor-{i}" for i in range(num_assessors))
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace, location: str) -> dict[str, list[float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = "from exalign.judging.people.commands import app; app()"
+    command = "from exalign.judging.assess import app; app()"
     server = subprocess.Popen(
         [sys.executable, "-c", command, "serve", location, "--port", str(port)], stdout=subprocess.DEVNULL
     )

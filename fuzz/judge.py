@@ -10,18 +10,17 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["exalign.judging"]):
-    from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
-    from exalign.judging.llm.endpoint import seconds_to_wait, spellings
-    from exalign.judging.llm.exchanges import parse_completion, read_answers
-    from exalign.judging.llm.instructions import read_verdict
-    from exalign.judging.llm.pairs import Pair
-    from exalign.judging.llm.verdicts import judge_pair
+    from exalign.judging.askers import seconds_to_wait, spellings
+    from exalign.judging.comparisons import Comparison, Pair, read_comparisons, write_comparisons
+    from exalign.judging.exchanges import parse_completion, read_answers
+    from exalign.judging.instructions import read_verdict
+    from exalign.judging.summary import judge_pair
 
 from fuzz.contract import fuzz
 from fuzz.grafting import choices, grafted
 
 FOLDER = Path(tempfile.mkdtemp(prefix="exalign-fuzz-"))
-PAIR = Pair("0", "Which?", "exo", "sft", "one", "other", None)
+PAIR = Pair("0", "Which?", "exo", "sft", "one", "other")
 COMPARISON = Comparison("0", "Hi", "exo", "sft", "a", "b", judge="j", verdict="first", left="first", time="now")
 BODY = json.dumps(
     {

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from exalign.errors import InputError
-from exalign.judging.llm.commands import grade_judge, judge
+from exalign.judging.grading import grade_judge
+from exalign.judging.judge import judge
 from exalign.processes import failing, leads, several
 from exalign.run.budget.command import plan
 from exalign.terminal import shown
@@ -255,7 +256,7 @@ def select(
 )
 def assess(context: typer.Context) -> None:
     try:
-        from exalign.judging.people.commands import app as people
+        from exalign.judging.assess import app as people
     except ModuleNotFoundError as error:
         raise InputError(f"assess needs {error.name}: pip install 'exalign[people]'.") from None
     people(args=context.args, prog_name="exalign assess", standalone_mode=False)

@@ -144,7 +144,7 @@ def import_everything() -> None:
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     import exalign.cli
-    import exalign.judging.people.commands
+    import exalign.judging.assess
     import exalign.run  # noqa: F401
 
 

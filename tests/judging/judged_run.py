@@ -11,15 +11,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from exalign.judging.comparison import CRITERIA
-from exalign.judging.llm.exchanges import Body, Reply
-from exalign.judging.llm.instructions import load_instructions
-from exalign.judging.llm.judge import judge_pairs, questions
-from exalign.judging.llm.others import study_file
-from exalign.judging.llm.pairs import match_ups, open_run
-from exalign.judging.llm.settings import JudgeSettings
-from exalign.judging.people.store import Store
-from exalign.judging.people.study import plan_study
+from exalign.judging.askers import JudgeSettings
+from exalign.judging.asking import judge_pairs, questions
+from exalign.judging.comparisons import CRITERIA
+from exalign.judging.exchanges import Body, Reply
+from exalign.judging.instructions import load_instructions
+from exalign.judging.judgements import study_file
+from exalign.judging.pairing import choose, match_ups
+from exalign.judging.study import plan_study
+from exalign.judging.study_store import Store
 
 Rule = Callable[[str, str], str]
 """From two texts, what is said about them: A, tie, B, or something that is none of these."""
@@ -61,14 +61,15 @@ class ByRule:
 def judge_run(run: Path, judge: str, rule: Rule, *, against: str = "sft", prompts: int = 100) -> None:
     """What `exalign judge RUN --against …` leaves behind."""
     instructions, settings = load_instructions("instruction"), JudgeSettings.model_validate({})
-    for number, found in enumerate(match_ups(open_run(run), against, prompts=prompts, seed=0)):
+    for number, found in enumerate(match_ups(run, against)[1]):
         asker = ByRule(judge, rule)
-        for pair in found.pairs:
+        pairs = choose(found.pairs, prompts=prompts, seed=0)
+        for pair in pairs:
             asker.texts[instructions.render(pair, left="first")] = pair.first_text, pair.second_text
             asker.texts[instructions.render(pair, left="second")] = pair.second_text, pair.first_text
         about = {"first": found.first, "second": found.second, "template": "instruction", "endpoint": None}
         folder = run / "judging" / "llm" / f"{len(judge)}-{rule.__name__}" / f"match-up-{number}"
-        asked = questions(found.pairs, instructions, asker)
+        asked = questions(pairs, instructions, asker)
         ask = partial(judge_pairs, about=about, others={}, console=Console(file=io.StringIO()))
         # Playwright keeps an event loop running in the thread of the tests; the judge brings one of its own.
         with ThreadPoolExecutor(1) as thread:

@@ -15,11 +15,9 @@ from exalign.data.record import Completion
 from exalign.data.store import Header, read_records, write_records
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Interval, Judgements, Tally, read_evidence
-from exalign.judging.agreement import agreement, agreement_between
-from exalign.judging.comparison import CRITERIA, Comparison, read_comparisons, write_comparisons
-from exalign.judging.evidence import read_judgements
-from exalign.judging.llm.others import stored_studies, study_file
-from exalign.judging.tally import OVERALL, tally
+from exalign.judging.agreement import OVERALL, agreement, agreement_between, tally
+from exalign.judging.comparisons import CRITERIA, Comparison, read_comparisons, write_comparisons
+from exalign.judging.judgements import read_judgements, stored_studies, study_file
 from judging.judged_run import assess_run, first_letter, judge_run, longer, moody, shorter
 
 WORLD = World(methods={"exo-rw": (0.9, (1.0,)), "dpo-rw": (0.5, (1.0,))}, num_prompts=20, pool=0, steps=4)
@@ -85,8 +83,7 @@ def test_the_numbers_of_people_are_those_of_their_records(judged: Path) -> None:
     assert {(t.first, t.second) for t in expected} == {("exo-rw", "dpo-rw"), ("sft", "exo-rw")}
     for row in study.agreement:
         found = agreement(said, row.criterion)
-        assert (row.alpha, row.pairwise, row.without_ties) == (found.alpha, found.pairwise, found.without_ties)
-        assert (row.num_items, row.num_assessors) == (found.num_items, len(found.judges))
+        assert row == found
     assert (study.num_verdicts, study.num_asked, study.num_assessors, study.num_prompts) == (60, 72, 3, 12)
     assert study.outdated == 0
 
@@ -160,7 +157,7 @@ def test_without_sqlalchemy_an_export_is_read(run: Path, monkeypatch: pytest.Mon
     stored = read_judgements(run).studies[0]
     write_comparisons(run / "assessment" / "study one.jsonl", people(run))
     # None in sys.modules makes an import of that name fail, as it does where the extra is not installed.
-    monkeypatch.setitem(sys.modules, "exalign.judging.people.store", None)
+    monkeypatch.setitem(sys.modules, "exalign.judging.study_store", None)
     found = read_judgements(run)
     assert found.studies == [replace(stored, num_asked=None)]
     assert "pip install 'exalign[people]'" in found.notes[0]

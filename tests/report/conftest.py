@@ -11,7 +11,7 @@ import pytest
 from evaluation.synthetic_run import World, write_run
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Evidence, Judgements
-from exalign.judging.evidence import read_judgements
+from exalign.judging.judgements import read_judgements
 from exalign.report import write_report
 from judging.judged_run import assess_run, first_letter, judge_run, longer, moody, shorter
 

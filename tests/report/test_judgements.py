@@ -10,9 +10,9 @@ import pytest
 from markupsafe import Markup
 
 from exalign.evaluation.schema import Interval, Judgements, MethodEvidence, Tally
-from exalign.judging.comparison import read_comparisons
-from exalign.judging.llm.others import stored_studies
-from exalign.judging.tally import OVERALL, tally
+from exalign.judging.agreement import OVERALL, tally
+from exalign.judging.comparisons import read_comparisons
+from exalign.judging.judgements import stored_studies
 from exalign.report.page import render_page
 from exalign.report.style import looks_of
 from exalign.report.verdict_bar import verdict_bar

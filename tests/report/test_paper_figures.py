@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evidence(whole: Path) -> Evidence:
-    from exalign.judging.evidence import read_judgements
+    from exalign.judging.judgements import read_judgements
 
     return collect_evidence(whole, judgements=read_judgements(whole), num_resamples=100)
 
@@ -104,7 +104,7 @@ def test_the_table_has_every_method_and_best_of_n_in_three_formats(whole: Path, 
 
 def test_the_page_has_the_new_figures_and_the_table(whole: Path) -> None:
     from exalign.evaluation.evidence import build_evidence
-    from exalign.judging.evidence import read_judgements
+    from exalign.judging.judgements import read_judgements
     from exalign.report import write_report
 
     build_evidence(whole, judgements=read_judgements(whole), num_resamples=50)

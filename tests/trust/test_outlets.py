@@ -44,11 +44,11 @@ from exalign.evaluation.schema import (
     Tally,
     WinRate,
 )
-from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
-from exalign.judging.llm.commands import _print_grade, _print_summaries
-from exalign.judging.people.app import CHOICES, QUESTIONS, create_app, turns
-from exalign.judging.people.commands import _tally_table
-from exalign.judging.people.store import Store
+from exalign.judging.assess import CHOICES, QUESTIONS, _tally_table, create_app, turns
+from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
+from exalign.judging.grading import _print_grade
+from exalign.judging.judge import _print_summaries
+from exalign.judging.study_store import Store
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.page import render_page
 from exalign.report.style import figure_style, looks_of

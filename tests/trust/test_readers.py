@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from exalign.data.reading import MAX_ROW, DataSettings, read_source
 from exalign.data.record import Completion, Record
 from exalign.data.store import FORMAT_VERSION, Header, RecordWriter, read_header, read_records, write_records
-from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
-from exalign.judging.llm.endpoint import seconds_to_wait
-from exalign.judging.llm.exchanges import MAX_TOKENS, parse_completion, read_answers, token_count
-from exalign.judging.llm.instructions import read_verdict
+from exalign.judging.askers import seconds_to_wait
+from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
+from exalign.judging.exchanges import MAX_TOKENS, parse_completion, read_answers, token_count
+from exalign.judging.instructions import read_verdict
 from trust.shapes import grafted, sentence, some
 
 

@@ -19,11 +19,10 @@ from evaluation.synthetic_run import World, write_run
 from exalign.data.reading import DataSettings, read_source
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
-from exalign.judging.evidence import read_judgements
-from exalign.judging.llm.commands import judge
-from exalign.judging.llm.endpoint import Endpoint, spellings
-from exalign.judging.llm.settings import JudgeSettings
-from exalign.judging.people.tables import open_engine
+from exalign.judging.askers import Endpoint, JudgeSettings, spellings
+from exalign.judging.judge import judge
+from exalign.judging.judgements import read_judgements
+from exalign.judging.study_store import open_engine
 from exalign.models.loading import load_policy
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact, redact_values

@@ -1,59 +1,103 @@
-"""How far judges agree: Krippendorff's alpha and the share of agreeing pairs.
+"""What comparisons say together: win, tie and lose of each match-up, and how far the judges agree.
 
-Alpha is 1 − D_o / D_e: the disagreement observed between judgements of the same item over that expected if the same
-judgements were dealt out at random (K. Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011). 1 is perfect
-agreement, 0 is chance, below 0 is systematic disagreement. Any number of judges, any of them missing anywhere.
+Alpha is Krippendorff's, 1 − D_o / D_e: the disagreement observed between judgements of the same item over that expected
+if the same judgements were dealt out at random (K. Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011). 1
+is perfect agreement, 0 is chance, below 0 is systematic disagreement. Any number of judges, any of them missing
+anywhere. It is computed here, since no library gives it from sums of coincidences, of which its interval needs
+thousands: one for each resample of the prompts.
 
-Shapes: U items, V distinct values in their order.
+Shapes: V distinct values in their order. The prompt is the unit of every interval (95 %).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exalign.evaluation.schema import Interval
+from exalign.evaluation.schema import AssessorAgreement, Interval, Tally
 from exalign.evaluation.statistics import interval_of, mean_interval, resample_weights
-from exalign.judging.comparison import Comparison
-from exalign.judging.tally import OVERALL, verdict_on
+from exalign.judging.comparisons import Comparison, Verdict
 
 Array = NDArray[np.float64]
-Distance = Callable[[Array, Array], Array]
-"""From the V values and how often each was given, the squared distances `[V, V]` between them."""
+OVERALL = "overall"
 ORDER = {"second": 0.0, "tie": 1.0, "first": 2.0}
 
 
-def nominal_distance(values: Array, counts: Array) -> Array:
-    """0 for equal values, 1 for others."""
-    return 1.0 - np.eye(len(values))
+def verdict_on(comparison: Comparison, criterion: str) -> Verdict | None:
+    """The overall verdict, or the one for a criterion; None where the judge left the criterion open."""
+    return comparison.verdict if criterion == OVERALL else comparison.criteria.get(criterion)
 
 
-def ordinal_distance(values: Array, counts: Array) -> Array:
-    """(Σ_{g=c..k} n_g − (n_c + n_k)/2)²: how many judgements lie between two ranks, those at the ends by half."""
-    middles = np.cumsum(counts) - counts / 2
-    return (middles[:, None] - middles[None, :]) ** 2
+def tally(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> list[Tally]:
+    """One `Tally` per match-up, in the order and orientation in which match-ups first occur.
+
+    >>> judged = [Comparison(str(i), "Hi", "exo", "sft", "a", "b", "ann", verdict)
+    ...           for i, verdict in enumerate(["first", "first", "tie", "second"])]
+    >>> [(t.first, t.win.estimate, t.tie.estimate, t.score.estimate) for t in tally(judged)]
+    [('exo', 0.5, 0.25, 0.625)]
+    """
+    match_ups: dict[frozenset[str], tuple[str, str]] = {}
+    verdicts: dict[tuple[str, str], dict[str, list[Verdict]]] = {}
+    for comparison in comparisons:
+        systems = comparison.first, comparison.second
+        names = match_ups.setdefault(frozenset(systems), systems)
+        by_prompt = verdicts.setdefault(names, defaultdict(list))
+        if (verdict := verdict_on(comparison.oriented(*names), criterion)) is not None:
+            by_prompt[comparison.prompt_id].append(verdict)
+    return [_tally(names, criterion, by_prompt) for names, by_prompt in verdicts.items()]
 
 
-def interval_distance(values: Array, counts: Array) -> Array:
-    """(c − k)²."""
-    return (values[:, None] - values[None, :]) ** 2
+def _tally(names: tuple[str, str], criterion: str, by_prompt: dict[str, list[Verdict]]) -> Tally:
+    readable = [[verdict for verdict in said if verdict != "unreadable"] for said in by_prompt.values()]
+
+    def share(**worth: float) -> Interval | None:
+        means = [np.mean([worth.get(verdict, 0.0) for verdict in said]) for said in readable if said]
+        return mean_interval(np.array(means)) if means else None
+
+    judgements = sum(map(len, readable))
+    return Tally(
+        *names,
+        criterion,
+        win=share(first=1),
+        tie=share(tie=1),
+        lose=share(second=1),
+        score=share(first=1, tie=0.5),
+        num_judgements=judgements,
+        unreadable=sum(map(len, by_prompt.values())) - judgements,
+    )
 
 
-def krippendorff_alpha(items: Sequence[Sequence[float]], distance: Distance = ordinal_distance) -> float | None:
-    """Alpha of the judgements of each item (who gave which does not matter; absent ones are just not there).
+def krippendorff_alpha(coincidences: Array) -> float | None:
+    """Ordinal alpha from the coincidences `[V, V]` of values in their order; None where it does not exist: no item with
+    two judgements, or every one of those the same.
 
-    None where it does not exist: no item with two judgements, or every pairable judgement the same.
+    The squared distance of two ranks is (Σ_{g=c..k} n_g − (n_c + n_k)/2)²: how many judgements lie between them, those
+    at the ends by half.
 
-    >>> krippendorff_alpha([[1, 1], [2, 2], [3, 3]]), krippendorff_alpha([[1, 1], [1, 1]])
+    >>> krippendorff_alpha(coincidences([[1, 1], [2, 2]], [1, 2])), krippendorff_alpha(coincidences([[1, 1]], [1, 2]))
     (1.0, None)
     """
-    values = np.unique([value for item in items for value in item])
-    return _alpha(values, _coincidences(items, values).sum(axis=0), distance)
+    counts = coincidences.sum(axis=1)
+    middles = np.cumsum(counts) - counts / 2
+    distances = (middles[:, None] - middles[None, :]) ** 2
+    expected = counts @ distances @ counts
+    return None if expected == 0 else float(1 - (counts.sum() - 1) * (coincidences * distances).sum() / expected)
+
+
+def coincidences(items: Iterable[Sequence[float]], values: Sequence[float]) -> Array:
+    """`[V, V]`: ordered pairs of the m judgements of each item, each counted 1/(m − 1)."""
+    table = np.zeros((len(values), len(values)))
+    for item in items:
+        if len(item) > 1:
+            counts = np.array([list(item).count(value) for value in values], dtype=np.float64)
+            table += (np.outer(counts, counts) - np.diag(counts)) / (len(item) - 1)
+    return table
 
 
 def pairwise_agreement(item: Sequence[float]) -> float | None:
@@ -62,43 +106,40 @@ def pairwise_agreement(item: Sequence[float]) -> float | None:
     return sum(n * (n - 1) for n in np.unique(item, return_counts=True)[1]) / pairs if pairs else None
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of judges on the items (two answers to one prompt) that at least two of them judged.
+def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """(p_o − p_e) / (1 − p_e) over pairs of verdicts by two judges: agreement beyond that of their own frequencies.
 
-    `alpha` is ordinal over lose < tie < win; `pairwise` the share of equal pairs of judgements; `without_ties` the same
-    over pairs in which neither said tie. Intervals (95 %) are over prompts; None where a quantity does not exist.
+    None where it does not exist: no pairs, or both always say the same one thing.
+
+    >>> cohen_kappa([("first", "first"), ("second", "second"), ("first", "second"), ("second", "first")])
+    0.0
     """
-
-    criterion: str
-    alpha: Interval | None
-    pairwise: Interval | None
-    without_ties: Interval | None
-    num_items: int
-    num_judgements: int
-    judges: tuple[str, ...]
+    if not pairs:
+        return None
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    expected = sum(ours.count(said) * theirs.count(said) for said in set(ours)) / len(pairs) ** 2
+    return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def agreement(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> Agreement:
-    """How far the judges of these comparisons agree with one another.
+def agreement(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> AssessorAgreement:
+    """How far the judges of these comparisons agree with one another, on the pairs that at least two of them judged.
 
     Match-ups are taken in the orientation in which each first occurs. Unreadable and absent verdicts take no part. A
     model asked in both orders must be reduced to one verdict per pair first, or its agreement with itself is counted.
     """
-    items = {pair: item for pair, item in _items(comparisons, criterion).items() if len(item.values) > 1}
-    by_prompt: dict[str, list[_Item]] = defaultdict(list)
-    for item in items.values():
-        by_prompt[item.prompt_id].append(item)
-    without_ties = [[value for value in item.values if value != ORDER["tie"]] for item in items.values()]
-    prompts = [item.prompt_id for item in items.values()]
-    return Agreement(
-        criterion=criterion,
-        alpha=_alpha_interval([[item.values for item in group] for group in by_prompt.values()]),
-        pairwise=_mean_by_prompt(prompts, [pairwise_agreement(item.values) for item in items.values()]),
-        without_ties=_mean_by_prompt(prompts, [pairwise_agreement(values) for values in without_ties]),
+    items = [item for item in _items(comparisons, criterion, {}).values() if len(item.values) > 1]
+    by_prompt: dict[str, list[list[float]]] = defaultdict(list)
+    for item in items:
+        by_prompt[item.prompt_id].append(item.values)
+    decided = [(item.prompt_id, [value for value in item.values if value != ORDER["tie"]]) for item in items]
+    return AssessorAgreement(
+        criterion,
+        alpha=_alpha_interval(list(by_prompt.values())),
+        pairwise=_mean_by_prompt((item.prompt_id, pairwise_agreement(item.values)) for item in items),
+        without_ties=_mean_by_prompt((prompt, pairwise_agreement(values)) for prompt, values in decided),
         num_items=len(items),
-        num_judgements=sum(len(item.values) for item in items.values()),
-        judges=tuple(sorted({judge for item in items.values() for judge in item.judges})),
+        num_assessors=len({judge for item in items for judge in item.judges}),
     )
 
 
@@ -109,71 +150,84 @@ def agreement_between(
 
     None where they have no item in common. Its interval is over prompts.
     """
-    first = list(first)
-    orientation = {frozenset((c.first, c.second)): (c.first, c.second) for c in reversed(first)}
+    orientation: dict[frozenset[str], tuple[str, str]] = {}
     ours, theirs = _items(first, criterion, orientation), _items(second, criterion, orientation)
-    both = [(ours[pair], theirs[pair]) for pair in ours if pair in theirs]
-    shares = [float(np.mean([a == b for a, b in product(ours.values, theirs.values)])) for ours, theirs in both]
-    return _mean_by_prompt([item.prompt_id for item, _ in both], list(shares))
+    both = [(item, theirs[pair]) for pair, item in ours.items() if pair in theirs]
+    return _mean_by_prompt(
+        (item.prompt_id, float(np.mean([a == b for a, b in product(item.values, other.values)])))
+        for item, other in both
+    )
+
+
+def agreement_with(ours: Iterable[Comparison], theirs: Iterable[Comparison]) -> dict[str, Any] | None:
+    """Agreement of a judge with others on the pairs that both judged, or None where there is no such pair.
+
+    `ours` holds one verdict per pair that was asked about, `theirs` any number. `raw` is the share of equal verdicts
+    over (ours, theirs), `without_ties` the same where neither said tie, both with intervals over prompts; `kappa` is
+    Cohen's over the same pairs of verdicts (with several others they are pooled); `alpha` is Krippendorff's ordinal
+    alpha of all of them; `theirs_among_themselves` is the share of equal pairs among the others, which bounds what can
+    be asked of a judge.
+    """
+    others: dict[str, list[Comparison]] = defaultdict(list)
+    for other in theirs:
+        if other.verdict != "unreadable":
+            others[other.pair].append(other)
+    shared = [one for one in ours if one.verdict != "unreadable" and one.pair in others]
+    if not shared:
+        return None
+    both = [(one, other.oriented(one.first, one.second)) for one in shared for other in others[one.pair]]
+    matched = [other for _, other in both]
+    decided = [[one for one in side if one.verdict != "tie"] for side in (shared, matched)]
+    return {
+        "with": sorted({other.judge for other in matched}),
+        "pairs": len(shared),
+        "verdicts": len(both),
+        "raw": agreement_between(shared, matched),
+        "without_ties": agreement_between(*decided),
+        "kappa": cohen_kappa([(one.verdict, other.verdict) for one, other in both]),
+        "alpha": agreement([*shared, *matched]).alpha,
+        "theirs_among_themselves": agreement(matched).pairwise,
+    }
 
 
 @dataclass(frozen=True)
 class _Item:
     prompt_id: str
-    values: list[float]
-    judges: list[str]
+    values: list[float] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
 
 
 def _items(
-    comparisons: Iterable[Comparison], criterion: str, orientation: dict[frozenset[str], tuple[str, str]] | None = None
+    comparisons: Iterable[Comparison], criterion: str, orientation: dict[frozenset[str], tuple[str, str]]
 ) -> dict[str, _Item]:
-    """The judgements by what was compared, all of a match-up in one orientation."""
-    orientation = {} if orientation is None else orientation
+    """The judgements by what was compared, all of a match-up in one orientation: that of its first occurrence, which
+    `orientation` keeps."""
     items: dict[str, _Item] = {}
     for comparison in comparisons:
         systems = comparison.first, comparison.second
         names = orientation.setdefault(frozenset(systems), systems)
         verdict = verdict_on(comparison.oriented(*names), criterion)
         if verdict is not None and verdict != "unreadable":
-            item = items.setdefault(comparison.pair, _Item(comparison.prompt_id, [], []))
+            item = items.setdefault(comparison.pair, _Item(comparison.prompt_id))
             item.values.append(ORDER[verdict])
             item.judges.append(comparison.judge)
     return items
 
 
-def _coincidences(items: Sequence[Sequence[float]], values: Array) -> Array:
-    """`[U, V, V]`: per item, ordered pairs of its m judgements, each counted 1/(m − 1)."""
-    tables = np.zeros((len(items), len(values), len(values)))
-    for table, item in zip(tables, items, strict=True):
-        if len(item) > 1:
-            counts = (np.asarray(item)[:, None] == values).sum(axis=0).astype(np.float64)
-            table[:] = (np.outer(counts, counts) - np.diag(counts)) / (len(item) - 1)
-    return tables
-
-
-def _alpha(values: Array, coincidences: Array, distance: Distance) -> float | None:
-    counts = coincidences.sum(axis=1)
-    total = counts.sum()
-    distances = distance(values, counts)
-    expected = counts @ distances @ counts
-    return None if expected == 0 else float(1 - (total - 1) * (coincidences * distances).sum() / expected)
-
-
 def _alpha_interval(prompts: list[list[list[float]]]) -> Interval | None:
     """Ordinal alpha with its bootstrap interval; resamples in which it does not exist (no variation) are left out."""
-    values = np.array(sorted(ORDER.values()))
-    tables = np.array([_coincidences(items, values).sum(axis=0) for items in prompts]).reshape(-1, 3, 3)
-    estimate = _alpha(values, tables.sum(axis=0), ordinal_distance)
+    tables = np.array([coincidences(items, sorted(ORDER.values())) for items in prompts]).reshape(-1, 3, 3)
+    estimate = krippendorff_alpha(tables.sum(axis=0))
     if estimate is None:
         return None
     drawn = np.einsum("rp,pij->rij", resample_weights(len(prompts)) * len(prompts), tables)
-    resampled = [alpha for table in drawn if (alpha := _alpha(values, table, ordinal_distance)) is not None]
+    resampled = [alpha for table in drawn if (alpha := krippendorff_alpha(table)) is not None]
     return interval_of(estimate, np.array(resampled), len(prompts))
 
 
-def _mean_by_prompt(prompts: Sequence[str], shares: Sequence[float | None]) -> Interval | None:
+def _mean_by_prompt(shares: Iterable[tuple[str, float | None]]) -> Interval | None:
     by_prompt: dict[str, list[float]] = defaultdict(list)
-    for prompt, share in zip(prompts, shares, strict=True):
+    for prompt, share in shares:
         if share is not None:
             by_prompt[prompt].append(share)
     return mean_interval(np.array([np.mean(values) for values in by_prompt.values()])) if by_prompt else None

@@ -15,7 +15,7 @@ from exalign.data.record import Completion, Record
 from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
-from exalign.judging.evidence import read_judgements
+from exalign.judging.judgements import read_judgements
 from exalign.report import write_report
 from exalign.rollout.scorer import scored
 from exalign.rollout.settings import SampleSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.run_folder import RunFolder, complete_records
-from exalign.judging.evidence import read_judgements
+from exalign.judging.judgements import read_judgements
 from exalign.report.paper_figures import Written, evaluate_command, write_paper_figures
 
 

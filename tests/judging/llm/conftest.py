@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from exalign.data.record import Completion, Prompt, Record
 from exalign.data.store import Header, write_records
-from exalign.judging.llm.commands import grade_judge, judge
+from exalign.judging.grading import grade_judge
+from exalign.judging.judge import judge
 
 HERE = Path(__file__).parent
 

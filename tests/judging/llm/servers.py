@@ -21,6 +21,16 @@ from starlette.routing import Route
 
 FAULTS = ("429", "429-bare", "500", "503-html", "slow", "cut-off", "malformed", "wrong-shape", "hang-up")
 
+SILENT = {
+    "thinks-on": ({"content": None, "reasoning_content": "Let me think about A and B"}, "length"),
+    "cut-off": ({"content": "Verdict: A"}, "length"),
+    "refuses": ({"content": None, "refusal": "I would rather not compare these."}, "stop"),
+    "filtered": ({"content": "Verdict: A"}, "content_filter"),
+    "brackets": ({"content": "A is better. [[A]]"}, "stop"),
+    "parts": ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Verdict: A"}]}, "stop"),
+}
+"""Models that say the same to every question: the message, and why it ended there."""
+
 
 def verdict_by_rule(rule: str, a: str, b: str) -> str:
     """What the judge named `rule` answers about two texts."""
@@ -52,10 +62,11 @@ def rules() -> Starlette:
             return JSONResponse({"error": {"message": "too many tokens"}}, status_code=400)
         await asyncio.sleep(delay)
         served[question] += 1
-        content = verdict_by_rule(body["model"], answers[0][1], answers[1][1])
-        message = {"role": "assistant", "content": content}
+        message, reason = SILENT.get(body["model"], ({}, "stop"))
+        content = "" if message else verdict_by_rule(body["model"], answers[0][1], answers[1][1])
+        message = {"role": "assistant", "content": content, **message}
         usage = {"prompt_tokens": len(question), "completion_tokens": len(content), "total_tokens": 0}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         return JSONResponse({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
 
     async def counts(request: Request) -> Response:

@@ -34,7 +34,7 @@ def exchanges(folder: Path) -> list[dict]:
 
 def test_every_pair_is_answered_once_through_a_faulty_proxy(run, rules, running, invoke):
     with running("faults", UPSTREAM=rules) as proxy:
-        options = (*FAST, "--timeout", 0.5, "--attempts", 4, "--concurrency", 8)
+        options = (*FAST, "--timeout", 1, "--attempts", 4, "--concurrency", 8)
         result = invoke("judge", run, "--against", "sft", "--endpoint", f"{proxy}/v1", "--model", "good", *options)
         assert result.exit_code == 0, result.output
         counts = httpx.get(f"{proxy}/counts").json()
@@ -68,7 +68,7 @@ def stored_at(row: dict) -> float:
 
 def test_a_killed_judge_continues_where_it_was(run, running):
     with running("rules", DELAY="0.15") as server:
-        program = "from exalign.judging.llm.commands import judge; import typer; typer.run(judge)"
+        program = "from exalign.judging.judge import judge; import typer; typer.run(judge)"
         command = [sys.executable, "-c", program, str(run), "--against", "sft", "--concurrency", "3"]
         command += ["--endpoint", f"{server}/v1", "--model", "good"]
         environment = {**os.environ, "OPENAI_API_KEY": ""}

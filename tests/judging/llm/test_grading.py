@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from exalign.errors import InputError
-from exalign.judging.comparison import Comparison, write_comparisons
-from exalign.judging.llm.grading import human_pairs, read_human
+from exalign.judging.comparisons import Comparison, write_comparisons
+from exalign.judging.grading import read_human
 
 
 def write_rows(path: Path, *rows: dict) -> Path:
@@ -45,14 +45,6 @@ def test_the_winner_of_a_preference_set_does_not_always_come_first(tmp_path):
     assert {(c.first, c.second) for c in found} == {("one", "other")}
     winners = [c.first_text if c.verdict == "first" else c.second_text for c in found]
     assert winners == [row["chosen"] for row in rows]
-
-
-def test_each_pair_is_asked_about_once_however_many_people_judged_it():
-    said = [Comparison("1", "P", "x", "y", "a", "b", judge, "first") for judge in ("ann", "bob")]
-    other = Comparison("1", "P", "x", "z", "a", "c", "ann", "tie")
-    pairs = human_pairs([*said, said[0].swapped(), other], prompts=5, seed=0)
-    assert sorted(pair.second for pair in pairs) == ["y", "z"]
-    assert len(human_pairs([*said, other], prompts=1, seed=0)) == 2  # both pairs are of the one prompt
 
 
 def test_a_file_without_judged_pairs_is_one_sentence(tmp_path):

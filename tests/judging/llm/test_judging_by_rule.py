@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import httpx
 import pytest
 
 from exalign.errors import InputError
-from exalign.judging.comparison import Comparison, read_comparisons, write_comparisons
+from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
+from exalign.judging.judgements import read_judgements
 
 PROMPTS = {str(i): f"Question {i}" for i in range(10)}
 SFT = dict.fromkeys(PROMPTS, ("plain answer",))
@@ -77,16 +79,52 @@ def test_a_judge_that_always_says_a_gives_only_ties(run, rules, invoke):
     assert summary["shown_first"]["estimate"] == 1.0
 
 
-def test_unreadable_answers_are_kept_and_counted(run, rules, invoke):
-    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "mumbles", *FAST)
-    summary = summary_of(run, "mumbles-instruction", "exo-vs-sft")
-    # The identical pair is a tie without asking; the other nine are unreadable in both orders.
-    assert (summary["unreadable_pairs"], summary["unreadable_answers"]) == (9, 18)
-    assert (summary["win"]["estimate"], summary["win"]["num_prompts"]) == (0.0, 1)
-    assert summary["flip_rate"] is None
-    assert result.exit_code == 0
-    folder = run / "judging" / "llm" / "mumbles-instruction" / "exo-vs-sft"
-    assert {c.answer for c in read_comparisons(folder / "comparisons.jsonl")} == {"I would rather not say."}
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("mumbles", (), "18 of 18 answers end in no line “Verdict: A”, .* like “I would rather not say.”"),
+        ("brackets", (), "18 of 18 answers end in no line .* like “A is better. \\[\\[A\\]\\]”"),
+        ("thinks-on", (), r"18 of 18 answers were cut off at 256 tokens \(finish_reason length\): raise --max-answer"),
+        ("cut-off", ("--max-answer-tokens", 9), "18 of 18 answers were cut off at 9 tokens"),
+        (
+            "cut-off",
+            ("--request-fields", '{"max_tokens": null}'),
+            "18 of 18 answers were cut off .*: raise the limit in --request-fields",
+        ),
+        ("refuses", (), "18 of 18 answers were refused or filtered"),
+        ("filtered", (), "18 of 18 answers were refused or filtered"),
+    ],
+)
+def test_where_nothing_was_measured_there_is_no_win_rate_but_the_cause(run, rules, invoke, model, options, said):
+    arguments = ("--endpoint", f"{rules}/v1", "--model", model, *options, *FAST)
+    result = invoke("judge", run, "--against", "sft", *arguments)
+    assert isinstance(result.exception, InputError)
+    sentence = f"exo – sft: no pair has a readable verdict, so there is no win rate: {said}"
+    assert re.search(sentence, str(result.exception))
+    # The identical pair is a tie without asking, which measures nothing; the other nine are unreadable in both orders.
+    summary = summary_of(run, f"{model}-instruction", "exo-vs-sft")
+    assert (summary["unreadable_pairs"], summary["unreadable_answers"], summary["measured_pairs"]) == (9, 18, 0)
+    found = (summary[name] for name in ("win", "tie", "lose", "score", "length_controlled", "flip_rate"))
+    assert {None} == set(found)
+    ((match_up,),) = (judge.match_ups for judge in read_judgements(run).judges)
+    assert (match_up.tally.win, match_up.tally.score, match_up.tally.unreadable) == (None, None, 9)
+    folder = run / "judging" / "llm" / f"{model}-instruction" / "exo-vs-sft"
+    assert len({c.answer for c in read_comparisons(folder / "comparisons.jsonl")}) == 1  # kept as it came
+
+
+def test_same_answers_alone_make_no_win_rate(make_run, rules, invoke):
+    run = make_run("same", PROMPTS, {}, sft=SFT, exo=SFT)
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    assert "all 10 pairs hold the same answer twice" in str(result.exception)
+    assert summary_of(run, "good-instruction", "exo-vs-sft")["score"] is None
+
+
+def test_an_answer_in_parts_is_read_and_an_address_without_v1_is_named(run, rules, invoke):
+    arguments = ("judge", run, "--against", "sft", "--model", "parts", *FAST, "--endpoint")
+    result = invoke(*arguments, rules)
+    assert f"(is the endpoint {rules}/v1?)" in str(result.exception)
+    assert invoke(*arguments, f"{rules}/v1").exit_code == 0
+    assert summary_of(run, "parts-instruction", "exo-vs-sft")["flip_rate"]["estimate"] == 1.0
 
 
 def test_one_unreadable_order_makes_the_pair_unreadable(run, rules, invoke):
@@ -198,8 +236,8 @@ def test_agreement_with_another_judge_and_with_exported_people(run, rules, invok
 
 
 def test_agreement_with_a_study_of_the_same_run(run, rules, invoke):
-    store_module = pytest.importorskip("exalign.judging.people.store", reason="needs SQLAlchemy")
-    from exalign.judging.people.study import plan_study
+    store_module = pytest.importorskip("exalign.judging.study_store", reason="needs SQLAlchemy")
+    from exalign.judging.study import plan_study
 
     study = plan_study(run, [("sft", "exo")], name="study", num_prompts=10, assessors=["ann", "bob"])
     (run / "assessment").mkdir()

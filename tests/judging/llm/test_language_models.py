@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from exalign.judging.comparison import read_comparisons
+from exalign.judging.comparisons import read_comparisons
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}judge: "
 OPTIONS = ("--max-answer-tokens", 6, "--timeout", 30, "--concurrency", 2)

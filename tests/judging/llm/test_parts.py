@@ -12,15 +12,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from exalign.errors import InputError
-from exalign.judging.comparison import VERDICTS
-from exalign.judging.llm.endpoint import Endpoint, seconds_to_wait
-from exalign.judging.llm.exchanges import ExchangeStore, Reply, read_answers, request_key
-from exalign.judging.llm.instructions import BUILT_IN, load_instructions, read_verdict
-from exalign.judging.llm.kappa import cohen_kappa
-from exalign.judging.llm.length_control import RIDGE, length_controlled_win_rate
-from exalign.judging.llm.pairs import Pair
-from exalign.judging.llm.settings import JudgeSettings
-from exalign.judging.llm.verdicts import agreed
+from exalign.judging.askers import Endpoint, JudgeSettings, seconds_to_wait
+from exalign.judging.comparisons import VERDICTS, Pair
+from exalign.judging.exchanges import ExchangeStore, Reply, read_answers, request_key
+from exalign.judging.instructions import BUILT_IN, load_instructions, read_verdict
+from exalign.judging.summary import RIDGE, agreed, length_controlled_win_rate
 
 CHAT = ({"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "?"})
 PAIR = Pair("7", CHAT, "exo", "sft", "text of exo", "text of sft", reference="the reference")
@@ -225,12 +221,3 @@ def test_length_control_takes_out_what_length_explains():
     assert scores.mean() > 0.7
     assert found.rate.low < 0.5 < found.rate.high
     assert found.length_effect == pytest.approx(2, abs=0.4)
-
-
-def test_kappa_by_hand():
-    # Cohen (1960)'s form on a 2 × 2 table 20 / 5 / 10 / 15: p_o = 0.7, p_e = 0.5·0.6 + 0.5·0.4 = 0.5.
-    pairs = [("y", "y")] * 20 + [("y", "n")] * 5 + [("n", "y")] * 10 + [("n", "n")] * 15
-    assert cohen_kappa(pairs) == pytest.approx(0.4)
-    assert cohen_kappa([("y", "y")] * 3) is None
-    assert cohen_kappa([]) is None
-    assert cohen_kappa([("a", "b"), ("b", "a")]) == pytest.approx(-1)

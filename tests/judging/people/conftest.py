@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from exalign.judging.people.store import Store
-from exalign.judging.people.study import Study, plan_study
+from exalign.judging.study import Study, plan_study
+from exalign.judging.study_store import Store
 from judging.people.staging import MATCHES, Server, write_run
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from playwright.async_api import BrowserContext, Page, async_playwright
 from playwright.async_api import Error as BrowserError
 
-from exalign.judging.comparison import CRITERIA
-from exalign.judging.people.store import Store
-from exalign.judging.people.study import plan_study
+from exalign.judging.comparisons import CRITERIA
+from exalign.judging.study import plan_study
+from exalign.judging.study_store import Store
 from judging.people.staging import MATCHES, Server, write_run
 
 CHROMIUM = "/usr/bin/chromium"

@@ -16,7 +16,7 @@ from pathlib import Path
 from exalign.data.record import Completion, Record
 from exalign.data.store import Header, write_records
 
-COMMAND = [sys.executable, "-c", "from exalign.judging.people.commands import app; app()"]
+COMMAND = [sys.executable, "-c", "from exalign.judging.assess import app; app()"]
 MATCHES = [("exo", "dpo"), ("exo", "ppo"), ("exo", "sft")]
 
 

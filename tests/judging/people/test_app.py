@@ -10,9 +10,8 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from exalign.errors import InputError
-from exalign.judging.people.app import create_app, read_answer, turns
-from exalign.judging.people.server import allowed_hosts
-from exalign.judging.people.store import Store
+from exalign.judging.assess import allowed_hosts, create_app, read_answer, turns
+from exalign.judging.study_store import Store
 
 HOST = "http://127.0.0.1"
 

@@ -9,10 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from exalign.errors import InputError
-from exalign.judging.comparison import read_comparisons
-from exalign.judging.people.commands import app
-from exalign.judging.people.server import serve
-from exalign.judging.people.store import Store
+from exalign.judging.assess import app, serve
+from exalign.judging.comparisons import read_comparisons
+from exalign.judging.study_store import Store
 from judging.people.staging import Server
 
 

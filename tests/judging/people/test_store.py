@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from exalign.errors import InputError
-from exalign.judging.people.store import Store
+from exalign.judging.study_store import Store
 
 LEFT = {"verdict": "left", "criteria": {"safe": "right"}, "comment": "good"}
 TIE = {"verdict": "tie", "criteria": {}, "comment": ""}

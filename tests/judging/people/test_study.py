@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from exalign.data.record import Record
 from exalign.data.store import Header, write_records
 from exalign.errors import InputError
-from exalign.judging.people.study import assign, parse_matches, plan_study
+from exalign.judging.study import assign, parse_matches, plan_study
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 12), st.integers(0, 99))
@@ -103,7 +103,7 @@ def test_what_the_run_cannot_give_is_said(make_run):
     with pytest.raises(InputError, match="same name"):
         plan([("exo", "dpo")], assessors=["a", "a"])
     write_records(run / "evaluation/sft/samples", [Record("p0", "Other?", ())], Header())
-    with pytest.raises(InputError, match="no samples"):
+    with pytest.raises(InputError, match="No prompt is answered by both exo and sft"):
         plan([("exo", "sft")])
 
 

@@ -7,31 +7,70 @@ repeated request changes nothing, and a window with an old page cannot overwrite
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from exalign.data.record import Prompt
 from exalign.errors import InputError
-from exalign.judging.comparison import Comparison, Side, verdict_from_shown
-from exalign.judging.people.security import hash_token, new_token, same_token
-from exalign.judging.people.study import Study
-from exalign.judging.people.tables import (
-    ASSESSOR,
-    ASSIGNMENT,
-    FORMAT_VERSION,
-    ITEM,
-    METADATA,
-    STUDY,
-    now,
-    open_engine,
-    seconds_between,
-)
+from exalign.judging.comparisons import OTHER, Comparison, Pair, Side, verdict_from_shown
+from exalign.judging.study import Study
+from exalign.redaction import redact
 
+FORMAT_VERSION = 1
+METADATA = sa.MetaData()
+# Texts are JSON columns: PostgreSQL's text type refuses NUL characters, which a model may well produce.
+_JSON = sa.JSON(none_as_null=True)
+STUDY = sa.Table(
+    "study",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), unique=True, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("secret", sa.String(64), nullable=False),
+    sa.Column("about", _JSON, nullable=False),
+)
+ASSESSOR = sa.Table(
+    "assessor",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_id", sa.ForeignKey("study.id"), nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("token_hash", sa.String(64), unique=True, nullable=False),
+    sa.UniqueConstraint("study_id", "name"),
+)
+ITEM = sa.Table(
+    "item",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_id", sa.ForeignKey("study.id"), nullable=False),
+    sa.Column("content", _JSON, nullable=False),
+)
+ASSIGNMENT = sa.Table(
+    "assignment",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("assessor_id", sa.ForeignKey("assessor.id"), nullable=False),
+    sa.Column("item_id", sa.ForeignKey("item.id"), nullable=False),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("left", sa.String(6), nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False, default=0),
+    sa.Column("opened_at", sa.String(32)),
+    sa.Column("decided_at", sa.String(32)),
+    sa.Column("answer", _JSON),
+    sa.Column("draft", _JSON),
+    sa.UniqueConstraint("assessor_id", "item_id"),
+    sa.UniqueConstraint("assessor_id", "position"),
+)
 Answer = dict[str, Any]
 """What a person decided, as they saw it: `verdict` (left, tie, right), `criteria` {name: verdict}, `comment`."""
 _ROW = ASSIGNMENT.c
@@ -52,19 +91,26 @@ class Assessor:
 class Task:
     """One assignment as its page needs it. `answer` is what was decided; `draft` what was entered since."""
 
-    id: int
     position: int
     revision: int
-    prompt: Prompt
-    left_text: str
-    right_text: str
-    reference: str | None
+    pair: Pair
+    left: Side
     answer: Answer | None
     draft: Answer | None
     total: int
     done: int
     previous: tuple[int, int] | None
     """Position and revision of the assignment decided last: what Undo takes back."""
+
+    @property
+    def left_text(self) -> str:
+        """The answer shown on the left, as A."""
+        return self.pair.text(self.left)
+
+    @property
+    def right_text(self) -> str:
+        """The answer shown on the right, as B."""
+        return self.pair.text(OTHER[self.left])
 
 
 class Store:
@@ -125,7 +171,7 @@ class Store:
         query = sa.select(ASSESSOR, STUDY.c.name.label("study"), STUDY.c.secret).join(STUDY)
         with self.engine.connect() as connection:
             row = connection.execute(query.where(ASSESSOR.c.token_hash == hash_token(token))).first()
-        if row is None or not same_token(token, row.token_hash):
+        if row is None or not hmac.compare_digest(hash_token(token), row.token_hash):
             return None
         return Assessor(row.id, row.name, row.study, row.token_hash, row.secret)
 
@@ -162,16 +208,11 @@ class Store:
                 connection.commit()
             done, total = _progress(connection, assessor_id)
             previous = _last_decided(connection, assessor_id)
-        content, first_left = row.content, row.left == "first"
-        texts = content["first_text"], content["second_text"]
         return Task(
-            id=row.id,
             position=row.position,
             revision=row.revision,
-            prompt=_prompt(content),
-            left_text=texts[0] if first_left else texts[1],
-            right_text=texts[1] if first_left else texts[0],
-            reference=content["reference"],
+            pair=_pair(row.content),
+            left=row.left,
             answer=row.answer if row.decided_at else None,
             draft=row.draft,
             total=total,
@@ -261,27 +302,61 @@ def _inserted(connection: sa.Connection, table: sa.Table, values: dict[str, Any]
     return int(key[0])
 
 
-def _prompt(content: dict[str, Any]) -> Prompt:
+def _pair(content: dict[str, Any]) -> Pair:
     prompt = content["prompt"]
-    return prompt if isinstance(prompt, str) else tuple(prompt)
+    return Pair(**{**content, "prompt": prompt if isinstance(prompt, str) else tuple(prompt)})
 
 
 def _comparison(row: sa.Row[Any]) -> Comparison:
-    content = row.content
-    left: Side = "first" if row.left == "first" else "second"
-    return Comparison(
-        prompt_id=content["prompt_id"],
-        prompt=_prompt(content),
-        first=content["first"],
-        second=content["second"],
-        first_text=content["first_text"],
-        second_text=content["second_text"],
-        judge=row.judge,
-        verdict=verdict_from_shown(row.answer["verdict"], left=left),
-        left=left,
+    left: Side = row.left
+    return replace(
+        _pair(row.content).judged(row.judge, verdict_from_shown(row.answer["verdict"], left=left), left=left),
         criteria={name: verdict_from_shown(shown, left=left) for name, shown in row.answer["criteria"].items()},
-        reference=content["reference"],
         comment=row.answer["comment"] or None,
         seconds=seconds_between(row.opened_at, row.decided_at),
         time=row.decided_at,
     )
+
+
+def new_token() -> str:
+    """A private token: 256 random bits, safe in a URL."""
+    return secrets.token_urlsafe(32)
+
+
+def hash_token(token: str) -> str:
+    """What is stored instead of a token. SHA-256 without salt is enough: the token is random, not a password."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def open_engine(location: str) -> Engine:
+    """The engine for a database URL, or for the path of an SQLite file."""
+    try:
+        url = make_url(location if "://" in location else f"sqlite:///{Path(location).absolute()}")
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        local = url.get_backend_name() == "sqlite"
+        engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_timeout=30, pool_pre_ping=not local)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        said = str(error).replace(location, redact(location))
+        raise InputError(f"The store is neither a path nor a database URL that can be opened here: {said}") from None
+    if local:
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    """Readers beside one writer, a verdict synced to disk before it is confirmed, waiting instead of failing."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def now() -> str:
+    """The time as it is stored: ISO 8601, UTC, microseconds, so that it sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def seconds_between(start: str | None, end: str) -> float | None:
+    """Seconds from one stored time to another."""
+    return None if start is None else (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()

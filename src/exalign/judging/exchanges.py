@@ -6,7 +6,6 @@ killed, and a changed template, model or text is a new question. Failed attempts
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from exalign.errors import InputError
 from exalign.storage import finite
@@ -47,6 +48,7 @@ class Answer:
     """An answered question: the text of the message, and the tokens that it cost where the endpoint says so."""
 
     text: str
+    refused: bool
     prompt_tokens: int | None
     completion_tokens: int | None
     finish_reason: str | None
@@ -71,11 +73,16 @@ def parse_completion(raw: str) -> Mapping[str, Any] | None:
     try:
         values = json.loads(raw)
         message = values["choices"][0]["message"]
-        texts = [message.get("content"), message.get("refusal"), values["choices"][0].get("finish_reason")]
+        texts = [_text(message.get("content")), message.get("refusal"), values["choices"][0].get("finish_reason")]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     has_text = "content" in message or texts[1] is not None
     return values if has_text and all(text is None or isinstance(text, str) for text in texts) else None
+
+
+def _text(content: Any) -> Any:
+    """A message's content as text: of a list of parts those that are text, not what the model thought to itself."""
+    return "".join(part["text"] for part in content if part["type"] == "text") if isinstance(content, list) else content
 
 
 class ExchangeStore:
@@ -87,13 +94,14 @@ class ExchangeStore:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a+b")
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.close()
+            self._lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(f"{self.path} is in use by another judge; wait for it to end.") from None
+        self.path.touch()
         self.answers, end = _load(self.path)
+        self._stream = self.path.open("a+b")
         self.torn = int(end < self.path.stat().st_size)
         if self.torn:
             self._stream.truncate(end)
@@ -124,6 +132,7 @@ class ExchangeStore:
 
     def close(self) -> None:
         self._stream.close()
+        self._lock.release()
 
     def __enter__(self) -> ExchangeStore:
         return self
@@ -168,7 +177,8 @@ def _answer(row: Mapping[str, Any]) -> Answer:
     usage = completion.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Answer(
-        text=choice["message"].get("content") or choice["message"].get("refusal") or "",
+        text=_text(choice["message"].get("content")) or choice["message"].get("refusal") or "",
+        refused=bool(choice["message"].get("refusal")),
         prompt_tokens=token_count(usage.get("prompt_tokens")),
         completion_tokens=token_count(usage.get("completion_tokens")),
         finish_reason=choice.get("finish_reason"),

@@ -11,8 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from exalign.data.record import Prompt
 from exalign.errors import InputError
-from exalign.judging.comparison import Side
-from exalign.judging.llm.pairs import Pair
+from exalign.judging.comparisons import OTHER, Pair, Side
 
 BUILT_IN = ("dialogue", "instruction", "summarisation")
 VARIABLES = ("prompt", "messages", "answer_a", "answer_b", "reference")
@@ -33,13 +32,12 @@ class Instructions:
 
     def render(self, pair: Pair, *, left: Side) -> str:
         """The question about `pair` with the system `left` shown as A and the other as B."""
-        right: Side = "second" if left == "first" else "first"
         try:
             return self.template.render(
                 prompt=prompt_text(pair.prompt),
                 messages=None if isinstance(pair.prompt, str) else list(pair.prompt),
                 answer_a=pair.text(left),
-                answer_b=pair.text(right),
+                answer_b=pair.text(OTHER[left]),
                 reference=pair.reference,
             ).strip()
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -53,7 +51,7 @@ def load_instructions(template: str) -> Instructions:
     """
     if template in BUILT_IN:
         name = template
-        source = (files("exalign.judging.llm") / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+        source = (files("exalign.judging") / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
     else:
         path = Path(template)
         if not path.is_file():
@@ -109,7 +107,7 @@ def read_verdict(answer: str) -> str:
 
 
 def _verdict_of_line(line: str) -> str | None:
-    name, colon, value = line.partition(":")
+    name, colon, value = line.replace("：", ":").partition(":")
     if not colon or name.strip(_MARKUP).casefold() not in ("verdict", "final verdict"):
         return None
     words = value.strip(_MARKUP).casefold().split()

@@ -1,17 +1,15 @@
-"""The one record of a judgement: two answers to one prompt, and who found which better.
+"""The one record of a judgement: two answers to one prompt (a `Pair`), and who found which better (a `Comparison`).
 
 Language models and people write the same record, and so do the readers of published human-labelled sets
-(`published.py`): a judge can be graded against people, and win, tie and lose are counted in one place.
+(`grading.py`): a judge can be graded against people, and win, tie and lose are counted in one place.
 
-A file of comparisons is JSON Lines (`datasets.load_dataset("json")` reads it), one judgement per line, appended and
-synced before `write` returns: a kill loses at most the line under way, which the next writer removes and counts.
+A file of comparisons is JSON Lines (`datasets.load_dataset("json")` reads it), one judgement per line.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +27,52 @@ Side = Literal["first", "second"]
 VERDICTS: tuple[Verdict, ...] = ("first", "tie", "second", "unreadable")
 CRITERIA = ("instruction", "correct", "fluent", "safe", "helpful")
 """Follows the instruction, correct, fluent, safe, helpful: what people are asked besides the overall verdict."""
-_FLIPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie", "unreadable": "unreadable"}
-_SHOWN = {("first", "first"): "left", ("second", "second"): "left", ("first", "second"): "right"}
-_SHOWN[("second", "first")] = "right"
+OTHER: dict[Side, Side] = {"first": "second", "second": "first"}
+_FLIPPED: dict[Verdict, Verdict] = {**OTHER, "tie": "tie", "unreadable": "unreadable"}
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One judgement of two answers, `first_text` of the system `first` and `second_text` of `second`.
+class Pair:
+    """Two answers to one prompt: `first_text` by the system `first`, `second_text` by `second`."""
 
-    `left` says which of the two stood on the left (or came first in the text that a model read), None where
+    prompt_id: str
+    prompt: Prompt
+    first: str
+    second: str
+    first_text: str
+    second_text: str
+    reference: str | None = field(default=None, kw_only=True)
+    """The reference answer that a judge may see, where there is one."""
+
+    @property
+    def identical(self) -> bool:
+        """Both answers are the same text: a tie that no model has to be asked about."""
+        return self.first_text == self.second_text
+
+    @property
+    def pair(self) -> str:
+        """A short content hash of what is compared, the same whichever system is called first and whoever judges."""
+        sides = sorted([[self.first, self.first_text], [self.second, self.second_text]])
+        return fingerprint([self.prompt_id, sides])
+
+    def text(self, side: Side) -> str:
+        """The answer of one of the two systems."""
+        return self.first_text if side == "first" else self.second_text
+
+    def judged(self, judge: str, verdict: Verdict, *, left: Side | None = None) -> Comparison:
+        """The record of a verdict on this pair."""
+        values = {name: getattr(self, name) for name in _PAIR}
+        return Comparison(**values, judge=judge, verdict=verdict, left=left)
+
+
+_PAIR = tuple(f.name for f in fields(Pair))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Pair):
+    """One judgement of a pair.
+
+    `left` says which of the two answers stood on the left (or came first in the text that a model read), None where
     unknown; verdicts are always about the systems, so a verdict never has to be turned round by its reader.
 
     >>> c = Comparison(prompt_id="7", prompt="Hi", first="exo", second="sft", first_text="a", second_text="b",
@@ -47,19 +81,11 @@ class Comparison:
     ('second', 'left', 'first', True)
     """
 
-    prompt_id: str
-    prompt: Prompt
-    first: str
-    second: str
-    first_text: str
-    second_text: str
     judge: str
     verdict: Verdict
     left: Side | None = None
     criteria: Mapping[str, Verdict] = field(default_factory=dict)
     """The verdict for each criterion that was asked for and answered."""
-    reference: str | None = None
-    """The reference answer that the judge could see, where there was one."""
     comment: str | None = None
     answer: str | None = None
     """The judge's answer exactly as it came, where it is text."""
@@ -84,19 +110,13 @@ class Comparison:
         """The verdict as the judge saw it: `left`, `tie`, `right` or `unreadable`; None if the order is unknown."""
         if self.verdict in ("tie", "unreadable"):
             return self.verdict
-        return None if self.left is None else _SHOWN[self.verdict, self.left]
-
-    @property
-    def pair(self) -> str:
-        """A short content hash of what was compared, the same whichever system is called first and whoever judges."""
-        sides = sorted([[self.first, self.first_text], [self.second, self.second_text]])
-        return fingerprint([self.prompt_id, sides])
+        return None if self.left is None else ("left" if self.verdict == self.left else "right")
 
     @property
     def key(self) -> str:
         """A short content hash of the question: the pair, the judge, and the order shown. One judgement per key."""
-        sides = {"first": [self.first, self.first_text], "second": [self.second, self.second_text], None: None}
-        return fingerprint([self.pair, self.judge, sides[self.left]])
+        side = self.left and [getattr(self, self.left), self.text(self.left)]
+        return fingerprint([self.pair, self.judge, side])
 
     def swapped(self) -> Comparison:
         """The same judgement with the other system called `first`."""
@@ -107,7 +127,7 @@ class Comparison:
             first_text=self.second_text,
             second_text=self.first_text,
             verdict=_FLIPPED[self.verdict],
-            left=None if self.left is None else ("second" if self.left == "first" else "first"),
+            left=self.left and OTHER[self.left],
             criteria={name: _FLIPPED[verdict] for name, verdict in self.criteria.items()},
         )
 
@@ -126,60 +146,10 @@ def verdict_from_shown(shown: str, *, left: Side) -> Verdict:
     >>> verdict_from_shown("right", left="second")
     'first'
     """
-    if shown == "left":
-        return left
-    if shown == "right":
-        return "second" if left == "first" else "first"
-    if shown == "tie":
-        return "tie"
-    if shown == "unreadable":
-        return "unreadable"
-    raise InputError(f"A verdict must be left, tie, right or unreadable, not {shown!r}.")
-
-
-class ComparisonWriter:
-    """Appends comparisons to a JSON Lines file; each is on disk when `write` returns.
-
-    Opening a file that stands there continues it: `keys` holds what is judged already, so that a second run asks
-    only what is missing; writing a key twice is a `ValueError`. `torn` counts what an interrupted write left behind
-    (0 or 1): that half line is removed. One writer per file at a time.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "comparisons.jsonl"
-    >>> with ComparisonWriter(path) as writer:
-    ...     writer.write(Comparison("7", "Hi", "exo", "sft", "a", "b", judge="ann", verdict="tie", left="first"))
-    >>> [c.verdict for c in read_comparisons(path)], len(ComparisonWriter(path).keys)
-    (['tie'], 1)
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.torn = _remove_torn_line(self.path)
-        self.keys = {c.key for c in iter_comparisons(self.path)} if self.path.exists() else set()
-        self._stream = self.path.open("a", encoding="utf-8")
-
-    def write(self, comparison: Comparison) -> None:
-        """Append one comparison and sync it to disk."""
-        if (key := comparison.key) in self.keys:
-            raise ValueError(f"{self.path} already has judge {comparison.judge} on prompt {comparison.prompt_id}.")
-        try:
-            self._stream.write(_to_line(comparison))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise InputError(f"Cannot write {self.path}: {error.strerror}. What stood there is intact.") from error
-        self.keys.add(key)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
-    def __enter__(self) -> ComparisonWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    verdicts: dict[str, Verdict] = {"left": left, "right": OTHER[left], "tie": "tie", "unreadable": "unreadable"}
+    if shown not in verdicts:
+        raise InputError(f"A verdict must be left, tie, right or unreadable, not {shown!r}.")
+    return verdicts[shown]
 
 
 def write_comparisons(path: Path, comparisons: Iterable[Comparison]) -> None:
@@ -188,22 +158,13 @@ def write_comparisons(path: Path, comparisons: Iterable[Comparison]) -> None:
         stream.writelines(_to_line(comparison) for comparison in comparisons)
 
 
-def iter_comparisons(path: Path) -> Iterator[Comparison]:
-    """Stream the comparisons of a file; a last line without its end (an interrupted write) is not a comparison."""
-    path = Path(path)
+def read_comparisons(path: Path) -> list[Comparison]:
+    """All comparisons of a file; a line that is none, also one that was cut off, is an `InputError` that names it."""
     try:
-        stream = path.open("rb")
+        with Path(path).open("rb") as stream:
+            return [_from_line(line, where=f"{path}, line {number}") for number, line in enumerate(stream, start=1)]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            if line.endswith(b"\n"):
-                yield _from_line(line, where=f"{path}, line {number}")
-
-
-def read_comparisons(path: Path) -> list[Comparison]:
-    """All comparisons of a file, in memory."""
-    return list(iter_comparisons(path))
 
 
 _COMPARISON = TypeAdapter(Comparison)
@@ -232,23 +193,3 @@ def _from_line(line: bytes, *, where: str) -> Comparison:
         raise InputError(f"{where} is not a comparison that exalign wrote: {name} is wrong.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where} is not a comparison that exalign wrote ({error!r:.200}).") from None
-
-
-def _remove_torn_line(path: Path) -> int:
-    """Cut the file after its last complete line; how many half lines that removed (0 or 1)."""
-    if not path.exists() or not (size := path.stat().st_size):
-        return 0
-    with path.open("rb+") as stream:
-        end = size
-        while end > 0:
-            start = max(0, end - (1 << 16))
-            stream.seek(start)
-            if (newline := stream.read(end - start).rfind(b"\n")) >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end == size:
-            return 0
-        stream.truncate(end)
-        os.fsync(stream.fileno())
-    return 1

@@ -1,4 +1,5 @@
-"""A judge behind an OpenAI-compatible endpoint: one attempt at one request, and what its outcome means."""
+"""Who is asked: a model behind an OpenAI-compatible endpoint, or one in this process. One attempt at one request, and
+what its outcome means."""
 
 from __future__ import annotations
 
@@ -10,21 +11,60 @@ import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from exalign.errors import InputError
-from exalign.judging.llm.exchanges import Body, Reply, parse_completion
-from exalign.judging.llm.settings import JudgeSettings
+from exalign.judging.exchanges import Body, Reply, parse_completion, request_key
 from exalign.redaction import redact
+from exalign.settings import Settings
+from exalign.storage import fingerprint_path
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_FATAL = {401: "the key is refused", 402: "the account has no credit", 404: "the address or the model is unknown"}
+_FATAL = {
+    401: "the key is refused",
+    402: "the account has no credit",
+    404: "the address or the model is unknown",
+    405: "nobody takes questions at this address",
+}
 _AGAIN = (408, 409, 425, 429)
 _STORED_CHARACTERS = 20_000
 """Of the body of a failed attempt, which may be any page of any proxy; answers are stored whole."""
+
+
+class JudgeSettings(Settings):
+    """How a language model is asked to compare answers; every field is an option of `exalign judge`."""
+
+    template: str = Field(
+        "instruction", description="Wording of the question: dialogue, instruction, summarisation, or a Jinja file."
+    )
+    prompts: int = Field(100, ge=1, description="At most this many prompts of each match-up are judged.")
+    seed: int = Field(0, ge=0, description="Chooses the prompts; of one seed, fewer prompts are a subset of more.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the judge; 0 is greedy.")
+    max_answer_tokens: int = Field(256, ge=1, description="Longest answer of the judge, in tokens.")
+    request_fields: dict[str, Any] = Field(
+        default_factory=dict,
+        description="JSON object merged into each request to an endpoint; null removes a field, such as max_tokens.",
+    )
+    concurrency: int = Field(8, ge=1, description="Requests to an endpoint under way at the same time.")
+    timeout: float = Field(120.0, gt=0, description="Seconds after which an unanswered request is tried again.")
+    attempts: int = Field(6, ge=1, description="How often one question is tried before it is left for the next run.")
+    retry_wait: float = Field(
+        1.0, gt=0, description="Seconds before the second attempt; doubles with each further one, up to a minute."
+    )
+    away_wait: float = Field(
+        1800.0,
+        ge=0,
+        description="Seconds to wait, over and over, for an endpoint where nobody answers; that counts as no attempt.",
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the endpoint's key; unset means no key is sent."
+    )
 
 
 class Asker(Protocol):
@@ -96,8 +136,10 @@ class Endpoint:
                     extra_body={name: value for name, value in body.items() if name not in ("model", "messages")},
                 )
             raw, status = response.text, response.status_code
-            complete = parse_completion(raw) is not None
-            outcome, error = ("answered", None) if complete else ("again", "the answer is not a chat completion")
+            outcome, error = "answered", None
+            if parse_completion(raw) is None:
+                said = self._blot(" ".join(raw.split()), 200)
+                outcome, error = "again", f"the answer is not a chat completion{self._hint()}: {said}"
         except TimeoutError:
             outcome, error = "again", f"no answer within {self._settings.timeout:g} s"
         except APIStatusError as problem:
@@ -142,9 +184,13 @@ class Endpoint:
     def _meaning(self, status: int, message: str) -> tuple[str, str]:
         if status in _FATAL:
             where = f" (read from {self._settings.key_variable})" if self._key else " (none is set)"
-            hint = f"{_FATAL[status]}{where if status == 401 else ''}"
-            return "fatal", f"HTTP {status} from {self._url}: {hint}: {message}"
+            hint = where if status == 401 else self._hint() if status in (404, 405) else ""
+            return "fatal", f"HTTP {status} from {self._url}: {_FATAL[status]}{hint}: {message}"
         return "again" if status in _AGAIN or status >= 500 else "refused", f"HTTP {status}: {message}"
+
+    def _hint(self) -> str:
+        url = self._url.rstrip("/")
+        return "" if url.endswith("/v1") else f" (is the endpoint {url}/v1?)"
 
     def _blot(self, text: str | None, limit: int | None = None) -> str | None:
         """The text without the key, then cut: a cut first could leave a part of the key at its end."""
@@ -205,3 +251,85 @@ def _is_private(url: str) -> bool:
         return ip_address(parts.hostname or "").is_loopback
     except ValueError:
         return False
+
+
+class LocalModel:
+    """The model of a folder or hub name, in this process, one question at a time; for speed, serve it.
+
+    Temperature 0 is greedy; else each question has its own seed.
+
+    A folder's weights are part of the request by their content, so that answers of other weights are never reused.
+    The chat template of the tokenizer is used where there is one, else the question as it is.
+    """
+
+    concurrency = 1
+
+    def __init__(self, source: str, settings: JudgeSettings) -> None:
+        self.judge = Path(source).resolve().name if Path(source).is_dir() else source
+        self._source = source
+        self._settings = settings
+        self._weights = fingerprint_path(Path(source)) if Path(source).is_dir() else None
+        self._loaded: tuple[Any, Any] | None = None
+
+    def body(self, question: str) -> Body:
+        weights = {} if self._weights is None else {"weights": self._weights}
+        return {
+            "model": self.judge,
+            **weights,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": self._settings.temperature,
+            "max_tokens": self._settings.max_answer_tokens,
+        }
+
+    async def attempt(self, body: Body) -> Reply:
+        """Generate one answer, in a thread."""
+        return await asyncio.to_thread(self._generate, body)
+
+    async def close(self) -> None:
+        self._loaded = None
+
+    def _generate(self, body: Body) -> Reply:
+        import torch
+
+        start = time.monotonic()
+        model, tokenizer = self._load()
+        text = body["messages"][0]["content"]
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        # A rendered chat template carries its own special tokens.
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+        prompt_tokens = ids["input_ids"].shape[1]
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room is not None and prompt_tokens >= room:
+            return Reply("refused", error=f"the question has {prompt_tokens} tokens, the model reads {room}")
+        temperature = body["temperature"]
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        limit = body["max_tokens"] if room is None else min(body["max_tokens"], room - prompt_tokens)
+        torch.manual_seed(int(request_key(body)[:15], 16))
+        with torch.inference_mode():
+            output = model.generate(**ids, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id, **sampling)
+        answer = output[0, prompt_tokens:]
+        completion = {
+            "model": body["model"],
+            "choices": [
+                {
+                    "message": {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)},
+                    "finish_reason": "length" if len(answer) >= limit else "stop",
+                }
+            ],
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer)},
+        }
+        return Reply("answered", raw=json.dumps(completion), seconds=time.monotonic() - start)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            import torch
+
+            from exalign.models.loading import load_policy, load_tokenizer
+            from exalign.models.model_settings import ModelSettings
+
+            tokenizer = load_tokenizer(self._source)
+            model = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._loaded = model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+        return self._loaded

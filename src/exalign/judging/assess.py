@@ -1,0 +1,540 @@
+"""`exalign assess`: make a study for people, show it to them on a web page, and read out what they said.
+
+The page is a Starlette application: one private address per assessor, plain forms, a little script. Everything works as
+plain HTML forms; the script adds drafts as one types, keys, and patience while the server is away. Texts of models and
+people reach the page through Jinja's escaping only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlsplit
+
+import typer
+import uvicorn
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from exalign.data.record import Prompt
+from exalign.errors import InputError
+from exalign.evaluation.schema import Interval
+from exalign.judging.agreement import OVERALL, agreement, tally
+from exalign.judging.comparisons import CRITERIA, Comparison, write_comparisons
+from exalign.judging.judgements import study_file
+from exalign.judging.options import with_settings
+from exalign.judging.study import parse_matches, plan_study
+from exalign.judging.study_store import Answer, Assessor, Store
+from exalign.settings import Settings
+from exalign.storage import fingerprint_path
+from exalign.terminal import escape_controls, shown
+
+QUESTIONS = {
+    "instruction": "Follows the instruction",
+    "correct": "Correct",
+    "fluent": "Fluent",
+    "safe": "Safe",
+    "helpful": "Helpful",
+}
+CHOICES = ("left", "tie", "right")
+MAX_COMMENT = 10_000
+MAX_POSITION = 2**31 - 1
+_STATIC = str(files("exalign.judging") / "static")
+_DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+_MESSAGES = {
+    400: "This request could not be read.",
+    403: "This form is out of date. Open your private link again.",
+    404: "There is nothing here.",
+    503: "The study cannot be reached just now. Nothing that was saved is lost; try again in a moment.",
+}
+MAX_BODY = 64 * 1024
+MAX_FIELDS = 32
+_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src data:",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    ]
+)
+HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    # Not "no-referrer": browsers would then send `Origin: null` with forms, and the origin could not be checked.
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "x-robots-tag": "noindex, nofollow",
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Judge by people: a blind study on a web page.")
+Where = Annotated[
+    str, typer.Argument(help="A run folder (its assessment/study.sqlite), an SQLite file, or a database URL.")
+]
+Named = Annotated[str | None, typer.Option("--name", help="Which study of the store; needed where it holds several.")]
+DEFAULT_PORT = 8765
+LOOPBACK = f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+class StudySettings(Settings):
+    """What can be set about a study; every field is an option of `exalign assess new` of the same name."""
+
+    prompts: int = Field(100, ge=1, description="Prompts, the same for every match-up.")
+    per_item: int | None = Field(
+        None, ge=1, description="Judgements per comparison; by default everybody judges everything."
+    )
+    name: str = Field("study", description="Name of the study, shown to assessors.")
+    seed: int = Field(0, description="Chooses prompts, sides and orders.")
+
+
+@app.command("new")
+@with_settings(StudySettings)
+def new_study(
+    run: Annotated[Path, typer.Argument(help="The run folder with evaluation samples.")],
+    match: Annotated[str, typer.Option(help="Match-ups FIRST:SECOND,…: methods, METHOD@STEP, sft or reference.")],
+    settings: StudySettings,
+    assessors: Annotated[str, typer.Option(help="How many people, or their names separated by commas.")] = "3",
+    store: Annotated[str | None, typer.Option(help="SQLite file or database URL instead of the run's own.")] = None,
+    url: Annotated[str, typer.Option(help="The address by which assessors reach the page.")] = LOOPBACK,
+) -> None:
+    """Make a study and print each assessor's private link, once: only hashes of the tokens are stored."""
+    study = plan_study(
+        run,
+        parse_matches(match),
+        name=settings.name,
+        num_prompts=settings.prompts,
+        assessors=_names(assessors),
+        per_item=settings.per_item,
+        seed=settings.seed,
+    )
+    place = Store(store or str(study_file(run)))
+    tokens = place.create(study)
+    typer.echo(f"{len(study.items)} comparisons, {len(study.assignments)} assignments in {place.location}.")
+    for key, count in study.counts.items():
+        typer.echo(f"  {key}: {count}")
+    typer.echo("Private links, shown only now:")
+    for person, token in tokens.items():
+        typer.echo(f"  {escape_controls(person)}  {_link(url, token)}")
+
+
+@app.command("link")
+def renew_link(
+    where: Where,
+    assessor: Annotated[str, typer.Argument(help="Name of the assessor.")],
+    name: Named = None,
+    url: Annotated[str, typer.Option(help="The address by which assessors reach the page.")] = LOOPBACK,
+) -> None:
+    """Print a new private link for an assessor; the old one stops working."""
+    place, study = _open(where, name)
+    typer.echo(_link(url, place.renew_token(study, assessor)))
+
+
+@app.command("serve")
+def serve_study(
+    where: Where,
+    host: Annotated[str, typer.Option(help="Address to bind to; loopback unless told otherwise.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to bind to.")] = DEFAULT_PORT,
+    url: Annotated[
+        str | None, typer.Option(help="The address by which assessors reach the page, if not this machine's.")
+    ] = None,
+) -> None:
+    """Serve the page until interrupted."""
+    place = _open_store(where)
+    place.check()
+    typer.echo(f"Serving {place.location} on http://{host}:{port} (Ctrl+C ends it; nothing is lost).")
+    serve(place, host=host, port=port, url=url)
+
+
+@app.command("export")
+def export_study(
+    where: Where,
+    output: Annotated[Path, typer.Option(help="The file of comparisons to write (JSON Lines).")],
+    name: Named = None,
+) -> None:
+    """Write every verdict as a comparison record."""
+    place, study = _open(where, name)
+    comparisons = list(place.comparisons(study))
+    write_comparisons(output, comparisons)
+    typer.echo(f"{len(comparisons)} comparisons in {output}.")
+    _print_standing(place, study)
+
+
+@app.command("agreement")
+def study_agreement(where: Where, name: Named = None) -> None:
+    """Print win, tie and lose per match-up, and how far the assessors agree, overall and per criterion."""
+    place, study = _open(where, name)
+    comparisons = list(place.comparisons(study))
+    _print_standing(place, study)
+    if not comparisons:
+        raise InputError(f"Study {study} has no verdicts yet.")
+    console = Console()
+    console.print(_tally_table(comparisons))
+    console.print(_agreement_table(comparisons))
+
+
+def _tally_table(comparisons: Sequence[Comparison]) -> Table:
+    table = Table("match-up", "criterion", "win %", "tie %", "lose %", "win + tie/2 %", "verdicts")
+    for criterion in (OVERALL, *CRITERIA):
+        for row in tally(comparisons, criterion):
+            shares = [_percent(value) for value in (row.win, row.tie, row.lose, row.score)]
+            table.add_row(shown(f"{row.first} : {row.second}"), criterion, *shares, str(row.num_judgements))
+    return table
+
+
+def _agreement_table(comparisons: Sequence[Comparison]) -> Table:
+    table = Table("criterion", "Krippendorff's alpha", "equal pairs %", "without ties %", "items", "assessors")
+    for criterion in (OVERALL, *CRITERIA):
+        found = agreement(comparisons, criterion)
+        numbers = [_number(found.alpha), _percent(found.pairwise), _percent(found.without_ties)]
+        table.add_row(criterion, *numbers, str(found.num_items), str(found.num_assessors))
+    return table
+
+
+def _percent(value: Interval | None) -> str:
+    return _number(value, scale=100, digits=1)
+
+
+def _number(value: Interval | None, *, scale: float = 1, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    if value.low is None or value.high is None:
+        return f"{value.estimate * scale:.{digits}f}"
+    low, high = value.low * scale, value.high * scale
+    return f"{value.estimate * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _print_standing(place: Store, study: str) -> None:
+    for person, (done, total) in place.standing(study).items():
+        typer.echo(f"  {escape_controls(person)}: {done} of {total}")
+
+
+def _link(url: str, token: str) -> str:
+    return f"{url.rstrip('/')}/a/{token}"
+
+
+def _names(text: str) -> list[str]:
+    if text.strip().isdigit():
+        if not 1 <= int(text) <= 1000:
+            raise InputError(f"--assessors {text}: between 1 and 1000 people, please.")
+        return [f"assessor-{i}" for i in range(1, int(text) + 1)]
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"--assessors {text!r}: give a number, or names separated by commas.")
+    return names
+
+
+def _open_store(where: str) -> Store:
+    if "://" not in where:
+        path = study_file(Path(where)) if Path(where).is_dir() else Path(where)
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; make a study with `exalign assess new`.")
+        where = str(path)
+    return Store(where)
+
+
+def _open(where: str, name: str | None) -> tuple[Store, str]:
+    place = _open_store(where)
+    studies = place.check()
+    if name is None and len(studies) == 1:
+        return place, studies[0]
+    if name not in studies:
+        asked = "say which with --name" if name is None else f"{name} is not one of them"
+        raise InputError(f"{place.location} holds the studies {', '.join(studies)}; {asked}.")
+    return place, name
+
+
+def serve(store: Store, *, host: str = "127.0.0.1", port: int = 8765, url: str | None = None) -> None:
+    """Serve every study of `store` until interrupted; `InputError` where the address cannot be used.
+
+    Binds to loopback unless told otherwise; any other address needs `url`, the address by which assessors reach it
+    (usually that of a TLS proxy in front): requests under other host names are refused. Addresses are not logged:
+    they hold the tokens.
+    """
+    store.check()
+    app = create_app(store, allowed_hosts=allowed_hosts(host, url))
+    # A person reads for longer than uvicorn's 5 s; a form sent on a connection closed just then would be lost.
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=120,
+    )
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit:
+        raise InputError(f"Cannot listen on {host}:{port}; is it taken? Choose another --port.") from None
+
+
+def allowed_hosts(host: str, url: str | None) -> list[str]:
+    """The host names under which requests are answered.
+
+    >>> allowed_hosts("127.0.0.1", None)
+    ['127.0.0.1', 'localhost']
+    """
+    if ":" in host:
+        raise InputError(f"--host {host}: give an IPv4 address or a host name.")
+    named = urlsplit(url).hostname if url else None
+    if url is not None and named is None:
+        raise InputError(f"--url {url} has no host name (for example https://assess.example.org).")
+    if not is_loopback(host) and named is None:
+        raise InputError(f"{host} is open to others: say by which --url assessors reach it (behind TLS).")
+    return list(dict.fromkeys([*(["127.0.0.1", "localhost"]), *([named] if named else [])]))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address bound to `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def create_app(store: Store, *, allowed_hosts: list[str]) -> ASGIApp:
+    """The application for every study in `store`. Requests for other host names than these are refused."""
+    pages = Environment(
+        loader=PackageLoader("exalign.judging"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    pages.globals["version"] = fingerprint_path(files("exalign.judging") / "static")  # type: ignore[arg-type]
+    app = Starlette(
+        routes=[
+            Route("/a/{token}", _private(_start)),
+            Route("/a/{token}/done", _private(_done)),
+            Route("/a/{token}/{position:int}", _private(_show)),
+            Route("/a/{token}/{position:int}", _private(_submit), methods=["POST"]),
+            Route("/a/{token}/{position:int}/draft", _private(_draft), methods=["POST"]),
+            Route("/a/{token}/{position:int}/undo", _private(_undo), methods=["POST"]),
+            Mount("/static", StaticFiles(directory=_STATIC)),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)],
+        exception_handlers={HTTPException: _failed, SQLAlchemyError: _failed},
+    )
+    app.state.store, app.state.pages = store, pages
+    return SecurityHeaders(app)
+
+
+def turns(prompt: Prompt) -> list[tuple[str, str]]:
+    """A prompt as the turns of a chat: (role, text). Plain text is one turn without a role, unless it is a dialogue
+    marked by `Human:` and `Assistant:` paragraphs.
+
+    >>> turns("\\n\\nHuman: Hi\\n\\nAssistant: Hello.\\n\\nHuman: Bye\\n\\nAssistant:")
+    [('user', 'Hi'), ('assistant', 'Hello.'), ('user', 'Bye')]
+    """
+    if not isinstance(prompt, str):
+        return [(message["role"], message["content"]) for message in prompt]
+    before, *parts = _DIALOGUE.split(prompt)
+    if not parts or before.strip():
+        return [("", prompt)]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [(roles[role], text) for role, text in zip(parts[::2], parts[1::2], strict=True) if text.strip()]
+
+
+def read_answer(fields: Mapping[str, str], *, finished: bool) -> Answer | None:
+    """What a form says; None where a value is not one that the page offers, or `finished` has no overall verdict."""
+    criteria = {name: fields[name] for name in CRITERIA if fields.get(name)}
+    verdict, comment = fields.get("verdict") or None, fields.get("comment", "").replace("\r\n", "\n")
+    if any(choice not in CHOICES for choice in criteria.values()) or verdict not in (*CHOICES, None):
+        return None
+    if (finished and verdict is None) or len(comment) > MAX_COMMENT:
+        return None
+    return {"verdict": verdict, "criteria": criteria, "comment": comment}
+
+
+Page = Callable[[Request, Assessor, str, Mapping[str, str]], Awaitable[Response]]
+
+
+def _private(page: Page) -> Callable[[Request], Awaitable[Response]]:
+    """The page for the holder of the token in its address; for a form, after checking that it is the holder's own."""
+
+    async def endpoint(request: Request) -> Response:
+        """Answers 404 to a wrong token, 400 to what is no form of ours, 403 to a form from elsewhere."""
+        store: Store = request.app.state.store
+        assessor = await run_in_threadpool(store.assessor, request.path_params["token"])
+        if assessor is None or request.path_params.get("position", 1) > MAX_POSITION:
+            raise HTTPException(404)
+        expected = form_token(assessor.secret, assessor.token_hash)
+        if request.method != "POST":
+            return await page(request, assessor, expected, {})
+        fields = await read_form(request)
+        if fields is None or not re.fullmatch(r"[0-9]{1,9}", fields.get("revision", "")):
+            raise HTTPException(400)
+        if is_forged(request, fields, expected):
+            raise HTTPException(403)
+        return await page(request, assessor, expected, fields)
+
+    return endpoint
+
+
+async def _start(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    return RedirectResponse(await _next_address(request, assessor), 303)
+
+
+async def _done(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    store: Store = request.app.state.store
+    done, total = await run_in_threadpool(store.progress, assessor.id)
+    last = await run_in_threadpool(store.last_decided, assessor.id)
+    here: dict[str, Any] = {"study": assessor.study, "base": _base(request), "form_token": expected, "previous": last}
+    return _page(request, "done.html", done=done, total=total, **here)
+
+
+async def _show(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    store: Store = request.app.state.store
+    task = await run_in_threadpool(store.task, assessor.id, request.path_params["position"])
+    if task is None:
+        raise HTTPException(404)
+    return _page(
+        request,
+        "task.html",
+        study=assessor.study,
+        task=task,
+        turns=turns(task.pair.prompt),
+        given=task.draft or task.answer or {"verdict": None, "criteria": {}, "comment": ""},
+        questions=QUESTIONS,
+        base=_base(request),
+        form_token=expected,
+        previous=task.previous,
+        done=task.done,
+        total=task.total,
+        conflict="conflict" in request.query_params,
+        max_comment=MAX_COMMENT,
+    )
+
+
+async def _submit(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    store: Store = request.app.state.store
+    position, answer = request.path_params["position"], read_answer(fields, finished=True)
+    if answer is None:
+        raise HTTPException(400)
+    outcome = await run_in_threadpool(store.submit, assessor.id, position, int(fields["revision"]), answer)
+    if outcome == "absent":
+        raise HTTPException(404)
+    if outcome == "conflict":
+        return _go(request, f"{_base(request)}/{position}?conflict")
+    return _go(request, await _next_address(request, assessor, after=position))
+
+
+async def _draft(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    store: Store = request.app.state.store
+    position, draft = request.path_params["position"], read_answer(fields, finished=False)
+    if draft is None:
+        raise HTTPException(400)
+    kept = await run_in_threadpool(store.save_draft, assessor.id, position, int(fields["revision"]), draft)
+    return Response(status_code=204 if kept else 409)
+
+
+async def _undo(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
+    store: Store = request.app.state.store
+    position = request.path_params["position"]
+    await run_in_threadpool(store.undo, assessor.id, position, int(fields["revision"]))
+    return _go(request, f"{_base(request)}/{position}")
+
+
+async def _next_address(request: Request, assessor: Assessor, after: int = 0) -> str:
+    store: Store = request.app.state.store
+    position = await run_in_threadpool(store.next_open, assessor.id, after)
+    return f"{_base(request)}/{'done' if position is None else position}"
+
+
+def _base(request: Request) -> str:
+    return f"/a/{request.path_params['token']}"
+
+
+def _go(request: Request, address: str) -> Response:
+    by_script = "application/json" in request.headers.get("accept", "")  # which cannot follow a redirect by itself
+    return JSONResponse({"next": address}) if by_script else RedirectResponse(address, 303)
+
+
+def _page(request: Request, template: str, status: int = 200, **values: Any) -> Response:
+    text = request.app.state.pages.get_template(template).render(**values)
+    # A lone surrogate, which a record may hold, is not UTF-8: it is shown as a question mark.
+    return HTMLResponse(text.encode("utf-8", "replace"), status)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """One plain page for every failure: it tells nothing about what exists and what does not."""
+    status = error.status_code if isinstance(error, HTTPException) else 503
+    return _page(request, "message.html", status, message=_MESSAGES.get(status, _MESSAGES[404]))
+
+
+def form_token(secret: str, token_hash: str) -> str:
+    """The token that every form of one assessor carries."""
+    return hmac.new(secret.encode(), b"form:" + token_hash.encode(), hashlib.sha256).hexdigest()
+
+
+def is_forged(request: Request, fields: Mapping[str, str], expected: str) -> bool:
+    """Whether a form came from another site, or without this assessor's form token (compared in constant time)."""
+    site = request.headers.get("sec-fetch-site", "same-origin")
+    origin = request.headers.get("origin")
+    if site not in ("same-origin", "none"):
+        return True
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        return True
+    return not hmac.compare_digest(fields.get("form_token", "").encode(), expected.encode())
+
+
+async def read_form(request: Request) -> dict[str, str] | None:
+    """The fields of a URL-encoded form; None where it is no such form, is cut off, or is too large."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
+        return None
+    body = b""
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                return None
+        return dict(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
+    except (ClientDisconnect, UnicodeDecodeError, ValueError):
+        return None
+
+
+class SecurityHeaders:
+    """Adds `HEADERS` to every response, and forbids caching of everything but the style sheet and the script."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        caching = "private, max-age=3600" if scope["path"].startswith("/static/") else "no-store"
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers["cache-control"] = caching
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)

@@ -1,0 +1,227 @@
+"""What language models and people have said about the answers of a run: for other judges, and for its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from exalign.errors import InputError
+from exalign.evaluation.schema import Interval, JudgeAgreement, Judgements, ModelJudge, ModelMatchUp, PeopleStudy, Tally
+from exalign.judging.agreement import OVERALL, agreement, agreement_with, tally
+from exalign.judging.comparisons import CRITERIA, Comparison, read_comparisons
+from exalign.judging.pairing import system
+from exalign.judging.summary import SUMMARY_VERSION, num_measured
+from exalign.storage import read_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the people of one study said. `num_asked` verdicts were asked for; None where only an export is there."""
+
+    source: str
+    name: str
+    comparisons: list[Comparison]
+    num_asked: int | None = None
+
+
+def other_judgements(root: Path, folder: Path) -> dict[str, list[Comparison]]:
+    """Comparisons by other judges than the one that writes to `folder`, by where below `root` they were found.
+
+    Models: `judging/**/verdicts.jsonl`. People: the studies of `assessment/study.sqlite`, and what was exported to
+    `assessment/*.jsonl` from studies that are kept elsewhere.
+    """
+    models = sorted(path for path in (root / "judging").rglob("verdicts.jsonl") if path.parent != folder)
+    found = {str(path.relative_to(root)): read_comparisons(path) for path in models}
+    stored = stored_studies(root) if study_file(root).is_file() else []
+    people = [*stored, *_kept_elsewhere(_exported_studies(root), stored)]
+    return {**found, **{said.source: said.comparisons for said in people}}
+
+
+def study_file(root: Path) -> Path:
+    """Where a run keeps its studies, unless they are in another database."""
+    return root / "assessment" / "study.sqlite"
+
+
+def stored_studies(root: Path) -> list[Said]:
+    """The studies of `assessment/study.sqlite`; `InputError` where SQLAlchemy is not installed."""
+    path = study_file(root)
+    try:
+        from exalign.judging.study_store import Store
+    except ImportError:
+        raise InputError(f"Reading {path} needs SQLAlchemy: pip install 'exalign[people]'.") from None
+    store = Store(str(path))
+    try:
+        totals = {name: sum(total for _, total in store.standing(name).values()) for name in store.check()}
+        return [Said(f"assessment: {name}", name, list(store.comparisons(name)), totals[name]) for name in totals]
+    finally:
+        store.close()
+
+
+def _exported_studies(root: Path) -> list[Said]:
+    paths = sorted((root / "assessment").glob("*.jsonl"))
+    return [Said(str(path.relative_to(root)), path.stem, read_comparisons(path)) for path in paths]
+
+
+def _kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Said]:
+    """The exports that hold a verdict that is in no stored study: the others repeat one."""
+    keys = {comparison.key for said in stored for comparison in said.comparisons}
+    return [said for said in exported if not keys or any(c.key not in keys for c in said.comparisons)]
+
+
+def read_judgements(run: Path) -> Judgements:
+    """Everything that `exalign judge` and `exalign assess` left in the folder `run`, counted.
+
+    Models: `judging/llm/*/*/summary.json` and the `verdicts.jsonl` beside it. People: the studies of
+    `assessment/study.sqlite` (where SQLAlchemy is installed), and what `assessment/*.jsonl` holds besides them. What
+    cannot be read is left out, with a sentence in `notes`: it withholds no report.
+    """
+    run, notes = Path(run), list[str]()
+    answers = _Answers(run)
+    folders = sorted({path.parent for path in (run / "judging" / "llm").glob("*/*/exchanges.jsonl")})
+    judged = [found for folder in folders if (found := _kept(partial(_judged, run, folder, answers), notes))]
+    stored = _kept(lambda: stored_studies(run), notes) if study_file(run).is_file() else None
+    exported = _kept(lambda: _exported_studies(run), notes)
+    said = [*(stored or []), *_kept_elsewhere(exported or [], stored or [])]
+    notes += [f"The study {one.name} has no verdicts yet." for one in said if not one.comparisons]
+    said = [one for one in said if one.comparisons]
+    by_judge: dict[tuple[str, str], list[ModelMatchUp]] = {}
+    for one in judged:
+        by_judge.setdefault((one.judge, one.template), []).append(one.match_up)
+    return Judgements(
+        judges=[ModelJudge(name, template, match_ups) for (name, template), match_ups in by_judge.items()],
+        studies=[_study(one, answers) for one in said],
+        agreement=list(_agreements(judged, said)),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One judged match-up as its folder has it."""
+
+    judge: str
+    template: str
+    match_up: ModelMatchUp
+    verdicts: list[Comparison]
+
+    @property
+    def title(self) -> str:
+        return f"{self.judge}, {self.template}"
+
+
+def _kept(read: Callable[[], T], notes: list[str]) -> T | None:
+    try:
+        return read()
+    except InputError as error:
+        notes.append(f"Left out: {error}")
+        return None
+
+
+def _judged(run: Path, folder: Path, answers: _Answers) -> _Judged:
+    where = folder.relative_to(run)
+    if not (folder / "summary.json").is_file():
+        raise InputError(f"judging into {where} was interrupted; run the same command again to end it.")
+    summary = read_json(folder / "summary.json")
+    if not isinstance(summary, dict) or summary.get("version") != SUMMARY_VERSION:
+        raise InputError(f"{where / 'summary.json'} is not of a format that this exalign reads; judge again.")
+    verdicts = read_comparisons(folder / "verdicts.jsonl")
+    try:
+        match_up = ModelMatchUp(
+            tally=_tally(summary["first"], summary["second"], verdicts),
+            num_pairs=summary["pairs"],
+            identical=summary["identical"],
+            unanswered=summary["unanswered"],
+            length_controlled=_interval((summary["length_controlled"] or {}).get("rate")),
+            flip_rate=_interval(summary["flip_rate"]),
+            half_ties=_interval(summary["half_ties"]),
+            shown_first=_interval(summary["shown_first"]),
+            prompt_tokens=summary["tokens"]["prompt"],
+            completion_tokens=summary["tokens"]["completion"],
+            answers_without_usage=summary["tokens"]["answers_without_usage"],
+            outdated=answers.outdated(verdicts),
+        )
+        return _Judged(summary["judge"], summary["template"], match_up, verdicts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where / 'summary.json'} is of no match-up of this run ({error!r}).") from None
+
+
+def _tally(first: str, second: str, verdicts: Sequence[Comparison]) -> Tally:
+    if num_measured(verdicts):
+        return tally(verdicts)[0]
+    unreadable = sum(verdict.verdict == "unreadable" for verdict in verdicts)
+    return Tally(first, second, OVERALL, None, None, None, None, num_judgements=0, unreadable=unreadable)
+
+
+def _study(said: Said, answers: _Answers) -> PeopleStudy:
+    comparisons = said.comparisons
+    asked = [OVERALL, *(name for name in CRITERIA if any(name in c.criteria for c in comparisons))]
+    return PeopleStudy(
+        name=said.name,
+        num_assessors=len({c.judge for c in comparisons}),
+        num_prompts=len({c.prompt_id for c in comparisons}),
+        num_verdicts=len(comparisons),
+        num_asked=said.num_asked,
+        outdated=answers.outdated(comparisons),
+        tallies=[counted for criterion in asked for counted in tally(comparisons, criterion)],
+        agreement=[agreement(comparisons, criterion) for criterion in asked],
+    )
+
+
+def _agreements(judged: Sequence[_Judged], said: Sequence[Said]) -> Iterable[JudgeAgreement]:
+    """Every judged match-up against each study, and against each judge after it."""
+    for i, one in enumerate(judged):
+        ours = [verdict for verdict in one.verdicts if not verdict.identical]
+        others = [(study.name, True, study.comparisons) for study in said]
+        others += [(other.title, False, other.verdicts) for other in judged[i + 1 :]]
+        for name, by_people, theirs in others:
+            if (found := agreement_with(ours, theirs)) is not None:
+                yield JudgeAgreement(
+                    first=one.match_up.tally.first,
+                    second=one.match_up.tally.second,
+                    judge=one.title,
+                    other=name,
+                    by_people=by_people,
+                    num_pairs=found["pairs"],
+                    raw=found["raw"],
+                    without_ties=found["without_ties"],
+                    kappa=found["kappa"],
+                    alpha=found["alpha"],
+                    among_others=found["theirs_among_themselves"],
+                )
+
+
+class _Answers:
+    """What the systems of a run answer now; each is read when it is first asked for."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._by_system: dict[str, dict[str, str] | None] = {}
+
+    def outdated(self, comparisons: Iterable[Comparison]) -> int:
+        """How many of the compared pairs hold an answer that is not the run's any more.
+
+        Systems that are not of this run (of another one, or of a published set) cannot be checked.
+        """
+        pairs = {c.pair: c for c in comparisons}
+        return sum(
+            any(self._replaced(*side, c.prompt_id) for side in ((c.first, c.first_text), (c.second, c.second_text)))
+            for c in pairs.values()
+        )
+
+    def _replaced(self, name: str, text: str, prompt_id: str) -> bool:
+        if name not in self._by_system:
+            try:
+                self._by_system[name] = system(self._run, name).answers
+            except InputError:
+                self._by_system[name] = None
+        known = self._by_system[name]
+        return known is not None and known.get(prompt_id) != text
+
+
+def _interval(value: dict[str, Any] | None) -> Interval | None:
+    return None if value is None else Interval(**value)

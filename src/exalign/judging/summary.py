@@ -1,0 +1,254 @@
+"""From answers to numbers: both orders of a pair make one verdict, a match-up's verdicts its `summary.json`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exalign.evaluation.schema import Interval
+from exalign.evaluation.statistics import interval_of, mean_interval, resample_weights
+from exalign.judging.agreement import tally
+from exalign.judging.comparisons import Comparison, Pair, Side, Verdict, verdict_from_shown
+from exalign.judging.exchanges import Answer
+from exalign.judging.instructions import read_verdict
+
+Array = NDArray[np.float64]
+SUMMARY_VERSION = 1
+ORDERS: tuple[Side, ...] = get_args(Side)
+"""Who is shown as A: first one system, then the other."""
+NOT_ASKED = "identical answers, not asked"
+CUT_OFF, REFUSED, NO_LINE = "cut off", "refused", "no verdict line"
+"""Why an answer is unreadable; its comparison says so in `comment`."""
+Keys = Mapping[Side, str]
+"""The keys of a pair's two questions, by who is shown as A."""
+RIDGE = 0.1
+_SCORE = {"first": 1.0, "tie": 0.5, "second": 0.0}
+_ITERATIONS = 60
+_BLOCK = 1 << 19
+"""Weights that are in memory several times over while one block of resamples is fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A pair and what the judge said: a comparison for each order that was answered, and the verdict of both together.
+
+    `verdict` is None while an order is unanswered.
+    """
+
+    pair: Pair
+    orders: tuple[Comparison, ...]
+    verdict: Comparison | None
+
+    @property
+    def flipped(self) -> bool | None:
+        """Each order named another winner; None where an order is missing, unreadable or was not asked."""
+        return None if self.readable is None else set(self.readable) == {"first", "second"}
+
+    @property
+    def half_tie(self) -> bool | None:
+        """One order was a tie and the other was not."""
+        return None if self.readable is None else "tie" in self.readable and len(set(self.readable)) == 2
+
+    @property
+    def readable(self) -> tuple[Verdict, ...] | None:
+        """What the two orders said; None where an order is missing, unreadable or was not asked."""
+        said = tuple(comparison.verdict for comparison in self.orders)
+        return said if len(said) == 2 and "unreadable" not in said else None
+
+
+def agreed(first: Verdict, second: Verdict) -> Verdict:
+    """The verdict of two orders: what both say, a tie where they differ, unreadable where either is.
+
+    >>> agreed("first", "first"), agreed("first", "second"), agreed("tie", "second"), agreed("first", "unreadable")
+    ('first', 'tie', 'tie', 'unreadable')
+    """
+    if "unreadable" in (first, second):
+        return "unreadable"
+    return first if first == second else "tie"
+
+
+def judge_pair(pair: Pair, keys: Keys, answers: Mapping[str, Answer], judge: str) -> Judgement:
+    """Read the answers to both of a pair's questions."""
+    if pair.identical:
+        return Judgement(pair, (), replace(pair.judged(judge, "tie"), comment=NOT_ASKED))
+    orders = tuple(_judged(pair, side, answers[keys[side]], judge) for side in ORDERS if keys[side] in answers)
+    if len(orders) < 2:
+        return Judgement(pair, orders, None)
+    return Judgement(pair, orders, pair.judged(judge, agreed(orders[0].verdict, orders[1].verdict)))
+
+
+def _judged(pair: Pair, left: Side, answer: Answer, judge: str) -> Comparison:
+    shown = read_verdict(answer.text)
+    problem = NO_LINE if shown == "unreadable" else None
+    if answer.refused or answer.finish_reason == "content_filter":
+        problem = REFUSED
+    elif answer.finish_reason == "length":  # what is missing could have taken back what is there
+        problem = CUT_OFF
+    return replace(
+        pair.judged(judge, verdict_from_shown("unreadable" if problem else shown, left=left), left=left),
+        comment=problem,
+        answer=answer.text,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        seconds=answer.seconds,
+        time=answer.time,
+    )
+
+
+def in_both_orders(judgements: Iterable[Judgement]) -> list[Comparison]:
+    """Every answer as a comparison, two for a pair that was asked about."""
+    return [comparison for judgement in judgements for comparison in judgement.orders]
+
+
+def together(judgements: Iterable[Judgement]) -> list[Comparison]:
+    """One comparison for each pair whose orders are both answered."""
+    return [judgement.verdict for judgement in judgements if judgement.verdict is not None]
+
+
+def num_measured(verdicts: Iterable[Comparison]) -> int:
+    """How many verdicts say something about the systems: readable ones on answers that differ.
+
+    Where there is none there is no win rate: pairs of the same text alone, ties that nobody was asked about, make none.
+    """
+    return sum(verdict.verdict != "unreadable" and not verdict.identical for verdict in verdicts)
+
+
+def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """Win, tie and lose of a match-up, and how far the judge can be trusted; None where there is nothing.
+
+    - `win`, `tie`, `lose`, `score` (win + tie/2): over the pairs with a readable verdict; intervals over prompts.
+    - `length_controlled`: see `LengthControl`.
+    - `flip_rate`: of the pairs that were asked about and readable in both orders, the share in which each order named
+      another winner; `half_ties`: the share in which only one order was a tie. Both kinds count as ties.
+    - `shown_first`: of all readable answers that named a winner, the share that named the answer shown first; ½ is no
+      position bias.
+    - `measured_pairs`, `unreadable_pairs`, `answers`, `unreadable_answers`, `unanswered`, `identical`: counts;
+      `unreadable_because`: how many answers for each cause, and `unreadable_example`: the end of one without a verdict.
+    - `tokens`: what the answers cost, and for how many the endpoint did not say.
+    """
+    verdicts, orders = together(judgements), in_both_orders(judgements)
+    measured = num_measured(verdicts)
+    counted = tally(verdicts)[0] if measured else None
+    unreadable = [c for c in orders if c.verdict == "unreadable"]
+    shown = [c.shown_verdict for c in orders if c.shown_verdict in ("left", "right")]
+    return {
+        "version": SUMMARY_VERSION,
+        "pairs": len(judgements),
+        **{name: getattr(counted, name, None) for name in ("win", "tie", "lose", "score")},
+        "length_controlled": _length_controlled(judgements) if measured else None,
+        "flip_rate": _share(judgement.flipped for judgement in judgements),
+        "half_ties": _share(judgement.half_tie for judgement in judgements),
+        "shown_first": _share(side == "left" for side in shown),
+        "measured_pairs": measured,
+        "unreadable_pairs": sum(c.verdict == "unreadable" for c in verdicts),
+        "answers": len(orders),
+        "unreadable_answers": len(unreadable),
+        "unreadable_because": Counter(c.comment for c in unreadable),
+        "unreadable_example": next((c.answer[-80:] for c in unreadable if c.comment == NO_LINE and c.answer), None),
+        "unanswered": sum(judgement.verdict is None for judgement in judgements),
+        "identical": sum(judgement.pair.identical for judgement in judgements),
+        "tokens": {
+            "prompt": sum(c.prompt_tokens or 0 for c in orders),
+            "completion": sum(c.completion_tokens or 0 for c in orders),
+            "answers_without_usage": sum(c.prompt_tokens is None or c.completion_tokens is None for c in orders),
+        },
+    }
+
+
+def _length_controlled(judgements: Sequence[Judgement]) -> LengthControl:
+    rows = [
+        (_SCORE[judgement.verdict.verdict], len(judgement.pair.first_text) - len(judgement.pair.second_text))
+        for judgement in judgements
+        if judgement.verdict is not None and judgement.verdict.verdict in _SCORE
+    ]
+    scores, differences = np.array(rows, dtype=np.float64).T
+    return length_controlled_win_rate(scores, differences)
+
+
+def _share(values: Iterable[bool | None]) -> Interval | None:
+    known = [float(value) for value in values if value is not None]
+    return mean_interval(np.array(known)) if known else None
+
+
+@dataclass(frozen=True)
+class LengthControl:
+    """The win rate that would stand if both answers were equally long.
+
+    `rate` is that win rate. `length_effect` is φ, the change in log-odds of winning for a large advantage in length;
+    `longer` is the share of prompts on which the first answer is the longer one.
+    """
+
+    rate: Interval
+    length_effect: float
+    longer: float
+
+
+def length_controlled_win_rate(scores: Array, length_differences: Array) -> LengthControl:
+    """Logistic regression of the verdict on the difference in length, read off at no difference.
+
+    `scores` `[P]` are 1 for a win, ½ for a tie, 0 for a loss; `length_differences` `[P]` are first minus second in
+    characters, P ≥ 1. With x_i = tanh(Δ_i / std(Δ)), the model is P(win_i) = σ(θ + φ x_i), fitted by maximum likelihood
+    with the penalty RIDGE·φ²/2, without which lengths that separate wins from losses have no finite fit. The rate is
+    σ(θ), its interval the bootstrap over prompts with the fit repeated in each resample.
+
+    The idea and the tanh are those of AlpacaEval 2 (Dubois et al., "Length-Controlled AlpacaEval", 2024). Departures:
+    each match-up is fitted alone, without a term for the difficulty of the instruction, which needs many models judged
+    on the same prompts; verdicts are 1, ½, 0 where AlpacaEval has the probability of the judge's token; the verdict is
+    the one on which both orders agree.
+
+    >>> same_lengths = length_controlled_win_rate(np.array([1, 1, 0.5, 0]), np.zeros(4))
+    >>> round(same_lengths.rate.estimate, 9)
+    0.625
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    differences = np.asarray(length_differences, dtype=np.float64)
+    if not len(scores) or scores.shape != differences.shape:
+        raise ValueError(
+            f"need as many scores as length differences, at least one: {scores.shape}, {differences.shape}"
+        )
+    spread = differences.std()
+    x = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
+    num_prompts = len(scores)
+    (theta,), (phi,) = _fit(scores, x, np.ones((1, num_prompts)), start=(0.0, 0.0))
+    weights = resample_weights(num_prompts) * num_prompts
+    blocks = np.array_split(weights, 1 + weights.size // _BLOCK)
+    resampled = np.concatenate([_fit(scores, x, block, start=(theta, phi))[0] for block in blocks])
+    rate = interval_of(float(_sigmoid(theta)), _sigmoid(resampled), num_prompts)
+    return LengthControl(_within(rate), float(phi), float(np.mean(differences > 0)))
+
+
+def _fit(scores: Array, x: Array, weights: Array, *, start: tuple[float, float]) -> tuple[Array, Array]:
+    """θ and φ `[R]` for each row of weights `[R, P]`, by damped Newton steps on a concave objective.
+
+    Where every verdict is a win, θ grows without bound; the iterations end where σ(θ) is 1 to rounding.
+    """
+    theta = np.full(len(weights), start[0])
+    phi = np.full(len(weights), start[1])
+    for _ in range(_ITERATIONS):
+        p = _sigmoid(theta[:, None] + phi[:, None] * x)
+        residual, curvature = weights * (scores - p), weights * p * (1 - p)
+        g0, g1 = residual.sum(axis=1), residual @ x - RIDGE * phi
+        h00, h01, h11 = curvature.sum(axis=1) + 1e-12, curvature @ x, curvature @ (x * x) + RIDGE
+        determinant = h00 * h11 - h01**2
+        step_theta = (h11 * g0 - h01 * g1) / determinant
+        step_phi = (h00 * g1 - h01 * g0) / determinant
+        theta += np.clip(step_theta, -1, 1)
+        phi += np.clip(step_phi, -1, 1)
+        if max(np.abs(step_theta).max(), np.abs(step_phi).max()) < 1e-10:
+            break
+    return theta, phi
+
+
+def _sigmoid(values: Array) -> Array:
+    return 0.5 * (1 + np.tanh(values / 2))
+
+
+def _within(rate: Interval) -> Interval:
+    """The interval cut to [0, 1], beyond which the widening for few prompts can reach."""
+    low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (rate.low, rate.high))
+    return Interval(rate.estimate, low, high, rate.num_prompts)
