@@ -45,10 +45,10 @@ from exalign.evaluation.schema import (
     WinRate,
 )
 from exalign.judging.assess import CHOICES, QUESTIONS, _tally_table, create_app, turns
-from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
+from exalign.judging.comparisons import Comparison, Pair, read_comparisons, write_comparisons
 from exalign.judging.grading import _print_grade
 from exalign.judging.judge import _print_summaries
-from exalign.judging.study_store import Store
+from exalign.judging.study_store import Store, Task
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.page import render_page
 from exalign.report.style import figure_style, looks_of
@@ -283,14 +283,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def task_page(pages: Any, text: str) -> Tags:
-    task = SimpleNamespace(
-        position=1, revision=0, left_text=text, right_text=text, reference=text, answer=None, previous=None
-    )
+    pair = Pair("0", ({"role": text, "content": text},), text, "sft", text, text, reference=text)
+    task = Task(1, 0, pair, left="first", answer=None, draft=None, total=2, done=0, previous=None)
     given_before = {"verdict": CHOICES[0], "criteria": {}, "comment": text}
     here = {"study": text, "base": "/a/x", "form_token": "0", "done": 0, "total": 2, "previous": None}
     page = pages.get_template("task.html").render(
         task=task,
-        turns=turns(({"role": text, "content": text},)),
+        turns=turns(pair.prompt),
         given=given_before,
         questions=QUESTIONS,
         conflict=False,
