@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from exalign.data.record import Record
 from exalign.data.reading import DataSettings, read_rows
+from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.judging.askers import JudgeSettings
 from exalign.judging.asking import judge_pairs, questions
