@@ -32,7 +32,7 @@ from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 
 TEMPERATURE = 0.8

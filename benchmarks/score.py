@@ -28,9 +28,9 @@ from benchmarks.workload import (
 from exalign.data.batching import Group, microbatches
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
+from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_reward_model
 from exalign.models.model_settings import ModelSettings
-from exalign.models.scalar_head import completion_outputs
 
 TOLERANCE = 1e-4  # of a reward, as a share of the rewards' spread
 PADDING_ID = 0

@@ -33,7 +33,7 @@ from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import completion_logprobs, reference_logprobs
 from exalign.models.model_settings import ModelSettings
 from exalign.objectives import kl_estimate, log_policy_distribution, log_reward_target, reverse_kl
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import adamw, learning_rate_factor, set_learning_rate

@@ -22,7 +22,7 @@ from exalign.data.record import Record
 from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import release_memory
 from exalign.processes import on_cpu
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.run.sources import ready
 from training.tiny_world import make_groups, make_policy, make_tokenizer

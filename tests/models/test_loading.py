@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer, save_model
 from exalign.models.logprobs import completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
-from exalign.models.scalar_head import completion_outputs
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
 GROUPS = [Group(0, torch.tensor([3, 4, 5]), (torch.tensor([6, 7, 0]), torch.tensor([8])))]

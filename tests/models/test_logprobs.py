@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exalign.data.batching import Group
+from exalign.models.capability import plan_for
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import (
     PackedPolicy,
@@ -19,7 +20,6 @@ from exalign.models.logprobs import (
     reference_logprobs,
 )
 from exalign.models.model_settings import LoraSettings, ModelSettings
-from exalign.models.packing import plan_for
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -199,7 +199,7 @@ def test_without_a_stream_the_model_is_what_it_was() -> None:
         assert torch.equal(model(input_ids=row, attention_mask=mask).logits, before)
         again = model.generate(row, attention_mask=mask, max_new_tokens=5, do_sample=False)
         assert torch.equal(generated, again)
-        assert "tree_over" not in model.config.to_json_string(use_diff=False)
+        assert "sharing_over" not in model.config.to_json_string(use_diff=False)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from exalign.data.batching import Group, completion_token_mask
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.capability import plan_for
+from exalign.models.heads import ActorCritic, completion_values, plain_completion_values
 from exalign.models.logprobs import (
     completion_logprobs,
     completion_token_logprobs,
     plain_completion_token_logprobs,
 )
-from exalign.models.packing import plan_for, unflatten_tokens
-from exalign.models.scalar_head import completion_values, plain_completion_values
+from exalign.models.prefix_tree import unflatten_tokens
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

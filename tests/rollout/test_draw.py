@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from exalign.rollout.draw import draw_tokens, prompt_uniforms
+from exalign.rollout.sampler import draw_tokens, prompt_uniforms
 
 
 def spread_logits(rows: int, vocabulary: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

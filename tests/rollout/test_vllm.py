@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.rollout.completions import saved_end_ids
+from exalign.rollout.sampler import saved_end_ids
 from exalign.rollout.settings import SampleSettings, VLLMSettings
 from exalign.rollout.vllm import VLLMSampler, completions_of, engine_arguments, prompt_seed, sampling_arguments
 
 EOS = 0
+PROMPT = Record("a", "", prompt_ids=(1,))
 TWO = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=10)
 
 
@@ -45,7 +47,7 @@ def output(index: int, ids: list[int], reason: str | None, more: int | None = No
 
 
 def test_completions_keep_the_drawn_ids_and_the_sum_of_their_own_logprobs(tokenizer) -> None:
-    found = completions_of("a", [output(1, [5, 6, 7], "length", more=3), output(0, [4, EOS], "stop")], TWO, {EOS},
+    found = completions_of(PROMPT, [output(1, [5, 6, 7], "length", more=3), output(0, [4, EOS], "stop")], TWO, {EOS},
                            tokenizer)  # fmt: skip
     assert [c.token_ids for c in found] == [(4, EOS), (5, 6, 7)]
     assert [c.text for c in found] == ["w4", "w5 w6 w7"]
@@ -67,7 +69,7 @@ def test_completions_keep_the_drawn_ids_and_the_sum_of_their_own_logprobs(tokeni
 )
 def test_what_does_not_fit_together_is_refused(outputs: list[Output], said: str, tokenizer) -> None:
     with pytest.raises(InputError, match=said):
-        completions_of("a", outputs, TWO, {EOS}, tokenizer)
+        completions_of(PROMPT, outputs, TWO, {EOS}, tokenizer)
 
 
 def test_the_engine_is_asked_for_the_distribution_that_the_record_speaks_of() -> None:

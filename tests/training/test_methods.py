@@ -27,11 +27,11 @@ from exalign.methods.matching import DIVERGENCES, train_align, with_reference_lo
 from exalign.methods.ppo import Surroundings, train_ppo
 from exalign.methods.rounds import train_rounds
 from exalign.methods.sft import train_sft
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.function_scorer import FunctionScorer
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.training.settings import AlignSettings, PPOSettings, SFTSettings
 

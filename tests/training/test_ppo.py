@@ -22,7 +22,7 @@ from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.ppo import PPO, rollout_plan, train_ppo
 from exalign.models.model_settings import LoraSettings, ModelSettings
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
 from exalign.training.settings import PPOSettings

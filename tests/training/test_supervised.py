@@ -14,9 +14,9 @@ from exalign.errors import InputError
 from exalign.methods.oracle import train_classifier
 from exalign.methods.reward_model import preference_accuracy, train_reward_model
 from exalign.methods.sft import nats_per_token, train_sft
+from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_classifier, load_reward_model
 from exalign.models.model_settings import ModelSettings
-from exalign.models.scalar_head import completion_outputs
 from exalign.training.settings import ClassifierSettings, RewardModelSettings, SFTSettings
 from training.tiny_world import CONFIG, GOOD_WORD, make_groups, make_policy, make_tokenizer, read_metrics
 

@@ -19,7 +19,7 @@ from exalign.data.record import Record
 from exalign.methods.matching import train_align, with_reference_logp
 from exalign.methods.ppo import Surroundings, train_ppo
 from exalign.methods.rounds import train_rounds
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import SampleSettings

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.models.scalar_head import PackedScorer, completion_outputs
+from exalign.models.heads import PackedScorer, completion_outputs
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.loop import model_card, train
 from exalign.training.settings import ClassifierSettings

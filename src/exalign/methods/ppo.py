@@ -20,10 +20,10 @@ from exalign.data.batching import Group, completion_token_mask, group_of
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.sft import completion_tokens
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.capability import device_of
+from exalign.models.heads import ActorCritic
 from exalign.models.logprobs import completion_token_logprobs
 from exalign.models.memory import computed
-from exalign.models.packing import device_of
 from exalign.objectives import (
     adapted_kl_coefficient,
     clipped_policy_loss,
@@ -35,7 +35,7 @@ from exalign.objectives import (
     whiten,
 )
 from exalign.processes import gathered, in_order, share_of
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorer import Scorer, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint

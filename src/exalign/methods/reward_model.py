@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, completion_mask, stack_preferred
 from exalign.errors import InputError
-from exalign.models.scalar_head import PackedScorer, completion_outputs
+from exalign.models.heads import PackedScorer, completion_outputs
 from exalign.objectives import bradley_terry_loss
 from exalign.training.batches import Batches, EpochBatches
 from exalign.training.loop import model_card, train

@@ -27,7 +27,7 @@ from exalign.methods.matching import Align, check_groups, with_reference_logp
 from exalign.methods.ppo import Surroundings
 from exalign.models.logprobs import PackedPolicy
 from exalign.processes import several
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorer import scored
 from exalign.storage import fingerprint
 from exalign.training.loop import model_card, train

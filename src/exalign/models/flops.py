@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from exalign.data.batching import Group
-from exalign.models.packing import base_of
+from exalign.models.capability import base_of
 
 _PEAK_ROWS = (256, 1024)
 _PEAK_SIDE = 4096  # of a larger weight a part is multiplied: the rate is the same, and a vocabulary takes long

@@ -11,21 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
-from exalign.models.lm_head import LogitMap, token_logprobs
+from exalign.models.capability import base_of, device_of, plan_for, row_hidden, row_logits, stream_hidden
+from exalign.models.lm_head import LogitMap, embed, may_add_in_place, token_logprobs
 from exalign.models.memory import computed
-from exalign.models.packing import (
-    base_of,
-    device_of,
+from exalign.models.prefix_tree import (
     padded_rows,
-    plan_for,
+    policy_stream,
     predicted_tokens,
-    row_hidden,
-    stream_hidden,
+    predictions,
     unflatten,
     unflatten_tokens,
 )
-from exalign.models.prefix_tree import policy_stream, predictions
-from exalign.models.vocabulary import embed, may_add_in_place
 
 
 class PackedPolicy(nn.Module):
@@ -130,14 +126,15 @@ def _token_logprobs(
     logit_map = replace(plan.logit_map, temperature=temperature)
     if not plan.tree:
         return _padded_logprobs(base, groups, logit_map)
-    stream = policy_stream(groups, device)
-    wanted = predictions(groups, stream.layout, device)
+    parts, numbers = plan.sides(groups)
+    stream = policy_stream(parts, device)
+    wanted = predictions(parts, stream.layout, device)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     direct = add_in_place and plan.embeds and torch.is_grad_enabled() and may_add_in_place(embedding.weight)
     hidden = stream_hidden(base, stream, embed(stream.input_ids, embedding) if direct else None)
     hidden = torch.cat([hidden[begin:end] for begin, end in wanted.spans])
     logp = token_logprobs(hidden, head, wanted.rows, wanted.targets, logit_map=logit_map, add_in_place=add_in_place)
-    return logp, wanted.sequences
+    return logp, wanted.sequences if numbers is None else numbers.to(device)[wanted.sequences]
 
 
 def _padded_logprobs(base: Any, groups: Sequence[Group], logit_map: LogitMap) -> tuple[Tensor, Tensor]:
@@ -152,7 +149,7 @@ def _padded_logprobs(base: Any, groups: Sequence[Group], logit_map: LogitMap) ->
 def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Tensor]:
     """log π of the tokens at positions 1 … L − 1 of padded rows, and which of them are completion tokens."""
     input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(model))
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = row_logits(model, input_ids, attention_mask)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # before the softmax and the sum, never after
     logp = torch.log_softmax(logits[:, :-1] / temperature, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
     return logp, predicted_tokens(attention_mask, prompt_lengths)

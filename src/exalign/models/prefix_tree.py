@@ -2,7 +2,7 @@
 
 A tree is `[prompt | leaf_1 | … | leaf_K]`. The prompt attends to itself causally; each leaf attends to the whole prompt
 and causally to itself; the positions of every leaf restart at the prompt's length. So each path prompt + leaf computes
-what it would compute alone in a row.
+what it would compute alone in a row. The slower way, a padded row for each completion, stands below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exalign.data.batching import Group
 
@@ -29,6 +29,11 @@ class Tree:
         return self.start + self.prompt_length + sum(self.leaf_lengths)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+        return self.prompt_length + max(self.leaf_lengths, default=0)
+
+    @property
     def leaf_spans(self) -> list[tuple[int, int]]:
         """Begin and end of each leaf in the stream; equal where a leaf is empty."""
         spans, begin = [], self.start + self.prompt_length
@@ -42,17 +47,23 @@ class Tree:
 class TreeLayout:
     """What attention must know of a stream of `num_tokens` tokens; it travels in the place of the attention mask.
 
-    `window` limits how far back a token sees along its own path: itself and the `window − 1` tokens before it.
+    `window` limits how far back a token sees along its own path: itself and the `window − 1` tokens before it. Each
+    leaf is `unread` tokens shorter than its completion.
     """
 
     trees: tuple[Tree, ...]
     num_tokens: int
     window: int | None = None
+    unread: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+        return max(tree.longest for tree in self.trees)
 
     def with_window(self, window: int | None) -> TreeLayout:
         """This layout seen by a layer with a sliding window; a window that no path exceeds is no window."""
-        longest = max(tree.prompt_length + max(tree.leaf_lengths, default=0) for tree in self.trees)
-        unchanged = window is None or window >= longest or window == self.window
+        unchanged = window is None or window >= self.longest or window == self.window
         return self if unchanged else replace(self, window=window)
 
     def positions(self) -> Tensor:
@@ -114,20 +125,21 @@ class Predictions:
 
 def policy_stream(groups: Sequence[Group], device: torch.device) -> TreeStream:
     """The stream whose leaves are the completions without their last token, which is only ever a target."""
-    return _stream(groups, [[ids[:-1] for ids in group.completion_ids] for group in groups], device)
+    return _stream(groups, 1, device)
 
 
 def whole_stream(groups: Sequence[Group], device: torch.device) -> TreeStream:
     """The stream whose leaves are whole completions, for a head that reads their last token."""
-    return _stream(groups, [list(group.completion_ids) for group in groups], device)
+    return _stream(groups, 0, device)
 
 
-def _stream(groups: Sequence[Group], leaves: list[list[Tensor]], device: torch.device) -> TreeStream:
+def _stream(groups: Sequence[Group], unread: int, device: torch.device) -> TreeStream:
+    leaves = [[ids[: len(ids) - unread] for ids in group.completion_ids] for group in groups]
     trees, start = [], 0
     for group, parts in zip(groups, leaves, strict=True):
         trees.append(Tree(start, len(group.prompt_ids), tuple(len(part) for part in parts)))
         start = trees[-1].end
-    layout = TreeLayout(tuple(trees), start)
+    layout = TreeLayout(tuple(trees), start, unread=unread)
     tokens = [part for group, parts in zip(groups, leaves, strict=True) for part in (group.prompt_ids, *parts)]
     return TreeStream(torch.cat(tokens)[None].to(device), layout.positions()[None].to(device), layout)
 
@@ -152,3 +164,39 @@ def predictions(groups: Sequence[Group], layout: TreeLayout, device: torch.devic
         torch.cat(sequences).to(device),
         sequence,
     )
+
+
+def padded_rows(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One row `prompt + completion` per completion, padded on the right: ids, mask `[N, L]`; prompt lengths `[N]`."""
+    rows = [torch.cat([group.prompt_ids, ids]) for group in groups for ids in group.completion_ids]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    prompts = torch.tensor([len(group.prompt_ids) for group in groups for _ in group.completion_ids], device=device)
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+    return input_ids, attention_mask, prompts
+
+
+def predicted_tokens(attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """Which of the positions 1 … L − 1 of padded rows hold completion tokens, bool `[N, L − 1]`."""
+    positions = torch.arange(1, attention_mask.shape[1], device=attention_mask.device)
+    return (positions >= prompt_lengths[:, None]) & attention_mask[:, 1:].bool()
+
+
+def unflatten(values: Tensor, groups: Sequence[Group]) -> Tensor:
+    """One row of `values [N, …]` per completion, in order → `[B, K, …]`, 0 where a group has no i-th completion."""
+    width = max(group.num_completions for group in groups)
+    rows = [index * width + i for index, group in enumerate(groups) for i in range(group.num_completions)]
+    flat = values.new_zeros(len(groups) * width, *values.shape[1:])
+    flat = flat.index_copy(0, torch.tensor(rows, device=values.device), values)
+    return flat.unflatten(0, (len(groups), width))
+
+
+def unflatten_tokens(values: Tensor, sequences: Tensor, groups: Sequence[Group]) -> Tensor:
+    """One value per completion token → `[B, K, T]`, padded with 0 on the right; T is the longest completion.
+
+    `values` `[N]`; `sequences` `[N]` the completion that a token belongs to, counted through the groups; the tokens of
+    one completion come in their order, whatever stands between them.
+    """
+    lengths = [len(ids) for group in groups for ids in group.completion_ids]
+    rows = values[sequences.argsort(stable=True)].split(lengths)
+    return unflatten(nn.utils.rnn.pad_sequence(rows, batch_first=True), groups)

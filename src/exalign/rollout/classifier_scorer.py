@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exalign.data.record import Record
 from exalign.data.tokenization import TokenLimits
 from exalign.errors import InputError
-from exalign.models.scalar_head import completion_outputs
+from exalign.models.heads import completion_outputs
 from exalign.rollout.limits import kept_limits
 from exalign.rollout.retokenized import max_positions, num_labels, outputs_in_batches, retokenize
 from exalign.rollout.scorer import check_rewards

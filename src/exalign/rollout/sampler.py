@@ -1,11 +1,40 @@
-"""What every sampler is: prompts in, the same prompts with K completions out."""
+"""The sampler for transformers models: K completions of each prompt, drawn while other prompts come and go.
+
+Below it: how a token is drawn (one uniform number in, one token and its log-probability out; N rows of logits, M draws
+of which several may share a row, V vocabulary), and the decoders that turn tokens into the next token's logits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import hashlib
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
 
-from exalign.data.record import Record
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.record import Completion, Record
+from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
+from exalign.errors import InputError
+from exalign.models.attention import SharedCache, StepLayout, laid_out, share_prompts
+from exalign.models.capability import base_of, check_positions, first_line, unsupported
+from exalign.models.memory import is_out_of_memory, release_memory
+from exalign.rollout.settings import SampleSettings
+from exalign.storage import read_object
+
+_ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold
+_BLOCK = 256  # tokens whose weights are summed before the search: the float64 running sum is over V / 256 blocks
+_TILE = 8  # rows of logits handled at once, so that a tile and its weights stay in the processor's cache
+_log = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
@@ -17,3 +46,505 @@ class Sampler(Protocol):
     """
 
     def sample(self, records: Iterable[Record]) -> Iterator[Record]: ...
+
+
+class GroupedSampler:
+    """Draws K completions per prompt from softmax(logits / τ) and keeps the log-probability of what it drew.
+
+    Each prompt's numbers come from a stream that depends on `seed` and the record's id only, so a completion does not
+    depend on the other prompts, on their order or on how many are decoded together (up to the rounding of the model's
+    own matrix products). A prompt is computed once for its K completions; a finished completion leaves at once, and
+    waiting prompts take the places; a model whose attention cannot be shared is decoded plainly, and a warning says so.
+    Where memory runs out those under way begin again, half as many at a time, and a warning says so too.
+
+    `temperature` is τ > 0. Raises `InputError` for a tokenizer without end-of-sequence token, a τ that is not
+    positive, or limits that exceed the model's positions. `counts` tells what was done: `prompts`, `prompts_cut` (their
+    left part was dropped), `completions`, `completions_stopped`, `prompt_tokens`, `completion_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SampleSettings,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._model = base_of(model)  # adapters live inside its layers; the wrapper around it hides its signature
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._room = settings.batch_completions
+        self._temperature = temperature
+        self._seed = seed
+        settings_of_model = getattr(self._model, "generation_config", None)
+        self._eos_ids = end_ids(getattr(settings_of_model, "eos_token_id", None), tokenizer)
+        if not 0 < temperature < float("inf"):
+            raise InputError(f"The temperature must be a positive number, not {temperature}.")
+        longest, limits = settings.max_prompt_tokens + settings.max_new_tokens, "max_prompt_tokens + max_new_tokens"
+        warning = check_positions(self._model.config, longest, settings=limits, samples=True)
+        if warning is not None:
+            _log.warning(warning)
+        with _evaluating(self._model):
+            self._decoder = decoder_for(self._model)
+
+    def sample(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield each record with `prompt_ids` and K completions, in the order given; see `Sampler`."""
+        waiting = _Waiting(self._enter(index, record) for index, record in enumerate(records))
+        running: list[_Running] = []
+        finished: dict[int, Record] = {}
+        next_index = 0
+        while True:
+            running = self._admit(waiting, running)
+            if not running:
+                return
+            if not self._fits(running):
+                waiting.put_back([self._again(group) for group in sorted(running, key=lambda group: group.index)])
+                running = []
+                release_memory()
+                continue
+            for group in running:
+                if not group.live:
+                    finished[group.index] = self._finish(group)
+            running = [group for group in running if group.live]
+            while next_index in finished:
+                yield finished.pop(next_index)
+                next_index += 1
+
+    def _enter(self, index: int, record: Record) -> _Running:
+        """A record made ready: its prompt as ids, its uniform numbers drawn."""
+        record = with_prompt_ids(record, self._tokenizer, self._settings, self.counts)
+        number = self._settings.num_completions
+        uniforms = prompt_uniforms(self._seed, record.id, number, self._settings.max_new_tokens)
+        prompt = torch.tensor(record.prompt_ids, dtype=torch.long, device=self._model.device)
+        return _Running(index, record, uniforms, Branches(prompt, number))
+
+    def _admit(self, waiting: _Waiting, running: list[_Running]) -> list[_Running]:
+        """The running groups, and before them those that enter: while there is room, and always one where none runs."""
+        live = sum(len(group.live) for group in running)
+        entering: list[_Running] = []
+        tokens = 0
+        while (group := waiting.first) is not None:
+            live += len(group.live)
+            tokens += len(group.branches.prompt_ids)
+            crowded = live > self._room and (entering or running)
+            if crowded or (tokens > _ENTERING_TOKENS and entering):
+                break
+            entering.append(group)
+            waiting.advance()
+        return entering + running
+
+    def _fits(self, running: list[_Running]) -> bool:
+        """Make a step. False where memory ran out in it, and fewer completions are decoded together from now on."""
+        try:
+            self._step(running)
+            return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        live = sum(len(group.live) for group in running)
+        if len(running) == 1:
+            raise InputError(
+                f"The {live} completions of prompt {running[0].record.id} do not fit in memory; lower "
+                "sample.num_completions or sample.max_new_tokens."
+            )
+        while self._room >= live:
+            self._room //= 2
+        _log.warning("%d completions together do not fit in memory; it goes on with at most %d.", live, self._room)
+        return False
+
+    def _again(self, group: _Running) -> _Running:
+        branches = Branches(group.branches.prompt_ids, self._settings.num_completions)
+        return _Running(group.index, group.record, group.uniforms, branches)
+
+    def _step(self, running: list[_Running]) -> None:
+        """One token more for every live completion; those that end leave."""
+        settings = self._settings
+        with torch.inference_mode(), _evaluating(self._model):
+            logits = self._decoder.step([group.branches for group in running])
+            draws_per_row: list[int] = []
+            for group in running:
+                draws_per_row += [len(group.live)] if group.branches.tokens is None else [1] * len(group.live)
+            uniforms = np.concatenate([group.uniforms[group.live, group.branches.length] for group in running])
+            ids, logps = draw_tokens(
+                logits,
+                torch.from_numpy(uniforms),
+                torch.tensor(draws_per_row),
+                temperature=self._temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+            )
+            start = 0
+            id_list, logp_list = ids.tolist(), logps.tolist()
+            for group in running:
+                part = slice(start, start + len(group.live))
+                start = part.stop
+                self._extend(group, ids[part], id_list[part], logp_list[part])
+
+    def _extend(self, group: _Running, tokens: Tensor, ids: list[int], logps: list[float]) -> None:
+        group.branches.length += 1
+        keep = []
+        for place, (number, token, logp) in enumerate(zip(group.live, ids, logps, strict=True)):
+            group.token_ids[number].append(token)
+            group.logps[number] += logp
+            if token not in self._eos_ids and group.branches.length < self._settings.max_new_tokens:
+                keep.append(place)
+        group.branches.tokens = tokens
+        if len(keep) < len(group.live):
+            group.branches.tokens = tokens[torch.tensor(keep, dtype=torch.long, device=tokens.device)]
+            group.live = [group.live[place] for place in keep]
+            if keep:
+                self._decoder.keep(group.branches, keep)
+
+    def _finish(self, group: _Running) -> Record:
+        drawn = [
+            completion_of(group.record, ids, logp, self._eos_ids, self._tokenizer)
+            for ids, logp in zip(group.token_ids, group.logps, strict=True)
+        ]
+        return with_completions(group.record, drawn, self.counts)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A record on its way: `live` are the numbers (0…K−1) of its completions that have not ended."""
+
+    index: int
+    record: Record
+    uniforms: np.ndarray
+    branches: Branches
+    live: list[int] = field(init=False)
+    token_ids: list[list[int]] = field(init=False)
+    logps: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = list(range(self.branches.num_completions))
+        self.token_ids = [[] for _ in self.live]
+        self.logps = [0.0 for _ in self.live]
+
+
+class _Waiting:
+    """An iterator whose `first` element can be looked at before it is taken; None where there is none."""
+
+    def __init__(self, groups: Iterable[_Running]) -> None:
+        self._groups = iter(groups)
+        self.advance()
+
+    def advance(self) -> None:
+        self.first = next(self._groups, None)
+
+    def put_back(self, groups: list[_Running]) -> None:
+        self._groups = chain(groups, [] if self.first is None else [self.first], self._groups)
+        self.advance()
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a completion: the tokenizer's, and `more`, the model's generation settings' (an id, ids, None).
+
+    >>> from types import SimpleNamespace
+    >>> sorted(end_ids([7, 2], SimpleNamespace(eos_token_id=2)))
+    [2, 7]
+    """
+    more = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return frozenset([eos_id(tokenizer), *more])
+
+
+def saved_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The same for a model that lies in a folder."""
+    path = folder / "generation_config.json"
+    return end_ids(read_object(path).get("eos_token_id") if path.exists() else None, tokenizer)
+
+
+def with_prompt_ids(
+    record: Record, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, counts: Counter[str]
+) -> Record:
+    """The record with its prompt as ids, cut where it is too long, and counted."""
+    whole = prompt_token_ids(record, tokenizer)
+    ids = cut_prompt(whole, tokenizer, settings.max_prompt_tokens)
+    counts.update(prompts=1, prompts_cut=len(ids) < len(whole), prompt_tokens=len(ids))
+    return replace(record, prompt_ids=tuple(ids))
+
+
+def completion_of(
+    record: Record, ids: Sequence[int], logprob: float, ends: Collection[int], tokenizer: PreTrainedTokenizerBase
+) -> Completion:
+    """The completion of ids that were drawn: one that ended keeps the id that ended it, and its text goes without."""
+    stopped = ids[-1] in ends
+    text = tokenizer.decode(
+        list(ids[:-1] if stopped else ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return Completion(text, tuple(ids), "stop" if stopped else "length", logprob)
+
+
+def with_completions(record: Record, drawn: Sequence[Completion], counts: Counter[str]) -> Record:
+    """The record with what was drawn for it, counted."""
+    counts.update(
+        completions=len(drawn),
+        completions_stopped=sum(completion.finish_reason == "stop" for completion in drawn),
+        completion_tokens=sum(len(completion.token_ids or ()) for completion in drawn),
+    )
+    return replace(record, completions=tuple(drawn), preferred=None)
+
+
+def prompt_uniforms(seed: int, prompt_id: str, num_completions: int, length: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 `[num_completions, length]`, one for each token that may be drawn.
+
+    Row j is a function of `seed`, `prompt_id` and j alone: neither the other prompts, nor K, nor the longest length
+    allowed change the numbers that a completion is drawn with.
+
+    >>> few, many = prompt_uniforms(0, "a", 2, 3), prompt_uniforms(0, "a", 4, 5)
+    >>> bool((few == many[:2, :3]).all())
+    True
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()[:16], "little")
+    rows = [np.random.Generator(np.random.Philox(key=key, counter=j << 192)) for j in range(num_completions)]
+    return np.stack([row.random(length) for row in rows])
+
+
+def draw_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    draws_per_row: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits / temperature) by inverting its cumulative distribution.
+
+    `logits` `[N, V]`; `draws_per_row` int64 `[N]`, summing to M, says how many draws each row serves;
+    `uniforms` float64 `[M]` in [0, 1), in the order of the rows. Returns ids int64 `[M]` and log-probabilities
+    float64 `[M]` in nats. With `top_k` or `top_p` the tokens they leave out have probability zero, and the
+    log-probability is that of the renormalised distribution. Sums are in float32 within blocks of 256 tokens (in
+    float64 where the logits are) and in float64 across them.
+    """
+    ids, logps, start = [], [], 0
+    for first in range(0, len(logits), _TILE):
+        draws = draws_per_row[first : first + _TILE]
+        stop = start + int(draws.sum())
+        rows = torch.repeat_interleave(torch.arange(len(draws), device=logits.device), draws.to(logits.device))
+        scaled = _scaled(logits[first : first + _TILE], temperature)
+        if top_k is not None or top_p is not None:
+            _filter(scaled, top_k, top_p)
+        tile_ids, tile_logps = _invert(scaled, rows, uniforms[start:stop].to(logits.device))
+        ids.append(tile_ids)
+        logps.append(tile_logps)
+        start = stop
+    return torch.cat(ids), torch.cat(logps)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """`logits / temperature` in at least float32, in a new tensor whose width is a multiple of the block."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    width = -(-logits.shape[1] // _BLOCK) * _BLOCK
+    scaled = torch.full((len(logits), width), -torch.inf, dtype=dtype, device=logits.device)
+    torch.div(logits.to(dtype), temperature, out=scaled[:, : logits.shape[1]])
+    return scaled
+
+
+def _filter(scaled: Tensor, top_k: int | None, top_p: float | None) -> None:
+    """Set to −inf, in place, what top-k and then top-p leave out; the most probable token always stays."""
+    if top_k is not None:
+        kth = scaled.topk(min(top_k, scaled.shape[1])).values[:, -1:]
+        scaled.masked_fill_(scaled < kth, -torch.inf)
+    if top_p is not None:
+        ordered, order = scaled.sort(descending=True)
+        probability = ordered.double().softmax(-1)
+        before = probability.cumsum(-1) - probability
+        scaled.masked_fill_((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+
+
+def _invert(scaled: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative weight exceeds the uniform's share of the total, and its log-probability."""
+    top = scaled.amax(1, keepdim=True)
+    weights = (scaled - top).exp_().view(len(scaled), -1, _BLOCK)
+    cumulative = weights.sum(2).double().cumsum(1)[rows]
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniforms[:, None] * total, _just_below(total))
+    block = torch.searchsorted(cumulative, target, right=True)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
+    within = weights[rows, block[:, 0]].double().cumsum(1)
+    # The block's own float64 total may differ from its float32 sum in the last digits: stay inside it.
+    rest = torch.minimum(target - before, _just_below(within[:, -1:]))
+    ids = block[:, 0] * _BLOCK + torch.searchsorted(within, rest, right=True)[:, 0]
+    logps = (scaled[rows, ids].double() - top[rows, 0].double()) - total[:, 0].log()
+    return ids, logps
+
+
+def _just_below(values: Tensor) -> Tensor:
+    return torch.nextafter(values, torch.zeros_like(values))
+
+
+@dataclass(eq=False)
+class Branches:
+    """One prompt and the completions that still grow from it, all of the same length.
+
+    `tokens` int64 `[R]` holds the last token of each of the R live completions; it is None until the prompt has been
+    read. `cache` belongs to the decoder.
+    """
+
+    prompt_ids: Tensor
+    num_completions: int
+    tokens: Tensor | None = None
+    length: int = 0
+    cache: Any = field(default=None, repr=False)
+
+
+class Decoder(Protocol):
+    """Turns tokens into the next token's logits, remembering what came before.
+
+    `step` reads the prompt of each entering group and one token of each live completion of the others, and returns
+    logits `[N, V]` in the order of the groups: one row for an entering group, R rows for another. `keep` forgets the
+    completions of a group that are not in `rows` (positions in `tokens`, ascending).
+    """
+
+    def step(self, groups: Sequence[Branches]) -> Tensor: ...
+
+    def keep(self, group: Branches, rows: Sequence[int]) -> None: ...
+
+
+class PlainDecoder:
+    """One forward pass per group and step, the prompt repeated for each of its completions; nothing is padded.
+
+    By the model's own cache, or without one: the whole texts again for each token. The slow twin of `SharedDecoder`.
+    """
+
+    def __init__(self, model: Any, *, cached: bool = True) -> None:
+        self._model = model
+        self._cached = cached
+
+    def step(self, groups: Sequence[Branches]) -> Tensor:
+        return torch.cat([self._prefill(group) if group.tokens is None else self._decode(group) for group in groups])
+
+    def keep(self, group: Branches, rows: Sequence[int]) -> None:
+        # Not every cache can drop rows (recurrent states cannot): finished rows are fed on, their logits left out.
+        group.cache.live = group.cache.live[torch.tensor(rows, device=group.cache.live.device)]
+
+    def _prefill(self, group: Branches) -> Tensor:
+        input_ids = group.prompt_ids.expand(group.num_completions, -1)
+        output = self._model(input_ids=input_ids, use_cache=self._cached)
+        live = torch.arange(group.num_completions, device=input_ids.device)
+        group.cache = _RepeatedRows(output if self._cached else None, input_ids, live)
+        return output.logits[:1, -1]
+
+    def _decode(self, group: Branches) -> Tensor:
+        assert group.tokens is not None
+        state: _RepeatedRows = group.cache
+        input_ids = group.tokens.new_zeros(group.num_completions, 1)
+        input_ids[state.live, 0] = group.tokens
+        if not self._cached:
+            state.input_ids = torch.cat([state.input_ids, input_ids], dim=1)
+            return self._model(input_ids=state.input_ids[state.live], use_cache=False).logits[:, -1]
+        name = "past_key_values" if getattr(state.output, "past_key_values", None) is not None else "cache_params"
+        state.output = self._model(input_ids=input_ids, use_cache=True, **{name: getattr(state.output, name)})
+        return state.output.logits[state.live, -1]
+
+
+@dataclass(eq=False)
+class _RepeatedRows:
+    """The model's last output, which holds the cache of all K rows; or, without, their ids; and the rows that live."""
+
+    output: Any
+    input_ids: Tensor
+    live: Tensor
+
+
+class SharedDecoder:
+    """Each prompt is read once: one forward pass per step over a packed row, for all groups.
+
+    The row holds the entering prompts, then one token of each live completion.
+    """
+
+    def __init__(self, model: Any) -> None:
+        share_prompts(model)
+        self._model = model
+
+    def step(self, groups: Sequence[Branches]) -> Tensor:
+        """Logits of the next tokens; entering groups must stand before the running ones."""
+        entering = [group for group in groups if group.tokens is None]
+        running = [group for group in groups if group.tokens is not None]
+        for group in entering:
+            group.cache = SharedCache(num_rows=group.num_completions, prompt_length=len(group.prompt_ids))
+        ids = [group.prompt_ids for group in entering]
+        positions = [torch.arange(len(prompt)) for prompt in ids]
+        last = torch.tensor([len(prompt) for prompt in ids], dtype=torch.long).cumsum(0) - 1
+        for group in running:
+            assert group.tokens is not None
+            ids.append(group.tokens)
+            positions.append(torch.full((len(group.tokens),), group.cache.prompt_length + group.cache.length))
+        row = torch.cat(ids)
+        start = int(last[-1]) + 1 if entering else 0
+        wanted = torch.cat([last, torch.arange(start, len(row))]).to(row.device)
+        with laid_out(StepLayout([group.cache for group in entering], [group.cache for group in running])):
+            output = self._model(
+                input_ids=row[None],
+                position_ids=torch.cat(positions).to(row.device)[None],
+                use_cache=False,
+                logits_to_keep=wanted,
+            )
+        for group in running:
+            group.cache.length += 1
+        return output.logits[0]
+
+    def keep(self, group: Branches, rows: Sequence[int]) -> None:
+        group.cache.keep(list(rows))
+
+
+def decoder_for(model: Any) -> Decoder:
+    """The fastest decoder that gives this model's logits of whole texts, found by trying; a slower one is said."""
+    name, reason = type(model).__name__, unsupported(model)
+    if reason is None and not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
+        reason = "its forward does not take position_ids and logits_to_keep"
+    reason = reason or why_not(SharedDecoder(model), model)
+    if reason is None:
+        return SharedDecoder(model)
+    plain = PlainDecoder(model)
+    slower = why_not(plain, model)
+    if slower is None:
+        _log.warning("%s is sampled without shared prompts, which is slower: %s.", name, reason)
+        return plain
+    _log.warning("%s is sampled by reading whole texts for each token, which is far slower: %s.", name, slower)
+    return PlainDecoder(model, cached=False)
+
+
+@torch.inference_mode()
+def why_not(decoder: Decoder, model: Any) -> str | None:
+    """Why this decoder cannot serve this model, or None where it can.
+
+    Some architectures keep state or build masks where nothing here sees it. So the answer is found by trying: short
+    prompts with two completions each, step by step, must give the logits of whole texts.
+    """
+    vocabulary, device = model.get_input_embeddings().num_embeddings, model.device
+    prompts = [(torch.arange(start, start + length) % vocabulary).to(device) for start, length in ((0, 5), (3, 2))]
+    groups = [Branches(prompt, 2) for prompt in prompts]
+    texts = [[prompt] for prompt in prompts]  # of the first logits, the completions of a prompt share one row
+    # Half precision rounds differently in every kernel: a wrong mask is off by far more than this.
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
+    try:
+        for step in range(3):
+            whole = [model(input_ids=text[None], use_cache=False).logits[0, -1] for rows in texts for text in rows]
+            logps = [logits.float().log_softmax(-1) for logits in (decoder.step(groups), torch.stack(whole))]
+            if not torch.allclose(*logps, atol=tolerance, rtol=0):
+                return "its logits differ from those of whole texts"
+            tokens = torch.tensor([step % vocabulary, (7 * step + 1) % vocabulary], device=device)
+            for place, group in enumerate(groups):
+                group.tokens, group.length = tokens, step + 1
+                rows = texts[place] * (2 // len(texts[place]))
+                texts[place] = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens, strict=True)]
+    except Exception as error:  # any architecture may run here; whatever it raises means: not this way
+        return first_line(error)
+    return None

@@ -9,16 +9,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import cut_prompt, prompt_token_ids
 from exalign.errors import InputError
-from exalign.rollout.completions import completion_of, saved_end_ids
+from exalign.rollout.sampler import completion_of, saved_end_ids, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings, VLLMSettings
 
 
@@ -72,7 +70,7 @@ class VLLMSampler:
 
     def sample(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield each record with `prompt_ids` and K completions, in the order given."""
-        entered = [self._enter(record) for record in records]
+        entered = [with_prompt_ids(record, self._tokenizer, self._settings, self.counts) for record in records]
         prompts = [self._tokens_prompt(prompt_token_ids=list(record.prompt_ids or ())) for record in entered]
         ends = sorted(self._ends)
         parameters = [
@@ -83,19 +81,8 @@ class VLLMSampler:
         ]
         outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
         for record, output in zip(entered, outputs, strict=True):
-            completions = completions_of(record.id, output.outputs, self._settings, self._ends, self._tokenizer)
-            self.counts["completions"] += len(completions)
-            self.counts["completions_stopped"] += sum(c.finish_reason == "stop" for c in completions)
-            self.counts["completion_tokens"] += sum(len(c.token_ids or ()) for c in completions)
-            yield replace(record, completions=completions, preferred=None)
-
-    def _enter(self, record: Record) -> Record:
-        whole = prompt_token_ids(record, self._tokenizer)
-        ids = cut_prompt(whole, self._tokenizer, self._settings.max_prompt_tokens)
-        self.counts["prompts_cut"] += len(ids) < len(whole)
-        self.counts["prompts"] += 1
-        self.counts["prompt_tokens"] += len(ids)
-        return replace(record, prompt_ids=tuple(ids))
+            completions = completions_of(record, output.outputs, self._settings, self._ends, self._tokenizer)
+            yield with_completions(record, completions, self.counts)
 
 
 def engine_arguments(settings: VLLMSettings, sample: SampleSettings, *, dtype: str, gpus: int) -> dict[str, Any]:
@@ -140,7 +127,7 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 def completions_of(
-    record_id: str,
+    record: Record,
     outputs: Sequence[EngineOutput],
     settings: SampleSettings,
     ends: Collection[int],
@@ -152,18 +139,18 @@ def completions_of(
     a completion that neither ended with one of `ends` nor reached the limit.
     """
     if sorted(output.index for output in outputs) != list(range(settings.num_completions)):
-        raise InputError(f"vLLM gave {len(outputs)} completions for {record_id}, not {settings.num_completions}.")
+        raise InputError(f"vLLM gave {len(outputs)} completions for {record.id}, not {settings.num_completions}.")
     completions = []
     for output in sorted(outputs, key=lambda output: output.index):
         ids = list(output.token_ids)
         logps = [float(row[token].logprob) for token, row in zip(ids, output.logprobs or (), strict=False)]
         if not ids or len(logps) != len(ids):
-            raise InputError(f"vLLM gave {len(ids)} tokens but {len(logps)} log-probabilities for {record_id}.")
-        completion = completion_of(ids, math.fsum(logps), ends, tokenizer)
+            raise InputError(f"vLLM gave {len(ids)} tokens but {len(logps)} log-probabilities for {record.id}.")
+        completion = completion_of(record, ids, math.fsum(logps), ends, tokenizer)
         at_limit = completion.finish_reason == "length" and len(ids) == settings.max_new_tokens
         if completion.finish_reason != output.finish_reason or not (completion.finish_reason == "stop" or at_limit):
             raise InputError(
-                f"vLLM says that a completion of {record_id} ended by {output.finish_reason!r}, but its "
+                f"vLLM says that a completion of {record.id} ended by {output.finish_reason!r}, but its "
                 f"{len(ids)} tokens say {completion.finish_reason!r}; its log-probabilities cannot be trusted."
             )
         completions.append(completion)

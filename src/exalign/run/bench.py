@@ -22,7 +22,7 @@ from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches

@@ -18,8 +18,7 @@ from exalign.data.tokenization import tokenize_records
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import reference_logprobs
 from exalign.redaction import redact
-from exalign.rollout.grouped import GroupedSampler
-from exalign.rollout.sampler import Sampler
+from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.settings import SampleSettings
 from exalign.run.runner import Run
 from exalign.run.sources import SCORING_TOKENS, load_run_tokenizer, load_supervised, model_identity, ready

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from exalign.methods.ppo import train_ppo
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_reward_model
 from exalign.models.model_settings import ModelSettings
 from exalign.run.on_policy import on_policy_inputs, on_policy_needs, surroundings

@@ -18,7 +18,7 @@ from rich.console import Console
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, counted_in, iter_shard, read_header, shards_of
 from exalign.data.store import write_header as close
-from exalign.rollout.grouped import GroupedSampler
+from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorer import scored
 from exalign.rollout.settings import SampleSettings, VLLMSettings
 from exalign.rollout.vllm import VLLMSampler, engine_arguments

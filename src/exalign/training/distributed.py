@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from exalign.errors import InputError
-from exalign.models.packing import base_of
+from exalign.models.capability import base_of
 from exalign.processes import is_on, join, on_cpu, several, shards
 
 

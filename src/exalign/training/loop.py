@@ -26,11 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
 from exalign.errors import InputError
-from exalign.models.actor_critic import ActorCritic
+from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import save_model
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
-from exalign.models.scalar_head import PackedScorer
 from exalign.redaction import redact_values
 from exalign.settings import Settings
 from exalign.storage import fingerprint, remove_leftovers

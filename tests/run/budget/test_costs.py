@@ -16,9 +16,8 @@ from exalign.models.flops import forward_flops, training_flops
 from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import LoraSettings, ModelSettings
-from exalign.rollout.plain_decoder import Branches
+from exalign.rollout.sampler import Branches, SharedDecoder
 from exalign.rollout.settings import SampleSettings
-from exalign.rollout.shared_decoder import SharedDecoder
 from exalign.run.budget.architecture import PUBLIC_CONFIGURATIONS, Architecture, architecture_of
 from exalign.run.budget.assumptions import Assumptions
 from exalign.run.budget.cost import forward_cost, sampling_cost, training_cost

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from exalign.errors import InputError
+from exalign.models.capability import base_of
 from exalign.models.flops import matrices
 from exalign.models.loading import with_lora
 from exalign.models.model_settings import ModelSettings
-from exalign.models.packing import base_of
 
 Kind = Literal["policy", "reward model", "classifier"]
 _LABELS: dict[Kind, int | None] = {"policy": None, "reward model": 1, "classifier": 2}

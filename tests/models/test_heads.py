@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from exalign.data.batching import Group
-from exalign.models.packing import plan_for
-from exalign.models.scalar_head import PackedScorer, completion_outputs, plain_completion_outputs
+from exalign.models.capability import plan_for
+from exalign.models.heads import PackedScorer, completion_outputs, plain_completion_outputs
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
-from exalign.models.logprobs import holds
-from exalign.models.packing import (
-    base_of,
-    device_of,
+from exalign.models.capability import base_of, device_of, plan_for, row_hidden, stream_hidden
+from exalign.models.logprobs import holds, packed_token_logprobs
+from exalign.models.prefix_tree import (
     padded_rows,
-    plan_for,
+    policy_stream,
     predicted_tokens,
-    row_hidden,
-    stream_hidden,
+    predictions,
     unflatten,
     unflatten_tokens,
+    whole_stream,
 )
-from exalign.models.prefix_tree import policy_stream, predictions, whole_stream
 
 
 class PackedScorer(nn.Module):
@@ -35,6 +33,36 @@ class PackedScorer(nn.Module):
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """Head outputs `[B, K, num_labels]`, see `completion_outputs`."""
         return _packed_outputs(self.model, groups)
+
+
+class ActorCritic(nn.Module):
+    """The policy is `model`, a transformers language model; `critic` is a sequence classifier with one label.
+
+    They share no weights. Their forward takes groups, so that whatever hooks into it (mixed precision) acts on both.
+    `kl_coefficient` is a number that their trainer may adapt on the way, and is kept with the weights in checkpoints.
+    As under `PackedPolicy`, gradients of the policy's vocabulary go to `.grad` directly: use `backward()`.
+    """
+
+    def __init__(self, model: nn.Module, critic: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.critic = critic
+        self.kl_coefficient: Tensor
+        self.register_buffer("kl_coefficient", torch.zeros(()))
+        plan_for(model)
+        plan_for(critic)
+
+    def forward(
+        self, groups: Sequence[Group], *, temperature: float, critic_alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """log π(y_t|x, y_<t) in nats and the value V_t of the state before y_t: two `[B, K, T]`, 0 on padding.
+
+        While the critic is trained alone the log-probabilities carry no gradient: whatever exchanges gradients between
+        processes then waits for the critic's only.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_alone):
+            logp = packed_token_logprobs(self.model, groups, temperature)
+        return logp, completion_values(self.critic, groups)
 
 
 def completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -57,11 +85,13 @@ def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """
     plan, base, device = plan_for(model), _critic(model), device_of(model)
     if plan.tree:
-        stream = policy_stream(groups, device)
-        wanted = predictions(groups, stream.layout, device)
+        parts, numbers = plan.sides(groups)
+        stream = policy_stream(parts, device)
+        wanted = predictions(parts, stream.layout, device)
         hidden = stream_hidden(base, stream)
         values = base.score(torch.cat([hidden[begin:end] for begin, end in wanted.spans]))[wanted.rows, 0]
-        return unflatten_tokens(_accurate(values), wanted.sequences, groups)
+        sequences = wanted.sequences if numbers is None else numbers.to(device)[wanted.sequences]
+        return unflatten_tokens(_accurate(values), sequences, groups)
     input_ids, attention_mask, prompt_lengths = padded_rows(groups, device)
     predicted = predicted_tokens(attention_mask, prompt_lengths)
     values = base.score(row_hidden(base, input_ids, attention_mask)[:, :-1][predicted])[:, 0]
@@ -108,9 +138,11 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     if not hasattr(base, "score"):
         return plain_completion_outputs(model, groups)
     if plan.tree:
-        stream = whole_stream(groups, device)
-        last = [end - 1 for tree in stream.layout.trees for _, end in tree.leaf_spans]
-        hidden = stream_hidden(base, stream)[torch.tensor(last, device=device)]
+        parts, numbers = plan.sides(groups)
+        stream = whole_stream(parts, device)
+        last = torch.tensor([end - 1 for tree in stream.layout.trees for _, end in tree.leaf_spans])
+        last = last if numbers is None else last[numbers.argsort()]
+        hidden = stream_hidden(base, stream)[last.to(device)]
     else:
         input_ids, attention_mask, _ = padded_rows(groups, device)
         last_of_row = attention_mask.sum(dim=1) - 1

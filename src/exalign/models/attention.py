@@ -1,13 +1,16 @@
-"""Exact attention over a stream of trees, inside transformers models that were not changed.
+"""Exact attention in which a prompt is shared by its completions, inside transformers models that were not changed.
 
-`use_tree_attention(model)` points the model's attention at functions registered with transformers. They behave as the
-model's own until a `TreeLayout` stands where the attention mask would be. The layout gets there because transformers
-asks the registered mask function for a mask and hands whatever it returns to every layer; so no mask is ever built, and
-a layer that activation checkpointing computes a second time still has it.
+`share_prompts(model)` points the model's attention at functions registered with transformers. They behave as the
+model's own until a layout stands where the attention mask would be. It gets there because transformers asks the
+registered mask function for a mask and hands whatever it returns to every layer; so no mask is ever built, and a layer
+that activation checkpointing computes a second time still has it. Windows, soft caps and grouped queries are met here.
 
-On a CPU a tree is attended to by the flash kernel that returns the log-sum-exp: `[prompt | leaf_1]` is one causal call,
-every further leaf one causal call to itself, and all further leaves one full call to the prompt, merged by
-out = w out_self + (1 − w) out_prompt, w = σ(lse_self − lse_prompt). Elsewhere FlexAttention runs with a block mask.
+In training a `TreeLayout` says who sees whom. On a CPU a tree is attended to by the flash kernel that returns the
+log-sum-exp: `[prompt | leaf_1]` is one causal call, every further leaf one causal call to itself, and all further
+leaves one full call to the prompt, merged by out = w out_self + (1 − w) out_prompt, w = σ(lse_self − lse_prompt).
+Elsewhere FlexAttention runs with a block mask. In decoding a `StepLayout` does: whole prompts that enter, then one
+token of each live completion, which attends to the prompt's keys, read once for all completions of the group, and to
+its own completion's, merged in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,22 +27,76 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from exalign.models.prefix_tree import Tree, TreeLayout
 
-_PREFIX = "tree_over_"
+_PREFIX = "sharing_over_"
+_FIRST_CAPACITY = 32
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_current: ContextVar[TreeLayout | None] = ContextVar("exalign_tree_layout", default=None)
 
 
-class TreeUnsupportedError(Exception):
-    """This architecture asks for an attention that the tree form does not have; the message says which."""
+class UnsupportedAttentionError(Exception):
+    """This architecture asks for an attention that is not computed here; the message says which."""
 
 
-def use_tree_attention(model: PreTrainedModel) -> None:
-    """Point the model's attention at the tree functions. Without a layout it computes what it computed before."""
+@dataclass(eq=False)
+class SharedCache:
+    """Keys and values of one group: per layer, the prompt's `[2, H, P, D]` and the completions' `[2, R, H, T, D]`.
+
+    `length` counts the tokens of each live completion that are in the cache; room for more is added by doubling.
+    """
+
+    prompt: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    num_rows: int = 0
+    prompt_length: int = 0
+    length: int = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
+        """Add one token's `[R, H, D]` keys and values to each completion; returns `[2, R, H, length + 1, D]`."""
+        if layer == len(self.rows):
+            heads, width = key.shape[1:]
+            self.rows.append(key.new_empty(2, self.num_rows, heads, _FIRST_CAPACITY, width))
+        stored = self.rows[layer]
+        if stored.shape[3] == self.length:
+            grown = stored.new_empty(*stored.shape[:3], 2 * self.length, stored.shape[4])
+            grown[:, :, :, : self.length] = stored
+            self.rows[layer] = stored = grown
+        stored[0, : self.num_rows, :, self.length] = key
+        stored[1, : self.num_rows, :, self.length] = value
+        return stored[:, : self.num_rows, :, : self.length + 1]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the completions that are not in `rows` (ascending): the live ones move into the freed places."""
+        for stored in self.rows:
+            for place, row in enumerate(rows):
+                if place != row:
+                    stored[:, place, :, : self.length] = stored[:, row, :, : self.length]
+        self.num_rows = len(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayout:
+    """Which tokens of the row belong to whom: `entering` groups' prompts, then one token per live row of `running`."""
+
+    entering: list[SharedCache]
+    running: list[SharedCache]
+    window: int | None = None
+
+    def with_window(self, window: int | None) -> StepLayout:
+        """This layout seen by a layer with a sliding window."""
+        return self if window is None or window == self.window else replace(self, window=window)
+
+
+Layout = TreeLayout | StepLayout
+_current: ContextVar[Layout | None] = ContextVar("exalign_layout", default=None)
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Point the model's attention at the functions here. Without a layout it computes what it computed before."""
     original = str(model.config._attn_implementation)
     if original.startswith(_PREFIX):
         return
@@ -49,18 +107,23 @@ def use_tree_attention(model: PreTrainedModel) -> None:
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
-    """Undo `use_tree_attention`."""
+    """Undo `share_prompts`."""
     model.config._attn_implementation = model.config._attn_implementation.removeprefix(_PREFIX)
 
 
 @contextmanager
-def tree_layout(layout: TreeLayout) -> Iterator[None]:
-    """While open, a model under `use_tree_attention` reads its row of tokens as this stream."""
+def laid_out(layout: Layout) -> Iterator[None]:
+    """While open, a model under `share_prompts` reads its row of tokens by this layout."""
     token = _current.set(layout)
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def current_layout() -> Layout | None:
+    """The layout by which a row is being read, if any."""
+    return _current.get()
 
 
 def _mask(original: str, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +133,7 @@ def _mask(original: str, *args: Any, **kwargs: Any) -> Any:
         own: Callable[..., Any] | None = AttentionMaskInterface._global_mapping.get(original)  # type: ignore[assignment]
         return None if own is None else own(*args, **kwargs)
     if kwargs.get("use_vmap"):
-        raise TreeUnsupportedError("it changes the causal mask")
+        raise UnsupportedAttentionError("it changes the causal mask")
     return layout.with_window(kwargs.get("local_size"))
 
 
@@ -84,21 +147,25 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls for attention: query `[1, H, N, D]`, key and value with as many or fewer heads."""
-    if not isinstance(attention_mask, TreeLayout):
+    if not isinstance(attention_mask, Layout):
         own: Callable[..., Any] | None = AttentionInterface._global_mapping.get(original)
         if own is None:  # "eager" is not in the table: each modelling file has its own
             own = sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
-    for name in ("s_aux", "position_bias", "sinks"):
+    for name in ("s_aux", "position_bias", "sinks", "head_mask"):
         if kwargs.get(name) is not None:
-            raise TreeUnsupportedError(f"its attention takes {name}")
+            raise UnsupportedAttentionError(f"its attention takes {name}")
     if kwargs.get("dropout"):
-        raise TreeUnsupportedError("its attention has dropout")
+        raise UnsupportedAttentionError("its attention has dropout")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedAttentionError("its attention is not causal")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # Under autocast some models rotate queries and keys in float32 beside half precision values; kernels want one type.
     query, key, value = (states.to(value.dtype) for states in (query, key, value))
     layout, softcap = attention_mask.with_window(kwargs.get("sliding_window")), kwargs.get("softcap")
+    if isinstance(layout, StepLayout):
+        return _step_attention(module, query, key, value, layout, scale, softcap), None
     if query.device.type != "cpu":
         return flex_tree_attention(module, query, key, value, layout, scale=scale, softcap=softcap), None
     key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
@@ -125,12 +192,17 @@ def dense_tree_attention(
     outputs = []
     for tree in layout.trees:
         q, k, v = (states[:, :, tree.start : tree.end] for states in (query, key, value))
-        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
         hidden = ~layout.alone(tree).dense_mask(query.device)
-        outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v)
+        scores = _scores(q, k, scale, softcap).masked_fill(hidden, -torch.inf)
+        outputs.append(scores.softmax(-1).to(v.dtype) @ v)
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scaled and capped scores, at least in float32."""
+    scores = query @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def flex_tree_attention(
@@ -169,6 +241,71 @@ def tree_mask_mod(layout: TreeLayout, device: torch.device) -> Callable[[Tensor,
         return same_path & (q >= k) & (position[q] - position[k] < window)
 
     return mask_mod
+
+
+def _step_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, layout: StepLayout, scale: float, softcap: float | None
+) -> Tensor:
+    """One step of decoding: `[1, H, N, D]` each → `[1, N, H, D]`; the caches take the new keys and values."""
+    outputs: list[Tensor] = []
+    start = 0
+    for cache in layout.entering:
+        part = slice(start, start + cache.prompt_length)
+        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+        outputs.append(_prompt_attention(q, k, v, layout.window, scale, softcap)[0])
+        cache.prompt.append(torch.cat([k, v]))
+        start = part.stop
+    for cache in layout.running:
+        part = slice(start, start + cache.num_rows)
+        q, k, v = (states[0, :, part].transpose(0, 1) for states in (query, key, value))
+        own = cache.append(module.layer_idx, k, v)
+        outputs.append(_branch_attention(q, cache.prompt[module.layer_idx], own, layout.window, scale, softcap))
+        start = part.stop
+    return torch.cat(outputs)[None]
+
+
+def _prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Causal attention of one prompt to itself, `[1, P, H, D]`."""
+    heads, length = query.shape[1:3]
+    if softcap is None and (window is None or length <= window):
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=heads != key.shape[1]
+        )
+        return out.transpose(1, 2)
+    alone = TreeLayout((Tree(0, length, ()),), length, window)
+    key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    return dense_tree_attention(query, key, value, alone, scale=scale, softcap=softcap)
+
+
+def _branch_attention(
+    query: Tensor, prompt: Tensor, own: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of R completions' last tokens, query `[R, Hq, D]`, to the prompt and to their own tokens."""
+    rows, query_heads, width = query.shape
+    heads, prompt_length, length = own.shape[2], prompt.shape[2], own.shape[3]
+    first = 0 if window is None else max(0, prompt_length + length - window)
+    seen = own[:, :, :, max(0, first - prompt_length) :]
+    grouped = query.reshape(rows, heads, query_heads // heads, width)
+    out, lse = _attend(grouped, seen[0], seen[1], scale, softcap)
+    if first < prompt_length:
+        # The R completions are R × (query heads per key head) queries of one batch entry: the prompt is read once.
+        folded = grouped.transpose(0, 1).reshape(1, heads, -1, width)
+        p_out, p_lse = _attend(folded, prompt[:1, :, first:], prompt[1:, :, first:], scale, softcap)
+        p_out = p_out[0].reshape(heads, rows, -1, p_out.shape[-1]).transpose(0, 1)
+        p_lse = p_lse[0].reshape(heads, rows, -1).transpose(0, 1)
+        out = torch.lerp(out, p_out, torch.sigmoid(p_lse - lse)[..., None].to(out.dtype))
+    return out.reshape(rows, query_heads, -1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention without a mask, `[B, H, Q, D]` to `[B, H, L, D]`, and its log-sum-exp `[B, H, Q]`."""
+    if query.device.type == "cpu" and softcap is None and value.shape[-1] == query.shape[-1]:
+        return _flash(query, key, value, 0.0, False, scale=scale)
+    scores = _scores(query, key, scale, softcap)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
 
 
 class _MergedFlash(torch.autograd.Function):

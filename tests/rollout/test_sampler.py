@@ -17,11 +17,8 @@ from exalign.data.batching import Group
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.rollout.draw import prompt_uniforms
-from exalign.rollout.grouped import GroupedSampler
-from exalign.rollout.plain_decoder import PlainDecoder
+from exalign.rollout.sampler import GroupedSampler, PlainDecoder, SharedDecoder, prompt_uniforms
 from exalign.rollout.settings import SampleSettings
-from exalign.rollout.shared_decoder import SharedDecoder
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "mistral", "gemma", "gemma2"]
 TAU = 0.8

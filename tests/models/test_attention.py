@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from exalign.data.batching import Group
+from exalign.models.attention import dense_tree_attention, merged_tree_attention, repeat_heads, tree_mask_mod
 from exalign.models.prefix_tree import TreeLayout, policy_stream, predictions, whole_stream
-from exalign.models.tree_attention import dense_tree_attention, merged_tree_attention, repeat_heads, tree_mask_mod
 
 SHAPES = [
     [(1, [1])],

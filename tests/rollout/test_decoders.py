@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exalign.rollout.plain_decoder import Branches, PlainDecoder
-from exalign.rollout.shared_decoder import SharedDecoder, why_not_shared
+from exalign.rollout.sampler import Branches, PlainDecoder, SharedDecoder, decoder_for, why_not
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
 
@@ -75,22 +74,33 @@ def test_the_plain_decoder_is_its_twin(make_model, model_type):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_architectures_of_the_field_are_shared(make_model, model_type):
-    with torch.inference_mode():
-        assert why_not_shared(make_model(model_type), longest=64) is None
+    assert isinstance(decoder_for(make_model(model_type)), SharedDecoder)
 
 
-def test_the_model_is_left_as_it_was(make_model):
+def test_the_model_computes_what_it_did_before(make_model):
     model = make_model("llama")
-    before = model.config._attn_implementation
     ids = torch.arange(1, 8)[None]
     with torch.inference_mode():
         logits = model(ids).logits
         SharedDecoder(model).step([Branches(ids[0], 2)])
-        assert model.config._attn_implementation == before
         assert torch.equal(model(ids).logits, logits)
 
 
-def test_a_model_outside_says_why(make_model):
-    model = make_model("bloom", vocab_size=23, hidden_size=32, n_layer=1, n_head=2)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_reading_whole_texts_is_the_slowest_twin(make_model, model_type):
+    model = make_model(model_type)
     with torch.inference_mode():
-        assert "position_ids" in why_not_shared(model, longest=64)
+        follow(model, PlainDecoder(model, cached=False), steps=10, tolerance=1e-10)
+
+
+def test_a_model_outside_says_why(make_model, caplog):
+    model = make_model("bloom", vocab_size=23, hidden_size=32, n_layer=1, n_head=2)
+    assert isinstance(decoder_for(model), PlainDecoder)
+    assert "without shared prompts, which is slower: its attention does not go through" in caplog.text
+
+
+def test_a_decoder_that_gives_other_logits_is_found_out(make_model):
+    model, other = make_model("llama"), make_model("llama", scale=2.0)
+    assert why_not(SharedDecoder(model), model) is None
+    assert why_not(SharedDecoder(other), model) == "its logits differ from those of whole texts"
+    assert why_not(PlainDecoder(torch.nn.Linear(1, 1)), model).startswith("TypeError")
