@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from exalign.evaluation.run_folder import RunFolder
 from exalign.judging.askers import JudgeSettings
 from exalign.judging.asking import judge_pairs, questions
 from exalign.judging.comparisons import CRITERIA
 from exalign.judging.exchanges import Body, Reply
 from exalign.judging.instructions import load_instructions
-from exalign.judging.judgements import study_file
 from exalign.judging.pairing import choose, match_ups
 from exalign.judging.study import plan_study
 from exalign.judging.study_store import Store
@@ -88,8 +88,8 @@ def assess_run(
 ) -> None:
     """What a study leaves behind in which each person says what a rule of their own says, up to so many verdicts."""
     study = plan_study(run, matches, name=name, num_prompts=prompts, assessors=list(rules))
-    study_file(run).parent.mkdir(exist_ok=True)
-    store = Store(str(study_file(run)))
+    RunFolder(run).studies.parent.mkdir(exist_ok=True)
+    store = Store(str(RunFolder(run).studies))
     for person, token in store.create(study).items():
         assessor = store.assessor(token)
         assert assessor is not None

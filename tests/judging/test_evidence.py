@@ -14,10 +14,11 @@ from evaluation.synthetic_run import World, write_run
 from exalign.data.record import Completion
 from exalign.data.store import Header, read_records, write_records
 from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval, Judgements, Tally, read_evidence
 from exalign.judging.agreement import OVERALL, agreement, agreement_between, tally
 from exalign.judging.comparisons import CRITERIA, Comparison, read_comparisons, write_comparisons
-from exalign.judging.judgements import read_judgements, stored_studies, study_file
+from exalign.judging.judgements import read_judgements, stored_studies
 from judging.judged_run import assess_run, first_letter, judge_run, longer, moody, shorter
 
 WORLD = World(methods={"exo-rw": (0.9, (1.0,)), "dpo-rw": (0.5, (1.0,))}, num_prompts=20, pool=0, steps=4)
@@ -45,7 +46,7 @@ def folders(run: Path, judge: str) -> list[Path]:
 
 
 def people(run: Path) -> list[Comparison]:
-    (said,) = stored_studies(run)
+    (said,) = stored_studies(RunFolder(run))
     return said.comparisons
 
 
@@ -133,7 +134,7 @@ def test_what_cannot_be_read_is_left_out_and_said(run: Path) -> None:
     (interrupted / "summary.json").unlink()
     (foreign / "summary.json").write_text('{"version": 1, "graded_on": "people.jsonl"}')
     (damaged / "summary.json").write_text("{")
-    study_file(run).write_text("this is not a database, though it is long enough to be looked at" * 9)
+    RunFolder(run).studies.write_text("this is not a database, though it is long enough to be looked at" * 9)
     found = read_judgements(run)
     assert [(judge.name, len(judge.match_ups)) for judge in found.judges] == [("a moody one", 1)]
     assert found.studies == []
@@ -146,7 +147,7 @@ def test_what_cannot_be_read_is_left_out_and_said(run: Path) -> None:
 
 
 def test_a_study_without_verdicts_is_said(run: Path) -> None:
-    study_file(run).unlink()
+    RunFolder(run).studies.unlink()
     assess_run(run, "nobody came", [("exo-rw", "sft")], rules={"ann": longer}, prompts=3, verdicts=0)
     found = read_judgements(run)
     assert found.studies == []
@@ -187,7 +188,7 @@ def test_verdicts_on_answers_that_were_replaced_are_counted(run: Path) -> None:
 
 
 def test_a_published_set_beside_the_run_is_not_called_outdated(run: Path) -> None:
-    study_file(run).unlink()
+    RunFolder(run).studies.unlink()
     human = [Comparison(str(i), "Hi", "gpt-4", "llama", "a", "b", "someone", "first") for i in range(3)]
     write_comparisons(run / "assessment" / "published.jsonl", human)
     (study,) = read_judgements(run).studies

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from markupsafe import Markup
 
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval, Judgements, MethodEvidence, Tally
 from exalign.judging.agreement import OVERALL, tally
 from exalign.judging.comparisons import read_comparisons
@@ -88,7 +89,7 @@ def test_how_far_a_model_can_be_trusted_is_on_the_page(judged_run):
 def test_what_people_said_is_on_the_page(judged_run):
     run, judgements = judged_run
     rows = rows_of(run, "judged-by-people")
-    (said,) = stored_studies(run)
+    (said,) = stored_studies(RunFolder(run))
     for counted in tally(said.comparisons, OVERALL):
         verdicts = str(counted.num_judgements)
         assert [match_up(counted), "", *shares(counted), percent(counted.score), verdicts] in rows

@@ -259,6 +259,22 @@ class RunFolder:
             )
         return found
 
+    @classmethod
+    def around(cls, path: Path) -> tuple[RunFolder, str | None]:
+        """The run that `path` is, or lies in (`RUN/evaluation/METHOD`, or a step of it), and the system it names there.
+
+        The name is one that `answers` takes; None for a whole run. Neither is an `InputError`.
+        """
+        if cls(path).evaluation.is_dir():
+            return cls(path), None
+        parts = path.resolve().parts
+        if "evaluation" not in parts[:-1]:
+            raise InputError(f"{path} is no run directory with evaluation samples, nor a folder below RUN/evaluation.")
+        depth = len(parts) - 1 - parts[::-1].index("evaluation")
+        named = [part for part in parts[depth + 1 :] if part != "samples"]
+        names = (str(int(step[1])) if (step := _STEP.fullmatch(part)) else part for part in named)
+        return cls(Path(*parts[:depth])), "@".join(names)
+
     def searches(self) -> list[Search]:
         """The finished searches, in the order of `methods`."""
         found = []

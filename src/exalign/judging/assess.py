@@ -38,10 +38,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exalign.data.record import Prompt
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
 from exalign.judging.agreement import OVERALL, agreement, tally
 from exalign.judging.comparisons import CRITERIA, Comparison, write_comparisons
-from exalign.judging.judgements import study_file
 from exalign.judging.options import with_settings
 from exalign.judging.study import parse_matches, plan_study
 from exalign.judging.study_store import Answer, Assessor, Store
@@ -134,7 +134,7 @@ def new_study(
         per_item=settings.per_item,
         seed=settings.seed,
     )
-    place = Store(store or str(study_file(run)))
+    place = Store(store or str(RunFolder(run).studies))
     tokens = place.create(study)
     typer.echo(f"{len(study.items)} comparisons, {len(study.assignments)} assignments in {place.location}.")
     for key, count in study.counts.items():
@@ -252,7 +252,7 @@ def _names(text: str) -> list[str]:
 
 def _open_store(where: str) -> Store:
     if "://" not in where:
-        path = study_file(Path(where)) if Path(where).is_dir() else Path(where)
+        path = RunFolder(Path(where)).studies if Path(where).is_dir() else Path(where)
         if not path.is_file():
             raise InputError(f"{path} does not exist; make a study with `exalign assess new`.")
         where = str(path)

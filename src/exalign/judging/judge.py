@@ -50,9 +50,9 @@ def judge(
     """
     console = Console()
     instructions = load_instructions(settings.template)
-    root, found = match_ups(run, against)
+    opened, found = match_ups(run, against)
     asker = asker_for(endpoint, model, model_path, settings)
-    home = root / "judging" / "llm" / slug(f"{asker.judge}-{instructions.name}")
+    home = opened.judgements / slug(f"{asker.judge}-{instructions.name}")
     rows = []
     for match_up in found:
         folder = home / slug(f"{match_up.first}-vs-{match_up.second}")
@@ -68,7 +68,7 @@ def judge(
             "sources": list(match_up.sources),
             "counts": dict(match_up.counts),
         }
-        others = other_judgements(root, folder)
+        others = other_judgements(opened, folder)
         rows.append(judge_pairs(asked, asker, settings, folder, about=about, others=others, console=console))
     if not dry_run:
         _print_summaries(console, rows)

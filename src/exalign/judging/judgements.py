@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval, JudgeAgreement, Judgements, ModelJudge, ModelMatchUp, PeopleStudy, Tally
 from exalign.judging.agreement import OVERALL, agreement, agreement_with, tally
 from exalign.judging.comparisons import CRITERIA, Comparison, read_comparisons
@@ -29,27 +30,20 @@ class Said:
     num_asked: int | None = None
 
 
-def other_judgements(root: Path, folder: Path) -> dict[str, list[Comparison]]:
-    """Comparisons by other judges than the one that writes to `folder`, by where below `root` they were found.
-
-    Models: `judging/**/verdicts.jsonl`. People: the studies of `assessment/study.sqlite`, and what was exported to
-    `assessment/*.jsonl` from studies that are kept elsewhere.
+def other_judgements(run: RunFolder, folder: Path) -> dict[str, list[Comparison]]:
+    """Comparisons by other judges than the one that writes to `folder`, by where in the run they were found: those of
+    models, and of people the stored studies and what was exported from studies that are kept elsewhere.
     """
-    models = sorted(path for path in (root / "judging").rglob("verdicts.jsonl") if path.parent != folder)
-    found = {str(path.relative_to(root)): read_comparisons(path) for path in models}
-    stored = stored_studies(root) if study_file(root).is_file() else []
-    people = [*stored, *_kept_elsewhere(_exported_studies(root), stored)]
+    models = sorted(path for path in run.judgements.rglob("verdicts.jsonl") if path.parent != folder)
+    stored = stored_studies(run) if run.studies.is_file() else []
+    people = [*stored, *_kept_elsewhere(_exported_studies(run), stored)]
+    found = {run.relative(path): read_comparisons(path) for path in models}
     return {**found, **{said.source: said.comparisons for said in people}}
 
 
-def study_file(root: Path) -> Path:
-    """Where a run keeps its studies, unless they are in another database."""
-    return root / "assessment" / "study.sqlite"
-
-
-def stored_studies(root: Path) -> list[Said]:
-    """The studies of `assessment/study.sqlite`; `InputError` where SQLAlchemy is not installed."""
-    path = study_file(root)
+def stored_studies(run: RunFolder) -> list[Said]:
+    """The studies of the run's own database; `InputError` where SQLAlchemy is not installed."""
+    path = run.studies
     try:
         from exalign.judging.study_store import Store
     except ImportError:
@@ -62,9 +56,9 @@ def stored_studies(root: Path) -> list[Said]:
         store.close()
 
 
-def _exported_studies(root: Path) -> list[Said]:
-    paths = sorted((root / "assessment").glob("*.jsonl"))
-    return [Said(str(path.relative_to(root)), path.stem, read_comparisons(path)) for path in paths]
+def _exported_studies(run: RunFolder) -> list[Said]:
+    paths = sorted(run.assessment.glob("*.jsonl"))
+    return [Said(run.relative(path), path.stem, read_comparisons(path)) for path in paths]
 
 
 def _kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Said]:
@@ -73,18 +67,18 @@ def _kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Sa
     return [said for said in exported if not keys or any(c.key not in keys for c in said.comparisons)]
 
 
-def read_judgements(run: Path) -> Judgements:
-    """Everything that `exalign judge` and `exalign assess` left in the folder `run`, counted.
+def read_judgements(path: Path) -> Judgements:
+    """Everything that `exalign judge` and `exalign assess` left in the run directory `path`, counted.
 
-    Models: `judging/llm/*/*/summary.json` and the `verdicts.jsonl` beside it. People: the studies of
-    `assessment/study.sqlite` (where SQLAlchemy is installed), and what `assessment/*.jsonl` holds besides them. What
-    cannot be read is left out, with a sentence in `notes`: it withholds no report.
+    Models: every judged match-up's `summary.json` and the `verdicts.jsonl` beside it. People: the run's own studies
+    (where SQLAlchemy is installed), and what was exported to it besides them. What cannot be read is left out, with a
+    sentence in `notes`: it withholds no report.
     """
-    run, notes = Path(run), list[str]()
+    run, notes = RunFolder(path), list[str]()
     answers = _Answers(run)
-    folders = sorted({path.parent for path in (run / "judging" / "llm").glob("*/*/exchanges.jsonl")})
+    folders = sorted({path.parent for path in run.judgements.glob("*/*/exchanges.jsonl")})
     judged = [found for folder in folders if (found := _kept(partial(_judged, run, folder, answers), notes))]
-    stored = _kept(lambda: stored_studies(run), notes) if study_file(run).is_file() else None
+    stored = _kept(lambda: stored_studies(run), notes) if run.studies.is_file() else None
     exported = _kept(lambda: _exported_studies(run), notes)
     said = [*(stored or []), *_kept_elsewhere(exported or [], stored or [])]
     notes += [f"The study {one.name} has no verdicts yet." for one in said if not one.comparisons]
@@ -122,13 +116,13 @@ def _kept(read: Callable[[], T], notes: list[str]) -> T | None:
         return None
 
 
-def _judged(run: Path, folder: Path, answers: _Answers) -> _Judged:
-    where = folder.relative_to(run)
+def _judged(run: RunFolder, folder: Path, answers: _Answers) -> _Judged:
+    where = run.relative(folder / "summary.json")
     if not (folder / "summary.json").is_file():
-        raise InputError(f"judging into {where} was interrupted; run the same command again to end it.")
+        raise InputError(f"judging into {run.relative(folder)} was interrupted; run the same command again to end it.")
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or summary.get("version") != SUMMARY_VERSION:
-        raise InputError(f"{where / 'summary.json'} is not of a format that this exalign reads; judge again.")
+        raise InputError(f"{where} is not of a format that this exalign reads; judge again.")
     verdicts = read_comparisons(folder / "verdicts.jsonl")
     try:
         match_up = ModelMatchUp(
@@ -147,7 +141,7 @@ def _judged(run: Path, folder: Path, answers: _Answers) -> _Judged:
         )
         return _Judged(summary["judge"], summary["template"], match_up, verdicts)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where / 'summary.json'} is of no match-up of this run ({error!r}).") from None
+        raise InputError(f"{where} is of no match-up of this run ({error!r}).") from None
 
 
 def _tally(first: str, second: str, verdicts: Sequence[Comparison]) -> Tally:
@@ -198,7 +192,7 @@ def _agreements(judged: Sequence[_Judged], said: Sequence[Said]) -> Iterable[Jud
 class _Answers:
     """What the systems of a run answer now; each is read when it is first asked for."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._by_system: dict[str, dict[str, str] | None] = {}
 

@@ -7,7 +7,6 @@ METHOD@STEP. Its first sample of a prompt is its answer, so that nobody chose it
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from typing import TypeVar
 from exalign.data.record import Record
 from exalign.data.store import iter_records
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import REFERENCE, SUPERVISED, RunFolder
 from exalign.judging.comparisons import Pair
 
 P = TypeVar("P", bound=Pair)
-REFERENCE = "reference"
-"""The system name of the reference texts."""
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -55,83 +52,53 @@ class MatchUp:
     sources: tuple[str, str]
 
 
-def system(run: Path, name: str) -> System:
+def system(run: RunFolder, name: str) -> System:
     """A system of a run by its name; `InputError` where the run has no answers of it."""
-    if (found := _samples(run).get(name)) is None:
-        known = ", ".join(name for name in _samples(run) if "@" not in name and name != REFERENCE) or "nothing"
-        raise InputError(f"{run} has no evaluation samples of {name}; evaluated there: {known}.")
-    return System(name, found)
+    return System(name, run.answers(name))
 
 
-def _samples(run: Path) -> dict[str, Path]:
-    """Where the answers of every system of a run stand, by its name."""
-    evaluation = run / "evaluation"
-    places = {"sft": evaluation / "sft" / "samples", REFERENCE: evaluation / "prompts"}
-    steps = [(int(found[1]), path) for path in evaluation.glob("*/step-*/samples")
-             if (found := _STEP.fullmatch(path.parent.name))]  # fmt: skip
-    for step, path in sorted(steps):
-        method = path.parent.parent.name
-        places[method] = places[f"{method}@{step}"] = path  # of the bare name the last step stays
-    return {name: path for name, path in sorted(places.items()) if path.is_dir()}
-
-
-def systems(path: Path) -> tuple[Path, list[System]]:
+def _systems(path: Path) -> tuple[RunFolder, list[System]]:
     """A run, and which of its systems `path` names: the run directory all of its methods at their last step,
     `RUN/evaluation/METHOD` or a step below it that one.
     """
-    path = Path(path)
-    if (path / "evaluation").is_dir():
-        names = [name for name in _samples(path) if name not in ("sft", REFERENCE) and "@" not in name]
-        if not names:
-            raise InputError(f"{path} has no samples of an aligned model (evaluation/METHOD/step-*/samples).")
-        return path, [system(path, name) for name in names]
-    parts = path.resolve().parts
-    if "evaluation" not in parts[:-1]:
-        raise InputError(f"{path} is no run directory with evaluation samples, nor a folder below RUN/evaluation.")
-    depth = len(parts) - 1 - parts[::-1].index("evaluation")
-    named = [part for part in parts[depth + 1 :] if part != "samples"]
-    name = "@".join(str(int(step[1])) if (step := _STEP.fullmatch(part)) else part for part in named)
-    run = Path(*parts[:depth])
-    return run, [system(run, name)]
+    run, name = RunFolder.around(path)
+    names = [name] if name else [method for method in run.evaluated() if run.sampled_steps(method)]
+    if not names:
+        raise InputError(f"{path} has no samples of an aligned model; evaluate one (`exalign run` does).")
+    return run, [system(run, name) for name in names]
 
 
-def match_ups(path: Path, against: str) -> tuple[Path, list[MatchUp]]:
+def match_ups(path: Path, against: str) -> tuple[RunFolder, list[MatchUp]]:
     """The run, and one match-up for each of its systems that `path` names against `sft`, `chosen` (the reference
     texts), another system of the same run, or another run directory (there: the method of the same name, or its only
     one).
     """
-    run, named = systems(path)
-    opponents = [_opponent(run, one, against) for one in named]
-    # A method against itself is left out, where all methods of a run are judged against one of them.
-    met = [
-        (one, other)
-        for one, other in zip(named, opponents, strict=True)
-        if one.samples.resolve() != other.samples.resolve()
-    ]
-    if not met:
-        raise InputError(f"Nothing to compare: {against} is the only policy of {run}.")
+    run, named = _systems(path)
     references = reference_texts(run)
+    met = [(one, other) for one in named if (other := _opponent(run, one, against)).samples != one.samples]
+    if not met:
+        raise InputError(f"Nothing to compare: {against} is the only policy of {run.path}.")
     return run, [match_up(one, other, references) for one, other in met]
 
 
-def _opponent(run: Path, one: System, against: str) -> System:
-    name, known = REFERENCE if against == "chosen" else against, _samples(run)
-    if name in known:
-        return system(run, name)
-    if not Path(against).is_dir():
-        names = ", ".join(["sft", "chosen", *(name for name in known if name not in ("sft", REFERENCE))])
-        raise InputError(f"--against {against}: neither one of {names} nor a run directory.")
-    other, found = systems(Path(against))
+def _opponent(run: RunFolder, one: System, against: str) -> System:
+    try:
+        return system(run, REFERENCE if against == "chosen" else against)
+    except InputError:
+        if not Path(against).is_dir():
+            names = ", ".join([SUPERVISED, "chosen", *run.evaluated()])
+            raise InputError(f"--against {against}: neither one of {names} nor a run directory.") from None
+    other, found = _systems(Path(against))
     same_name = [candidate for candidate in found if candidate.name == one.name] or found
     if len(same_name) > 1:
         names = ", ".join(candidate.name for candidate in found)
         raise InputError(f"{against} has no {one.name} but {names}: name one as {against}/evaluation/METHOD.")
-    return System(f"{other.resolve().name}:{same_name[0].name}", same_name[0].samples)
+    return System(f"{other.path.resolve().name}:{same_name[0].name}", same_name[0].samples)
 
 
-def reference_texts(run: Path) -> dict[str, str]:
+def reference_texts(run: RunFolder) -> dict[str, str]:
     """The reference answers of a run's evaluation prompts, where it has any."""
-    return system(run, REFERENCE).answers if REFERENCE in _samples(run) else {}
+    return system(run, REFERENCE).answers if run.prompts.is_dir() else {}
 
 
 def match_up(one: System, other: System, references: dict[str, str]) -> MatchUp:

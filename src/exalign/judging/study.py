@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
 from exalign.judging.comparisons import Pair, Side
 from exalign.judging.pairing import choose, match_up, reference_texts, system
 
@@ -79,8 +80,9 @@ def plan_study(
         raise InputError(f"{per_item} judgements per comparison need as many assessors; there are {len(assessors)}.")
     if len(set(assessors)) < len(assessors):
         raise InputError("Two assessors have the same name; their verdicts could not be told apart.")
-    systems = {one: system(run, one) for one in dict.fromkeys(one for match in matches for one in match)}
-    references = reference_texts(run)
+    folder = RunFolder(run)
+    systems = {one: system(folder, one) for one in dict.fromkeys(one for match in matches for one in match)}
+    references = reference_texts(folder)
     found = [match_up(systems[first], systems[second], references) for first, second in matches]
     shared = set.intersection(*({pair.prompt_id for pair in one.pairs} for one in found))
     if len(shared) < num_prompts:

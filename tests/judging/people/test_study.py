@@ -94,7 +94,7 @@ def test_what_the_run_cannot_give_is_said(make_run):
 
     with pytest.raises(InputError, match="share only 3"):
         plan([("exo", "dpo")], num_prompts=4)
-    with pytest.raises(InputError, match="no evaluation samples of kto; evaluated there: dpo, exo, ppo, sft"):
+    with pytest.raises(InputError, match="no evaluation samples of kto; evaluated there: sft, dpo, exo, ppo"):
         plan([("exo", "kto")])
     with pytest.raises(InputError, match="exo@7"):
         plan([("exo@7", "dpo")])
