@@ -203,7 +203,7 @@ def unsupported(base: Any) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What an architecture raised, in short."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
@@ -223,7 +223,7 @@ def _tree_trial(base: Any) -> str | None:
                 if not _agree(together[begin:end], alone):
                     return "a trial stream did not give the hidden states of plain rows (is dropout on?)"
     except Exception as error:  # any architecture may run here; whatever it raises means: not this way
-        return f"a trial stream failed ({first_line(error)})"
+        return f"a trial stream failed ({in_short(error)})"
     return None
 
 

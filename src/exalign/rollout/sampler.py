@@ -26,7 +26,7 @@ from exalign.data.record import Completion, Record
 from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
 from exalign.errors import InputError
 from exalign.models.attention import SharedCache, StepLayout, laid_out, share_prompts
-from exalign.models.capability import base_of, check_positions, first_line, unsupported
+from exalign.models.capability import base_of, check_positions, in_short, unsupported
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import read_object
@@ -546,5 +546,5 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
                 rows = texts[place] * (2 // len(texts[place]))
                 texts[place] = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens, strict=True)]
     except Exception as error:  # any architecture may run here; whatever it raises means: not this way
-        return first_line(error)
+        return in_short(error)
     return None
