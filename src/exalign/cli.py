@@ -138,16 +138,22 @@ def inspect(
     model: Annotated[str, typer.Option("--model", help="The model or tokenizer whose tokens are shown.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="As data.columns: prompt=question; repeatable.")
+    ] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option(metavar="THEIRS=OURS", help="As data.labels: model_a=0; repeatable.")
+    ] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="For plain text: tokens of the prompt.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=2)] = 512,
     max_completion_tokens: Annotated[int, typer.Option(min=1)] = 512,
 ) -> None:
     """Show exactly which tokens are prompt, which are completion, what was cut, and the counts."""
     from exalign.data.inspection import inspect_source, render_inspection
-    from exalign.data.reading import DataSettings
+    from exalign.data.reading import settings_of
     from exalign.models.loading import load_tokenizer
 
-    settings = DataSettings(source=data, split=split, prompt_tokens=prompt_tokens)
+    settings = settings_of(data, columns or (), labels or (), split=split, prompt_tokens=prompt_tokens)
     found = inspect_source(
         settings,
         load_tokenizer(model),

@@ -68,6 +68,11 @@ def test_the_picture_names_what_matters(tokenizer):
     assert "prompts cut" in text
 
 
+def test_weight_and_tools_are_shown(tokenizer):
+    text = printed(inspect([Record("r", "p", (Completion("c"),), weight=0.5, tools="[{}]")], tokenizer))
+    assert "r, weight 0.5, with tools" in text
+
+
 def test_a_pair_of_equal_tokens_is_shown_as_dropped(tokenizer):
     record = Record("r", "p", (Completion("same"), Completion("same")), preferred=0)
     inspection = inspect([record], tokenizer)

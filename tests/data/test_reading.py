@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.data.reading import DataSettings, read_source
+from exalign.data.reading import DataSettings, read_source, settings_of, shared_prompts
 from exalign.data.record import Completion, Record, pairs_from_rewards
 from exalign.data.shapes import Shape
 from exalign.data.store import Header, write_records
@@ -52,6 +52,9 @@ SHAPES = [
     ({"chosen": DIALOGUE + " Hello!", "rejected": DIALOGUE + " Hey."}, DIALOGUE, [" Hello!", " Hey."], 0),
     ({"prompt": None, "chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, DIALOGUE, [" a", " b"], 0),
     ({"prompt": "p", "completions": ["a", "", "a"]}, "p", ["a", "", "a"], None),
+    ({"completions": [[USER, HELLO], [USER, HEY]]}, (USER,), ["Hello!", "Hey."], None),
+    ({"completions": [DIALOGUE + " a", DIALOGUE + " b"]}, DIALOGUE, [" a", " b"], None),
+    ({"prompt": "Hi", "completions": [HELLO, "Hey."]}, (USER,), ["Hello!", "Hey."], None),
     ({"prompt": "p"}, "p", [], None),
     ({"prompt": "", "completion": "c"}, "", ["c"], None),
     ({"prompt": "p", "completions": ["a", None]}, "p", ["a"], None),
@@ -290,14 +293,14 @@ def test_every_column_with_content_is_used_or_counted():
     counts = Counter()
     row = {"id": "x", "margin": 0.5, "empty": None, "none": [], **PAIR}
     convert(row, counts)
-    assert counts == {"column_id_not_used": 1, "column_margin_not_used": 1}
+    assert counts == {"column id not used": 1, "column margin not used": 1}
     counts = Counter()
     convert({**PAIR, "question": "q"}, counts, columns={"prompt": "question"})
-    assert counts == {"column_prompt_not_used": 1}
+    assert counts == {"column prompt not used": 1}
     counts = Counter()
     convert({f"more {i}\ud800\n": 1 for i in range(150)} | PAIR, counts)
     assert counts.total() == 150
-    assert counts["other_columns_not_used"] == 50
+    assert counts["other columns not used"] == 50
     assert all(name.isprintable() for name in counts)
 
 
@@ -574,7 +577,7 @@ def test_columns_may_be_expressions(write_jsonl):
     first, second = read(path, counts, columns=columns)
     assert (first.prompt, second.prompt) == ("Translate.\nHallo", "Translate.")
     assert [(c.text, c.reward) for c in first.completions] == [("Hello", 2.0)]
-    assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column_meta_not_used": 2}
+    assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column meta not used": 2}
     (last, _) = read(path, columns={**columns, "completions": "[answers[-1].text]", "rewards": "[`3`]"})
     assert last.rewards == [3.0]
 
@@ -599,6 +602,20 @@ def test_a_column_that_nothing_reads_is_no_setting():
         DataSettings(source="x", columns={"rejcted": "x"})
     with pytest.raises(ValueError, match=r"'question' is no column.*ours: theirs"):
         DataSettings(source="x", columns={"question": "prompt"})
+
+
+def test_columns_and_labels_of_a_command_line():
+    columns, labels = ["prompt=a[?b=='c'].d", "completions=x"], ["model_a=0", "tie=tie", "a=b=1"]
+    settings = settings_of("x", columns, labels, split=None, prompt_tokens=None)
+    assert settings.columns == {"prompt": "a[?b=='c'].d", "completions": "x"}
+    assert settings.labels == {"model_a": 0.0, "tie": "tie", "a=b": 1.0}
+    for wrong, message in [
+        ({"columns": ["prompt"]}, "--columns 'prompt' is not NAME=VALUE"),
+        ({"labels": ["a=b"]}, "labels"),
+        ({"columns": ["promt=a"]}, r"columns: 'promt' is no column.*did you mean prompt"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            settings_of("x", **{"columns": [], "labels": [], **wrong}, split=None, prompt_tokens=None)
 
 
 def test_a_share_is_the_same_rows_every_time_in_their_order(write_jsonl):
@@ -626,11 +643,35 @@ def test_several_sources_are_one_and_each_is_counted(tmp_path, write_jsonl):
     records = list(read_source([first, second], counts))
     assert [(r.id, r.prompt, r.weight) for r in records] == [("1/a.jsonl:1", "p", None), ("2/b.jsonl:1", "q", 1.5)]
     assert counts == {
-        "rows": 3, "records": 2, "empty_completions": 1, "column_id_not_used": 1,
+        "rows": 3, "records": 2, "empty_completions": 1, "column id not used": 1,
         "source 1: rows": 2, "source 1: records": 1, "source 1: empty_completions": 1,
-        "source 2: rows": 1, "source 2: records": 1, "source 2: column_id_not_used": 1,
+        "source 2: rows": 1, "source 2: records": 1, "source 2: column id not used": 1,
     }  # fmt: skip
     assert list(read_source([first], Counter())) == list(read_source(first, Counter()))
+
+
+def test_rows_of_one_prompt_are_joined(write_jsonl):
+    rows = [
+        {"prompt": p, "completions": [c], "rewards": [r]} for p, c, r in [("p", "a", 1), ("p", "b", 2), ("q", "c", 3)]
+    ]
+    counts = Counter()
+    records = read(write_jsonl([*rows, rows[0]]), counts, join=True)
+    assert [(r.id, len(r.completions), r.rewards) for r in records] == [
+        ("data.jsonl:1", 2, [1.0, 2.0]),
+        ("data.jsonl:3", 1, [3.0]),
+        ("data.jsonl:4", 1, [1.0]),
+    ]
+    assert counts == {"rows": 4, "records": 3}
+    with pytest.raises(InputError, match="`join` cannot take effect on row data.jsonl:1"):
+        read(write_jsonl([PAIR, PAIR]), join=True)
+
+
+def test_prompts_that_two_sources_share(write_jsonl):
+    """Once each, however often and with whatever white space around."""
+    first = [Record("1", "p"), Record("2", "q"), Record("3", (USER,))]
+    second = [Record("4", " p\n"), Record("5", "p"), Record("6", ({**USER, "content": "Hi "},)), Record("7", "r")]
+    assert shared_prompts(first, second) == (2, 3)
+    assert shared_prompts(iter(second), iter(first)) == (2, 3)
 
 
 def test_a_tilde_is_expanded_once(tmp_path, monkeypatch, write_jsonl):

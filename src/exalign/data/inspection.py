@@ -57,6 +57,8 @@ class InspectedRow:
     prompt: tuple[Token, ...]
     completions: tuple[InspectedCompletion, ...]
     dropped: bool
+    weight: float | None
+    tools: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def inspect_records(
                     _prompt_tokens(prompt, kept_prompt, tokenizer),
                     tuple(_completions(record, completions, kept, tokenizer)),
                     dropped,
+                    record.weight,
+                    record.tools,
                 )
             )
     shown = {name: number for name, number in counts.items() if number}
@@ -183,7 +187,9 @@ def _row_panel(row: InspectedRow) -> Panel:
         name += "" if completion.reward is None else f" (reward {completion.reward:g})"
         name += "" if completion.ended else " (no end-of-sequence)"
         parts.append(_line(name, completion.tokens, "green"))
-    title = escape_controls(row.id) + (": dropped, both sides have the same tokens" if row.dropped else "")
+    title = escape_controls(row.id) + ("" if row.weight is None else f", weight {row.weight:g}")
+    title += ", with tools" if row.tools else ""
+    title += ": dropped, both sides have the same tokens" if row.dropped else ""
     return Panel(Renderables(*parts), title=Text(title), title_align="left", box=box.ROUNDED)
 
 
@@ -216,5 +222,5 @@ def _summary(inspection: Inspection) -> Table:
     ):
         table.add_row(name, f"{lengths.number:,}", f"{lengths.median:g}", f"{lengths.maximum:,}", f"{limit:,}")
     for name, number in sorted(inspection.counts.items()):
-        table.add_row(name.replace("_", " "), f"{number:,}")
+        table.add_row(name if " " in name else name.replace("_", " "), f"{number:,}")
     return table

@@ -17,13 +17,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, spelled
@@ -88,6 +88,7 @@ class DataSettings(Settings):
     share: float = Field(
         1.0, gt=0, le=1, description="Each row is kept with this probability, by its place and `shuffle_seed` alone."
     )
+    join: bool = Field(False, description="Makes one record of rows that follow one another and have the same prompt.")
     weight: float | None = Field(
         None, ge=0, description="The weight of each row of this source in the loss, times the row's own."
     )
@@ -128,6 +129,32 @@ def each(sources: Sources) -> list[DataSettings]:
 def named(sources: Sources) -> str:
     """The names of one or several sources, for a message."""
     return ", ".join(settings.source for settings in each(sources))
+
+
+def settings_of(
+    source: str, columns: Iterable[str], labels: Iterable[str], *, split: str | None, prompt_tokens: int | None
+) -> DataSettings:
+    """The settings that a command line gives: `columns` as OURS=THEIRS, `labels` as THEIRS=OURS."""
+    values: dict[str, Any] = {"source": source, "split": split, "prompt_tokens": prompt_tokens}
+    for name, given in (("columns", columns), ("labels", labels)):
+        pairs = [text.partition("=") if name == "columns" else text.rpartition("=") for text in given]
+        if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0] or not pair[1]]:
+            raise InputError(f"--{name} {wrong[0][:100]!r} is not NAME=VALUE, as in prompt=question or model_a=0.")
+        values[name] = {left: right for left, _, right in pairs}
+    values["labels"] = {name: _number(meaning) for name, meaning in values["labels"].items()}
+    try:
+        return DataSettings.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        said = f"{'.'.join(map(str, found['loc']))[:100]}: {found['msg']}"
+        raise InputError(f"{said.removeprefix('Value error, ')}.") from None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +211,7 @@ def _read_one(
     else:
         _check_settings(settings, path)
         records = _foreign_records(settings, path, counts, tokenizer)
-    return _counted(records, settings.weight, counts)
+    return _counted(_joined(records) if settings.join else records, settings.weight, counts)
 
 
 def _own_records(folder: Path, settings: DataSettings, counts: Counter[str]) -> Iterator[Record]:
@@ -247,6 +274,14 @@ def _drawn(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str])
             yield row
         else:
             counts["rows_beyond_the_share"] += 1
+
+
+def _joined(records: Iterable[Record]) -> Iterator[Record]:
+    for _, same in groupby(records, key=lambda record: (record.prompt, record.tools)):
+        first, *more = same
+        if any(record.preferred is not None for record in (first, *more)):
+            raise InputError(f"`join` cannot take effect on row {first.id}, which has a preferred completion already.")
+        yield replace(first, completions=tuple(c for record in (first, *more) for c in record.completions))
 
 
 def _counted(records: Iterable[Record], weight: float | None, counts: Counter[str]) -> Iterator[Record]:

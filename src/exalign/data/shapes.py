@@ -3,7 +3,7 @@
 | columns with content | become |
 |---|---|
 | `chosen`, `rejected`, (`prompt` or `messages`) | K = 2, `preferred` = 0; the prompt may be what both begin with |
-| `prompt`, `completions`, (`rewards`, `ranks` or `preferred`) | K-wise |
+| `completions`, (`prompt` or `messages`), (`rewards`, `ranks` or `preferred`) | K-wise |
 | `prompt` that is a tree of `replies` | one K-wise record for every turn of the person's that was answered |
 | `prompt`, `completion`, (`label`) | K = 1 |
 | `messages` (or `conversations`) | K = 1: the last assistant message; without one, a prompt only |
@@ -52,9 +52,9 @@ Parts = tuple[Prompt, tuple[Completion, ...], int | None]
 _ACCEPTED = (
     "prompt+chosen+rejected, chosen+rejected, prompt+completions+rewards, prompt+completion, messages, prompt, or text"
 )
-_KINDS = (
+_KINDS: tuple[tuple[str, set[str], set[str]], ...] = (
     ("pair", {"chosen", "rejected"}, {"prompt", "messages"}),
-    ("group", {"prompt", "completions"}, {"rewards", "ranks", "preferred"}),
+    ("group", {"completions"}, {"prompt", "messages", "rewards", "ranks", "preferred"}),
     ("single", {"prompt", "completion"}, {"label"}),
     ("messages", {"messages"}, {"label"}),
     ("prompt", {"prompt"}, set()),
@@ -94,7 +94,7 @@ class Shape:
         self._json = {name for name in (*_SAID, *_LISTED) if _all_json(name, views)}
         views = [self._view(row) for row in rows]
         self.present: set[str] = set().union(*views)
-        self.kind, self.used = _kind(self.present, rows)
+        self.kind, self.used = _kind(self.present, rows, columns)
         if idle := sorted(columns.keys() - self.used):
             beside = ", ".join(sorted(self.used - {"system", "tools", "weight"}))
             raise ValueError(f"`columns` names {idle[0]}, which has no content here or no use beside {beside}.")
@@ -154,7 +154,7 @@ class Shape:
         if self.kind in ("group", "tree"):
             return self._group(row, counts)
         if self.kind == "single":
-            prompt, (answer,) = self._answered(row, [row.get("completion")], counts)
+            prompt, (answer,) = self._answered(row, {"completion": row.get("completion", "")}, counts)
             return self._single(prompt, answer, row, counts)
         if self.kind == "messages":
             messages = clean_messages(_needed(row, "messages"), "messages", counts)
@@ -166,33 +166,31 @@ class Shape:
         return self._single("", clean_text(row.get("text", ""), "text", counts), row, counts)
 
     def _pair(self, row: Values, counts: Counter[str]) -> Parts:
-        values = [row.get(name) for name in ("chosen", "rejected")]
-        if any(value is None for value in values):
+        if "chosen" not in row or "rejected" not in row:
             raise Dropped("pairs_with_empty_side")
-        prompt, sides = self._answered(row, values, counts)
+        prompt, sides = self._answered(row, {name: row[name] for name in ("chosen", "rejected")}, counts)
         if not all(side.strip() for side in sides):
             raise Dropped("pairs_with_empty_side")
         if sides[0].strip() == sides[1].strip():
             raise Dropped("pairs_equal")
         return prompt, tuple(Completion(side) for side in sides), 0
 
-    def _answered(self, row: Values, values: Sequence[Any], counts: Counter[str]) -> tuple[Prompt, list[str]]:
-        """The prompt and what each of `values` says to it: texts, messages, or conversations that bring it along."""
+    def _answered(self, row: Values, answers: Values, counts: Counter[str]) -> tuple[Prompt, list[str]]:
+        """The prompt and what each of `answers` says to it: texts, messages, or conversations that bring it along."""
         name = "messages" if "messages" in self.used else "prompt"
         given = None if row.get(name) is None else clean_prompt(row[name], name, counts)
         if name == "messages" and given and given[-1]["role"] == "assistant":  # type: ignore[index]
             raise ValueError("`messages` ends with an answer: say in `columns` what of it is the prompt.")
-        names = ("chosen", "rejected") if self.kind == "pair" else ("completion",)
-        if any(value is not None and not isinstance(value, str) for value in values):
-            past, answers = _common_past([_dialogue(v, n, counts) for v, n in zip(values, names, strict=True)])
-            return _joined(given, past), answers
-        texts = [clean_text(value or "", name, counts) for value, name in zip(values, names, strict=True)]
+        if any(not isinstance(value, str) for value in answers.values()):
+            past, texts = _common_past([_dialogue(value, name, counts) for name, value in answers.items()])
+            return _joined(given, past), texts
+        texts = [clean_text(value, name, counts) for name, value in answers.items()]
         if given is None and any(ASSISTANT in text for text in texts):
             return shared_prompt(texts)
         if given is None and name in self.present:
             raise Dropped("rows_without_prompt")
-        if given is None and self.kind == "pair":
-            raise ValueError(f"it has no `prompt`, and its sides have no {ASSISTANT!r} to find the prompt by.")
+        if given is None and self.kind != "single":
+            raise ValueError(f"it has no `prompt`, and its answers have no {ASSISTANT!r} to find the prompt by.")
         return given or "", self._without_prompt(given or "", texts, counts)
 
     def _without_prompt(self, prompt: Prompt, texts: list[str], counts: Counter[str]) -> list[str]:
@@ -208,20 +206,16 @@ class Shape:
         return [text[len(prompt) :] for text in texts]
 
     def _group(self, row: Values, counts: Counter[str]) -> Parts:
-        prompt = clean_prompt(_needed(row, "prompt"), "prompt", counts)
         found = _list(_needed(row, "completions"), "completions")
         rewards = self._rewards(row, len(found))
         places = [
-            place
-            for place, value in enumerate(found)
-            if value is not None and (rewards is None or rewards[place] is not None)
+            i for i, value in enumerate(found) if value is not None and (rewards is None or rewards[i] is not None)
         ]
         if len(places) < len(found):
             counts["completions_left_out"] += len(found) - len(places)
-        texts = [_answer(found[place], f"completions[{place}]", counts) for place in places]
-        texts = self._without_prompt(prompt, texts, counts) if texts else texts
-        if not texts:
+        if not places:
             raise Dropped("rows_without_completions")
+        prompt, texts = self._answered(row, {f"completions[{i}]": found[i] for i in places}, counts)
         kept = [None if rewards is None else rewards[place] for place in places]
         preferred = None
         if "preferred" in self.used:
@@ -289,10 +283,10 @@ class Shape:
             return prompt
         system = {"role": "system", "content": clean_text(row["system"], "system", counts)}
         if prompt and prompt[0]["role"] == "system":  # type: ignore[index]
-            if prompt[0] != system:  # type: ignore[index]
+            if prompt[0] != system:
                 raise ValueError("it has a `system` column, and its messages begin with another system message.")
             return prompt
-        return (system, *prompt)  # type: ignore[arg-type]
+        return (system, *prompt)
 
     def _view(self, values: Values) -> dict[str, Any]:
         """The row under our names, without what has no content, JSON text read where the source writes so."""
@@ -310,9 +304,9 @@ class Shape:
     def _count_unused(self, values: Values, counts: Counter[str]) -> None:
         for name, value in values.items():
             if name not in self._known and has_content(value):
-                key = "".join(c if c.isprintable() else "?" for c in f"column_{name[:60]}_not_used")
-                few = key in counts or sum(k.startswith("column_") for k in counts) < _MAX_UNUSED
-                counts[key if few else "other_columns_not_used"] += 1
+                key = "".join(c if c.isprintable() else "?" for c in f"column {name[:60]} not used")
+                few = key in counts or sum(k.startswith("column ") for k in counts) < _MAX_UNUSED
+                counts[key if few else "other columns not used"] += 1
 
 
 def has_content(value: Any) -> bool:
@@ -329,7 +323,7 @@ def spelled(value: Any) -> str:
     return text[:-2] if re.fullmatch(r"-?\d+\.0", text) else text
 
 
-class _Aligned(TreeInterpreter):  # type: ignore[misc]
+class _Aligned(TreeInterpreter):
     """JMESPath, but a list keeps a null where a projection finds nothing: lists of one row stay aligned."""
 
     def visit_projection(self, node: dict[str, Any], value: Any) -> Any:
@@ -376,12 +370,16 @@ def _roots(node: dict[str, Any]) -> set[str] | None:
     return None if None in found else set().union(*found)  # type: ignore[arg-type]
 
 
-def _kind(present: set[str], rows: Sequence[Values]) -> tuple[str, set[str]]:
-    """The first kind whose columns have content, and the columns that it uses."""
+def _kind(present: set[str], rows: Sequence[Values], columns: Mapping[str, str]) -> tuple[str, set[str]]:
+    """The first kind whose columns have content and that can use what `columns` names; and the columns that it uses."""
+    beside = {"system", "tools", "weight"}
     for kind, needed, more in _KINDS:
-        if needed <= present and (kind in ("pair", "group", "single") or not _ANSWERS & present):
+        usable = needed | more | beside
+        if not needed <= present or not (columns.keys() & set(present) <= usable):
+            continue
+        if kind in ("pair", "group", "single") or not _ANSWERS & present:
             more = more & present - ({"messages"} if "prompt" in present else set())
-            return kind, needed | more | {"weight"} | ({"system", "tools"} if kind != "text" else set())
+            return kind, needed | more | ({"weight"} if kind == "text" else beside)
     empty_prompt = "completion" in present and any(row.get("prompt") == "" for row in rows)
     if empty_prompt and not present & {"chosen", "rejected", "completions"}:
         return "single", {"prompt", "completion", "label", "weight", "system", "tools"}
@@ -555,17 +553,6 @@ def _content(value: Any, name: str, counts: Counter[str]) -> str:
 def clean_prompt(value: Any, name: str, counts: Counter[str]) -> Prompt:
     """A prompt: text as it is, or a list of messages."""
     return clean_text(value, name, counts) if isinstance(value, str) else clean_messages(value, name, counts)
-
-
-def _answer(value: Any, name: str, counts: Counter[str]) -> str:
-    """A completion: text as it is, or the content of exactly one assistant message."""
-    if isinstance(value, str):
-        return clean_text(value, name, counts)
-    messages = clean_messages(value, name, counts)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"`{name}` must be one assistant message, but has the roles {roles[:200]}.")
-    return _text_of(messages[0])
 
 
 def _text_of(message: Message) -> str:
