@@ -662,7 +662,7 @@ def test_rows_of_one_prompt_are_joined(write_jsonl):
         ("data.jsonl:4", 1, [1.0]),
     ]
     assert counts == {"rows": 4, "records": 3}
-    with pytest.raises(InputError, match="`join` cannot take effect on row data.jsonl:1"):
+    with pytest.raises(InputError, match=r"`join` cannot take effect on row data.jsonl:1"):
         read(write_jsonl([PAIR, PAIR]), join=True)
 
 

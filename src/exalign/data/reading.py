@@ -146,8 +146,8 @@ def settings_of(
         return DataSettings.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
-        said = f"{'.'.join(map(str, found['loc']))[:100]}: {found['msg']}"
-        raise InputError(f"{said.removeprefix('Value error, ')}.") from None
+        where = ".".join(map(str, found["loc"]))[:100]
+        raise InputError(f"{where}: {found['msg'].removeprefix('Value error, ')}.") from None
 
 
 def _number(text: str) -> float | str:
