@@ -135,16 +135,16 @@ def recipe(
 @app.command()
 def inspect(
     data: Annotated[str, typer.Argument(help="A file, a folder or a hub data set.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="More of the source: prompt_tokens=10 limit=99")
+    ] = None,
+    *,
     model: Annotated[str, typer.Option("--model", help="The model or tokenizer whose tokens are shown.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or folder.")] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="As data.columns: prompt=question; repeatable.")
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="As data's columns: prompt=question; repeatable.")
     ] = None,
-    labels: Annotated[
-        list[str] | None, typer.Option(metavar="THEIRS=OURS", help="As data.labels: model_a=0; repeatable.")
-    ] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="For plain text: tokens of the prompt.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=2)] = 512,
     max_completion_tokens: Annotated[int, typer.Option(min=1)] = 512,
 ) -> None:
@@ -153,9 +153,8 @@ def inspect(
     from exalign.data.reading import settings_of
     from exalign.models.loading import load_tokenizer
 
-    settings = settings_of(data, columns or (), labels or (), split=split, prompt_tokens=prompt_tokens)
     found = inspect_source(
-        settings,
+        settings_of(data, columns or (), settings or (), split),
         load_tokenizer(model),
         rows=rows,
         max_prompt_tokens=max_prompt_tokens,

@@ -604,18 +604,20 @@ def test_a_column_that_nothing_reads_is_no_setting():
         DataSettings(source="x", columns={"question": "prompt"})
 
 
-def test_columns_and_labels_of_a_command_line():
-    columns, labels = ["prompt=a[?b=='c'].d", "completions=x"], ["model_a=0", "tie=tie", "a=b=1"]
-    settings = settings_of("x", columns, labels, split=None, prompt_tokens=None)
+def test_the_settings_of_a_command_line():
+    more = ["labels.model_a=0", "labels.tie (bothbad)=tie", "labels.2=1", "join=true", "limit=5"]
+    settings = settings_of("x", ["prompt=a[?b=='c'].d", "completions=x"], more, "test")
     assert settings.columns == {"prompt": "a[?b=='c'].d", "completions": "x"}
-    assert settings.labels == {"model_a": 0.0, "tie": "tie", "a=b": 1.0}
-    for wrong, message in [
-        ({"columns": ["prompt"]}, "--columns 'prompt' is not NAME=VALUE"),
-        ({"labels": ["a=b"]}, "labels"),
-        ({"columns": ["promt=a"]}, r"columns: 'promt' is no column.*did you mean prompt"),
+    assert settings.labels == {"model_a": 0.0, "tie (bothbad)": "tie", "2": 1.0}
+    assert (settings.join, settings.limit, settings.split) == (True, 5, "test")
+    for columns, more, message in [
+        (["prompt"], [], "'columns.prompt' is not KEY=VALUE"),
+        ([], ["labels.a=b"], "labels"),
+        ([], ["limti=5"], "limti"),
+        (["promt=a"], [], r"columns: 'promt' is no column.*did you mean prompt"),
     ]:
         with pytest.raises(InputError, match=message):
-            settings_of("x", **{"columns": [], "labels": [], **wrong}, split=None, prompt_tokens=None)
+            settings_of("x", columns, more)
 
 
 def test_a_share_is_the_same_rows_every_time_in_their_order(write_jsonl):

@@ -31,6 +31,7 @@ from exalign.data.store import iter_records
 from exalign.errors import InputError
 from exalign.settings import Settings, Source
 from exalign.storage import exists
+from exalign.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,30 +132,28 @@ def named(sources: Sources) -> str:
     return ", ".join(settings.source for settings in each(sources))
 
 
-def settings_of(
-    source: str, columns: Iterable[str], labels: Iterable[str], *, split: str | None, prompt_tokens: int | None
-) -> DataSettings:
-    """The settings that a command line gives: `columns` as OURS=THEIRS, `labels` as THEIRS=OURS."""
-    values: dict[str, Any] = {"source": source, "split": split, "prompt_tokens": prompt_tokens}
-    for name, given in (("columns", columns), ("labels", labels)):
-        pairs = [text.partition("=") if name == "columns" else text.rpartition("=") for text in given]
-        if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[0] or not pair[1]]:
-            raise InputError(f"--{name} {wrong[0][:100]!r} is not NAME=VALUE, as in prompt=question or model_a=0.")
-        values[name] = {left: right for left, _, right in pairs}
-    values["labels"] = {name: _number(meaning) for name, meaning in values["labels"].items()}
+def settings_of(source: str, columns: Iterable[str], more: Iterable[str], split: str | None = None) -> DataSettings:
+    """The settings that a command line gives: `columns` as OURS=THEIRS, `more` as KEY=VALUE with YAML's values.
+
+    >>> settings_of("x.jsonl", ["prompt=question"], ["labels.tie=tie", "limit=5"]).labels
+    {'tie': 'tie'}
+    """
+    values: dict[str, Any] = {"source": source, "split": split}
+    for text in [*(f"columns.{pair}" for pair in columns), *more]:
+        key, equals, value = text.partition("=")
+        name, dot, entry = key.partition(".")
+        if not equals or not key or (dot and name not in ("columns", "labels")):
+            raise InputError(f"{text[:100]!r} is not KEY=VALUE, as in columns.prompt=question or labels.model_a=0.")
+        if dot:
+            values.setdefault(name, {})[entry] = value if name == "columns" else parse_yaml(value, key[:100])
+        else:
+            values[name] = parse_yaml(value, key[:100])
     try:
         return DataSettings.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"]))[:100]
         raise InputError(f"{where}: {found['msg'].removeprefix('Value error, ')}.") from None
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 @dataclass(frozen=True, slots=True)
