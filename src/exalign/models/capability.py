@@ -10,8 +10,8 @@ are a function of each sequence alone, as transformers has it of a row by itself
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -177,6 +177,8 @@ def _make_plan(base: Any) -> Plan:
         _steady_rope(base)
     reason = unsupported(base)
     testable = not any(parameter.is_meta or hasattr(parameter, "placements") for parameter in base.parameters())
+    if testable and base.get_output_embeddings() is not None:
+        check_causal(base)
     if reason is None:
         share_prompts(base)
         reason = _tree_trial(base) if testable else None
@@ -206,6 +208,35 @@ def unsupported(base: Any) -> str | None:
 def in_short(error: Exception) -> str:
     """What an architecture raised, in short."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+@torch.no_grad()
+def check_causal(base: Any) -> None:
+    """An `InputError` for a language model whose states of a text's beginning depend on what follows."""
+    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().num_embeddings
+    with evaluating(base):
+        try:
+            whole, begun = (row_hidden(base, part[None].to(device_of(base)))[0, :3] for part in (ids, ids[:3]))
+        except Exception:  # any architecture may run here, also one whose body is not to be had alone
+            return
+    if not _agree(whole, begun):
+        raise InputError(
+            f"{type(base).__name__} reads the tokens that follow as well, so it gives no probability of the next one; "
+            "name a causal language model (some are one with is_decoder: true in their config)."
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from exalign.data.record import Completion, Record
 from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
 from exalign.errors import InputError
 from exalign.models.attention import SharedCache, StepLayout, laid_out, share_prompts
-from exalign.models.capability import base_of, check_positions, in_short, unsupported
+from exalign.models.capability import base_of, check_causal, check_positions, evaluating, in_short, unsupported
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import read_object
@@ -86,7 +85,7 @@ class GroupedSampler:
         warning = check_positions(self._model.config, longest, settings=limits, samples=True)
         if warning is not None:
             _log.warning(warning)
-        with _evaluating(self._model):
+        with evaluating(self._model):
             self._decoder = decoder_for(self._model)
 
     def sample(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -161,7 +160,7 @@ class GroupedSampler:
     def _step(self, running: list[_Running]) -> None:
         """One token more for every live completion; those that end leave."""
         settings = self._settings
-        with torch.inference_mode(), _evaluating(self._model):
+        with torch.inference_mode(), evaluating(self._model):
             logits = self._decoder.step([group.branches for group in running])
             draws_per_row: list[int] = []
             for group in running:
@@ -236,19 +235,6 @@ class _Waiting:
     def put_back(self, groups: list[_Running]) -> None:
         self._groups = chain(groups, [] if self.first is None else [self.first], self._groups)
         self.advance()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the mode it was in."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -517,6 +503,7 @@ def decoder_for(model: Any) -> Decoder:
     if slower is None:
         _log.warning("%s is sampled without shared prompts, which is slower: %s.", name, reason)
         return plain
+    check_causal(model)
     _log.warning("%s is sampled by reading whole texts for each token, which is far slower: %s.", name, slower)
     return PlainDecoder(model, cached=False)
 
