@@ -245,10 +245,13 @@ def _checked(url: str) -> str:
 def _is_private(url: str) -> bool:
     """Nobody on the way can read what is sent: encrypted, or this machine."""
     parts = urlsplit(url)
-    if parts.scheme == "https" or parts.hostname == "localhost":
-        return True
+    return parts.scheme == "https" or is_loopback(parts.hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach an address bound to `host`."""
     try:
-        return ip_address(parts.hostname or "").is_loopback
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -55,17 +55,6 @@ class Questions:
     requests: Mapping[str, Body]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What judging would cost: `prompt_tokens` at four characters a token, `answer_tokens` at most."""
-
-    pairs: int
-    requests: int
-    stored: int
-    prompt_tokens: int
-    answer_tokens: int
-
-
 def questions(pairs: Sequence[Pair], instructions: Instructions, asker: Asker) -> Questions:
     """Both orders of every pair whose answers differ; equal requests are one question."""
     requests: dict[str, Body] = {}
@@ -78,17 +67,15 @@ def questions(pairs: Sequence[Pair], instructions: Instructions, asker: Asker) -
     return Questions(keyed, requests)
 
 
-def estimate(asked: Questions, folder: Path, settings: JudgeSettings) -> Estimate:
-    """What is still to be asked, without asking or writing anything."""
+def estimate(name: str, asked: Questions, folder: Path, settings: JudgeSettings) -> str:
+    """What judging would still cost, without asking or writing anything: tokens to read at four characters each."""
     stored = read_answers(folder / "exchanges.jsonl")
     missing = [body for key, body in asked.requests.items() if key not in stored]
     characters = sum(len(body["messages"][0]["content"]) for body in missing)
-    return Estimate(
-        pairs=len(asked.keys),
-        requests=len(missing),
-        stored=len(asked.requests) - len(missing),
-        prompt_tokens=round(characters / CHARACTERS_PER_TOKEN),
-        answer_tokens=len(missing) * settings.max_answer_tokens,
+    return (
+        f"{name}: {len(asked.keys):,} pairs, {len(missing):,} requests to make ({len(asked.requests) - len(missing):,} "
+        f"answered before), about {round(characters / CHARACTERS_PER_TOKEN):,} tokens to read and at most "
+        f"{len(missing) * settings.max_answer_tokens:,} to write."
     )
 
 

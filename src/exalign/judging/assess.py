@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.resources import files
@@ -41,6 +40,7 @@ from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
 from exalign.judging.agreement import OVERALL, agreement, tally
+from exalign.judging.askers import is_loopback
 from exalign.judging.comparisons import CRITERIA, Comparison, write_comparisons
 from exalign.judging.options import with_settings
 from exalign.judging.study import parse_matches, plan_study
@@ -310,14 +310,6 @@ def allowed_hosts(host: str, url: str | None) -> list[str]:
     if not is_loopback(host) and named is None:
         raise InputError(f"{host} is open to others: say by which --url assessors reach it (behind TLS).")
     return list(dict.fromkeys([*(["127.0.0.1", "localhost"]), *([named] if named else [])]))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address bound to `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def create_app(store: Store, *, allowed_hosts: list[str]) -> ASGIApp:

@@ -22,7 +22,7 @@ from exalign.data.reading import DataSettings, read_rows
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.judging.askers import JudgeSettings
-from exalign.judging.asking import judge_pairs, questions
+from exalign.judging.asking import estimate, judge_pairs, questions
 from exalign.judging.comparisons import Comparison, Verdict, read_comparisons
 from exalign.judging.instructions import load_instructions
 from exalign.judging.judge import (
@@ -34,7 +34,6 @@ from exalign.judging.judge import (
     asker_for,
     finish,
     percent,
-    print_estimate,
     slug,
 )
 from exalign.judging.options import with_settings
@@ -68,7 +67,7 @@ def grade_judge(
     folder = home / slug(f"{asker.judge}-{instructions.name}")
     asked = questions(pairs, instructions, asker)
     if dry_run:
-        print_estimate(console, str(file), asked, folder, settings)
+        console.print(shown(estimate(str(file), asked, folder, settings)))
         return
     about = {"graded_on": str(file), "template": instructions.name, "endpoint": endpoint, "counts": dict(counts)}
     summary = judge_pairs(asked, asker, settings, folder, about=about, others={str(file): human}, console=console)

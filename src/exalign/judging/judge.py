@@ -13,7 +13,7 @@ from rich.table import Table
 
 from exalign.errors import InputError
 from exalign.judging.askers import Asker, Endpoint, JudgeSettings, LocalModel
-from exalign.judging.asking import Questions, estimate, judge_pairs, questions
+from exalign.judging.asking import estimate, judge_pairs, questions
 from exalign.judging.instructions import load_instructions
 from exalign.judging.judgements import other_judgements
 from exalign.judging.options import with_settings
@@ -58,7 +58,8 @@ def judge(
         folder = home / slug(f"{match_up.first}-vs-{match_up.second}")
         asked = questions(choose(match_up.pairs, prompts=settings.prompts, seed=settings.seed), instructions, asker)
         if dry_run:
-            print_estimate(console, f"{match_up.first} against {match_up.second}", asked, folder, settings)
+            name = f"{match_up.first} against {match_up.second}"
+            console.print(shown(estimate(name, asked, folder, settings)))
             continue
         about = {
             "first": match_up.first,
@@ -84,16 +85,6 @@ def asker_for(endpoint: str | None, model: str | None, model_path: str | None, s
     if endpoint is None or model is None:
         raise InputError("Who judges? Give --endpoint URL and --model NAME, or --model-path FOLDER.")
     return Endpoint(endpoint, model, settings)
-
-
-def print_estimate(console: Console, name: str, asked: Questions, folder: Path, settings: JudgeSettings) -> None:
-    """What judging would cost."""
-    cost = estimate(asked, folder, settings)
-    said = (
-        f"{name}: {cost.pairs:,} pairs, {cost.requests:,} requests to make ({cost.stored:,} answered before), "
-        f"about {cost.prompt_tokens:,} tokens to read and at most {cost.answer_tokens:,} to write."
-    )
-    console.print(shown(said))
 
 
 def finish(console: Console, home: Path, rows: dict[str, dict[str, Any]]) -> None:

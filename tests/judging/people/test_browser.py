@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM}
 
 
 def test_three_people_at_once_while_the_server_is_killed(tmp_path):
-    simulate(tmp_path, 2, ["ann", "bob", "cho"], kill_at=[6])
+    simulate(tmp_path, 1, ["ann", "bob", "cho"], kill_at=[3])
 
 
 @pytest.fixture(scope="module")
