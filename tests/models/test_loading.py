@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
-from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer, save_model
+from exalign.models.loading import (
+    check_trainable,
+    load_classifier,
+    load_policy,
+    load_reward_model,
+    load_scoring_model,
+    load_tokenizer,
+    save_model,
+    scoring_skeleton,
+)
 from exalign.models.logprobs import completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
 
@@ -119,3 +131,149 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(tmp_path: Path,
     without.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no end-of-sequence"):
         load_tokenizer(str(tmp_path))
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA |= {"intermediate_size": 24, "max_position_embeddings": 64}
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    """As after some training: nothing is where it began."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim >= 2:
+                parameter.add_(torch.randn_like(parameter).to(parameter.dtype), alpha=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (CONFIG, ("lm_head", "c_attn")),
+        (CONFIG, ("wte",)),
+        (LLAMA | {"tie_word_embeddings": True}, ("lm_head", "q_proj")),
+        (LLAMA | {"tie_word_embeddings": True}, ("embed_tokens", "lm_head")),
+        (LLAMA | {"tie_word_embeddings": True}, ("q_proj",)),
+    ],
+)
+def test_adapters_on_a_tied_matrix_are_saved_as_they_were_trained(config, targets, tmp_path: Path, tokenizer) -> None:
+    settings = ModelSettings(config=config, lora=LoraSettings(rank=2, targets=targets))
+    model = _moved(load_policy(settings, tokenizer))
+    save_model(model, tokenizer, tmp_path / "model", card="", rows=GROUPS)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert plain.config.tie_word_embeddings == (targets == ("q_proj",))
+    expected = completion_logprobs(model, GROUPS, temperature=1.0)
+    assert torch.allclose(completion_logprobs(plain, GROUPS, temperature=1.0), expected, atol=1e-4)
+
+
+def test_what_would_be_another_model_is_not_saved(tmp_path: Path, tokenizer) -> None:
+    """Adapters on a head that stays tied: merging adds to the embedding as well."""
+    tied = load_policy(ModelSettings(config=LLAMA | {"tie_word_embeddings": True}), tokenizer)
+    model = _moved(get_peft_model(tied, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")))
+    with pytest.raises(InputError, match=r"cannot be saved .* log-probability of .* in transformers"):
+        save_model(model, tokenizer, tmp_path / "model", card="", rows=GROUPS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapters_on_half_precision_are_saved_within_its_rounding(dtype, tmp_path: Path, tokenizer) -> None:
+    settings = ModelSettings(config=LLAMA, dtype=dtype, lora=LoraSettings(rank=2))
+    save_model(_moved(load_policy(settings, tokenizer)), tokenizer, tmp_path / "model", card="", rows=GROUPS)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "load"), [(CONFIG, load_reward_model), (LLAMA, load_reward_model), (LLAMA, load_classifier)]
+)
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_scalar_head_gives_the_same_in_transformers(config, load, lora, more, tmp_path: Path, tokenizer) -> None:
+    """The tokenizer pads with the end of a text, the token that the head reads; what is saved has its own padding."""
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    size = len(tokenizer) + more
+    model = _moved(load(ModelSettings(config=config | {"vocab_size": size}, lora=lora), tokenizer))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_model(model, tokenizer, tmp_path / "model", card="", rows=GROUPS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.vocab_size == size and model.config.pad_token_id is None
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    padded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert padded.pad_token_id == plain.config.pad_token_id == len(tokenizer) != padded.eos_token_id
+    assert plain.get_input_embeddings().num_embeddings == max(size, len(tokenizer) + 1)
+    texts = [torch.cat([group.prompt_ids, ids]) for group in GROUPS for ids in group.completion_ids]
+    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=padded.pad_token_id)
+    with torch.no_grad():
+        found = plain(input_ids=ids, attention_mask=(ids != padded.pad_token_id).long()).logits
+        assert torch.allclose(found, completion_outputs(model, GROUPS)[0], atol=1e-5)
+
+
+def test_a_generation_config_that_contradicts_itself_is_mended(tmp_path: Path, tokenizer) -> None:
+    save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "model", card="")
+    path, config = tmp_path / "model" / "generation_config.json", tmp_path / "model" / "config.json"
+    said = {"eos_token_id": [0, 5], "do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    for more, own in ((said, {}), ({}, {"temperature": 0.7}), (said | {"length_penalty": 2.0}, {"top_k": 3})):
+        path.write_text(json.dumps(said | more))
+        config.write_text(json.dumps(json.loads(config.read_text()) | own))
+        model = load_policy(ModelSettings(source=str(tmp_path / "model")), tokenizer)
+        save_model(model, tokenizer, tmp_path / "again", card="", rows=GROUPS)
+        again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+        assert again["eos_token_id"] == [0, 5]
+        assert ("temperature" in again) == ("length_penalty" not in more) == again.get("do_sample", False)
+
+
+class TestAnAdaptersFolder:
+    def trained(self, tmp_path: Path, tokenizer, *, more: int = 0, targets=("q_proj", "v_proj")):
+        """An adapter beside its base, and the model that both are; `more` tokens were added for it."""
+        save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "base", card="")
+        base, own = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(tokenizer)
+        own.add_tokens([f"new{i}" for i in range(more)])
+        base.resize_token_embeddings(len(own))
+        saved = ["embed_tokens", "lm_head"] if more else None
+        config = LoraConfig(r=2, target_modules=list(targets), modules_to_save=saved, task_type="CAUSAL_LM")
+        model = _moved(get_peft_model(base, config)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        own.save_pretrained(tmp_path / "adapter")
+        return model, own
+
+    @pytest.mark.parametrize("more", [0, 3])
+    def test_loads_on_its_base(self, more, tmp_path: Path, tokenizer) -> None:
+        model, own = self.trained(tmp_path, tokenizer, more=more)
+        found = load_policy(ModelSettings(source=str(tmp_path / "adapter")), own).eval()
+        ids = torch.tensor([[3, 4, len(own) - 1, 6]])
+        with torch.no_grad():
+            assert torch.allclose(found(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+        save_model(found, own, tmp_path / "whole", card="", rows=GROUPS)
+        assert (tmp_path / "whole" / "config.json").exists()
+
+    def test_without_its_base_is_one_sentence(self, tmp_path: Path, tokenizer) -> None:
+        self.trained(tmp_path, tokenizer)
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+        with pytest.raises(InputError, match=r"adapter holds a LoRA adapter alone.*gone does not exist"):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+        path.write_text("{}")
+        with pytest.raises(InputError, match="does not name the model"):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+
+    def test_that_does_not_fit_is_one_sentence(self, tmp_path: Path, tokenizer) -> None:
+        self.trained(tmp_path, tokenizer)
+        other = ModelSettings(config=LLAMA | {"hidden_size": 32})
+        save_model(load_policy(other, tokenizer), tokenizer, tmp_path / "base", card="")
+        with pytest.raises(InputError, match="does not fit its base"):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+
+    def test_of_a_reward_model_scores(self, tmp_path: Path, tokenizer) -> None:
+        save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "base", card="")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        model = _moved(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        found = load_scoring_model(str(tmp_path / "adapter"), tokenizer, num_labels=1).eval()
+        assert scoring_skeleton(str(tmp_path / "adapter"), num_labels=1).config.num_labels == 1
+        assert torch.allclose(completion_outputs(found, GROUPS), completion_outputs(model, GROUPS), atol=1e-5)
+
+
+def test_half_precision_is_refused_before_anything_is_loaded() -> None:
+    check_trainable(ModelSettings(source="x"), "model")
+    check_trainable(ModelSettings(source="x", dtype="bfloat16", lora=LoraSettings()), "model")
+    with pytest.raises(InputError, match=r"reward.model.dtype = float16: .* float32"):
+        check_trainable(ModelSettings(source="x", dtype="float16"), "reward.model")

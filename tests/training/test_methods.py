@@ -30,8 +30,8 @@ from exalign.methods.sft import train_sft
 from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.function_scorer import FunctionScorer
 from exalign.rollout.sampler import GroupedSampler
+from exalign.rollout.scorers import FunctionScorer
 from exalign.rollout.settings import SampleSettings
 from exalign.training.settings import AlignSettings, PPOSettings, SFTSettings
 

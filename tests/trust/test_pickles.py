@@ -18,7 +18,8 @@ from exalign.data.reading import DataSettings, read_source
 from exalign.errors import InputError
 from exalign.models.loading import load_classifier, load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
-from exalign.run.preflight import check_labels
+from exalign.rollout.scorers import check_scorer
+from exalign.rollout.settings import ScorerSettings
 from exalign.storage import fingerprint_path, write_json
 from exalign.training.checkpoint import Position, load_checkpoint
 from training.tiny_world import CONFIG, make_policy, make_tokenizer
@@ -160,7 +161,7 @@ def test_code_that_comes_with_a_model_does_not_run(with_code: Path, ran: Path) -
         with pytest.raises(InputError):
             load(ModelSettings(source=source), make_tokenizer())
     with pytest.raises(InputError):
-        check_labels(source, 2)
+        check_scorer(ScorerSettings(classifier=source), [])
     assert not ran.exists()
 
 

@@ -35,6 +35,8 @@ class Completion:
     logprob: float | None = None
     reference_logprob: float | None = None
     reward: float | None = None
+    parts: dict[str, float] | None = None
+    """What each scorer of a weighted sum gave, without its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Record:
 
     `id` is stable and unique within a file. `preferred` is the index of the completion that won, where one did.
     `weight` is the record's weight in the loss (None: 1), `tools` what the chat template is told, a JSON list as text.
+    `columns` are those of the row that nothing else was made of: what reward functions may ask for.
     """
 
     id: str
@@ -52,6 +55,7 @@ class Record:
     preferred: int | None = None
     weight: float | None = None
     tools: str | None = None
+    columns: dict[str, Any] | None = None
 
     @property
     def rewards(self) -> list[float] | None:
@@ -63,6 +67,11 @@ class Record:
         """This record with its K rewards set."""
         pairs = zip(self.completions, rewards, strict=True)
         return replace(self, completions=tuple(replace(completion, reward=float(r)) for completion, r in pairs))
+
+    def with_part(self, name: str, values: Iterable[float]) -> Record:
+        """This record with what the scorer `name` of a sum gave each of its K completions."""
+        pairs = zip(self.completions, values, strict=True)
+        return replace(self, completions=tuple(replace(c, parts={**(c.parts or {}), name: float(v)}) for c, v in pairs))
 
 
 def pairs_from_rewards(records: Iterable[Record], counts: Counter[str]) -> Iterator[Record]:

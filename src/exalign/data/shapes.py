@@ -146,7 +146,10 @@ class Shape:
                 continue
             weight, tools = _weight(row.get("weight")), _tools(row.get("tools"))
             name = id if number == 1 else f"{id}#{number}"
-            yield Record(name, prompt, completions, preferred=preferred, weight=weight, tools=tools)
+            columns = {name: value for name, value in values.items() if name not in self._known and _is_kept(value)}
+            yield Record(
+                name, prompt, completions, preferred=preferred, weight=weight, tools=tools, columns=columns or None
+            )
 
     def _parts(self, row: Values, counts: Counter[str]) -> Parts:
         if self.kind == "pair":
@@ -393,6 +396,12 @@ def _kind(present: set[str], rows: Sequence[Values], columns: Mapping[str, str])
         f"its columns with content are {', '.join(map(repr, names))[:500] or 'none'}, "
         f"but needed are {_ACCEPTED}; `columns` renames.{hint}"
     )
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a column that nothing is made of stays with the record, for reward functions: pictures do not."""
+    inner = value.values() if isinstance(value, dict) else (value,)
+    return has_content(value) and not any(isinstance(part, bytes) for part in inner)
 
 
 def _is_chat(view: Values) -> bool:

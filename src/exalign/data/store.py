@@ -68,9 +68,11 @@ SCHEMA = pa.schema(
         ("preferred", pa.int32()),
         ("weight", pa.float64()),
         ("tools", pa.string()),
+        ("columns", pa.string()),
+        ("parts", pa.string()),
     ]
 )
-_LATER = ("weight", "tools")
+_LATER = ("weight", "tools", "columns", "parts")
 """Columns that older files lack."""
 _COUNTS = b"exalign.counts"
 _COUNTS_TYPE = TypeAdapter(dict[str, int])
@@ -290,6 +292,8 @@ def _to_row(record: Record) -> dict[str, Any]:
         "preferred": record.preferred,
         "weight": record.weight,
         "tools": record.tools,
+        "columns": None if record.columns is None else json.dumps(record.columns, default=str),
+        "parts": json.dumps(parts) if any(parts := [completion.parts for completion in record.completions]) else None,
     }
 
 
@@ -311,14 +315,25 @@ def _from_row(row: dict[str, Any]) -> Record:
     said = row["messages"]
     prompt: Prompt = row["prompt"] if said is None else tuple(_message(message) for message in said)
     completions = tuple(Completion(**{**c, "token_ids": _ids(c["token_ids"])}) for c in row["completions"])
+    if row["parts"] is not None:
+        parts = json.loads(row["parts"])
+        completions = tuple(replace(c, parts=part) for c, part in zip(completions, parts, strict=True))
     preferred = row["preferred"]
     missing = row["id"] is None or any(completion.text is None for completion in completions)
     if missing or (row["prompt"] is None) == (said is None):
         raise ValueError("a part is missing")
     if preferred is not None and not 0 <= preferred < len(completions):
         raise ValueError("nothing is preferred")
+    columns = None if row["columns"] is None else dict(json.loads(row["columns"]))
     return Record(
-        row["id"], prompt, completions, _ids(row["prompt_ids"]), preferred, weight=row["weight"], tools=row["tools"]
+        row["id"],
+        prompt,
+        completions,
+        _ids(row["prompt_ids"]),
+        preferred,
+        weight=row["weight"],
+        tools=row["tools"],
+        columns=columns,
     )
 
 

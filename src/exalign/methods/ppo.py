@@ -36,7 +36,7 @@ from exalign.objectives import (
 )
 from exalign.processes import gathered, in_order, share_of
 from exalign.rollout.sampler import GroupedSampler
-from exalign.rollout.scorer import Scorer, scored
+from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint
 from exalign.training.distributed import Whole

@@ -28,7 +28,7 @@ from exalign.methods.ppo import Surroundings
 from exalign.models.logprobs import PackedPolicy
 from exalign.processes import several
 from exalign.rollout.sampler import GroupedSampler
-from exalign.rollout.scorer import scored
+from exalign.rollout.scorers import scored
 from exalign.storage import fingerprint
 from exalign.training.loop import model_card, train
 from exalign.training.rollouts import RolloutBatches, RolloutPlan

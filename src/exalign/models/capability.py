@@ -242,7 +242,7 @@ def check_causal(base: Any) -> None:
 @torch.no_grad()
 def _tree_trial(base: Any) -> str | None:
     """Run a small stream and its paths alone; None where they agree, else what was wrong."""
-    device, vocabulary = device_of(base), base.get_input_embeddings().num_embeddings
+    device, vocabulary = device_of(base), base.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(24) * 7 + 3) % vocabulary
     groups = [Group(0, ids[:5], (ids[5:7], ids[7:12], ids[12:13])), Group(1, ids[13:14], (ids[14:18], ids[18:24]))]
     stream = whole_stream(groups, device)
@@ -263,7 +263,7 @@ def _takes_embeddings(base: Any) -> bool:
     embedding = base.get_input_embeddings()
     if not is_plain_embedding(embedding):
         return False
-    ids = (torch.arange(6) * 7 + 3) % embedding.num_embeddings
+    ids = (torch.arange(6) * 7 + 3) % len(embedding.weight)
     stream = whole_stream([Group(0, ids[:2], (ids[2:4], ids[4:]))], device_of(base))
     try:
         return torch.equal(stream_hidden(base, stream), stream_hidden(base, stream, embedding(stream.input_ids)))
@@ -273,7 +273,7 @@ def _takes_embeddings(base: Any) -> bool:
 
 @torch.no_grad()
 def _head_trial(base: Any, logit_map: LogitMap) -> bool:
-    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().num_embeddings
+    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
     row = ids[None].to(device_of(base))
     try:
         mapped = logit_map.apply_(base.get_output_embeddings()(row_hidden(base, row)).clone())

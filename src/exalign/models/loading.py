@@ -7,13 +7,20 @@ the first step: with dropout on, the same weights give log-probs that differ by 
 from __future__ import annotations
 
 import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,11 +30,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from exalign.checksums import write_sums
+from exalign.data.batching import Group
+from exalign.data.tokenization import eos_id
 from exalign.errors import InputError
+from exalign.models.capability import base_of, device_of
+from exalign.models.heads import completion_outputs
+from exalign.models.logprobs import completion_logprobs
+from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.model_settings import LoraSettings, ModelSettings
+from exalign.models.prefix_tree import unflatten
 from exalign.storage import atomic_path, exists
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p")
@@ -68,23 +86,209 @@ def load_classifier(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase)
     return with_lora(_load(AutoModelForSequenceClassification, settings, tokenizer, 2), settings.lora, task="SEQ_CLS")
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str) -> None:
+def load_scoring_model(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, num_labels: int | None = None
+) -> PreTrainedModel:
+    """A sequence classifier as it was made, to score with: a head that is not among its weights is an `InputError`.
+
+    `num_labels` is for an adapter's folder, whose own configuration does not say.
+    """
+    _refuse_code(source)
+    settings, adapted = ModelSettings(source=source), _adapter_base(source) is not None
+    return _load(
+        AutoModelForSequenceClassification, settings, tokenizer, num_labels if adapted else None, new_head=False
+    )
+
+
+def scoring_skeleton(source: str, *, num_labels: int | None = None) -> PreTrainedModel:
+    """A sequence classifier without its weights, from its configuration alone: its labels, and whether it is causal."""
+    _refuse_code(source)
+    config = _read_config(ModelSettings(source=source), None)
+    if num_labels is not None and _adapter_base(source) is not None:
+        config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here, all of them about the configuration
+        raise InputError(f"{source} is no model to score with ({first_line(error)[:200]}).") from error
+    model.config.name_or_path = source
+    return model
+
+
+def check_trainable(settings: ModelSettings, where: str) -> None:
+    """Weights that are trained must be float32, which is known before anything is loaded; `where` names the setting."""
+    if settings.dtype != "float32" and settings.lora is None:
+        raise InputError(
+            f"{where}.dtype = {settings.dtype}: weights in half precision cannot take small steps; set dtype: float32 "
+            "(precision may be bf16), or train LoRA adapters."
+        )
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str,
+    rows: Sequence[Group] = (),
+) -> None:
     """Write an ordinary transformers folder atomically: safetensors, tokenizer, `card` as README.md, and SHA256SUMS.
 
-    LoRA adapters are merged into a copy of the weights; the model that was passed in stays as it was.
+    LoRA adapters are merged into a copy of the weights; the model that was passed in stays as it was. A model with a
+    scalar head gets a padding id that ends no text. What is written must give the numbers of `model` on `rows` (see
+    `verify_saved`), or nothing is.
     """
-    plain: Any = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
+    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
     with atomic_path(Path(folder)) as temporary:
         temporary.mkdir(parents=True)
-        plain.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
+        with _own_padding(plain, tokenizer) as (state, its_tokenizer):
+            plain.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            its_tokenizer.save_pretrained(temporary)
+        del plain, state
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        if rows:
+            verify_saved(temporary, model, rows)
         write_sums(temporary)
 
 
+def _merged(model: Any) -> PreTrainedModel:
+    """The model without PEFT's shell, its adapters added to its weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about what one library asks of the other
+        return model.merge_and_unload()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _own_padding(
+    model: Any, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[dict[str, Tensor] | None, PreTrainedTokenizerBase]]:
+    """Weights and tokenizer to save for a model that reads the last token of a text that is not padding.
+
+    Where padding is the token that ends a text, or is unknown, transformers would read the token before it; so a token
+    of its own becomes the padding, with a row of zeros in the embedding where there is none left. In memory nothing is
+    different afterwards.
+    """
+    if not (hasattr(model, "score") and model.config.get_text_config().pad_token_id in (None, eos_id(tokenizer))):
+        yield None, tokenizer
+        return
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        names = ("<|pad|>", "<|padding|>", "<|exalign_pad|>")
+        tokenizer.add_special_tokens({"pad_token": next(n for n in names if n not in tokenizer.get_vocab())})
+    state, embedding = model.state_dict(), model.get_input_embeddings().weight
+    more = len(tokenizer) - len(embedding)
+    if more > 0:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter is embedding:
+                state[name] = torch.cat([parameter.detach(), parameter.new_zeros(more, parameter.shape[1])])
+    # A model's embedding and its configuration, the one of its text among them, may know the size.
+    holders = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    before = [dict(vars(config)) for config in holders]
+    for config in holders:
+        config.pad_token_id = tokenizer.pad_token_id
+        if more > 0 and getattr(config, "vocab_size", None) is not None:
+            config.vocab_size = len(tokenizer)
+    try:
+        yield state, tokenizer
+    finally:
+        for config, values in zip(holders, before, strict=True):
+            for name in ("pad_token_id", "vocab_size"):
+                if name in values:
+                    setattr(config, name, values[name])
+
+
+def verify_saved(folder: Path, model: nn.Module, rows: Sequence[Group]) -> None:
+    """Load a saved model as anybody would, with transformers alone, and compare it with `model` on a few rows.
+
+    A language model must give log π(y|x) (τ = 1), a sequence classifier the outputs of its head. What may differ is the
+    square root of the type's rounding, in nats per token or relative to the largest output: half of the digits, far
+    more than another order of summation costs and far less than another model. Anything else is an `InputError`.
+    """
+    # A few of them: for a large model on a CPU each takes its time.
+    rows = [Group(g.index, g.prompt_ids, g.completion_ids[:4]) for g in rows[:4]]
+    base, training = base_of(model), model.training
+    scores = hasattr(base, "score") or hasattr(base, "classifier")
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = completion_outputs(model, rows) if scores else completion_logprobs(model, rows, temperature=1.0)
+    finally:
+        model.train(training)
+    found = _as_anybody(folder, base, rows, scores=scores, device=device_of(model))
+    expected, found = expected.double().cpu(), found.double().cpu()
+    tokens = torch.ones_like(expected)
+    if not scores:
+        lengths = torch.tensor([len(ids) for group in rows for ids in group.completion_ids]).double()
+        tokens = unflatten(lengths, rows).clamp(min=1)
+    coarse = torch.finfo(base.dtype).eps
+    if device_of(model).type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        coarse = max(coarse, 2.0**-10)  # TF32 rounds so
+    tolerance = coarse**0.5 * (expected.abs() / tokens).max().clamp(min=1.0)
+    wrong = ((found - expected).abs() / tokens).nan_to_num(nan=torch.inf)
+    if bool((wrong > tolerance).any()):
+        at = int(wrong.flatten().argmax())
+        what = "an output" if scores else "a log-probability"
+        raise InputError(
+            f"The model cannot be saved as it was trained: what was written of {type(base).__name__} gives {what} of "
+            f"{found.flatten()[at].item():.4f} in transformers where training has "
+            f"{expected.flatten()[at].item():.4f}; the checkpoints hold it as it was trained."
+        )
+
+
+def some_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Group]:
+    """Texts of no meaning, each ended, where a training has none at hand to verify its model on."""
+    vocabulary, end = base_of(model).get_input_embeddings().weight.shape[0], torch.tensor([eos_id(tokenizer)])
+    ids = (torch.arange(12) * 7 + 3) % vocabulary
+    return [Group(0, ids[:4], (torch.cat([ids[4:9], end]), torch.cat([ids[9:], end])))]
+
+
+def _as_anybody(folder: Path, base: Any, rows: Sequence[Group], *, scores: bool, device: torch.device) -> Tensor:
+    """What a saved model gives for the rows, by its own forward; where the accelerator has no room for it, on a CPU."""
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    # The code of a model that needs its own is running already.
+    trust_remote_code = type(base).__module__.startswith("transformers_modules")
+    plain = auto.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    try:
+        plain.to(device)
+        return _forward(plain, rows, scores=scores)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or device.type == "cpu":
+            raise
+    plain.to("cpu")
+    release_memory()
+    return _forward(plain, rows, scores=scores)
+
+
+@torch.no_grad()
+def _forward(plain: Any, groups: Sequence[Group], *, scores: bool) -> Tensor:
+    """Log-probabilities `[B, K]` or outputs `[B, K, num_labels]` by a model's own forward, a text at a time.
+
+    Outputs are those of the text with padding behind it, as in a batch.
+    """
+    found = []
+    for prompt, ids in ((group.prompt_ids, ids) for group in groups for ids in group.completion_ids):
+        text = torch.cat([prompt, ids])
+        padding = plain.config.get_text_config().pad_token_id
+        padded = text if padding is None or not scores else torch.cat([text, text.new_tensor([padding])])
+        mask = (torch.arange(len(padded)) < len(text)).long()
+        logits = plain(input_ids=padded[None].to(plain.device), attention_mask=mask[None].to(plain.device)).logits[0]
+        if scores:
+            found.append(logits)
+            continue
+        logp = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+        found.append(logp.gather(1, ids[:, None].to(logp.device)).sum())
+    return unflatten(torch.stack(found), groups)
+
+
 def _load(
-    auto_class: Any, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, num_labels: int | None
+    auto_class: Any,
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    num_labels: int | None,
+    *,
+    new_head: bool = True,
 ) -> PreTrainedModel:
+    """`new_head`: a sequence classifier may be made of a language model."""
     if (settings.source is None) == (settings.config is None):
         raise InputError("A model needs either source (a folder or hub name) or config (to train from scratch).")
     config = _read_config(settings, tokenizer)
@@ -94,26 +298,72 @@ def _load(
         config.num_labels = num_labels
     _silence_dropout(config)
     dtype = _DTYPES[settings.dtype]
+    adapter = None if settings.source is None else _adapter_base(settings.source)
     if settings.source is None:
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        model = _from_config(auto_class, settings, config, dtype)
     else:
-        model = _from_pretrained(auto_class, settings, config, dtype, new_head=num_labels is not None)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        rows = model.get_input_embeddings().num_embeddings
+        whole = settings if adapter is None else settings.model_copy(update={"source": adapter})
+        head = num_labels is not None and (new_head or adapter is not None)
+        model = _from_pretrained(auto_class, whole, config, dtype, new_head=head)
+        if adapter is not None:
+            model = _adapted(model, settings.source, tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):
         raise InputError(
             f"The model has {rows} embeddings but the tokenizer {len(tokenizer)} tokens; they do not match."
         )
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        for holder in (model.config, getattr(model, "generation_config", None)):
-            if holder is not None and getattr(tokenizer, name) is not None and getattr(holder, name, None) is None:
-                setattr(holder, name, getattr(tokenizer, name))
+    _know_special_tokens(model, tokenizer, trained=new_head)
+    _make_savable(model)
     _quicken_gelu(model)
     _silence_modules(model)
     return model
 
 
-def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def _know_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, *, trained: bool) -> None:
+    """Give a model the special tokens of its tokenizer that it does not know.
+
+    A scalar head that is to be trained has no padding where that is what ends a text, see `_own_padding`.
+    """
+    scores = hasattr(model, "score")
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        known = getattr(tokenizer, name)
+        if known is None or (scores and not trained and name == "pad_token_id"):
+            continue
+        for holder in (model.config, getattr(model, "generation_config", None)):
+            if holder is not None and getattr(holder, name, None) is None:
+                setattr(holder, name, known)
+    text = model.config.get_text_config()
+    if scores and trained and text.pad_token_id == tokenizer.eos_token_id:
+        model.config.pad_token_id = text.pad_token_id = None
+
+
+def _make_savable(model: Any) -> None:
+    """Mend settings for generation with which transformers would read a model and refuse to write it.
+
+    Those among the model's own settings move to where they belong; a temperature or top_p without sampling, which many
+    published models have, is meant for sampling. Whatever is left goes, but for what ends a text.
+    """
+    held = getattr(model, "generation_config", None)
+    for name, value in model.config._get_generation_parameters().items():
+        if held is not None and getattr(held, name, None) is None:
+            setattr(held, name, value)
+        delattr(model.config, name)
+    if held is None:
+        return
+    for do_sample in (held.do_sample, True):
+        held.do_sample = do_sample
+        try:
+            return held.validate(strict=True)
+        except ValueError:
+            continue
+    ids = {name: getattr(held, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = type(held)(**ids)
+    logger.warning("generation_config.json contradicts itself; of it, only the ids of special tokens are kept.")
+
+
+def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     if settings.config is not None:
+        assert tokenizer is not None
         values = dict(settings.config)
         model_type = values.pop("model_type", None)
         values.setdefault("vocab_size", len(tokenizer))
@@ -124,10 +374,21 @@ def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) ->
         except Exception as error:  # transformers raises many kinds here, all of them about the given values
             raise InputError(f"The model config is not valid ({first_line(error)}).") from error
     assert settings.source is not None
+    source = _adapter_base(settings.source) or settings.source
     try:
-        return AutoConfig.from_pretrained(settings.source, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable("model", settings.source, error) from error
+        if source != settings.source:
+            why = str(_unreadable("model", source, error))
+            raise InputError(f"{settings.source} holds a LoRA adapter alone, to be added to its base. {why}") from error
+        raise _unreadable("model", source, error) from error
+
+
+def _from_config(auto_class: Any, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    try:
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # an architecture without such a head, or numbers that do not fit each other
+        raise InputError(f"No such model can be made of this config ({first_line(error)[:200]}).") from error
 
 
 def _from_pretrained(
@@ -150,6 +411,62 @@ def _from_pretrained(
     if missing:
         raise InputError(f"{settings.source} lacks weights that this model needs ({', '.join(missing[:3])}).")
     return model
+
+
+def _adapter_base(source: str) -> str | None:
+    """The model that a LoRA adapter was trained on, where `source` holds an adapter alone; else None."""
+    if is_folder(source):
+        path = None if (Path(source) / "config.json").exists() else Path(source) / "adapter_config.json"
+    else:
+        path = None if exists(Path(source)) else _hub_adapter(source)
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        return str(json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not name the model that the adapter was trained on.") from error
+
+
+@cache
+def _hub_adapter(source: str) -> str | None:
+    """The file that describes an adapter, of a hub name that has no whole model beside it."""
+    try:
+        cached_file(source, "config.json")
+    except (OSError, ValueError):  # where the hub cannot be asked, this finds nothing, and what loads it says why
+        with suppress(OSError, ValueError):
+            return find_adapter_config_file(source)
+    return None
+
+
+def _adapted(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with a LoRA adapter merged into its weights, and the tokens that were added for it."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        cached_file(source, "adapter_model.safetensors")  # a pickle is never opened
+        config = PeftConfig.from_pretrained(source)
+        config.megatron_config = None  # which names a module to import
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        targets = getattr(config, "target_modules", None) or ()
+        untie(model, [targets] if isinstance(targets, str) else targets)
+        return _merged(PeftModel.from_pretrained(model, source, config=config))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"The adapter {source} does not fit its base ({first_line(error)[:200]}).") from error
+
+
+def _refuse_code(source: str) -> None:
+    """A scorer's own Python code is not run; that a model needs it is known from its configuration."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(_adapter_base(source) or source)
+    except (OSError, ValueError) as error:
+        raise _unreadable("model", source, error) from error
+    auto, known = values.get("auto_map") or {}, values.get("model_type") in CONFIG_MAPPING
+    if "AutoModelForSequenceClassification" in auto or (auto and not known):
+        raise InputError(
+            f"{source} comes with Python code of its own (auto_map), which is not run to score; load it in a reward "
+            "function of yours, and name that as function: module:function."
+        )
 
 
 def _check_code(config: PreTrainedConfig, settings: ModelSettings) -> None:
@@ -179,10 +496,26 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: st
         target_modules=list(settings.targets) if settings.targets else "all-linear",
         task_type=TaskType[task],
     )
+    untie(model, settings.targets or ())
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
         raise InputError(f"LoRA cannot be applied to this model ({first_line(error)}).") from error
+
+
+def untie(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Give the head weights of its own where adapters are meant for it or the embedding, and both are one matrix.
+
+    What is added to one would otherwise be added to the other when the adapters are merged. As PEFT does, `targets` are
+    compared with the last parts of a module's name.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is not embedding.weight:
+        return
+    names = [name for name, module in model.named_modules() if module is head or module is embedding]
+    if any(name == target or name.endswith(f".{target}") for name in names for target in targets):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:

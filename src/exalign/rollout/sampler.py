@@ -515,7 +515,7 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
     Some architectures keep state or build masks where nothing here sees it. So the answer is found by trying: short
     prompts with two completions each, step by step, must give the logits of whole texts.
     """
-    vocabulary, device = model.get_input_embeddings().num_embeddings, model.device
+    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.device
     prompts = [(torch.arange(start, start + length) % vocabulary).to(device) for start, length in ((0, 5), (3, 2))]
     groups = [Branches(prompt, 2) for prompt in prompts]
     texts = [[prompt] for prompt in prompts]  # of the first logits, the completions of a prompt share one row

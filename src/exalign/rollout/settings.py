@@ -1,8 +1,10 @@
-"""How completions are drawn."""
+"""How completions are drawn, and what gives them their rewards."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from exalign.settings import Settings
 
@@ -40,3 +42,65 @@ class VLLMSettings(Settings):
         gt=0,
         description="nats per token: a log-probability of the engine that is further from the training path's is told",
     )
+
+
+class OneScorer(Settings):
+    """One source of rewards."""
+
+    stage: str | None = Field(None, pattern="^(reward|oracle)$", description="this run's own stage: reward or oracle")
+    reward_model: str | None = Field(None, description="folder or hub name of a sequence classifier with one label")
+    classifier: str | None = Field(None, description="folder or hub name of a classifier; the reward is its log-odds")
+    function: str | None = Field(
+        None, description="module:function taking prompts, completions and the data's other columns, giving rewards"
+    )
+    positive: str | int | None = Field(
+        None, description="name or number of the classifier's positive label; None: the one whose name says so"
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> OneScorer:
+        sources = [name for name in type(self).model_fields if name not in ("positive", "weight")]
+        if sum(getattr(self, name) is not None for name in sources) != 1:
+            raise ValueError(f"give exactly one of {', '.join(name for name in sources if name != 'sum')}")
+        if self.positive is not None and self.classifier is None:
+            raise ValueError("positive has no effect without classifier; remove it")
+        return self
+
+
+class WeightedScorer(OneScorer):
+    """A scorer in a sum."""
+
+    weight: float = Field(1.0, description="what its rewards are multiplied with before they are added")
+
+
+class ScorerSettings(OneScorer):
+    """Where rewards come from: exactly one source, or a list of them, each with a weight, whose rewards are added."""
+
+    sum: tuple[WeightedScorer, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        description="scorers with a weight each, whose weighted rewards are added; a list in the place of the section "
+        "says the same",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_a_sum(cls, values: Any) -> Any:
+        return {"sum": values} if isinstance(values, list) else values
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The run's own stages that it scores with."""
+        return tuple(dict.fromkeys(part.stage for part in self.sum or (self,) if part.stage is not None))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The models that it names."""
+        named = (part.reward_model or part.classifier for part in self.sum or (self,))
+        return tuple(source for source in named if source is not None)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The functions that it names."""
+        return tuple(part.function for part in self.sum or (self,) if part.function is not None)

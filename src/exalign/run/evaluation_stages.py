@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,8 @@ from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.judgements import read_judgements
 from exalign.report import write_report
-from exalign.rollout.scorer import scored
-from exalign.rollout.settings import SampleSettings
+from exalign.rollout.scorers import scored
+from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.run.density_stage import density_stages
 from exalign.run.on_demand import (
     sample_policy,
@@ -27,7 +28,7 @@ from exalign.run.on_demand import (
     shards,
     with_reference_logprobs,
 )
-from exalign.run.recipe import Recipe, ScorerSettings
+from exalign.run.recipe import Recipe
 from exalign.run.runner import Run, Stage
 from exalign.run.sources import (
     data_identity,
@@ -95,7 +96,7 @@ def _prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
     if all(record.completions for record in chosen):
         chosen = scored(load_scorer(evaluation_scorer(recipe), run), chosen, counts)
     else:
-        chosen = [Record(record.id, record.prompt, prompt_ids=record.prompt_ids) for record in chosen]
+        chosen = [replace(record, completions=(), preferred=None) for record in chosen]
     counts["prompts"] = len(chosen)
     write_beside_the_stage(folder, chosen, Header(counts=dict(counts)))
 
@@ -127,11 +128,11 @@ def _with_reference_text(record: Record) -> Record:
         completions = (record.completions[record.preferred],)
     elif len(record.completions) == 1:
         completions = record.completions
-    return Record(record.id, record.prompt, completions, record.prompt_ids)
+    return replace(record, completions=completions, preferred=None)
 
 
 def _evaluation_prompts(run: Run) -> list[Record]:
-    return [Record(r.id, r.prompt, prompt_ids=r.prompt_ids) for r in read_records(run.path("evaluation", "prompts"))]
+    return [replace(record, completions=()) for record in read_records(run.path("evaluation", "prompts"))]
 
 
 def _supervised(run: Run, folder: Path, counts: Counter[str]) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-
-from transformers import AutoConfig
+from typing import Any
 
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.models.loading import first_line, is_folder, load_tokenizer
+from exalign.models.loading import check_trainable, is_folder, load_tokenizer
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.function_scorer import FunctionScorer
+from exalign.rollout.scorers import check_scorer
+from exalign.rollout.settings import ScorerSettings
 from exalign.run.cluster import check_installed
 from exalign.run.proposals import Proposer
-from exalign.run.recipe import Recipe, ScorerSettings
+from exalign.run.recipe import Recipe
 from exalign.run.search import own_settings, validation_prompts
 from exalign.storage import exists
 
@@ -29,13 +29,9 @@ def check_inputs(recipe: Recipe) -> None:
     for name, settings in data_sources(recipe):
         for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
             _check_record(name, settings, record)
+    kinds = _kinds(recipe) if scorers(recipe) else []
     for scorer in scorers(recipe):
-        if scorer.function is not None:
-            FunctionScorer(scorer.function)
-        if scorer.reward_model is not None:
-            check_labels(scorer.reward_model, 1)
-        if scorer.classifier is not None:
-            check_labels(scorer.classifier, 2)
+        check_scorer(scorer, kinds)
     source = recipe.tokenizer.source or recipe.model.source
     if recipe.tokenizer.vocab_size is None and source is not None:
         load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
@@ -43,6 +39,15 @@ def check_inputs(recipe: Recipe) -> None:
     for model in (recipe.model, recipe.oracle and recipe.oracle.model, recipe.reward and recipe.reward.model, *critics):
         if model:
             check_model(model)
+    if recipe.sft is not None or recipe.methods:
+        check_trainable(recipe.model, "model")
+    if recipe.oracle is not None:
+        check_trainable(recipe.oracle.model, "oracle.model")
+    if recipe.reward is not None and recipe.reward.model is not None:
+        check_trainable(recipe.reward.model, "reward.model")
+    for name, method in recipe.ppo.items():
+        if method.critic is not None:
+            check_trainable(method.critic, f"ppo.{name}.critic")
     if recipe.search is not None:
         _check_search(recipe)
     if recipe.cluster is not None:
@@ -98,13 +103,13 @@ def check_model(settings: ModelSettings) -> None:
         raise InputError(f"The model folder {settings.source} does not exist.")
 
 
-def check_labels(source: str, wanted: int) -> None:
-    """A scorer's model must have as many labels as its use needs; only its configuration is read."""
-    try:
-        found = AutoConfig.from_pretrained(source, trust_remote_code=False).num_labels
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"Cannot read the model {source}: {first_line(error)}") from None
-    if wanted == 1 and found != 1:
-        raise InputError(f"A reward model has one label, but {source} has {found}; name it as classifier instead.")
-    if wanted == 2 and found < 2:
-        raise InputError(f"A classifier has two labels, but {source} has {found}; name it as reward_model instead.")
+def _kinds(recipe: Recipe) -> list[Record]:
+    """A record of each kind of prompt that may be sampled and scored, as far as the data is local."""
+    found: dict[Any, Record] = {}
+    for name, settings in data_sources(recipe):
+        if name not in ("data.prompts", "data.preferences", "data.evaluation"):
+            continue
+        for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
+            plain = isinstance(record.prompt, str)
+            found.setdefault("text" if plain else tuple(m["role"] for m in record.prompt), record)  # type: ignore[arg-type]
+    return list(found.values())

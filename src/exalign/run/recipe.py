@@ -18,7 +18,7 @@ from exalign.data.reading import DataSettings
 from exalign.errors import InputError
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values
-from exalign.rollout.settings import SampleSettings
+from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.run.cluster_settings import ClusterSettings
 from exalign.run.messages import explain_validation_error
 from exalign.run.search_settings import SearchSettings, search_contradictions
@@ -34,22 +34,6 @@ class TokenizerSettings(Settings):
     vocab_size: int | None = Field(
         None, gt=256, description="train a byte-level BPE of this size on data.sft instead (models from scratch)"
     )
-
-
-class ScorerSettings(Settings):
-    """Where rewards come from: exactly one of these is given."""
-
-    stage: str | None = Field(None, pattern="^(reward|oracle)$", description="this run's own stage: reward or oracle")
-    reward_model: str | None = Field(None, description="folder or hub name of a sequence classifier with one label")
-    classifier: str | None = Field(None, description="folder or hub name of a classifier; the reward is its log-odds")
-    function: str | None = Field(None, description="module:function taking prompts and completions, giving rewards")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> ScorerSettings:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of stage, reward_model, classifier, function")
-        return self
 
 
 class DataSection(Settings):
@@ -259,12 +243,11 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
         scorers["score.scorer"] = recipe.score.scorer
     scorers["evaluate.scorer"] = recipe.evaluate.scorer
     for where, scorer in scorers.items():
-        if scorer is None or scorer.stage is None:
-            continue
-        if getattr(recipe, scorer.stage) is None:
-            yield f"{where} names the stage {scorer.stage!r}, but the recipe has no {scorer.stage} section"
-        if where == "preferences.scorer" and scorer.stage == "reward":
-            yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
+        for stage in () if scorer is None else scorer.stages:
+            if getattr(recipe, stage) is None:
+                yield f"{where} names the stage {stage!r}, but the recipe has no {stage} section"
+            if where == "preferences.scorer" and stage == "reward":
+                yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
     evaluate = recipe.evaluate
     usual = EvaluateSettings.model_fields["density_prompts"].default
     if evaluate.density_prompts > evaluate.pool_prompts and evaluate.density_prompts != usual:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -116,7 +116,7 @@ def validation_prompts(
         if fingerprint(record.prompt) in used:
             counts["prompts_of_the_evaluation"] += 1
         elif len(found) < recipe.search.prompts:
-            found.append(Record(record.id, record.prompt, prompt_ids=record.prompt_ids))
+            found.append(replace(record, completions=(), preferred=None))
         else:
             break
     if len(found) < recipe.search.prompts:

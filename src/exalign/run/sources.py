@@ -17,13 +17,11 @@ from exalign.data.store import iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
-from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
+from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.classifier_scorer import ClassifierScorer
-from exalign.rollout.function_scorer import FunctionScorer
-from exalign.rollout.reward_model_scorer import RewardModelScorer
-from exalign.rollout.scorer import Scorer
-from exalign.run.recipe import Recipe, ScorerSettings
+from exalign.rollout.scorers import Scorer, function_identity, open_scorer
+from exalign.rollout.settings import ScorerSettings
+from exalign.run.recipe import Recipe
 from exalign.run.runner import Run
 from exalign.storage import exists, fingerprint_path
 from exalign.training.settings import TrainSettings
@@ -110,25 +108,26 @@ def source_identity(source: str | None) -> Any:
 
 
 def scorer_identity(settings: ScorerSettings) -> Any:
-    model = settings.reward_model or settings.classifier
-    return {**settings.model_dump(mode="json"), "model": source_identity(model)}
+    """The settings, the models that they name, and the files that reward functions stand in."""
+    models = [source_identity(source) for source in settings.sources]
+    return {
+        **settings.model_dump(mode="json"),
+        "models": models,
+        "functions": [function_identity(name) for name in settings.functions],
+    }
 
 
 def scorer_needs(settings: ScorerSettings) -> tuple[str, ...]:
-    return (settings.stage,) if settings.stage else ()
+    return settings.stages
 
 
 def load_scorer(settings: ScorerSettings, run: Run) -> Scorer:
     """The scorer that a recipe names, ready to score; a model that was trained here reads what it was trained on."""
-    if settings.function is not None:
-        return FunctionScorer(settings.function)
-    limits = None if settings.stage is None else trained_limits(run.recipe, settings.stage)
-    source = str(run.path(settings.stage, "model")) if settings.stage else settings.reward_model or settings.classifier
-    assert source is not None
-    model_settings, tokenizer = ModelSettings(source=source), load_tokenizer(source)
-    if settings.classifier is not None or settings.stage == "oracle":
-        return ClassifierScorer(ready(load_classifier(model_settings, tokenizer)), tokenizer, limits=limits)
-    return RewardModelScorer(ready(load_reward_model(model_settings, tokenizer)), tokenizer, limits=limits)
+
+    def trained_here(stage: str) -> tuple[str, TokenLimits]:
+        return str(run.path(stage, "model")), trained_limits(run.recipe, stage)
+
+    return open_scorer(settings, trained_here)
 
 
 def trained_limits(recipe: Recipe, stage: str) -> TokenLimits:

@@ -36,14 +36,13 @@ from exalign.methods.oracle import train_classifier
 from exalign.methods.reward_model import train_reward_model
 from exalign.methods.sft import train_sft
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
-from exalign.rollout.limits import keep_limits
-from exalign.rollout.scorer import scored
-from exalign.rollout.settings import SampleSettings
+from exalign.rollout.scorers import keep_limits, scored
+from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.run.evaluation_stages import evaluation_stages
 from exalign.run.on_demand import SHARD, sample_supervised
 from exalign.run.on_policy import rounds_stages
 from exalign.run.ppo_stages import ppo_stages
-from exalign.run.recipe import Recipe, ScorerSettings
+from exalign.run.recipe import Recipe
 from exalign.run.runner import Run, Stage, TrainingStage
 from exalign.run.search import method_stages, validation_stage
 from exalign.run.sources import (

@@ -19,8 +19,8 @@ from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, counted_in, iter_shard, read_header, shards_of
 from exalign.data.store import write_header as close
 from exalign.rollout.sampler import GroupedSampler
-from exalign.rollout.scorer import scored
-from exalign.rollout.settings import SampleSettings, VLLMSettings
+from exalign.rollout.scorers import scored
+from exalign.rollout.settings import SampleSettings, ScorerSettings, VLLMSettings
 from exalign.rollout.vllm import VLLMSampler, engine_arguments
 from exalign.run.cluster import ShardWork, map_shards
 from exalign.run.cluster_settings import ClusterSettings
@@ -31,7 +31,7 @@ from exalign.run.on_demand import (
     sampled_logprobs,
     samples_header,
 )
-from exalign.run.recipe import Recipe, ScorerSettings
+from exalign.run.recipe import Recipe
 from exalign.run.runner import Run
 from exalign.run.sources import (
     iter_prompts,

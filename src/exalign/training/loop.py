@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.batching import Group, microbatches
 from exalign.errors import InputError
 from exalign.models.heads import ActorCritic, PackedScorer
-from exalign.models.loading import save_model
+from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.redaction import redact_values
@@ -88,6 +88,8 @@ class _Trainer:
     """That of the settings, or less once memory has run out."""
     saved_at: int = 0
     """The step of the last checkpoint."""
+    seen: Sequence[Group] = ()
+    """Those of the last step that was taken here."""
 
 
 def train(
@@ -123,15 +125,16 @@ def train(
     accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
     card = with_recoveries(card, folder)
 
-    def save(path: Path) -> None:
+    def save(path: Path, *, verified: bool = False) -> None:
         with whole.on_leader() as complete:
             if writes:
-                save_model(complete.model, tokenizer, path, card=card)
+                rows = trainer.seen or some_rows(complete.model, tokenizer) if verified else ()
+                save_model(complete.model, tokenizer, path, card=card, rows=rows)
 
     if writes:
         remove_leftovers(folder)
     _take_steps(trainer, save)
-    save(folder / "model")
+    save(folder / "model", verified=True)
     if writes:
         prune_checkpoints(folder / "checkpoints", len(task.batches), keep=1)
     for tracker in accelerator.trackers:
@@ -211,7 +214,7 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
     settings, optimizer = trainer.settings, trainer.optimizer
     seed = int(fingerprint([settings.seed, step, trainer.accelerator.process_index]), 16) >> 1
     torch.manual_seed(seed)
-    groups = trainer.task.batches[step]
+    groups = trainer.seen = trainer.task.batches[step]
     factor = learning_rate_factor(
         step, num_steps=len(trainer.task.batches), warmup_steps=trainer.warmup_steps, schedule=settings.schedule
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exalign.models.loading import load_tokenizer
 from exalign.models.model_settings import ModelSettings
+from exalign.rollout.settings import OneScorer, ScorerSettings
 from exalign.run.budget.architecture import Architecture, Kind, architecture_of
 from exalign.run.budget.cost import (
     STORED_BYTES_PER_TOKEN,
@@ -22,7 +23,7 @@ from exalign.run.budget.devices import Machine
 from exalign.run.budget.load import Load, Loads
 from exalign.run.budget.memory import Memory, sampling_memory, training_memory
 from exalign.run.evaluation_stages import evaluation_scorer
-from exalign.run.recipe import PPOStageSettings, Recipe, ScorerSettings
+from exalign.run.recipe import PPOStageSettings, Recipe
 from exalign.run.sources import SCORING_TOKENS
 from exalign.run.stages import plan, reference_name
 from exalign.training.batches import saved_steps
@@ -227,19 +228,17 @@ class _Pricing:
     def drawn_and_scored(self, stage: str, load: Load, scorer: ScorerSettings, *, reference: bool = False) -> Cost:
         policy = self.frozen_policy()
         parts = [sampling_cost(stage, policy, load, self.recipe.sample, self.machine)]
-        if (scored := self.scored(stage, load, scorer)) is not None:
-            parts.append(scored)
+        parts += self.scored(stage, load, scorer)
         if reference:
             parts.append(forward_cost(stage, policy, load, self.machine, token_budget=SCORING_TOKENS))
         return together(stage, parts)
 
-    def scored(self, stage: str, load: Load, settings: ScorerSettings) -> Cost | None:
-        scorer = self.scorer(settings)
-        if scorer is None:
-            return None
-        return forward_cost(stage, scorer, load, self.machine, token_budget=SCORER_TOKENS)
+    def scored(self, stage: str, load: Load, settings: ScorerSettings) -> list[Cost]:
+        """What the scorers cost that have a model."""
+        models = [model for part in settings.sum or (settings,) if (model := self.scorer(part)) is not None]
+        return [forward_cost(stage, model, load, self.machine, token_budget=SCORER_TOKENS) for model in models]
 
-    def scorer(self, settings: ScorerSettings) -> Architecture | None:
+    def scorer(self, settings: OneScorer) -> Architecture | None:
         """The model behind a scorer; a function has none."""
         if settings.function is not None:
             self.say(f"{settings.function} costs nothing")

@@ -1,0 +1,607 @@
+"""What gives completions their rewards: reward models, classifiers, Python functions, and weighted sums of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.batching import Group
+from exalign.data.record import Completion, Record
+from exalign.data.tokenization import TokenLimits, completion_token_ids, tokenize_record
+from exalign.device import device
+from exalign.errors import InputError
+from exalign.models.heads import completion_outputs
+from exalign.models.loading import first_line, load_scoring_model, load_tokenizer, scoring_skeleton
+from exalign.models.memory import computed
+from exalign.rollout.settings import OneScorer, ScorerSettings
+
+logger = logging.getLogger(__name__)
+
+_LIMITS = "exalign_limits"
+_POSITIVE = {"positive", "pos", "good", "1", "label_1"}
+"""What the label of a good text is called; the last is what transformers calls the second of labels without names."""
+
+
+class Scorer(Protocol):
+    """Gives each completion a reward r(x, y): a finite number, higher is better.
+
+    `score` returns one list per record, as long as the record has completions, in the same order. A completion's
+    reward depends on its prompt and itself alone, never on what else is scored with it.
+    """
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]: ...
+
+
+def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> list[Record]:
+    """The records with the scorer's rewards, and with the parts of a sum where it is one.
+
+    What the scorer cut to read it, which changes a reward and no record, is added to `counts`: `prompts_cut_in_scoring`
+    and `completions_cut_in_scoring`.
+    """
+    before = Counter(_cuts(scorer))
+    parts: dict[str, list[list[float]]] = {}
+    if isinstance(scorer, WeightedSum):
+        parts = scorer.parts(records)
+        rewards = scorer.total(parts)
+    else:
+        rewards = scorer.score(records)
+    for name, number in (_cuts(scorer) - before).items():
+        counts[f"{name}_in_scoring"] += number
+    done = [record.with_rewards(row) for record, row in zip(records, rewards, strict=True)]
+    for name, values in parts.items():
+        done = [record.with_part(name, row) for record, row in zip(done, values, strict=True)]
+    return done
+
+
+def _cuts(scorer: Scorer) -> Counter[str]:
+    """What a scorer has cut so far; those of other people's making may not say."""
+    counts = getattr(scorer, "counts", None)
+    return counts if isinstance(counts, Counter) else Counter()
+
+
+def open_scorer(
+    settings: ScorerSettings | OneScorer, trained_here: Callable[[str], tuple[str, TokenLimits]] | None = None
+) -> Scorer:
+    """The scorer that a recipe names, ready to score.
+
+    `trained_here` gives the folder of a stage's model and the limits of its training; a recipe of a run has one.
+    """
+    if isinstance(settings, ScorerSettings) and settings.sum is not None:
+        scorers = [(part.weight, open_scorer(part, trained_here)) for part in settings.sum]
+        return WeightedSum(list(zip(part_names(settings.sum), scorers, strict=True)))
+    if settings.function is not None:
+        return FunctionScorer(settings.function)
+    source, limits = settings.reward_model or settings.classifier, None
+    if settings.stage is not None:
+        assert trained_here is not None
+        source, limits = trained_here(settings.stage)
+    assert source is not None
+    tokenizer = load_tokenizer(source)
+    labels = 1 if settings.reward_model is not None else None
+    model: Any = load_scoring_model(source, tokenizer, num_labels=labels).to(device())  # type: ignore[arg-type]
+    if settings.classifier is not None or settings.stage == "oracle":
+        positive = 1 if settings.stage == "oracle" else settings.positive
+        return ClassifierScorer(model, tokenizer, positive, limits=limits)
+    return RewardModelScorer(model, tokenizer, limits=limits)
+
+
+def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
+    """Raise before any sampling what scoring would raise after it, as far as it can be known without the weights.
+
+    Functions score the `records`, one for each kind of prompt; of models the configuration, the labels and the
+    tokenizer are read, and the records' texts tokenised. Those of the run's own stages do not exist yet.
+    """
+    records = [r if r.completions else replace(r, completions=(Completion("Yes."),)) for r in records]
+    for part in settings.sum or (settings,):
+        source = part.reward_model or part.classifier
+        if part.function is not None:
+            FunctionScorer(part.function).score(records)
+        if source is None:
+            continue
+        model = scoring_skeleton(source, num_labels=1 if part.reward_model else None)
+        tokenizer = load_tokenizer(source)
+        if part.classifier is not None:
+            positive_label(model.config, part.positive, say=False)
+        else:
+            _check_one_label(model.config)
+        if hasattr(model, "score"):
+            for index, record in enumerate(records):
+                retokenize(record, tokenizer, index=index, limits=None, positions=None, counts=Counter())
+
+
+def part_names(parts: Sequence[OneScorer]) -> list[str]:
+    """A name for each scorer of a sum, all different: the stage, the folder's or model's last name, the function's."""
+    names: list[str] = []
+    for part in parts:
+        full = part.stage or part.function or str(part.reward_model or part.classifier)
+        name = (
+            full if part.function or part.stage else next((n for n in reversed(Path(full).parts) if n != "model"), full)
+        )
+        names.append(name if name not in names else f"{name}#{len(names) + 1}")
+    return names
+
+
+def part_means(records: Sequence[Record]) -> dict[str, float]:
+    """The mean of each part of the rewards over all completions; empty where the scorer is no sum."""
+    sums: Counter[str] = Counter()
+    completions = [completion for record in records for completion in record.completions if completion.parts]
+    for completion in completions:
+        sums.update(completion.parts)  # type: ignore[arg-type]  # a Counter adds floats as well
+    return {name: value / len(completions) for name, value in sums.items()}
+
+
+class RewardModelScorer:
+    """r(x, y) of a sequence classifier with one label: its scalar head on the last token of prompt + completion.
+
+    Texts are tokenised with the model's own tokenizer, and cut to `limits`. By default those are the limits that the
+    model was trained with, which one that was trained here carries; the text for another is cut only where it has no
+    positions left. Encoders (BERT, DeBERTa, ...) read prompt and completion as one text. `token_budget` sets the tokens
+    computed at once and changes no reward beyond rounding. `counts` says what was cut. Another number of labels is an
+    `InputError`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limits: TokenLimits | None = None,
+        token_budget: int = 4096,
+    ) -> None:
+        _check_one_label(model.config)
+        self._outputs = _Outputs(model, tokenizer, limits, token_budget)
+        self.counts = self._outputs.counts
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]:
+        """One list of K rewards per record; a reward that is not finite is an `InputError` that names it."""
+        rewards = [row[:, 0].tolist() for row in self._outputs(records)]
+        return check_rewards(rewards, records, source="The reward model")
+
+
+class ClassifierScorer:
+    """r(x, y) = log p(positive | x, y) − log (1 − p(positive | x, y)), in nats, of the text prompt + completion.
+
+    With logits z this is z_pos − logsumexp of the others; with two labels, their difference. Texts are read as
+    `RewardModelScorer` reads them. `positive` is the name or the number of a label (see `positive_label`). A model with
+    one label is an `InputError`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        positive: str | int | None = None,
+        *,
+        limits: TokenLimits | None = None,
+        token_budget: int = 4096,
+    ) -> None:
+        self._positive = positive_label(model.config, positive)
+        self._outputs = _Outputs(model, tokenizer, limits, token_budget)
+        self.counts = self._outputs.counts
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]:
+        """One list of K log-odds per record."""
+        rewards = [log_odds(row, self._positive).tolist() for row in self._outputs(records)]
+        return check_rewards(rewards, records, source="The classifier")
+
+
+def log_odds(logits: Tensor, positive: int) -> Tensor:
+    """z_pos − logsumexp of the other labels: `[…, num_labels]` → `[…]`, in nats.
+
+    >>> log_odds(torch.tensor([[0.5, 2.0]]), 1)
+    tensor([1.5000])
+    """
+    others = torch.cat([logits[..., :positive], logits[..., positive + 1 :]], dim=-1)
+    return logits[..., positive] - others.logsumexp(-1)
+
+
+def positive_label(config: PreTrainedConfig, wanted: str | int | None, *, say: bool = True) -> int:
+    """The number of a classifier's positive label: as `wanted` names or numbers it, else the one whose name says so.
+
+    Where nobody said which, the one that was taken is told once; names that leave it open are an `InputError`.
+
+    >>> positive_label(PreTrainedConfig(id2label={0: "POSITIVE", 1: "NEGATIVE"}), None)
+    0
+    """
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    source, listed = str(config.name_or_path or "the classifier"), ", ".join(f"{n} {name}" for n, name in names.items())
+    if len(names) < 2:
+        raise InputError(f"A classifier needs at least two labels, but {source} has one: use it as reward model.")
+    if wanted is not None:
+        text = str(wanted).casefold()
+        found = [n for n, name in names.items() if name.casefold() == text] or [n for n in names if str(n) == text]
+        if len(found) != 1:
+            raise InputError(f"The positive label {wanted} does not exist; {source} has the labels {listed}.")
+        return found[0]
+    # "LABEL_1" says something where there are two of them only.
+    known = _POSITIVE if len(names) == 2 else _POSITIVE - {"label_1", "1"}
+    found = [number for number, name in names.items() if name.casefold() in known]
+    if len(found) != 1:
+        raise InputError(
+            f"Which label of {source} is the positive one? It has {listed}; say so with the scorer's setting positive, "
+            f"for example positive: {next(iter(names.values()))}."
+        )
+    if say:
+        logger.warning(
+            "%s: the reward is the log-odds of label %d, %s, for nobody said which label is positive.",
+            source,
+            found[0],
+            names[found[0]],
+        )
+    return found[0]
+
+
+class WeightedSum:
+    """r(x, y) = Σ w_i r_i(x, y) of scorers with a name and a weight each."""
+
+    def __init__(self, scorers: Sequence[tuple[str, tuple[float, Scorer]]]) -> None:
+        self._scorers = scorers
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What all of them cut."""
+        return sum((_cuts(scorer) for _, (_, scorer) in self._scorers), Counter())
+
+    def parts(self, records: Sequence[Record]) -> dict[str, list[list[float]]]:
+        """The rewards of each scorer on its own, without its weight."""
+        return {name: scorer.score(records) for name, (_, scorer) in self._scorers}
+
+    def total(self, parts: Mapping[str, Sequence[Sequence[float]]]) -> list[list[float]]:
+        """The weighted sum of what `parts` gave."""
+        weights = [weight for _, (weight, _) in self._scorers]
+        rows = zip(*(parts[name] for name, _ in self._scorers), strict=True)
+        return [
+            [sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*row, strict=True)]
+            for row in rows
+        ]
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]:
+        return self.total(self.parts(records))
+
+
+RewardFunction = Callable[..., Sequence[Sequence[float]]]
+
+
+class FunctionScorer:
+    """Rewards from `function(prompts, completions, **columns)`, named as `module:function`.
+
+    `prompts` is a list of B prompts, `completions` a list of B lists of texts; the function returns B lists of as many
+    numbers. Further parameters get the data's other columns of that name, lists of B values, None where a row has none;
+    with `**columns` it gets all of them. The module is looked for in the working directory too. A name that cannot be
+    imported, a parameter that no column fills, whatever the function raises, a wrong number of rewards, and one that is
+    not finite are `InputError`s that name file, function and row.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._function = _load(name)
+        file = inspect.getsourcefile(inspect.unwrap(self._function)) if _is_python(self._function) else None
+        self._name = f"{name} ({file})" if file else name
+        self._named, self._needed, self._all = _columns(self._function, self._name)
+
+    def score(self, records: Sequence[Record]) -> list[list[float]]:
+        """One list of K rewards per record."""
+        rewards = self._call(records)
+        try:
+            listed = [list(values) for values in rewards]
+        except TypeError:
+            raise InputError(f"{self._name} must return one list of rewards per prompt, not {rewards!r:.60}.") from None
+        return check_rewards(listed, records, source=self._name)
+
+    def _call(self, records: Sequence[Record]) -> Any:
+        given = dict.fromkeys(name for record in records for name in record.columns or ())
+        missing = [name for name in self._needed if name not in given]
+        if missing and records:
+            there = f"there are {', '.join(given)}" if given else "there are none"
+            raise InputError(f"{self._name} asks for the column {missing[0]}, which the data does not have; {there}.")
+        columns = {n: [(r.columns or {}).get(n) for r in records] for n in given if self._all or n in self._named}
+        prompts = [record.prompt for record in records]
+        texts = [[completion.text for completion in record.completions] for record in records]
+        try:
+            return self._function(prompts, texts, **columns)
+        except InputError:
+            raise
+        except Exception as error:
+            if len(records) > 1:
+                for record in records:
+                    self._call([record])  # which raises the sentence below for the first row that fails alone
+            rows = records[0].id if len(records) == 1 else f"{records[0].id} to {records[-1].id}"
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(line.filename).name}, line {line.lineno}"
+            said = f"{type(error).__name__}: {first_line(error)[:200]}"
+            raise InputError(f"{self._name} failed on record {rows}, at {where}: {said}.") from error
+
+
+def function_identity(name: str) -> str:
+    """A hash of the file that a reward function stands in, without importing it: rewards may change where it does.
+
+    What that file imports is not covered. A function whose file cannot be found, or is no Python, is named by its name.
+    """
+    module_name = name.partition(":")[0]
+    with _working_directory():
+        try:
+            found = importlib.util.find_spec(module_name)
+        except (ImportError, ValueError):
+            found = None
+    path = Path(found.origin) if found is not None and found.origin else None
+    content = path.read_bytes() if path is not None and path.is_file() else b""
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:16]
+
+
+@contextmanager
+def _working_directory() -> Iterator[str]:
+    """The working directory as the first place where modules are looked for."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield here
+    finally:
+        sys.path.remove(here)
+
+
+def _load(name: str) -> RewardFunction:
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise InputError(f"A reward function is named as module:function, not {name!r}.")
+    with _working_directory() as here:
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # whatever the file does when it is imported
+            said = first_line(error)[:200]
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            raise InputError(f"The reward function {name} cannot be imported from {here}: {kind}{said}.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"The module {module_name} has no function {function_name}.")
+    return function
+
+
+def _is_python(function: Any) -> bool:
+    return inspect.isfunction(inspect.unwrap(function)) or inspect.ismethod(function)
+
+
+def _columns(function: Any, name: str) -> tuple[set[str], list[str], bool]:
+    """Which columns a function takes by name, which of them it needs, and whether it takes all there are."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # one that is not written in Python does not say
+        return set(), [], False
+    kinds = [parameter.kind for parameter in parameters]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise InputError(f"{name} must take prompts and completions as its first two parameters.")
+    further = [p for p in parameters if p not in places[:2] and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [parameter.name for parameter in further if parameter.default is parameter.empty]
+    return {parameter.name for parameter in further}, needed, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record], *, source: str) -> list[list[float]]:
+    """The rewards as lists of floats; a wrong count, a value that is no number, NaN or infinity is an `InputError`.
+
+    >>> record = Record(id="7", prompt="Hi", completions=(Completion("a"), Completion("b")))
+    >>> check_rewards([[1, 2.5]], [record], source="length")
+    [[1.0, 2.5]]
+    >>> check_rewards([[1.0, float("nan")]], [record], source="length")
+    Traceback (most recent call last):
+    exalign.errors.InputError: length gave the reward nan to completion 1 of record 7; rewards must be finite numbers.
+    """
+    if len(rewards) != len(records):
+        raise InputError(f"{source} gave rewards for {len(rewards)} prompts, but there are {len(records)}.")
+    checked = []
+    for values, record in zip(rewards, records, strict=True):
+        if len(values) != len(record.completions):
+            raise InputError(
+                f"{source} gave {len(values)} rewards to record {record.id}, which has {len(record.completions)} "
+                "completions."
+            )
+        checked.append([_finite(value, record, position, source) for position, value in enumerate(values)])
+    return checked
+
+
+def _finite(value: object, record: Record, position: int, source: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{source} gave the reward {value} to completion {position} of record {record.id}; "
+            "rewards must be finite numbers."
+        )
+    return number
+
+
+def keep_limits(model: Any, limits: TokenLimits) -> None:
+    """Have the model carry the limits that it is about to be trained with, in whatever `config.json` it is saved with.
+
+    A reward model that was trained on prompts cut to 256 tokens says something else of one with 300: further positions
+    are as it was initialised there. So what scores with it, in whatever run, has to cut as its training did.
+    """
+    setattr(model.config, _LIMITS, limits.model_dump())
+
+
+def kept_limits(model: Any) -> TokenLimits | None:
+    """The limits that a model was trained with; None where it does not say, as one that was made elsewhere."""
+    values = getattr(model.config, _LIMITS, None)
+    if values is None:
+        return None
+    try:
+        return TokenLimits.model_validate(values)
+    except ValidationError:
+        name = getattr(model.config, "name_or_path", "") or "the model"
+        raise InputError(f"config.json of {name} has {_LIMITS} that are no limits: {str(values)[:100]}") from None
+
+
+class _Outputs:
+    """What the head of a sequence classifier says of each completion: `[K, num_labels]` float64 for each record.
+
+    Causal models read the last token of prompt and completion, tokenised apart; encoders both as one text with their
+    special tokens, cut on its left where it is too long. Where a model that was made elsewhere pads with the id that
+    ends a text, the last token is the one before: so its own forward reads it, and so its makers trained it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits | None, token_budget: int
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._model: Any = model.eval()
+        self._tokenizer = tokenizer
+        self._limits = limits or kept_limits(model)
+        self._token_budget = token_budget
+        padding = model.config.get_text_config().pad_token_id
+        self._unread = padding if padding == tokenizer.eos_token_id else None
+
+    def __call__(self, records: Sequence[Record]) -> list[Tensor]:
+        # Causal classifiers of transformers call their head `score`; those that pool a whole text have another.
+        return self._causal(records) if hasattr(self._model, "score") else self._encoder(records)
+
+    def _causal(self, records: Sequence[Record]) -> list[Tensor]:
+        positions = max_positions(self._model)
+        groups = [
+            retokenize(
+                record, self._tokenizer, index=index, limits=self._limits, positions=positions, counts=self.counts
+            )
+            for index, record in enumerate(records)
+        ]
+        if self._unread is not None:
+            groups = [_without_end(group, self._unread) for group in groups]
+        found: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            outputs = computed(
+                lambda part: completion_outputs(self._model, part).double().cpu(),
+                groups,
+                token_budget=self._token_budget,
+            )
+            for batch, values in outputs:
+                found.update({g.index: row[: g.num_completions] for g, row in zip(batch, values, strict=True)})
+        return [found[group.index] for group in groups]
+
+    def _encoder(self, records: Sequence[Record]) -> list[Tensor]:
+        texts = [whole_text(record, completion.text) for record in records for completion in record.completions]
+        rows = self._encode(texts)
+        logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
+        with torch.inference_mode():
+            for batch in _similar_lengths(rows, self._token_budget):
+                inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+                ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
+                logits[batch] = self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
+        return list(logits.split([len(record.completions) for record in records]))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        tokenizer: Any = copy.deepcopy(self._tokenizer)
+        tokenizer.truncation_side = "left"
+        limit = min(tokenizer.model_max_length, _encoder_positions(self._model))
+        rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+        for index, row in enumerate(rows):
+            if len(row) > limit:
+                rows[index] = tokenizer(texts[index], truncation=True, max_length=limit)["input_ids"]
+                self.counts["texts_cut"] += 1
+        return rows
+
+
+def retokenize(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    index: int,
+    limits: TokenLimits | None,
+    positions: int | None,
+    counts: Counter[str],
+) -> Group:
+    """The group of a record's texts in the tokens of `tokenizer`, whatever ids the record carries.
+
+    A completion that ended has its end-of-sequence id, one that was cut by a limit has none. Without `limits`, texts
+    are cut only to the model's `positions`: the prompt on its left, once for all K completions. Cuts are counted in
+    `counts` (`prompts_cut`, `completions_cut`).
+    """
+    bare = tuple(
+        replace(completion, token_ids=None, logprob=None, reference_logprob=None) for completion in record.completions
+    )
+    record = replace(record, prompt_ids=None, completions=bare)
+    longest_completion = longest_prompt = positions or 2**62
+    if limits is not None:
+        longest_prompt, longest_completion = limits.max_prompt_tokens, limits.max_completion_tokens
+    elif positions is not None:
+        longest_completion = positions - 1
+        tokens = max(len(completion_token_ids(record, completion, tokenizer)) for completion in bare)
+        longest_prompt = positions - min(tokens, longest_completion)
+    return tokenize_record(
+        record,
+        tokenizer,
+        index=index,
+        max_prompt_tokens=longest_prompt,
+        max_completion_tokens=longest_completion,
+        counts=counts,
+    )
+
+
+def _without_end(group: Group, unread: int) -> Group:
+    """The group with the ids `unread` taken from the end of its completions; the prompt lends them its last token."""
+
+    def read(ids: Tensor) -> Tensor:
+        kept = (ids != unread).nonzero()
+        return ids[: int(kept[-1]) + 1] if len(kept) else ids[:1]
+
+    if len(group.prompt_ids) == 1:
+        return replace(group, completion_ids=tuple(read(ids) for ids in group.completion_ids))
+    whole = tuple(read(torch.cat([group.prompt_ids[-1:], ids])) for ids in group.completion_ids)
+    return replace(group, prompt_ids=group.prompt_ids[:-1], completion_ids=whole)
+
+
+def whole_text(record: Record, completion: str) -> str:
+    """The text an encoder reads: prompt and completion as they follow each other; messages line by line."""
+    if isinstance(record.prompt, str):
+        return record.prompt + completion
+    return "\n".join([*(message["content"] for message in record.prompt), completion])
+
+
+def _similar_lengths(rows: Sequence[Sequence[int]], token_budget: int) -> Iterator[list[int]]:
+    """Positions of `rows` in batches of at most `token_budget` tokens with padding, the shortest rows first."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if batch and len(rows[index]) * (len(batch) + 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def max_positions(model: Any) -> int | None:
+    """The longest text a model can read, in tokens, or None where it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _encoder_positions(model: Any) -> int:
+    """The longest text: RoBERTa and its kin number positions from the padding id + 1, which costs them that many."""
+    limit = max_positions(model)
+    if limit is None:
+        return 2**62
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    offset = getattr(embeddings, "padding_idx", None)
+    return limit if offset is None else limit - offset - 1
+
+
+def _check_one_label(config: PreTrainedConfig) -> None:
+    if config.num_labels != 1:
+        raise InputError(
+            f"A reward model has one label, but {config.name_or_path or 'this one'} has {config.num_labels}; score "
+            "with the log-odds of a classifier instead."
+        )
