@@ -10,6 +10,7 @@ decoded and tokenised again.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -65,6 +66,32 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         return frozenset([eos_id(tokenizer)])
 
 
+def with_token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> Record:
+    """The record with all ids of its prompt and completions, uncut; one that breaks the invariant is an `UnfitError`.
+
+    A finished completion ends with exactly one end token. Counted: `answers_changed_by_template` (it would cut or alter
+    them, so the answer's own text stands in their place), `messages_left_out_by_template`,
+    `tools_left_out_by_template` and `texts_with_unknown_tokens`.
+    """
+    if record.prompt_ids is not None and all(completion.token_ids for completion in record.completions):
+        return record
+    turn = _turn_of(record, tokenizer, counts)
+    prompt = _prompt_ids(record, turn, tokenizer)
+    completions = [_completion_ids(record, c, turn, prompt, tokenizer, counts) for c in record.completions]
+    unknown = tokenizer.unk_token_id
+    known = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    if unknown not in known and any(unknown in ids for ids in (prompt, *completions)):
+        counts["texts_with_unknown_tokens"] += 1
+    return _written(record, prompt, completions)
+
+
+def _written(record: Record, prompt: list[int], completions: list[list[int]]) -> Record:
+    pairs = zip(record.completions, completions, strict=True)
+    return replace(
+        record, prompt_ids=tuple(prompt), completions=tuple(replace(c, token_ids=tuple(ids)) for c, ids in pairs)
+    )
+
+
 def tokenize_record(
     record: Record,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,25 +101,16 @@ def tokenize_record(
     max_completion_tokens: int,
     counts: Counter[str],
 ) -> Group:
-    """The `Group` of one record, `index` its position in the source.
+    """The `Group` of one record (see `with_token_ids`), `index` its position in the source.
 
     A prompt over `max_prompt_tokens` loses its beginning (special tokens in front stay), once for all K;
-    `counts["prompts_cut"]`. A finished completion ends with exactly one end token; one that is longer
-    than `max_completion_tokens` with it is cut and has none; `counts["completions_cut"]`. Counted besides:
-    `answers_changed_by_template` (it would cut or alter them, so the answer's own text stands in its place),
-    `messages_left_out_by_template`, `tools_left_out_by_template` and `texts_with_unknown_tokens`.
-
-    A record that breaks the invariant is an `UnfitError`. Completions that carry a log-probability were sampled: they
-    cannot be cut, so limits below them are an `InputError`, as is a tokenizer without end-of-sequence.
+    `counts["prompts_cut"]`. A completion longer than `max_completion_tokens` with its end token is cut and has none;
+    `counts["completions_cut"]`. Completions that carry a log-probability were sampled: they cannot be cut, so limits
+    below them are an `InputError`, as is a tokenizer without end-of-sequence.
     """
-    written = record.prompt_ids is not None and all(c.token_ids is not None for c in record.completions)
-    turn = _Turn("", eos_id(tokenizer)) if written else _turn_of(record, tokenizer, counts)
-    prompt = _prompt_ids(record, turn, tokenizer)
-    completions = [_completion_ids(record, c, turn, prompt, tokenizer, counts) for c in record.completions]
+    record = with_token_ids(record, tokenizer, counts)
+    prompt, completions = list(record.prompt_ids or ()), [list(c.token_ids or ()) for c in record.completions]
     sampled = [c.logprob is not None or c.reference_logprob is not None for c in record.completions]
-    unknown = tokenizer.unk_token_id
-    if unknown not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
-        counts["texts_with_unknown_tokens"] += any(unknown in ids for ids in (prompt, *completions))
     if len(prompt) > max_prompt_tokens:
         if any(sampled):
             raise _too_short(record, "prompt", len(prompt), "max_prompt_tokens", max_prompt_tokens)
@@ -104,8 +122,7 @@ def tokenize_record(
                 raise _too_short(record, "completion", len(ids), "max_completion_tokens", max_completion_tokens)
             completions[position] = ids[:max_completion_tokens]
             counts["completions_cut"] += 1
-    kept = (replace(c, token_ids=tuple(ids)) for c, ids in zip(record.completions, completions, strict=True))
-    return group_of(replace(record, prompt_ids=tuple(prompt), completions=tuple(kept)), index, from_proposal=True)
+    return group_of(_written(record, prompt, completions), index, from_proposal=True)
 
 
 def tokenize_records(
@@ -195,12 +212,6 @@ def prompt_token_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> list
     return _prompt_ids(record, turn, tokenizer)
 
 
-def completion_token_ids(record: Record, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All ids of a completion, uncut, ended with one end token unless it was cut by a length limit."""
-    turn = _turn_of(record, tokenizer)
-    return _completion_ids(record, completion, turn, _prompt_ids(record, turn, tokenizer), tokenizer, Counter())
-
-
 def completion_text(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int], lead: str = ""
 ) -> str:
@@ -210,6 +221,30 @@ def completion_text(
     """
     before, whole = (_decode(tokenizer, [*prompt_ids, *more], skip=True) for more in ((), ids))
     return _added(before, whole).removeprefix(lead)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """The text of one token inside a text, where a space in front of a word stays."""
+    context = _encode(tokenizer, "a")
+    return _added(_decode(tokenizer, context), _decode(tokenizer, [*context, token_id]))
+
+
+def as_conversation(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
+    """The record with the ids of its texts as tokenizer and template write whole conversations.
+
+    That is what a model which only reads (a reward model, a classifier) is given of a record that is unfit for one that
+    speaks. The prompt is what all K begin with, so the boundary has no meaning of its own.
+    """
+    whole = []
+    for completion in record.completions:
+        if isinstance(record.prompt, str):
+            ids = _leading_special(tokenizer) + _encode(tokenizer, record.prompt + completion.text)
+            whole.append(ids if completion.finish_reason == "length" else [*ids, eos_id(tokenizer)])
+        else:
+            messages, opening = _messages(record)
+            whole.append(_encode(tokenizer, _render(record, tokenizer, messages, answer=opening + completion.text)))
+    shared = min(len(os.path.commonprefix(whole)), *(len(ids) - 1 for ids in whole))  # noqa: RUF071 - of lists
+    return _written(record, whole[0][:shared], [ids[shared:] for ids in whole])
 
 
 def answer_lead(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -323,7 +358,7 @@ def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter
 def _messages(record: Record) -> tuple[list[Any], str]:
     """The messages of a prompt, without the beginning of the answer that the last one may be, and that beginning."""
     messages: list[Any] = list(record.prompt)
-    if messages and messages[-1]["role"] == "assistant" and isinstance(messages[-1]["content"], str):
+    if messages and messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str):
         return messages[:-1], messages[-1]["content"]
     return messages, ""
 
@@ -342,11 +377,11 @@ def _end_of(behind: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _count_left_out(
     record: Record, tokenizer: PreTrainedTokenizerBase, messages: list[Any], start: str, counts: Counter[str]
 ) -> None:
-    said = (m["content"] for m in messages if m["role"] != "assistant" and isinstance(m["content"], str))
-    counts["messages_left_out_by_template"] += any(text.strip() not in start for text in said)
-    if getattr(record, "tools", None):
-        without = _render(replace(record, tools=None), tokenizer, messages)  # type: ignore[call-arg]
-        counts["tools_left_out_by_template"] += without == start
+    said = [m.get("content") for m in messages if m["role"] != "assistant"]
+    if any(isinstance(text, str) and text.strip() not in start for text in said):
+        counts["messages_left_out_by_template"] += 1
+    if record.tools and _render(replace(record, tools=None), tokenizer, messages) == start:
+        counts["tools_left_out_by_template"] += 1
 
 
 def _render(
@@ -367,9 +402,8 @@ def _render(
     if answer is not None:
         messages = [*messages, {"role": "assistant", "content": answer}]
     try:
-        return render_chat(
-            tokenizer, messages, tools=getattr(record, "tools", None), answering=answering and answer is None
-        )
+        tools = json.loads(record.tools) if record.tools else None
+        return render_chat(tokenizer, messages, tools=tools, answering=answering and answer is None)
     except (TemplateError, ValueError, TypeError, LookupError) as error:
         raise UnfitError(
             record, "records_refused_by_template", f"the tokenizer's chat template refuses it ({error})."
@@ -405,8 +439,8 @@ def _completion_ids(
     if not isinstance(record.prompt, str):
         text = _answer(record, text, turn, tokenizer, counts)
     if completion.finish_reason == "length":
-        return _encode_behind(record, prompt, turn, text, tokenizer) or [turn.end_id]
-    return [*_encode_behind(record, prompt, turn, text + turn.end, tokenizer), turn.end_id]
+        return _encode_behind(record, prompt, turn, text, tokenizer, counts) or [turn.end_id]
+    return [*_encode_behind(record, prompt, turn, text + turn.end, tokenizer, counts), turn.end_id]
 
 
 def _answer(record: Record, text: str, turn: _Turn, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> str:
@@ -443,7 +477,12 @@ def _without_ends(text: str, tokenizer: PreTrainedTokenizerBase, end_id: int | N
 
 
 def _encode_behind(
-    record: Record, prompt: list[int], turn: _Turn, text: str, tokenizer: PreTrainedTokenizerBase
+    record: Record,
+    prompt: list[int],
+    turn: _Turn,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Counter[str],
 ) -> list[int]:
     """The ids of `text` behind the prompt: those with which both decode to what they are as one text.
 
@@ -460,6 +499,9 @@ def _encode_behind(
         for ids in candidates:
             if _decode(tokenizer, start + ids) == wanted:
                 return ids
+    if "".join(_decode(tokenizer, start + alone).split()) == "".join((_decode(tokenizer, start) + text).split()):
+        counts["texts_with_spaces_changed_by_tokenizer"] += 1  # it has no tokens for spaces, and none for their absence
+        return alone
     raise UnfitError(
         record,
         "texts_changed_by_tokenizer",
