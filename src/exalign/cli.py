@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from exalign.judging.judge import judge
 from exalign.processes import failing, leads, several
 from exalign.run.budget.command import plan
 from exalign.terminal import shown
+
+if TYPE_CHECKING:
+    from exalign.report.paper_figures import Written
 
 app = typer.Typer(
     name="exalign",
@@ -192,18 +195,68 @@ def figures(
 ) -> None:
     """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
     if run is None:
-        from exalign.run.exact_figures import draw_exact_figures
-
-        paths, missing = draw_exact_figures(Path("figures") if out is None else out), []
+        paths, missing = _draw_exact_figures(Path("figures") if out is None else out), []
     else:
-        from exalign.run.run_figures import draw_run_figures
-
         written = draw_run_figures(run, out)
         paths, missing = written.paths, written.missing
     for path in paths:
         console.print(shown(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}"), soft_wrap=True)
     for sentence in missing:
         console.print(Text.assemble(("missing", "yellow"), " ", shown(sentence)), soft_wrap=True)
+
+
+def draw_run_figures(run: Path, out: Path | None = None) -> Written:
+    """Draw what the run has the data for into `out` (by default `RUN/report/figures`); see `write_paper_figures`.
+
+    A directory that holds no run, or no samples of the supervised policy, which everything is compared with, is an
+    `InputError`.
+    """
+    from exalign.evaluation.evidence import collect_evidence
+    from exalign.evaluation.run_folder import RunFolder
+    from exalign.judging.evidence import read_judgements
+    from exalign.report.paper_figures import evaluate_command, write_paper_figures
+
+    folder, recipe = RunFolder(run), RunFolder(run).recipe_values()
+    if not recipe:
+        raise InputError(
+            f"{run} is no run's directory, for it has no recipe.yaml: exalign run RECIPE --run {run} makes one."
+        )
+    if not (folder.supervised / "header.json").is_file():
+        raise InputError(f"{run} has no samples of the supervised policy yet: {evaluate_command(run)} draws them.")
+    evidence = collect_evidence(run, seed=int(recipe.get("seed") or 0), judgements=read_judgements(run))
+    return write_paper_figures(evidence, run, folder.figures if out is None else out)
+
+
+def _draw_exact_figures(folder: Path) -> list[Path]:
+    """Figures 1 and 5 and the theorems' as PNG and SVG in `folder`: seconds, the same on every run."""
+    from exalign.exact.figures_data import gradient_error_figure, objective_figure, two_mode_figure
+    from exalign.report.paper_figures import ErrorPanel, draw_divergences, draw_error_against_k
+    from exalign.report.style import save_figure
+
+    modes, objectives, curves = two_mode_figure(), objective_figure(), gradient_error_figure().curves
+    fitted = {name: density.numpy() for name, density in modes.policies.items()}
+    figures = {
+        "figure-1": draw_divergences(
+            modes.points.numpy(), modes.target.numpy(), fitted, reference=modes.reference.numpy()
+        )
+    }
+    for name, policies in (("any-policy", objectives.unlimited), ("one-mode", objectives.gaussian)):
+        drawn = {objective: density.numpy() for objective, density in policies.items()}
+        figures[f"figure-5-{name}"] = draw_divergences(objectives.points.numpy(), objectives.target.numpy(), drawn)
+    panels = [
+        ErrorPanel(
+            title,
+            slope,
+            {name: getattr(errors, kind).numpy() for name, errors in curves.items()},
+            {name: getattr(errors, f"{kind}_error").numpy() for name, errors in curves.items()},
+        )
+        for title, slope, kind in (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms"))
+    ]
+    num_completions = next(iter(curves.values())).num_completions
+    figures["theorems"] = draw_error_against_k([int(k) for k in num_completions], panels)
+    for name, figure in figures.items():
+        save_figure(figure, folder, name)
+    return [folder / f"{name}.png" for name in figures]
 
 
 @app.command()
@@ -215,7 +268,7 @@ def compare(
 ) -> None:
     """Compare runs: the reward of every method at equal KL in every run, and the mean over the runs."""
     from exalign.evaluation.across_runs import read_runs
-    from exalign.report.across_runs import tables
+    from exalign.report.compare import tables
     from exalign.storage import write_text
 
     try:
@@ -229,11 +282,11 @@ def compare(
         write_text(out, text)
         console.print(shown(f"wrote {out}"), soft_wrap=True)
     if figure is not None:
-        from exalign.report.figure_differences import STEPS, write_differences
+        from exalign.report.compare import STEPS, write_differences
 
         finely = [max(kls) * step / STEPS for step in range(1, STEPS + 1)]
         path = write_differences(read_runs(runs, finely), figure)
-        said = "no figure: in no run are there EXO and DPO on one target, or EXO on rewards and PPO"
+        said = "no figure: in no run are there EXO and another method, as DPO or PPO, on one target"
         # Not into the Markdown that may be piped elsewhere.
         typer.echo(shown(f"wrote {path} and .svg" if path else said).plain, err=out is None)
 
@@ -244,8 +297,8 @@ def select(
     kl_budget: Annotated[float, typer.Option(help="Nats from the supervised policy that a checkpoint may be away.")],
 ) -> None:
     """Name each method's best checkpoint within a KL budget, and the folder to load it from."""
-    from exalign.evaluation.selection import select as selected_within
-    from exalign.report.selection import selection_table
+    from exalign.evaluation.verdict import select as selected_within
+    from exalign.report.compare import selection_table
 
     selected, without = selected_within(run, kl_budget)
     if selected:

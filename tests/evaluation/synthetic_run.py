@@ -18,6 +18,7 @@ import numpy as np
 
 from exalign.data.record import Completion, Prompt, Record
 from exalign.data.store import Header, write_records
+from exalign.data.store import read_records as read
 
 SENTENCE = "the film was a quiet surprise with warm acting and its slow story asks for more patience than most have"
 WORDS = SENTENCE.split()
@@ -45,6 +46,9 @@ class World:
     hostile_text: str | None = None
     chat: bool = False
     seed: int = 0
+    scorer: bool = True
+    pairs: int = 0
+    """Held-out preference pairs, on which a method's margin is N(efficiency · distance, 1)."""
 
 
 def write_run(run: Path, world: World) -> Path:
@@ -74,7 +78,13 @@ def _write_evaluation(run: Path, world: World, levels: np.ndarray, generator: np
             step = round(world.steps * (i + 1) / len(distances))
             records = _samples(world, bare, levels, efficiency, distance, generator)
             write_records(evaluation / name / f"step-{step:06d}" / "samples", records, header)
-    if world.pool:
+    if world.pairs:
+        _write_pairs(evaluation / "pairs", world)
+    if not world.scorer:
+        for folder in [evaluation / "prompts", *evaluation.glob("**/samples")]:
+            bare = [replace(r, completions=tuple(replace(c, reward=None) for c in r.completions)) for r in read(folder)]
+            write_records(folder, bare, header)
+    elif world.pool:
         pool = [
             Record(
                 record.id,
@@ -85,6 +95,21 @@ def _write_evaluation(run: Path, world: World, levels: np.ndarray, generator: np
         ]
         write_records(evaluation / "pool", pool, header)
         _write_density(evaluation / "density", world, pool[: world.density], levels)
+
+
+def _write_pairs(folder: Path, world: World) -> None:
+    generator = np.random.default_rng(world.seed + 2)
+    for name, (efficiency, distances) in world.methods.items():
+        for i, distance in enumerate(distances):
+            records = []
+            for pair in range(world.pairs):
+                ratios = (efficiency * distance + generator.normal() - distance, -distance)
+                completions = tuple(
+                    Completion(_text(generator, 9), logprob=r - 30, reference_logprob=-30.0) for r in ratios
+                )
+                records.append(Record(f"pair{pair}", _text(generator, 10), completions, preferred=0))
+            step = round(world.steps * (i + 1) / len(distances))
+            write_records(folder / name / f"step-{step:06d}", records, Header())
 
 
 def _write_density(folder: Path, world: World, pool: Sequence[Record], levels: np.ndarray) -> None:
@@ -193,7 +218,7 @@ def _recipe(world: World) -> str:
         "name: synthetic",
         "seed: 0",
         "temperature: 0.8",
-        "oracle: {max_tokens: 512}",
+        *(["oracle: {max_tokens: 512}"] if world.scorer else []),
         "evaluate:",
         "  kl_budget: 0.8",
         "align:",

@@ -23,8 +23,7 @@ from exalign.evaluation.across_runs import (
 )
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import MethodEvidence
-from exalign.report.across_runs import tables
-from exalign.report.figure_differences import draw_differences, write_differences
+from exalign.report.compare import draw_differences, tables, write_differences
 from exalign.report.wording import interval
 
 KLS = (0.5, 1.0, 3.0)

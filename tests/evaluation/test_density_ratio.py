@@ -14,7 +14,7 @@ from scipy.stats import gaussian_kde
 
 from exalign.data.record import Completion, Record
 from exalign.errors import InputError
-from exalign.evaluation.density_ratio import (
+from exalign.evaluation.pool import (
     GRID_POINTS,
     OPTIMUM,
     density_curve,

@@ -7,10 +7,18 @@ import pytest
 
 from exalign.data.record import Completion, Record
 from exalign.errors import InputError
-from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
-from exalign.evaluation.frontier import frontier_point, reach, reward_at_kl, select_within
-from exalign.evaluation.tables import SampleTable, tabulate
-from exalign.evaluation.winrate import win_rate
+from exalign.evaluation.frontier import (
+    Paths,
+    compare_all,
+    compare_pairs,
+    frontier_point,
+    reach,
+    reward_at_kl,
+    reward_gain,
+    select_within,
+    win_rate,
+)
+from exalign.evaluation.sample_table import SampleTable, tabulate
 
 
 def completion(reward, log_ratio=0.0, tokens=3, finish="stop"):

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from exalign.data.record import Completion, Record
-from exalign.evaluation.best_of_n import best_of_n, best_of_n_shares, expected_best
-from exalign.evaluation.optimum import LEAST_ESS, gap_to_optimum, optimum, pool_frontier
-from exalign.evaluation.tables import tabulate
+from exalign.evaluation.pool import (
+    LEAST_ESS,
+    best_of_n,
+    best_of_n_shares,
+    expected_best,
+    gap_to_optimum,
+    optimum,
+    pool_frontier,
+)
+from exalign.evaluation.sample_table import tabulate
 
 PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1])
 REWARDS = np.array([0.0, 1.0, 2.0, 4.0])

@@ -11,7 +11,7 @@ from evaluation.synthetic_run import World, write_run
 from exalign.cli import app
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.selection import select
+from exalign.evaluation.verdict import select
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exalign.evaluation.schema import MethodEvidence
-from exalign.report.figure_exact import ErrorPanel, draw_divergences, draw_error_against_k
 from exalign.report.figure_frontier import draw_frontier
-from exalign.report.figure_training import draw_alignment, draw_checkpoints, draw_other_stages, smooth
-from exalign.report.labels import spread_apart
-from exalign.report.style import DARK, LIGHT, figure_style, looks_of
-from exalign.report.svg import inline_svg, save_figure
+from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages, smooth
+from exalign.report.paper_figures import ErrorPanel, draw_divergences, draw_error_against_k
+from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure, spread_apart
 
 
 def luminance(color: str) -> float:

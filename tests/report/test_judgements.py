@@ -16,7 +16,7 @@ from exalign.judging.comparisons import read_comparisons
 from exalign.judging.judgements import stored_studies
 from exalign.report.page import render_page
 from exalign.report.style import looks_of
-from exalign.report.verdict_bar import verdict_bar
+from exalign.report.verdicts import verdict_bar
 from exalign.report.wording import interval, percent
 from report.test_browser import open_page
 

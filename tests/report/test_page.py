@@ -24,8 +24,7 @@ from exalign.evaluation.schema import (
     Standing,
 )
 from exalign.report import write_report
-from exalign.report.headline import headline
-from exalign.report.page import describe
+from exalign.report.page import describe, headline
 from exalign.report.wording import number, visible
 
 

@@ -14,20 +14,17 @@ import numpy as np
 import pytest
 
 from evaluation.synthetic_run import World, write_run
-from exalign.cli import main
+from exalign.cli import draw_run_figures, main
 from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.schema import Evidence, MethodEvidence
-from exalign.report.figure_ablation import ablations, draw_ablation
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import draw_accuracy_frontier
-from exalign.report.figure_reward import draw_reward_against_step
-from exalign.report.figure_verdicts import draw_verdicts
-from exalign.report.labels import drawable
-from exalign.report.style import figure_style, looks_of
-from exalign.report.win_table import win_table
-from exalign.run.run_figures import draw_run_figures
+from exalign.report.figure_steps import draw_reward_against_step
+from exalign.report.paper_figures import ablations, draw_ablation
+from exalign.report.style import drawable, figure_style, looks_of
+from exalign.report.verdicts import draw_verdicts, win_table
 from judging.judged_run import assess_run, judge_run, longer, moody
 
 METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref": (0.5, (1.0,)), "ppo": (0.6, (0.9,))}

@@ -22,7 +22,7 @@ from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
-from exalign.evaluation.best_of_n import expected_best
+from exalign.evaluation.pool import expected_best
 from exalign.methods.matching import DIVERGENCES, train_align, with_reference_logp
 from exalign.methods.ppo import Surroundings, train_ppo
 from exalign.methods.rounds import train_rounds

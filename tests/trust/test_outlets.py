@@ -51,8 +51,7 @@ from exalign.judging.judge import _print_summaries
 from exalign.judging.study_store import Store, Task
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.page import render_page
-from exalign.report.style import figure_style, looks_of
-from exalign.report.svg import inline_svg
+from exalign.report.style import figure_style, inline_svg, looks_of
 from exalign.report.wording import visible
 from exalign.run.runner import Run
 from exalign.run.runner import Stage as RunStage

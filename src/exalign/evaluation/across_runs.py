@@ -15,15 +15,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 from exalign.errors import InputError
-from exalign.evaluation.comparison import Paths
-from exalign.evaluation.frontier import reward_at_kl
-from exalign.evaluation.optimum import PoolFrontier, optimum_path, pool_frontier
+from exalign.evaluation.frontier import Paths, reward_at_kl
+from exalign.evaluation.pool import OPTIMUM, PoolFrontier, optimum_path, pool_frontier
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
+from exalign.evaluation.sample_table import SampleTable, tabulate
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 from exalign.evaluation.statistics import CONFIDENCE, mean_interval
-from exalign.evaluation.tables import SampleTable, tabulate
-
-OPTIMUM = "estimated optimum"
 
 
 @dataclass(frozen=True)
@@ -76,16 +73,12 @@ def over_runs(values: Sequence[float]) -> AcrossRuns | None:
 
 
 def contrasts(methods: Sequence[MethodEvidence]) -> list[tuple[str, str]]:
-    """What the paper compares: EXO with DPO on the same target, and with PPO where both learn from rewards."""
+    """What the paper compares: EXO with methods of other known families on the same target, as DPO and PPO."""
     return [
         (first.name, second.name)
         for first in methods
         for second in methods
-        if first.family == "exo"
-        and (
-            (second.family == "dpo" and first.target == second.target)
-            or (second.family, first.target) == ("ppo", "reward")
-        )
+        if first.family == "exo" and second.family not in ("exo", "other") and first.target == second.target
     ]
 
 
@@ -113,6 +106,8 @@ def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[A
 def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     run = RunFolder(folder)
     evidence = run.read_evidence()
+    if not evidence.scored:
+        raise InputError(f"{folder} has no scorer, so no rewards to compare at equal KL; its report compares methods.")
     supervised = _table(run.supervised)
     checkpoints = {
         method: [_table(run.samples(method, step)) for step in run.sampled_steps(method)] for method in run.methods()

@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exalign.data.record import Record
+import numpy as np
+
+from exalign.data.record import Completion, Record
 from exalign.data.store import read_header
 from exalign.errors import InputError
-from exalign.evaluation.best_of_n import best_of_n
-from exalign.evaluation.comparison import Paths, compare_all, compare_pairs, reward_gain
-from exalign.evaluation.density_ratio import density_ratios
-from exalign.evaluation.examples import choose_examples
-from exalign.evaluation.frontier import frontier_point, select_within
-from exalign.evaluation.optimum import PoolFrontier, gap_to_optimum, optimum, pool_frontier
+from exalign.evaluation.frontier import (
+    Paths,
+    compare_all,
+    compare_pairs,
+    frontier_point,
+    held_out,
+    reward_gain,
+    select_within,
+    win_rate,
+)
+from exalign.evaluation.pool import PoolFrontier, best_of_n, density_ratios, gap_to_optimum, optimum, pool_frontier
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
-from exalign.evaluation.schema import Evidence, FrontierPoint, Judgements, MethodEvidence, WinRate, write_evidence
+from exalign.evaluation.sample_table import (
+    PairTable,
+    SampleTable,
+    log_ratio,
+    render_prompt,
+    tabulate,
+    tabulate_pairs,
+)
+from exalign.evaluation.schema import (
+    Answer,
+    Evidence,
+    Example,
+    FrontierPoint,
+    Judgements,
+    MethodEvidence,
+    Verdict,
+    WinRate,
+    write_evidence,
+)
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
-from exalign.evaluation.tables import SampleTable, tabulate
-from exalign.evaluation.winrate import win_rate
+from exalign.evaluation.verdict import verdict, warnings
 
 SFT = "SFT"
 REFERENCE_TEXTS = "reference texts"
+REFERENCE_TEXT = "reference text"
+NUM_WORST = 3
 
 
 def build_evidence(run: Path, **options: Any) -> Evidence:
@@ -44,8 +70,8 @@ def collect_evidence(
 ) -> Evidence:
     """Compute everything the report says about the run in folder `run`; nothing is written.
 
-    Missing pieces (no pool, no reference texts, a method that was stopped, one method only) leave their part empty
-    and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.evidence` reads it).
+    Missing pieces (no scorer, no pool, no reference texts, a method that was stopped, one method only) leave their part
+    empty and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.evidence` reads it).
     Without samples of the supervised policy there is nothing to compare with: `InputError`.
     """
     folder = RunFolder(Path(run))
@@ -54,24 +80,26 @@ def collect_evidence(
     options: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
     log_odds = _rewards_are_log_odds(material.recipe)
     methods = [_method(material, name, log_odds, options) for name in material.methods]
-    paths = Paths(material.sft, {name: list(steps.values()) for name, steps in material.tables.items()}, **options)
-    finished = [method.name for method in methods if method.finished]
+    sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, **options)
+    tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
+    paths = Paths(material.sft, tables, **options)
     density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, **options)
+    best = None if material.pool is None else optimum(material.pool, **options)
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)
-    header = read_header(folder.supervised)
-    return Evidence(
+    chosen = verdict(methods, _kl_budget(material.recipe))
+    evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
-        temperature=header.temperature,
+        temperature=read_header(folder.supervised).temperature,
         kl_budget=_kl_budget(material.recipe),
         confidence=CONFIDENCE,
         num_prompts=len(material.sft.ids),
-        sft=frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, **options),
+        sft=sft,
         methods=methods,
-        equal_kl=compare_all(paths, among=finished),
+        equal_kl=compare_all(paths, among=[method.name for method in methods if method.finished]),
         comparisons=compare_pairs(paths),
-        optimum=None if material.pool is None else optimum(material.pool, **options),
+        optimum=best,
         best_of_n=best_of_n(material.pool_rewards, material.opponents, **options),
         examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
         curves=curves,
@@ -81,21 +109,38 @@ def collect_evidence(
         + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
         + judgements.notes,
         environment=folder.environment_values(),
-        recipe=material.recipe_text,
+        recipe=folder.recipe_text(),
         judgements=judgements,
         searches=folder.searches(),
         density=density,
+        warnings=warnings(sft, list(_looked_at(methods, chosen)), best, density, judgements),
         **options,
     )
+    return evidence if chosen is None else _with_texts(evidence, chosen, material)
+
+
+def _looked_at(methods: Sequence[MethodEvidence], chosen: Verdict | None) -> list[tuple[str, FrontierPoint]]:
+    """Each method's last checkpoint, but of the one to ship the checkpoint that is shipped."""
+    steps = {} if chosen is None else {chosen.method: chosen.step}
+    last = {method.name: steps.get(method.name, method.points[-1].step) for method in methods if method.points}
+    return [(m.name, point) for m in methods for point in m.points if point.step == last[m.name]]
+
+
+def _with_texts(evidence: Evidence, chosen: Verdict, material: _Material) -> Evidence:
+    """With one example of the verdict, and the prompts on which it lost most."""
+    theirs = material.last_samples[SFT]
+    ours = complete_records(material.run.samples(chosen.method, chosen.step)) or []
+    answers = {SFT: theirs, chosen.method: ours}
+    (example,) = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed) or [None]
+    return replace(evidence, verdict=replace(chosen, example=example), worst=_worst(theirs, ours, chosen.method))
 
 
 @dataclass(eq=False)
 class _Material:
     """What a run folder offers, read once; `notes` say what it lacks."""
 
-    recipe_text: str
-    recipe: dict[str, Any]
     run: RunFolder
+    recipe: dict[str, Any]
     sft: SampleTable
     prompts: list[Record]
     reference: SampleTable | None
@@ -104,6 +149,7 @@ class _Material:
     density: dict[str, list[Record]]
     methods: list[str]
     tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
+    pairs: dict[str, dict[int, PairTable]] = field(default_factory=dict)
     last_samples: dict[str, list[Record]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -116,12 +162,11 @@ class _Material:
         texts = [record for record in prompts if record.rewards is not None]
         pool = pool_rewards(run.pool)
         material = cls(
-            recipe_text=run.recipe_text(),
-            recipe=run.recipe_values(),
             run=run,
-            sft=tabulate(samples, "evaluation/sft/samples"),
+            recipe=run.recipe_values(),
+            sft=tabulate(samples, run.relative(run.supervised)),
             prompts=prompts,
-            reference=tabulate(texts, "evaluation/prompts") if texts else None,
+            reference=tabulate(texts, run.relative(run.prompts)) if texts else None,
             pool_rewards=pool,
             pool=pool_frontier(pool),
             density=run.density_records(),
@@ -131,13 +176,15 @@ class _Material:
         material._note_missing()
         for method in material.methods:
             material._read_method(method)
+            material._read_pairs(method)
         return material
 
     @property
     def opponents(self) -> dict[str, SampleTable]:
         """Whom win rates are against, by name."""
-        references = {} if self.reference is None else {REFERENCE_TEXTS: self.reference}
-        return {SFT: self.sft, **references}
+        if not self.sft.scored:
+            return {}
+        return {SFT: self.sft} | ({} if self.reference is None else {REFERENCE_TEXTS: self.reference})
 
     def _read_method(self, method: str) -> None:
         self.tables[method] = {}
@@ -153,14 +200,35 @@ class _Material:
                 self.notes.append(f"{where}: {table.empty_prompts} prompts have no sample and are left out.")
             if table.log_ratios is None:
                 raise InputError(f"{where}: samples have no logprob and reference_logprob; evaluate again.")
+            if table.scored != self.sft.scored:
+                raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
             self.tables[method][step] = table
             self.last_samples[method] = records
         if not self.tables[method]:
             self.notes.append(f"{method} has no evaluated checkpoint.")
 
+    def _read_pairs(self, method: str) -> None:
+        self.pairs[method] = {}
+        for step in self.run.paired_steps(method):
+            folder = self.run.pairs(method, step)
+            records = complete_records(folder)
+            if records is None:
+                self.notes.append(f"{self.run.relative(folder)} is incomplete and left out.")
+                continue
+            table = self.pairs[method][step] = tabulate_pairs(records, self.run.relative(folder))
+            if table.undecided:
+                said = f"{table.undecided} pairs prefer neither text and are left out."
+                self.notes.append(f"{self.run.relative(folder)}: {said}")
+
     def _note_missing(self) -> None:
         if self.sft.empty_prompts:
             self.notes.append(f"{self.sft.empty_prompts} prompts have no sample of the supervised policy.")
+        if not self.sft.scored:
+            self.notes.append(
+                "The run has no scorer: there are no rewards, hence no win rates, optimum, best of N or comparison at "
+                "equal KL; methods are compared on held-out preferences."
+            )
+            return
         if self.reference is None:
             self.notes.append("There are no scored reference texts, so no win rate against them.")
         if not self.pool_rewards:
@@ -170,22 +238,27 @@ class _Material:
 
 
 def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str, Any]) -> MethodEvidence:
-    tables = material.tables[name]
+    tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
     points: list[FrontierPoint] = []
     for step, table in tables.items():
-        against_sft = win_rate(table, material.sft, opponent=SFT, **options)
-        points.append(
-            frontier_point(table, step=step, rewards_are_log_odds=log_odds, win_vs_sft=against_sft, **options)
+        point = frontier_point(
+            table,
+            step=step,
+            rewards_are_log_odds=log_odds,
+            win_vs_sft=win_rate(table, material.sft, opponent=SFT, **options) if scored else None,
+            gain=reward_gain(table, material.sft, **options) if scored else None,
+            **options,
         )
-    win_rates: list[WinRate] = []
-    gain = None
+        points.append(replace(point, held_out=held_out(pairs[step], **options)) if step in pairs else point)
+    if points and not scored and not pairs:
+        material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
+    rates: dict[str, WinRate | None] = {}
     if points:
         last = tables[points[-1].step]
-        gain = reward_gain(last, material.sft, **options)
-        rates = [win_rate(last, table, opponent=who, **options) for who, table in material.opponents.items()]
-        win_rates = [rate for rate in rates if rate is not None]
+        rates = {who: win_rate(last, table, opponent=who, **options) for who, table in material.opponents.items()}
+        material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None
-    if material.pool is not None:
+    if material.pool is not None and scored:
         gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), **options)
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
@@ -196,12 +269,60 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
         target=described.target,
         finished=material.run.is_finished(name),
         points=points,
-        win_rates=win_rates,
-        gain=gain,
+        win_rates=[rate for rate in rates.values() if rate is not None],
+        gain=points[-1].gain if points else None,
         gap=gap,
         selected_step=selected.step if selected else None,
         settings=described.settings,
+        label=described.label,
+        line=described.line,
     )
+
+
+def choose_examples(
+    prompts: Sequence[Record], answers: Mapping[str, Sequence[Record]], *, num_examples: int, seed: int
+) -> list[Example]:
+    """`num_examples` prompts drawn with `seed`, never by reward, from those that every policy answered, with each one's
+    first sample.
+
+    `answers` maps a policy's name to its records; `prompts` may carry a reference text each.
+    """
+    by_id = {name: {r.id: r for r in records if r.completions} for name, records in answers.items()}
+    known = {record.id: record for records in answers.values() for record in records}
+    known.update({record.id: record for record in prompts})
+    shared = [key for key in known if all(key in records for records in by_id.values())]
+    if not by_id or not shared:
+        return []
+    drawn = np.random.default_rng(seed).permutation(len(shared))[:num_examples]
+    examples = []
+    for key in (shared[i] for i in sorted(drawn)):
+        rows = [_answer(name, records[key].completions[0]) for name, records in by_id.items()]
+        if known[key].completions and any(record.id == key for record in prompts):
+            rows.insert(0, _answer(REFERENCE_TEXT, known[key].completions[0]))
+        examples.append(Example(key, render_prompt(known[key].prompt), rows))
+    return examples
+
+
+def _worst(theirs: Sequence[Record], ours: Sequence[Record], method: str) -> list[Example]:
+    """The prompts whose worst sample lies furthest below the mean reward of π_sft, with that sample; none unscored."""
+    known = {record.id: record for record in theirs if record.rewards}
+    lost = []
+    for record in ours:
+        if record.rewards and record.id in known:
+            worst = int(np.argmin(record.rewards))
+            lost.append((record.rewards[worst] - float(np.mean(known[record.id].rewards or ())), record, worst))
+    return [
+        Example(
+            record.id,
+            render_prompt(record.prompt),
+            [_answer(SFT, known[record.id].completions[0]), _answer(method, record.completions[worst])],
+        )
+        for _, record, worst in sorted(lost, key=lambda row: row[0])[:NUM_WORST]
+    ]
+
+
+def _answer(source: str, completion: Completion) -> Answer:
+    return Answer(source, completion.text, completion.reward, log_ratio(completion), completion.finish_reason)
 
 
 def _kl_budget(recipe: Mapping[str, Any]) -> float | None:

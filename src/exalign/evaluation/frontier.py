@@ -1,15 +1,31 @@
-"""The frontier: what reward a checkpoint reaches, and how far from π_sft it went for it."""
+"""Reward against KL: what a checkpoint reaches, how far from π_sft it went for it, and methods compared at equal KL.
+
+Equal KL is the only fair comparison of rewards, since reward can be bought with KL. A method's path is π_sft (KL 0) and
+its best checkpoints in order of their KL (see `reward_at_kl`). All quantities come from the same prompts, so that
+differences between methods are paired.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from exalign.errors import InputError
-from exalign.evaluation.schema import FrontierPoint, Interval, WinRate
-from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, interval_of, resample_weights
-from exalign.evaluation.tables import Ragged, SampleTable, prompt_means
+from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
+from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
+from exalign.evaluation.statistics import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Array,
+    interval_of,
+    mean_interval,
+    paired_difference,
+    resample_weights,
+)
 
 
 def frontier_point(
@@ -18,6 +34,7 @@ def frontier_point(
     step: int,
     rewards_are_log_odds: bool = False,
     win_vs_sft: WinRate | None = None,
+    gain: Interval | None = None,
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -39,22 +56,50 @@ def frontier_point(
 
     return FrontierPoint(
         step=step,
-        reward=interval(prompt_means(table.rewards)),
+        reward=interval(prompt_means(table.rewards)) if table.scored else None,
         kl=interval(prompt_means(table.log_ratios)),
-        reward_std=_spread(table.rewards),
+        reward_std=_spread(table.rewards) if table.scored else None,
         num_samples=table.num_samples,
         accuracy=interval(_share_positive(table.rewards)) if rewards_are_log_odds else None,
         tokens=None if table.lengths is None else float(prompt_means(table.lengths).mean()),
         finished=None if table.finished is None else float(prompt_means(table.finished).mean()),
         win_vs_sft=win_vs_sft,
-        reward_std_within=_spread_within(table.rewards),
+        reward_std_within=_spread_within(table.rewards) if table.scored else None,
+        repetition=None if table.repeated is None else float(prompt_means(table.repeated).mean()),
+        gain=gain,
     )
 
 
+def held_out(pairs: PairTable, **options: Any) -> HeldOut:
+    """Accuracy and margin of the implicit reward on held-out pairs, with intervals over pairs; options of
+    `mean_interval`.
+    """
+    margins = pairs.preferred - pairs.rejected
+    columns = (pairs.wins, margins, pairs.preferred, pairs.rejected)
+    return HeldOut(*(mean_interval(column, **options) for column in columns))
+
+
 def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> FrontierPoint | None:
-    """The checkpoint with the highest mean reward among those whose KL is within the budget (nats), or None."""
-    within = [point for point in points if point.kl.estimate <= kl_budget]
-    return max(within, key=lambda point: point.reward.estimate, default=None)
+    """The checkpoint with the highest mean reward among those whose KL is within the budget (nats), or None.
+
+    Without rewards: with the highest lower bound of the accuracy on held-out pairs.
+    """
+    within = [point for point in points if point.kl.estimate <= kl_budget and (point.reward or point.held_out)]
+    return max(within, key=lambda p: p.reward.estimate if p.reward else lower_bound(p), default=None)
+
+
+def lower_bound(point: FrontierPoint) -> float:
+    """That of the gain in reward over π_sft, without rewards of the accuracy on held-out pairs over one half.
+
+    The estimate stands for it where one prompt or pair gives no interval; −∞ where nothing was measured.
+    """
+    if point.held_out is not None and point.reward is None:
+        value, base = point.held_out.accuracy, 0.5
+    elif point.gain is not None:
+        value, base = point.gain, 0.0
+    else:
+        return -math.inf
+    return (value.estimate if value.low is None else value.low) - base
 
 
 def reward_at_kl(kls: Array, rewards: Array, kl: float) -> Array:
@@ -127,3 +172,127 @@ def _spread_within(rewards: Ragged) -> float | None:
     """Standard deviation over the samples of a prompt (dividing by M − 1), averaged over the prompts that have two."""
     spreads = [values.std(ddof=1) for values in rewards if len(values) > 1]
     return float(np.mean(spreads)) if spreads else None
+
+
+def pair_shares(ours: Array, theirs: Array) -> tuple[float, float]:
+    """Shares of wins (a tie counts half) and of ties over all M × N pairs of rewards of one prompt.
+
+    >>> pair_shares(np.array([1.0, 3.0]), np.array([1.0, 2.0]))
+    (0.625, 0.25)
+    """
+    difference = ours[:, None] - theirs[None, :]
+    ties = float((difference == 0).mean())
+    return float((difference > 0).mean()) + ties / 2, ties
+
+
+def win_rate(
+    ours: SampleTable,
+    theirs: SampleTable,
+    *,
+    opponent: str,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> WinRate | None:
+    """Win rate of `ours` over `theirs`, both scored by the same scorer: the mean over prompts of the share of pairs.
+
+    Prompts that only one side has are counted in `missing_prompts`; None where no prompt is shared.
+    """
+    ids = common_prompts([ours, theirs])
+    if not ids:
+        return None
+    pairs = [(ours.rewards[i], theirs.rewards[j]) for i, j in zip(ours.at(ids), theirs.at(ids), strict=True)]
+    shares = np.array([pair_shares(mine, other) for mine, other in pairs])
+    return WinRate(
+        opponent=opponent,
+        rate=mean_interval(shares[:, 0], confidence=confidence, num_resamples=num_resamples, seed=seed),
+        ties=float(shares[:, 1].mean()),
+        num_pairs=sum(len(mine) * len(other) for mine, other in pairs),
+        missing_prompts=len(set(ours.ids).symmetric_difference(theirs.ids)),
+    )
+
+
+LEAST_MOVE = 0.05
+"""A method whose reach in KL is below this share of the farthest of all is not compared at the common KL."""
+
+
+class Paths:
+    """Every method's path over the prompts that all of them share: `[P, C]` KL and reward, π_sft in column 0."""
+
+    def __init__(self, sft: SampleTable, methods: Mapping[str, Sequence[SampleTable]], **options: Any) -> None:
+        evaluated = {name: checkpoints for name, checkpoints in methods.items() if checkpoints}
+        self.ids = common_prompts([sft, *(table for tables in evaluated.values() for table in tables)])
+        self._options = options
+        self._columns = {name: path(sft, tables, self.ids) for name, tables in evaluated.items() if self.ids}
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self._columns)
+
+    def reach(self, method: str) -> float:
+        """The KL of a method's farthest checkpoint that no other of its own beats."""
+        return reach(*self._columns[method])
+
+    def reward(self, method: str, kl: float) -> Array:
+        """`[P]` values whose mean is the method's reward at `kl`; the same prompts for every method."""
+        return reward_at_kl(*self._columns[method], kl)
+
+    def interval(self, values: Array) -> Interval:
+        """The mean of `[P]` values with the interval that the options given to the constructor ask for."""
+        return mean_interval(values, **self._options)
+
+
+def path(sft: SampleTable, checkpoints: Sequence[SampleTable], ids: Sequence[str]) -> tuple[Array, Array]:
+    """Per-prompt mean KL and reward `[P, 1 + C]` over `ids`: π_sft in column 0, then the checkpoints."""
+    kls, rewards = [], []
+    for table in (sft.as_reference(), *checkpoints):
+        if table.log_ratios is None:
+            raise ValueError("a method's samples need log-ratios")
+        at = table.at(ids)
+        kls.append(prompt_means(table.log_ratios)[at])
+        rewards.append(prompt_means(table.rewards)[at])
+    return np.stack(kls, axis=1), np.stack(rewards, axis=1)
+
+
+def compare_pairs(paths: Paths) -> list[Comparison]:
+    """Every two methods at the largest KL both reach, the better one first; without a positive KL there is none."""
+    found = []
+    for first, second in combinations(paths.methods, 2):
+        kl = min(paths.reach(first), paths.reach(second))
+        if kl <= 0:
+            continue
+        difference = paths.reward(first, kl) - paths.reward(second, kl)
+        if difference.mean() < 0:
+            first, second, difference = second, first, -difference
+        found.append(Comparison(first, second, kl, paths.interval(difference)))
+    return found
+
+
+def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
+    """The methods `among`, ranked by reward at the largest KL that all of them reach.
+
+    A method that hardly left π_sft would drag the common KL to where all are alike: it is named, not compared.
+    """
+    reaches = {name: paths.reach(name) for name in paths.methods if name in among}
+    farthest = max(reaches.values(), default=0.0)
+    compared = {name: reach for name, reach in reaches.items() if reach > LEAST_MOVE * farthest}
+    if not compared:
+        return None
+    kl = min(compared.values())
+    readings = {name: paths.reward(name, kl) for name in compared}
+    ranked = sorted(readings, key=lambda name: -readings[name].mean())
+    lead = readings[ranked[0]]
+    standings = [
+        Standing(name, paths.interval(readings[name]), None if i == 0 else paths.interval(lead - readings[name]))
+        for i, name in enumerate(ranked)
+    ]
+    return EqualKL(kl, standings, [name for name in reaches if name not in compared])
+
+
+def reward_gain(table: SampleTable, sft: SampleTable, **options: Any) -> Interval | None:
+    """Mean reward of a policy minus that of π_sft over the prompts both have, paired; None where they share none."""
+    ids = common_prompts([table, sft])
+    if not ids:
+        return None
+    ours, theirs = (prompt_means(t.rewards)[t.at(ids)] for t in (table, sft))
+    return paired_difference(ours, theirs, **options)

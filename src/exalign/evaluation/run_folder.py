@@ -218,9 +218,7 @@ class RunFolder:
                 raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
         in_recipe = (self.recipe_values().get("align") or {}).get(method)
         settings = self.searched_settings(method) or (in_recipe if isinstance(in_recipe, dict) else {})
-        family, target = _family(method, settings), _target(method, settings)
-        label = str(settings.get("divergence", family)) if family == "other" else family.upper()
-        return MethodDescription(label, family, target, settings)
+        return MethodDescription("", _family(method, settings), _target(method, settings), settings)
 
     def searched_settings(self, method: str) -> dict[str, Any]:
         """The settings that a search chose and the method was aligned with; empty where there was none."""

@@ -43,24 +43,44 @@ class WinRate:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What a policy's implicit reward, β times log π_θ − log π_sft, makes of held-out preference pairs.
+
+    `accuracy` is the share of pairs in which the preferred text has the larger log-ratio (a tie counts half), `margin`
+    the mean difference of the two log-ratios, `preferred` and `rejected` the mean of each, in nats: β is left out.
+    Intervals are over pairs.
+    """
+
+    accuracy: Interval
+    margin: Interval
+    preferred: Interval
+    rejected: Interval
+
+
+@dataclass(frozen=True)
 class FrontierPoint:
     """One checkpoint: mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft) over its samples.
 
     `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
     `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
-    `finished` the share that ended by the end-of-sequence token.
+    `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
+    that it had before, `gain` the reward less that of π_sft, paired by prompt. Where nothing was scored, rewards are
+    None; `held_out` is there where the checkpoint read held-out preference pairs.
     """
 
     step: int
-    reward: Interval
+    reward: Interval | None
     kl: Interval
-    reward_std: float
+    reward_std: float | None
     num_samples: int
     accuracy: Interval | None = None
     tokens: float | None = None
     finished: float | None = None
     win_vs_sft: WinRate | None = None
     reward_std_within: float | None = None
+    repetition: float | None = None
+    gain: Interval | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +162,10 @@ class EqualKL:
 class MethodEvidence:
     """One alignment method, its points in the order of training.
 
-    `family` is exo, dpo, ppo or other; `target` reward, preference or None where unknown. `gain`, `win_rates` and `gap`
-    are those of the last checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is
-    false where training stopped before its end.
+    `family` and `label` are how it is drawn and called (exo and EXO), `line` a sentence that it says of itself;
+    `target` is reward, preference or None where unknown. `gain`, `win_rates` and `gap` are those of the last
+    checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is false where training
+    stopped before its end.
     """
 
     name: str
@@ -157,6 +178,14 @@ class MethodEvidence:
     gap: Gap | None = None
     selected_step: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    line: str = ""
+
+    @property
+    def called(self) -> str:
+        """Its label; while it has none, its family or its divergence."""
+        family = str(self.settings.get("divergence", "")) if self.family == "other" else self.family.upper()
+        return self.label or family.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -404,8 +433,28 @@ class DensityRatios:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """The checkpoint to ship, and where it stands in the run.
+
+    With a KL budget (`within`, nats) it has the most reward of those within it, else the highest lower bound of what it
+    gains over π_sft; without a scorer, the highest lower bound of the accuracy on held-out pairs. `certain` says that
+    the interval of that gain excludes 0. `example` is a prompt drawn by chance with the first sample of both.
+    """
+
+    method: str
+    step: int
+    folder: str
+    within: float | None
+    certain: bool
+    example: Example | None = None
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """A run's evidence. `notes` are sentences about what is missing or was left out."""
+    """A run's evidence. `notes` are sentences about what is missing or was left out, `warnings` about what matters.
+
+    `worst` are the prompts on which the verdict's checkpoint lost most reward against π_sft.
+    """
 
     name: str
     policy: str | None
@@ -431,7 +480,22 @@ class Evidence:
     judgements: Judgements = field(default_factory=Judgements)
     searches: list[Search] = field(default_factory=list)
     density: DensityRatios | None = None
+    verdict: Verdict | None = None
+    warnings: list[str] = field(default_factory=list)
+    worst: list[Example] = field(default_factory=list)
     version: int = EVIDENCE_VERSION
+
+    @property
+    def scored(self) -> bool:
+        """Whether the samples have rewards."""
+        return self.sft is None or self.sft.reward is not None
+
+    def chosen(self) -> tuple[MethodEvidence, FrontierPoint] | None:
+        """The verdict's method and checkpoint."""
+        if self.verdict is None:
+            return None
+        method = next(method for method in self.methods if method.name == self.verdict.method)
+        return method, next(point for point in method.points if point.step == self.verdict.step)
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:

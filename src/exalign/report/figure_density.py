@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from exalign.evaluation.schema import DensityCurve, DensityRatios, PromptDensity
-from exalign.report.labels import drawable
-from exalign.report.style import LIGHT, Look
+from exalign.report.style import LIGHT, Look, drawable
 
 _BAND_ROOM = 1.35
 """How far above the highest curve an interval is still shown."""

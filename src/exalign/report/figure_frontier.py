@@ -1,4 +1,4 @@
-"""The frontiers: reward and the classifier's accuracy against KL to π_sft, every method, and the best possible."""
+"""The frontiers: reward, the classifier's accuracy and held-out preferences against KL to π_sft; the best possible."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, MethodEvidence, OptimumPoint
-from exalign.report.labels import label_right
-from exalign.report.style import LIGHT, Look
+from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
+from exalign.report.style import LIGHT, Look, label_right
 
 
-def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure:
+def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
     """Each method's checkpoints with intervals, π_sft, best-of-N, and the estimated optimum with its band.
 
-    `width` in inches: below 5 the labels stand under the axes instead of at the ends of the lines.
+    `width` in inches: below 5 the labels stand under the axes instead of at the ends of the lines. Without a scorer the
+    accuracy on held-out pairs takes the place of the reward; None where there are none either.
     """
+    if not evidence.scored:
+        return draw_held_out_accuracy(evidence, looks, width=width)
     narrow = width < 5
     figure = Figure(figsize=(width, 4.6 if narrow else 4.9), layout="constrained")
     axes = figure.add_subplot()
+    start = evidence.sft.reward if evidence.sft else None
     ends: list[tuple[str, str, float, float]] = []
     for method in evidence.methods:
         if method.points:
-            ends.append(_path(axes, evidence.sft, method, looks[method.name], _reward))
+            ends.append(_path(axes, start, method.name, method.points, looks[method.name], _reward))
     low, high = _limits(evidence)
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -36,8 +39,8 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
         _optimum(axes, evidence.optimum.points)
         curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
         ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
-    if evidence.sft:
-        _start(axes, evidence.sft.reward.estimate)
+    if start:
+        _start(axes, start.estimate)
     _finish(figure, axes, ends, "mean reward", narrow)
     return figure
 
@@ -47,31 +50,76 @@ def draw_accuracy_frontier(evidence: Evidence, looks: Mapping[str, Look], *, wid
     evaluated = [method for method in evidence.methods if method.points]
     if not evaluated or any(point.accuracy is None for method in evaluated for point in method.points):
         return None
-    narrow = width < 5
-    figure = Figure(figsize=(width, 4.2 if narrow else 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    sft = evidence.sft if evidence.sft and evidence.sft.accuracy else None
-    ends = [_path(axes, sft, method, looks[method.name], _accuracy) for method in evaluated]
-    points = [point for method in evaluated for point in method.points] + ([sft] if sft else [])
-    farthest = max(max(_bounds(p.kl)[1] for p in points) * 1.03, 0.05)
-    ys = [min(1.0, max(0.0, bound)) for p in points for bound in _bounds(_accuracy(p))]
-    room = 0.05 * (max(ys) - min(ys)) or 0.05
-    axes.set_xlim(min(0.0, *(_bounds(p.kl)[0] for p in points)) - 0.025 * farthest, farthest)
-    axes.set_ylim(min(ys) - room, max(ys) + room)
+    start = evidence.sft.accuracy if evidence.sft else None
+    figure, axes = _draw_measure(evidence, looks, _accuracy, start, width)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    if sft:
-        _start(axes, _accuracy(sft).estimate)
-    _finish(figure, axes, ends, "samples that the classifier calls positive", narrow)
+    axes.set_ylabel("samples that the classifier calls positive")
     return figure
 
 
-def _reward(point: FrontierPoint) -> Interval:
+def draw_held_out_accuracy(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """The share of held-out pairs whose preferred text gained more than the other, against KL; None without any."""
+    if not _read_pairs(evidence):
+        return None
+    figure, axes = _draw_measure(evidence, looks, _pair_accuracy, Interval(0.5, None, None, 0), width)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_ylabel("accuracy on held-out pairs")
+    return figure
+
+
+def draw_held_out_margin(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """The mean margin of log-ratios on held-out pairs, against KL; None without any."""
+    if not _read_pairs(evidence):
+        return None
+    figure, axes = _draw_measure(evidence, looks, _pair_margin, Interval(0.0, None, None, 0), width)
+    axes.set_ylabel("margin on held-out pairs (nats)")
+    return figure
+
+
+def _read_pairs(evidence: Evidence) -> bool:
+    return any(point.held_out is not None for method in evidence.methods for point in method.points)
+
+
+def _draw_measure(
+    evidence: Evidence,
+    looks: Mapping[str, Look],
+    read: Callable[[FrontierPoint], Interval | None],
+    start: Interval | None,
+    width: float,
+) -> tuple[Figure, Axes]:
+    """A measure of every method's checkpoints against KL, from `start`, its value for π_sft."""
+    figure = Figure(figsize=(width, 4.2 if width < 5 else 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if read(p) is not None])]
+    ends = [_path(axes, start, method.name, points, looks[method.name], read) for method, points in shown]
+    points = [point for _, kept in shown for point in kept]
+    values = [value for point in points if (value := read(point)) is not None] + ([start] if start else [])
+    farthest = max(max((_bounds(p.kl)[1] for p in points), default=0.0) * 1.03, 0.05)
+    shares = read is not _pair_margin
+    ys = [min(1.0, max(0.0, bound)) if shares else bound for value in values for bound in _bounds(value)]
+    room = 0.05 * (max(ys) - min(ys)) or 0.05
+    axes.set_xlim(min(0.0, *(_bounds(p.kl)[0] for p in points)) - 0.025 * farthest, farthest)
+    axes.set_ylim(min(ys) - room, max(ys) + room)
+    if start:
+        _start(axes, start.estimate)
+    _finish(figure, axes, ends, "", width < 5)
+    return figure, axes
+
+
+def _reward(point: FrontierPoint) -> Interval | None:
     return point.reward
 
 
-def _accuracy(point: FrontierPoint) -> Interval:
-    assert point.accuracy is not None
+def _accuracy(point: FrontierPoint) -> Interval | None:
     return point.accuracy
+
+
+def _pair_accuracy(point: FrontierPoint) -> Interval | None:
+    return None if point.held_out is None else point.held_out.accuracy
+
+
+def _pair_margin(point: FrontierPoint) -> Interval | None:
+    return None if point.held_out is None else point.held_out.margin
 
 
 def _start(axes: Axes, height: float) -> None:
@@ -92,22 +140,23 @@ def _finish(
 
 def _path(
     axes: Axes,
-    sft: FrontierPoint | None,
-    method: MethodEvidence,
+    start: Interval | None,
+    name: str,
+    points: Sequence[FrontierPoint],
     look: Look,
-    read: Callable[[FrontierPoint], Interval],
+    read: Callable[[FrontierPoint], Interval | None],
 ) -> tuple[str, str, float, float]:
     """Draw a method's checkpoints, from π_sft where it is given; return where its label goes."""
-    points, start = method.points, [] if sft is None else [sft]
-    ordered = [*start, *points]
-    kls, heights = np.array([p.kl.estimate for p in ordered]), np.array([read(p).estimate for p in ordered])
+    values = [value for point in points if (value := read(point)) is not None]
+    first = 0 if start is None else 1
+    kls = np.array([0.0] * first + [p.kl.estimate for p in points])
+    heights = np.array([value.estimate for value in ([start] if start else []) + values])
     axes.plot(*_between(kls, heights), **{**look.line, "marker": ""}, zorder=3)
-    first = len(start)
     axes.errorbar(
         kls[first:],
         heights[first:],
         xerr=_arms([p.kl for p in points]),
-        yerr=_arms([read(p) for p in points]),
+        yerr=_arms(values),
         fmt="none",
         ecolor=look.color,
         elinewidth=0.9,
@@ -115,8 +164,8 @@ def _path(
         zorder=3,
     )
     axes.plot(kls[first:], heights[first:], **{**look.line, "linestyle": ""}, zorder=4)
-    axes.plot([], [], **look.line, label=method.name)
-    return method.name, look.color, float(kls[-1]), float(heights[-1])
+    axes.plot([], [], **look.line, label=name)
+    return name, look.color, float(kls[-1]), float(heights[-1])
 
 
 def _between(kls: np.ndarray, rewards: np.ndarray, *, pieces: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +208,7 @@ def _limits(evidence: Evidence) -> tuple[tuple[float, float], tuple[float, float
     points = [p for method in evidence.methods for p in method.points] + ([evidence.sft] if evidence.sft else [])
     xs = [x for p in points for x in _bounds(p.kl)] or [0.0]
     farthest = max(max(xs) * 1.03, 0.05)
-    ys = [y for p in points for y in _bounds(p.reward)]
+    ys = [y for p in points if p.reward for y in _bounds(p.reward)]
     if evidence.optimum:
         ys += [y for p in evidence.optimum.points if p.kl.estimate <= farthest for y in _bounds(p.reward)]
     ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]

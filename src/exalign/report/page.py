@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Evidence, MethodEvidence
-from exalign.report.captions import Captions
+from exalign.evaluation.schema import Comparison, EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import draw_accuracy_frontier, draw_frontier
-from exalign.report.figure_training import draw_alignment, draw_checkpoints, draw_other_stages
-from exalign.report.headline import headline
-from exalign.report.style import DARK, LIGHT, figure_style, looks_of
-from exalign.report.svg import inline_svg, save_figure
-from exalign.report.verdict_bar import verdict_bar
-from exalign.report.win_table import win_table
-from exalign.report.wording import duration, interval, number, percent, setting, visible, words
+from exalign.report.figure_frontier import (
+    draw_accuracy_frontier,
+    draw_frontier,
+    draw_held_out_accuracy,
+    draw_held_out_margin,
+)
+from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
+from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
+from exalign.report.verdicts import verdict_bar, win_table
+from exalign.report.wording import Captions, duration, interval, number, percent, setting, visible, words
 from exalign.storage import write_text
 
 WIDE, NARROW = 8.8, 3.75
@@ -61,6 +63,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
     looks = looks_of(evidence.methods)
     return environment.get_template("page.html.jinja").render(
         evidence=evidence,
+        shipped=shipped(evidence),
         headline=headline(evidence),
         figures=figures,
         looks=looks,
@@ -76,8 +79,9 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
 
 
 def describe(method: MethodEvidence) -> str:
-    """A method in words: what it minimises, on what, with which β."""
-    family = {"exo": "EXO", "dpo": "DPO", "ppo": "PPO"}.get(method.family, str(method.settings.get("divergence", "")))
+    """A method in words: what it says of itself, else what it minimises, on what, with which β."""
+    if method.line:
+        return method.line
     target = {"reward": "reward target", "preference": "preference target"}.get(method.target or "", "")
     names = {"beta_pi": "β_π", "beta_r": "β_r", "beta": "β", "epsilon": "ε"}
     unused = "epsilon" if method.target == "reward" else "beta_r"
@@ -86,7 +90,7 @@ def describe(method: MethodEvidence) -> str:
         for key, sign in names.items()
         if key != unused and isinstance(method.settings.get(key), int | float)
     ]
-    return ", ".join(part for part in (words(family), target, *values) if part)
+    return ", ".join(part for part in (method.called, target, *values) if part)
 
 
 def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
@@ -94,12 +98,20 @@ def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
     looks, density = looks_of(evidence.methods), evidence.density
     drawings: dict[str, tuple[str, Callable[[float], Figure | None]]] = {
         "frontier": (
-            "Mean reward against KL to the supervised policy, for every method's checkpoints",
+            f"{'Mean reward' if evidence.scored else 'Accuracy on held-out pairs'} against KL to the supervised policy",
             lambda width: draw_frontier(evidence, looks, width=width),
         ),
         "accuracy": (
             "Share of samples that the classifier calls positive against KL to the supervised policy",
             lambda width: draw_accuracy_frontier(evidence, looks, width=width),
+        ),
+        "pairs": (
+            "Accuracy on held-out preference pairs against KL to the supervised policy",
+            lambda width: draw_held_out_accuracy(evidence, looks, width=width) if evidence.scored else None,
+        ),
+        "margin": (
+            "Margin of log-ratios on held-out preference pairs against KL to the supervised policy",
+            lambda width: draw_held_out_margin(evidence, looks, width=width),
         ),
         "density": (
             "Density ratio of each policy to the supervised one along the samples' log-probability",
@@ -155,3 +167,236 @@ def _mark_names(text: str, names: list[str]) -> Markup:
         pattern = "|".join(map(re.escape, longest_first))
         text = re.sub(rf"(?<![\w-])({pattern})(?![\w-])", r'<span class="method">\1</span>', text)
     return Markup(text)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A title and a few sentences."""
+
+    title: str
+    sentences: list[str]
+
+
+def shipped(evidence: Evidence) -> Headline | None:
+    """Which checkpoint to use, what it gains over the supervised policy and what it costs; None without a verdict."""
+    verdict, chosen = evidence.verdict, evidence.chosen()
+    if verdict is None or chosen is None:
+        return None
+    method, point = chosen
+    gain, at = point.gain, f"at KL {number(point.kl.estimate, 2)}"
+    if not verdict.certain:
+        title = "No checkpoint is measurably better than the supervised policy."
+    elif gain is not None:
+        title = f"Ship {method.name} at step {point.step}: {number(gain.estimate, 2)} more reward, {at}."
+    else:
+        assert point.held_out is not None
+        right = f"{100 * point.held_out.accuracy.estimate:.0f}\N{NO-BREAK SPACE}% of held-out pairs right"
+        title = f"Ship {method.name} at step {point.step}: {right}, {at}."
+    where = f"{'It is' if verdict.certain else f'The best guess, {method.name} at step {point.step}, is'} in "
+    sentences = [f"{where}{verdict.folder} of the run. {_gained(evidence, point)}", _cost(evidence, point)]
+    return Headline(title, [*sentences, _rule(evidence, verdict.within)])
+
+
+def _gained(evidence: Evidence, point: FrontierPoint) -> str:
+    if point.reward is not None and evidence.sft is not None:
+        return (
+            f"Its mean reward is {interval(point.reward)} on {evidence.num_prompts} held-out prompts, "
+            f"{interval(point.gain)} above the supervised policy's {interval(evidence.sft.reward)}."
+        )
+    assert point.held_out is not None
+    accuracy = point.held_out.accuracy
+    return (
+        f"On {percent(accuracy)} of {accuracy.num_prompts} held-out pairs (by chance it would be 50 %) it favours the "
+        "preferred answer over the other one more than the supervised policy does, by a mean of "
+        f"{interval(point.held_out.margin)} nats."
+    )
+
+
+def _cost(evidence: Evidence, point: FrontierPoint) -> str:
+    sft, parts = evidence.sft, [f"It costs a KL of {interval(point.kl)} nats"]
+    if sft is not None and sft.tokens is not None and point.tokens is not None:
+        parts.append(f"answers are {number(point.tokens)} tokens long on average ({number(sft.tokens)} before)")
+    if sft is not None and sft.finished is not None and point.finished is not None:
+        parts.append(f"{100 * point.finished:.0f} % of them end by themselves ({100 * sft.finished:.0f} % before)")
+    return "; ".join(parts) + "."
+
+
+def _rule(evidence: Evidence, within: float | None) -> str:
+    count = sum(len(method.points) for method in evidence.methods)
+    of = f"of {count} checkpoint{'s' * (count != 1)}"
+    what = "gain" if evidence.scored else "accuracy"
+    if within is None:
+        rule = f"No kl_budget was set: {of} it has the highest lower bound of its {what}"
+    elif evidence.scored:
+        rule = f"{of[0].upper()}{of[1:]} it has the most reward within the budget of {within:g} nats"
+    else:
+        rule = f"{of[0].upper()}{of[1:]} within {within:g} nats it has the highest lower bound of its accuracy"
+    return f"{rule}. It was chosen on the data that measured it, so it looks a little better than it is."
+
+
+def headline(evidence: Evidence) -> Headline:
+    """How the methods compare. A method is called ahead only where the interval of its lead excludes 0."""
+    evaluated = [method for method in evidence.methods if method.points]
+    sentences = _opening(evidence)
+    if not evaluated:
+        return Headline("No aligned policy has been evaluated yet.", sentences)
+    if not evidence.scored:
+        return _on_pairs(evaluated, _unfinished(evidence))
+    if len(evaluated) == 1 or evidence.equal_kl is None:
+        titles = [_gain_title(method) for method in evaluated]
+        title = titles[0] if len(titles) == 1 else "The methods could not be compared at equal KL."
+        sentences += [_gain_sentence(method) for method in evaluated]
+    else:
+        farther = _farther_and_better(evidence.equal_kl, evaluated)
+        title = _ranking_title(evidence.equal_kl, farther)
+        sentences += [_ranking_sentence(evidence.equal_kl), *_end_sentence(evaluated), *_exo_against_others(evidence)]
+    sentences += _optimum_sentence(evidence, evaluated)
+    sentences += _unfinished(evidence)
+    return Headline(title, sentences)
+
+
+def is_above_zero(value: Interval | None) -> bool:
+    """Whether the whole interval lies above 0."""
+    return value is not None and value.low is not None and value.low > 0
+
+
+def _on_pairs(evaluated: list[MethodEvidence], unfinished: list[str]) -> Headline:
+    """Methods at their ends by what they make of held-out pairs, where there are no rewards."""
+    ends = [(method, method.points[-1]) for method in evaluated]
+    sentences = [
+        f"{method.name} ends at accuracy {percent(point.held_out.accuracy)} and margin "
+        f"{interval(point.held_out.margin)} nats, at KL {interval(point.kl)}: the preferred texts' log-ratio is "
+        f"{interval(point.held_out.preferred)}, the others' {interval(point.held_out.rejected)}."
+        for method, point in ends
+        if point.held_out is not None
+    ]
+    title = "Without a scorer: what held-out preferences say." if sentences else "No held-out pairs were read."
+    return Headline(title, sentences + unfinished)
+
+
+def _opening(evidence: Evidence) -> list[str]:
+    if evidence.sft is None or evidence.sft.reward is None:
+        return []
+    model = f"The supervised policy ({evidence.policy})" if evidence.policy else "The supervised policy"
+    return [
+        f"{model} starts from a mean reward of {interval(evidence.sft.reward)} on "
+        f"{evidence.num_prompts} held-out prompts."
+    ]
+
+
+def _gain_title(method: MethodEvidence) -> str:
+    if is_above_zero(method.gain):
+        return f"{method.name} raises the reward."
+    if method.gain and method.gain.high is not None and method.gain.high < 0:
+        return f"{method.name} lowers the reward."
+    return f"{method.name} does not measurably change the reward."
+
+
+def _gain_sentence(method: MethodEvidence) -> str:
+    last = method.points[-1]
+    return (
+        f"{method.name} ends at mean reward {interval(last.reward)}, {interval(method.gain)} above the supervised "
+        f"policy's, at KL {interval(last.kl)} nats from it."
+    )
+
+
+def _ranking_title(equal: EqualKL, farther: MethodEvidence | None) -> str:
+    best, *others = equal.standings
+    if not others:
+        return f"{best.method} is the only method that moved far enough to be judged."
+    level = [s.method for s in others if not is_above_zero(s.behind_leader)]
+    if not level and farther is None:
+        return f"{best.method} gets the most reward for its KL."
+    if not level and farther is not None:
+        return f"At KL {number(equal.kl, 2)} {best.method} leads; {farther.name} goes further and gets more."
+    if len(level) == len(others) and len(others) > 1:
+        return "At equal KL, no method is clearly ahead."
+    behind = [s.method for s in others if s.method not in level]
+    rest = f", ahead of {_list(behind)}" if behind else ""
+    return f"At equal KL, {_list([best.method, *level])} are level{rest}."
+
+
+def _farther_and_better(equal: EqualKL, evaluated: list[MethodEvidence]) -> MethodEvidence | None:
+    """The method with the most reward at its end, if it is not the leader and the two intervals do not overlap."""
+    lead = equal.standings[0].method
+    leader = next(method for method in evaluated if method.name == lead)
+    best = max(evaluated, key=_end_reward)
+    low, high = _end(best).low, _end(leader).high
+    return best if best is not leader and low is not None and high is not None and low > high else None
+
+
+def _end_reward(method: MethodEvidence) -> float:
+    return _end(method).estimate
+
+
+def _end(method: MethodEvidence) -> Interval:
+    reward = method.points[-1].reward
+    assert reward is not None
+    return reward
+
+
+def _end_sentence(evaluated: list[MethodEvidence]) -> list[str]:
+    best = max(evaluated, key=_end_reward)
+    last = best.points[-1]
+    return [
+        f"At the end of training {best.name} has the most reward, {interval(last.reward)} at KL {interval(last.kl)}."
+    ]
+
+
+def _ranking_sentence(equal: EqualKL) -> str:
+    best, *others = equal.standings
+    text = (
+        f"At {number(equal.kl)} nats from the supervised policy, which all compared methods reach, {best.method} has "
+        f"mean reward {interval(best.reward)}"
+    )
+    if others:
+        second = others[0]
+        text += f", {interval(second.behind_leader)} more than {second.method}, the next"
+        if not is_above_zero(second.behind_leader):
+            text += "; that interval includes 0, so the order may be chance"
+    if equal.left_out:
+        text += f". Not compared, since at their best too close to the supervised policy: {_list(equal.left_out)}"
+    return text + "."
+
+
+def _exo_against_others(evidence: Evidence) -> list[str]:
+    """One sentence per pair of EXO and another known family, as DPO, on the same target."""
+    by_name = {method.name: method for method in evidence.methods}
+    sentences = []
+    for pair in evidence.comparisons:
+        first, second = by_name[pair.first], by_name[pair.second]
+        families = {first.family, second.family}
+        if "exo" in families and len(families - {"other"}) > 1 and first.target == second.target:
+            sentences.append(_duel(pair, first, second))
+    return sentences
+
+
+def _duel(pair: Comparison, first: MethodEvidence, second: MethodEvidence) -> str:
+    on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
+    amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"
+    if is_above_zero(pair.difference):
+        return f"{on}, {_titled(first)} is ahead of {_titled(second)}: {amount} more reward {at}."
+    return f"{on}, {_titled(first)} and {_titled(second)} are level: a difference of {amount} {at}."
+
+
+def _titled(method: MethodEvidence) -> str:
+    return f"{method.called} ({method.name})"
+
+
+def _optimum_sentence(evidence: Evidence, evaluated: list[MethodEvidence]) -> list[str]:
+    gaps = [(method.name, method.gap) for method in evaluated if method.gap is not None]
+    if not gaps:
+        return []
+    name, gap = min(gaps, key=lambda pair: pair[1].gap.estimate)
+    return [
+        f"The best possible policy at KL {number(gap.kl)} is estimated {interval(gap.gap)} above {name}, the closest."
+    ]
+
+
+def _unfinished(evidence: Evidence) -> list[str]:
+    names = [method.name for method in evidence.methods if not method.finished]
+    return [f"Stopped before the end of training: {_list(names)}."] if names else []
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,20 +1,31 @@
 """How things look: one appearance per method, on the page and in every figure, light and dark, in colour and in grey.
 
-Figures are drawn with the light colours below; `svg.inline_svg` turns each into the page's custom property of the same
-name, so that a figure follows the reader's light or dark preference.
+Figures are drawn with the light colours below; `inline_svg` turns each into the page's custom property of the same
+name, so that a figure follows the reader's light or dark preference. They are written as files, and as SVG inside the
+page: no outside reference, no clash of ids.
 """
 
 from __future__ import annotations
 
+import io
+import re
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from exalign.evaluation.schema import MethodEvidence
+from exalign.report.wording import visible
+from exalign.storage import atomic_path
 
 LIGHT = {
     "ink": "#1c2127",
@@ -130,3 +141,106 @@ def looks_of(methods: Iterable[MethodEvidence]) -> dict[str, Look]:
         hollow = method.target == "preference"
         looks[method.name] = Look(name, LIGHT[name], _MARKERS[family][place], "--" if hollow else "-", hollow)
     return looks
+
+
+def spread_apart(wanted: Sequence[float], distance: float) -> list[float]:
+    """Positions in the order of `wanted`, at least `distance` apart, each group of neighbours around its mean.
+
+    >>> spread_apart([0.0, 0.1, 5.0], 1.0)
+    [-0.45, 0.55, 5.0]
+    """
+    order = np.argsort(wanted, kind="stable")
+    groups: list[list[int]] = []
+    centers: list[float] = []
+    for i in order:
+        groups.append([int(i)])
+        centers.append(float(wanted[i]))
+        while len(groups) > 1 and centers[-1] - centers[-2] < distance * (len(groups[-1]) + len(groups[-2])) / 2:
+            last = groups.pop()
+            centers.pop()
+            groups[-1] += last
+            centers[-1] = float(np.mean([wanted[j] for j in groups[-1]]))
+    places = [0.0] * len(wanted)
+    for group, center in zip(groups, centers, strict=True):
+        for rank, i in enumerate(group):
+            places[i] = center + distance * (rank - (len(group) - 1) / 2)
+    return places
+
+
+def label_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]], *, distance: float = 0.052) -> None:
+    """Write each name right of the axes at the height of its end (name, color, x, y), with a thin line to it."""
+    if not ends:
+        return
+    (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
+    heights = [(y - y_low) / (y_high - y_low) for _, _, _, y in ends]
+    for (name, color, x, _), height, place in zip(ends, heights, spread_apart(heights, distance), strict=True):
+        start = (x - x_low) / (x_high - x_low)
+        axes.plot(
+            [start, 1.005, 1.025],
+            [height, place, place],
+            transform=axes.transAxes,
+            color=color,
+            linewidth=0.7,
+            linestyle=(0, (1, 2)),
+            clip_on=False,
+            zorder=1.5,
+        )
+        axes.text(1.032, place, name, transform=axes.transAxes, va="center", color=LIGHT["ink"], fontsize=9)
+
+
+def drawable(text: str) -> str:
+    """The text with a box for every character that the figures' font has no glyph for.
+
+    >>> drawable("été \\u6f22\\u5b57")
+    'été □□'
+    """
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if c == " " or font.get_char_index(ord(c)) else "□" for c in visible(text))
+
+
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+PNG_DPI = 160
+WIDTH = 8.8
+"""Inches of a figure with its caption."""
+_CAPTION_LETTERS = 165
+"""Letters in a line of the caption, which `WIDTH` has room for."""
+
+
+def write_under(figure: Figure, caption: str) -> None:
+    """Write a caption under a figure of `WIDTH`, which grows by its lines."""
+    text = "\n".join(textwrap.wrap(visible(caption), _CAPTION_LETTERS))
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.13 * (text.count("\n") + 2))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name`.png and `name`.svg, text as outlines so that they look alike everywhere."""
+    for kind, metadata in (("png", {"Software": None}), ("svg", _NO_METADATA)):
+        with figure_style(svg_fonttype="path"), atomic_path(folder / f"{name}.{kind}") as at:
+            figure.savefig(at, format=kind, dpi=PNG_DPI, metadata=metadata, facecolor="white")
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element for the page; `name` makes its ids unique, `description` is read aloud."""
+    stream = io.StringIO()
+    with figure_style(svg_fonttype="none"):
+        figure.savefig(stream, format="svg", metadata=_NO_METADATA, transparent=True)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\b(id=\"|xlink:href=\"#|url\(#)", rf"\g<1>{name}-", text)
+    # A width in points would not shrink with the page; the viewBox keeps the proportions.
+    text = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" {_NAMESPACES}>', text, count=1)
+    for key, color in LIGHT.items():
+        text = re.sub(re.escape(color) + r"\b", f"var(--{key})", text, flags=re.IGNORECASE)
+    # A hundredth of a point is finer than any screen; six digits would double the size of the page.
+    text = re.sub(r'\bd="[^"]*"', lambda path: _LONG.sub(lambda x: f"{float(x[0]):.2f}", path[0]), text)
+    head, rest = text.split(">", 1)
+    return f"{head}><title>{_escape(description)}</title>{rest}"
+
+
+_LONG = re.compile(r"-?\d+\.\d{3,}")
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -11,10 +11,9 @@ from rich.table import Table
 
 from exalign.data.store import read_records
 from exalign.errors import InputError
-from exalign.evaluation.comparison import path
-from exalign.evaluation.frontier import reach, reward_at_kl
+from exalign.evaluation.frontier import path, reach, reward_at_kl
+from exalign.evaluation.sample_table import tabulate
 from exalign.evaluation.schema import Trial
-from exalign.evaluation.tables import tabulate
 from exalign.run.search_settings import Value
 from exalign.spreadsheet import csv_text
 from exalign.terminal import shown

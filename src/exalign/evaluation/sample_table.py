@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exalign.data.record import Completion, Record
+from exalign.data.record import Completion, Prompt, Record
 from exalign.errors import InputError
 from exalign.evaluation.statistics import Array
 
@@ -20,8 +20,9 @@ Ragged = tuple[Array, ...]
 class SampleTable:
     """The samples of one policy: per prompt, in the order of `ids`, arrays over its M_p ≥ 1 samples.
 
-    `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens) and `finished` (0 or 1) are None where the samples
-    do not say. `empty_prompts` had no sample and are left out.
+    `rewards` are NaN where no sample was scored. `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens),
+    `finished` (0 or 1) and `repeated` (the share of a sample's 4-grams of tokens that it had before) are None where the
+    samples do not say. `empty_prompts` had no sample and are left out.
     """
 
     ids: tuple[str, ...]
@@ -30,6 +31,11 @@ class SampleTable:
     lengths: Ragged | None
     finished: Ragged | None
     empty_prompts: int = 0
+    repeated: Ragged | None = None
+
+    @property
+    def scored(self) -> bool:
+        return not any(np.isnan(values).any() for values in self.rewards)
 
     @property
     def num_samples(self) -> int:
@@ -48,8 +54,8 @@ class SampleTable:
 def tabulate(records: Iterable[Record], where: str) -> SampleTable:
     """Read samples; `where` names them in messages.
 
-    A reward that is missing, NaN or infinite, log-probabilities that only some samples have, and an id that occurs
-    twice are an `InputError` that names the record.
+    A reward that only some samples lack or that is NaN or infinite, log-probabilities that only some have, and an id
+    that occurs twice are an `InputError` that names the record.
     """
     kept: list[Record] = []
     seen: set[str] = set()
@@ -64,12 +70,69 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
             empty += 1
     return SampleTable(
         ids=tuple(record.id for record in kept),
-        rewards=tuple(np.array([_reward(record, c, where) for c in record.completions]) for record in kept),
+        rewards=_rewards(kept, where),
         log_ratios=_log_ratios(kept, where),
         lengths=_where_all_say(kept, lambda c: None if c.token_ids is None else len(c.token_ids)),
         finished=_where_all_say(kept, lambda c: None if c.finish_reason is None else c.finish_reason == "stop"),
         empty_prompts=empty,
+        repeated=_where_all_say(kept, lambda c: None if c.token_ids is None else repeated_share(c.token_ids)),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class PairTable:
+    """Held-out preference pairs: per pair `[P]` the log-ratio log π_θ − log π_sft (nats) of the preferred text, and of
+    the other (the mean, where there are several); `wins` is the share of others it is above, a tie counting half.
+
+    `undecided` pairs prefer neither and are left out.
+    """
+
+    preferred: Array
+    rejected: Array
+    wins: Array
+    undecided: int = 0
+
+
+def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:
+    """Read pairs with the log-probabilities of a policy; one without them is an `InputError`, as is no pair at all."""
+    rows, undecided = [], 0
+    for record in records:
+        if record.preferred is None or len(record.completions) < 2:
+            undecided += 1
+            continue
+        values = [log_ratio(completion) for completion in record.completions]
+        if any(value is None or not math.isfinite(value) for value in values):
+            raise InputError(
+                f"{where}: a completion of {record.id!r} lacks a finite logprob or reference_logprob; evaluate again."
+            )
+        ratios = np.array(values, dtype=np.float64)
+        better, others = ratios[record.preferred], np.delete(ratios, record.preferred)
+        rows.append((better, others.mean(), ((better > others) + (better == others) / 2).mean()))
+    if not rows:
+        raise InputError(f"{where}: none of its {undecided} pairs has a preferred text, so nothing can be measured.")
+    return PairTable(*np.array(rows, dtype=np.float64).T, undecided=undecided)
+
+
+def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
+    """The share of n-grams that occurred before in the same text; 0 where there is none.
+
+    >>> repeated_share([1, 2, 3, 4, 1, 2, 3, 4]), repeated_share([1, 2])
+    (0.2, 0.0)
+    """
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def render_prompt(prompt: Prompt) -> str:
+    """A prompt as plain text: chat messages one after the other, each under its role.
+
+    >>> print(render_prompt(({"role": "user", "content": "Hi"},)))
+    [user]
+    Hi
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"[{message.get('role')}]\n{message.get('content')}" for message in prompt)
 
 
 def prompt_means(ragged: Ragged) -> Array:
@@ -93,10 +156,15 @@ def log_ratio(completion: Completion) -> float | None:
     return completion.logprob - completion.reference_logprob
 
 
-def _reward(record: Record, completion: Completion, where: str) -> float:
-    if completion.reward is None or not math.isfinite(completion.reward):
-        raise InputError(f"{where}: a completion of {record.id!r} has reward {completion.reward}; score it again.")
-    return completion.reward
+def _rewards(records: list[Record], where: str) -> Ragged:
+    """All NaN where nothing was scored."""
+    if all(completion.reward is None for record in records for completion in record.completions):
+        return tuple(np.full(len(record.completions), np.nan) for record in records)
+    for record in records:
+        for reward in (completion.reward for completion in record.completions):
+            if reward is None or not math.isfinite(reward):
+                raise InputError(f"{where}: a completion of {record.id!r} has reward {reward}; score it again.")
+    return tuple(np.array([c.reward for c in record.completions], dtype=np.float64) for record in records)
 
 
 def _log_ratios(records: list[Record], where: str) -> Ragged | None:

@@ -1,4 +1,4 @@
-"""Small multiples over steps: what training logged, and what the checkpoints are like."""
+"""Over steps: what training logged, what the checkpoints are like, and reward with its spread (Figure 8)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _SHARES = {
     METRICS["accuracy"],
     "win rate against SFT",
     "accuracy (reward > 0)",
+    "accuracy on held-out pairs",
     "share that finished",
 }
 """Titles of panels whose axis never leaves 0 to 1 by more than a margin."""
@@ -81,6 +82,8 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
         "KL to π_sft (nats)": lambda p: p.kl,
         "win rate against SFT": lambda p: p.win_vs_sft.rate if p.win_vs_sft else None,
         "accuracy (reward > 0)": lambda p: p.accuracy,
+        "accuracy on held-out pairs": lambda p: p.held_out.accuracy if p.held_out else None,
+        "held-out margin (nats)": lambda p: p.held_out.margin if p.held_out else None,
         "tokens per sample": lambda p: p.tokens,
         "share that finished": lambda p: p.finished,
     }
@@ -169,3 +172,45 @@ def _legend(figure: Figure, looks: Mapping[str, Look], width: float, *, markers:
     ]
     columns = 2 if width < 5 else min(5, len(handles))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6)
+
+
+def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
+    """A panel per method: mean reward of its checkpoints with intervals, the other methods' in grey behind it.
+
+    The band is one standard deviation of the rewards of a prompt's samples to either side, averaged over prompts. None
+    without scored checkpoints.
+    """
+    paths = {method.name: _from_start(evidence, method.points) for method in evidence.methods if method.points}
+    if not paths or not evidence.scored:
+        return None
+    columns = 1 if width < 5 else 2 if len(paths) in (2, 4) else min(3, len(paths))
+    rows = -(-len(paths) // columns)
+    figure = Figure(figsize=(width, 0.4 + (1.9 if width < 5 else 2.3) * rows), layout="constrained")
+    shared = None
+    for place, (name, points) in enumerate(paths.items()):
+        axes = shared = figure.add_subplot(rows, columns, place + 1, sharex=shared, sharey=shared)
+        for other in paths:
+            if other != name:
+                axes.plot(*_rewards(paths[other]), color=LIGHT["muted"], linewidth=0.8, alpha=0.6, zorder=1)
+        steps, rewards = _rewards(points)
+        spread = np.array([np.nan if p.reward_std_within is None else p.reward_std_within for p in points])
+        look = looks[name]
+        axes.fill_between(steps, rewards - spread, rewards + spread, color=look.color, alpha=0.15, linewidth=0)
+        for point in points:
+            if point.reward and point.reward.low is not None and point.reward.high is not None:
+                axes.vlines(point.step, point.reward.low, point.reward.high, color=look.color, linewidth=1.2)
+        axes.plot(steps, rewards, **look.line)
+        axes.set_title(name)
+        if place % columns == 0:
+            axes.set_ylabel("mean reward")
+        if place >= len(paths) - columns:
+            axes.set_xlabel("training step")
+    return figure
+
+
+def _from_start(evidence: Evidence, points: list[FrontierPoint]) -> list[FrontierPoint]:
+    return [*([evidence.sft] if evidence.sft else []), *points]
+
+
+def _rewards(points: list[FrontierPoint]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([p.step for p in points]), np.array([p.reward.estimate for p in points if p.reward])

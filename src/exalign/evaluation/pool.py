@@ -1,0 +1,378 @@
+"""What a pool of many samples of π_sft tells: the best any policy could do, best of N, and what became of the samples.
+
+The optimum π*_β ∝ π_sft exp(r/β): each prompt's pool of N samples is reweighted by exp(r/β). As β falls the weight
+gathers on few samples; the estimate cannot leave the pool (its KL never exceeds log N), so a point counts only while
+its effective sample size holds up.
+
+Density ratios π(y|x)/π_sft(y|x) along log π_sft(y|x), prompt by prompt: over M samples y_i of π_sft a policy has the
+self-normalised weights `w_i ∝ π_θ(y_i|x)/π_sft(y_i|x)`, and the optimum `w_i ∝ exp(r(x, y_i)/β)` (§4.1, Figures 3
+and 9). Kernel density estimates along t = log π_sft(y|x), of the weighted samples and of the others, have the ratio
+
+    ρ(t) = Σ_i w_i K((t − t_i)/h) / (1/M) Σ_i K((t − t_i)/h),
+
+the local mean of the density ratios M w_i. The bandwidth h is the same above and below, and for every policy: Scott's
+rule on the unweighted samples. A bandwidth taken from the weighted samples vanishes where one of them carries all the
+weight, which is what a small β does to the optimum; with a given h the estimate is one sum, written out here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exalign.data.record import Record
+from exalign.errors import InputError
+from exalign.evaluation.frontier import path, reach, reward_at_kl
+from exalign.evaluation.sample_table import SampleTable, prompt_means, render_prompt
+from exalign.evaluation.schema import (
+    BestOfN,
+    DensityCurve,
+    DensityRatios,
+    Gap,
+    Interval,
+    Optimum,
+    OptimumPoint,
+    PromptDensity,
+    WinRate,
+)
+from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, interval_of, mean_interval, resample_weights
+
+NUM_BETAS = 32
+LEAST_ESS = 10.0
+"""Below this effective sample size (median over prompts) a point is marked as unreliable.
+
+Self-normalised weights are biased by about 1/ESS of the reward's spread: one tenth here."""
+
+
+@dataclass(frozen=True, eq=False)
+class PoolFrontier:
+    """The estimated optimum of each prompt: `base` `[P]` is the mean reward of π_sft, the others are `[P, G]`."""
+
+    ids: tuple[str, ...]
+    betas: Array
+    base: Array
+    reward: Array
+    kl: Array
+    ess: Array
+    num_samples: NDArray[np.int64]
+
+    @property
+    def reliable(self) -> NDArray[np.bool_]:
+        """`[G]` bool."""
+        return np.median(self.ess, axis=0) >= LEAST_ESS
+
+
+def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = None) -> PoolFrontier | None:
+    """The optimum of every prompt from the rewards of its pool; prompts may have different numbers of samples.
+
+    By default β runs over a geometric grid around the rewards' spread within prompts. None where the pool has no
+    prompt with two samples, or no reward differs from its prompt's others: then every policy is optimal.
+    """
+    # Imported here so that reading evidence never loads torch.
+    import torch
+
+    from exalign.objectives.estimators import optimal_frontier
+
+    usable = {name: np.asarray(rewards, dtype=np.float64) for name, rewards in pool.items() if len(rewards) > 1}
+    spread = np.sqrt(np.mean([rewards.var() for rewards in usable.values()])) if usable else 0.0
+    if spread == 0:
+        return None
+    if betas is None:
+        betas = spread * np.geomspace(10, 0.1, NUM_BETAS)
+    counts = np.array([len(rewards) for rewards in usable.values()])
+    mask = np.arange(counts.max())[None, :] < counts[:, None]
+    padded = np.zeros(mask.shape)
+    padded[mask] = np.concatenate(list(usable.values()))
+    frontier = optimal_frontier(torch.from_numpy(padded), torch.from_numpy(betas), torch.from_numpy(mask))
+    return PoolFrontier(
+        ids=tuple(usable),
+        betas=betas,
+        base=prompt_means(tuple(usable.values())),
+        reward=frontier.reward.numpy(),
+        kl=frontier.kl.numpy(),
+        ess=frontier.effective_samples.numpy(),
+        num_samples=counts,
+    )
+
+
+def optimum(
+    pool: PoolFrontier, *, confidence: float = CONFIDENCE, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Optimum:
+    """The frontier of the optimum over all pool prompts at a common β, with intervals over prompts."""
+    count = len(pool.ids)
+    weights = resample_weights(count, num_resamples=num_resamples, seed=seed)
+
+    def intervals(values: Array) -> list[Interval]:
+        resampled = weights @ values
+        return [
+            interval_of(values[:, g].mean(), resampled[:, g], count, confidence=confidence)
+            for g in range(len(pool.betas))
+        ]
+
+    ess, reliable = np.median(pool.ess, axis=0), pool.reliable
+    columns = zip(pool.betas, intervals(pool.reward), intervals(pool.kl), ess, reliable, strict=True)
+    points = [OptimumPoint(float(b), reward, kl, float(e), bool(ok)) for b, reward, kl, e, ok in columns]
+    return Optimum(
+        points=sorted(points, key=lambda point: point.kl.estimate),
+        num_prompts=count,
+        fewest_samples=int(pool.num_samples.min()),
+        most_samples=int(pool.num_samples.max()),
+        least_ess=LEAST_ESS,
+    )
+
+
+def optimum_path(pool: PoolFrontier) -> tuple[Array, Array]:
+    """KL and reward `[P, 1 + G]` of the optimum where it is reliable; first π_sft, which is π*_β at β = ∞."""
+    kls = np.hstack([np.zeros((len(pool.ids), 1)), pool.kl[:, pool.reliable]])
+    return kls, np.hstack([pool.base[:, None], pool.reward[:, pool.reliable]])
+
+
+def gap_to_optimum(
+    pool: PoolFrontier,
+    sft: SampleTable,
+    checkpoints: Sequence[SampleTable],
+    **options: Any,
+) -> Gap | None:
+    """Optimum's reward minus the method's at equal KL, over the prompts that the pool and all samples share.
+
+    The KL is the method's `reach`, or the largest where the optimum is reliable if that is smaller. None where
+    nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable. `options` are those of
+    `mean_interval`.
+    """
+    shared = set(pool.ids).intersection(sft.ids, *(table.ids for table in checkpoints))
+    ids = [name for name in pool.ids if name in shared]
+    if not ids or not checkpoints or not pool.reliable.any():
+        return None
+    rows = [i for i, name in enumerate(pool.ids) if name in shared]
+    kls, rewards = path(sft, checkpoints, ids)
+    best_kls, best_rewards = (values[rows] for values in optimum_path(pool))
+    kl = float(min(reach(kls, rewards), best_kls.mean(axis=0).max()))
+    if kl <= 0:
+        return None
+    gaps = reward_at_kl(best_kls, best_rewards, kl) - reward_at_kl(kls, rewards, kl)
+    first = float(kls[:, 1:].mean(axis=0).min())
+    # The method's own largest KL is one of its checkpoints, up to rounding.
+    return Gap(kl, mean_interval(gaps, **options), kl < first * (1 - 1e-9))
+
+
+def rank_weights(num_samples: int, n: int) -> Array:
+    """`[N]`: the probability that the i-th smallest of N samples is the best of n of them, drawn without replacement.
+
+    The i-th smallest is the largest of a subset of size n in C(i−1, n−1) of the C(N, n) cases: no draw is simulated.
+    Equal samples may be ranked either way.
+
+    >>> rank_weights(3, 2)
+    array([0.        , 0.33333333, 0.66666667])
+    """
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"n must be between 1 and the {num_samples} rewards, not {n}")
+    total = math.comb(num_samples, n)
+    return np.array([math.comb(i, n - 1) / total for i in range(num_samples)])
+
+
+def expected_best(rewards: Sequence[float], n: int) -> float:
+    """The mean of the largest of `n` rewards over all subsets of size n of the pool.
+
+    >>> round(expected_best([0.0, 1.0, 2.0], 2), 4)
+    1.6667
+    """
+    return float(rank_weights(len(rewards), n) @ np.sort(rewards))
+
+
+def best_of_n_shares(pool: Sequence[float], theirs: Array, n: int) -> tuple[float, float]:
+    """Shares of wins (a tie counts half) and of ties of the best of `n` of the pool against each of `theirs`.
+
+    The means over all subsets of size n of the pool, all of `theirs`, of one prompt; of the whole pool where n = N.
+
+    >>> best_of_n_shares([0.0, 1.0, 2.0], np.array([1.0]), 2)
+    (0.8333333333333333, 0.3333333333333333)
+    """
+    weights, difference = rank_weights(len(pool), n), np.sort(pool)[:, None] - theirs[None, :]
+    ties = float(weights @ (difference == 0).mean(axis=1))
+    return float(weights @ (difference > 0).mean(axis=1)) + ties / 2, ties
+
+
+def best_of_n(
+    pool: Mapping[str, Sequence[float]],
+    opponents: Mapping[str, SampleTable] | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> list[BestOfN]:
+    """Best of 1, 2, 4, … and of as many as the smallest pool of a prompt has; empty without a pool.
+
+    KL bound: log N − (N−1)/N. Each has its win rates against `opponents`, by name, scored by the pool's scorer and
+    independent of the pool, on the prompts that both have.
+    """
+    options: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    fewest = min(map(len, pool.values()), default=0)
+    points = []
+    for n in sorted({2**power for power in range(fewest.bit_length())} | ({fewest} if fewest else set())):
+        best = np.array([expected_best(rewards, n) for rewards in pool.values()])
+        rates = [_pool_win_rate(pool, table, n, who, options) for who, table in (opponents or {}).items()]
+        won = [rate for rate in rates if rate is not None]
+        points.append(BestOfN(n, mean_interval(best, **options), math.log(n) - (n - 1) / n, won))
+    return points
+
+
+def _pool_win_rate(
+    pool: Mapping[str, Sequence[float]], theirs: SampleTable, n: int, opponent: str, options: Mapping[str, Any]
+) -> WinRate | None:
+    """As `winrate.win_rate`, with the pairs weighted by `rank_weights`; `num_pairs` counts them before that."""
+    against = {key: rewards for key, rewards in zip(theirs.ids, theirs.rewards, strict=True) if key in pool}
+    if not against:
+        return None
+    shares = np.array([best_of_n_shares(pool[key], rewards, n) for key, rewards in against.items()])
+    return WinRate(
+        opponent=opponent,
+        rate=mean_interval(shares[:, 0], **options),
+        ties=float(shares[:, 1].mean()),
+        num_pairs=sum(len(pool[key]) * len(rewards) for key, rewards in against.items()),
+        missing_prompts=len(set(pool).symmetric_difference(theirs.ids)),
+    )
+
+
+OPTIMUM = "estimated optimum"
+GRID_POINTS = 80
+
+
+def scott_bandwidth(samples: Array) -> float:
+    """Scott's rule in one dimension, `std · M^(−1/5)`: the standard deviation of the kernel.
+
+    >>> scott_bandwidth(np.array([1.0, 3.0])) == 2**0.5 * 2**-0.2
+    True
+    """
+    return float(np.std(samples, ddof=1) * len(samples) ** -0.2)
+
+
+def kernel(grid: Array, samples: Array, bandwidth: float) -> Array:
+    """Gaussian kernel `[G, M]`, each grid point's row scaled so that its nearest sample has 1: ratios need no more."""
+    squares = ((grid[:, None] - samples[None, :]) / bandwidth) ** 2 / 2
+    return np.exp(squares.min(axis=1, keepdims=True) - squares)
+
+
+def smoothed_ratio(ratios: Array, kernel: Array) -> Array:
+    """ρ at each grid point `[G]` from the density ratios `M w_i` of the samples `[M]` and their `kernel` `[G, M]`.
+
+    >>> smoothed_ratio(np.array([0.5, 1.5]), np.array([[1.0, 0.0], [1.0, 1.0]]))
+    array([0.5, 1. ])
+    """
+    return (kernel @ ratios) / kernel.sum(axis=1)
+
+
+def density_curve(
+    policy: str,
+    log_weights: Array,
+    kernel: Array,
+    *,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> DensityCurve:
+    """The curve of a policy from its unnormalised log-weights `[M]`, `log π − log π_sft` up to a constant.
+
+    The bounds are percentiles over resamples of the M samples, each normalised again, around the bandwidth chosen.
+    """
+    # Imported here so that reading evidence never loads torch.
+    import torch
+
+    from exalign.objectives.estimators import density_ratio, effective_sample_size, log_importance_weights
+
+    target = torch.from_numpy(np.asarray(log_weights, dtype=np.float64))[None]
+    log_w = log_importance_weights(target, torch.zeros_like(target))
+    ratios = density_ratio(log_w)[0].numpy()
+    estimate = smoothed_ratio(ratios, kernel)
+    counts = resample_weights(len(ratios), num_resamples=num_resamples, seed=seed)
+    # A resample without any sample near a grid point, or without any weight, says nothing there: NaN, passed over.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = (counts * ratios) @ kernel.T / (counts @ ratios)[:, None] / (counts @ kernel.T)
+    tail = (1 - confidence) / 2
+    known = np.isfinite(resampled)
+    low, high = np.quantile(np.where(known, resampled, estimate), [tail, 1 - tail], axis=0)
+    effective = float(effective_sample_size(log_w)[0])
+    return DensityCurve(policy, estimate.tolist(), low.tolist(), high.tolist(), effective)
+
+
+def density_ratios(
+    records: Mapping[str, Sequence[Record]],
+    settings: Mapping[str, Mapping[str, Any]],
+    notes: list[str],
+    **options: Any,
+) -> DensityRatios | None:
+    """Density ratios of every method and of the optimum on the prompts of `records`, or None where there are none.
+
+    Args:
+        records: per method, the same samples of π_sft, with log π_θ as `logprob`, log π_sft as `reference_logprob`
+            and rewards.
+        settings: the settings of each method, whose first one with a reward target names the optimum's β = β_π·β_r.
+        notes: takes a sentence for what is left out.
+        options: those of `density_curve` but for its arrays.
+
+    Raises:
+        InputError: a sample without log-probabilities or reward.
+    """
+    beta_of, beta = _optimum_of(records, settings)
+    by_prompt: dict[str, dict[str, Record]] = {}
+    for method, found in records.items():
+        for record in found:
+            by_prompt.setdefault(record.id, {})[method] = record
+    counts: Counter[str] = Counter()
+    prompts = []
+    for of_methods in by_prompt.values():
+        one = _prompt_density(of_methods, beta, options)
+        if one is None:
+            counts["alike"] += 1
+        else:
+            prompts.append(one)
+    if counts["alike"]:
+        notes.append(f"No density ratio on {counts['alike']} prompts: all samples there are equally likely.")
+    if prompts and beta is None:
+        notes.append("No method has a reward target, so no β for the optimum's density ratio.")
+    return DensityRatios(prompts, beta, beta_of) if prompts else None
+
+
+def _optimum_of(
+    records: Mapping[str, Sequence[Record]], settings: Mapping[str, Mapping[str, Any]]
+) -> tuple[str | None, float | None]:
+    for method in records:
+        values = settings.get(method, {})
+        if values.get("target") == "reward" and values.get("beta_pi") and values.get("beta_r"):
+            return method, float(values["beta_pi"]) * float(values["beta_r"])
+    return None, None
+
+
+def _prompt_density(
+    of_methods: Mapping[str, Record], beta: float | None, options: Mapping[str, Any]
+) -> PromptDensity | None:
+    columns = {method: _columns(method, record) for method, record in of_methods.items()}
+    record, (_, log_sft, rewards) = next(iter(of_methods.values())), next(iter(columns.values()))
+    if len(log_sft) < 2 or np.ptp(log_sft) == 0:
+        return None
+    bandwidth = scott_bandwidth(log_sft)
+    grid = np.linspace(log_sft.min(), log_sft.max(), GRID_POINTS)
+    curves = []
+    if beta is not None:
+        curves.append(density_curve(OPTIMUM, rewards / beta, kernel(grid, log_sft, bandwidth), **options))
+    for method, (logp, reference, _) in columns.items():
+        curves.append(density_curve(method, logp - reference, kernel(grid, reference, bandwidth), **options))
+    prompt = render_prompt(record.prompt)
+    return PromptDensity(record.id, prompt, np.sort(log_sft).tolist(), grid.tolist(), bandwidth, curves)
+
+
+def _columns(method: str, record: Record) -> tuple[Array, Array, Array]:
+    """log π_θ, log π_sft and rewards `[M]` of one prompt's samples."""
+    rows = [(c.logprob, c.reference_logprob, c.reward) for c in record.completions]
+    values = np.array(rows, dtype=np.float64).reshape(-1, 3)  # None becomes NaN
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"evaluation/density/{method}: a completion of {record.id!r} lacks a finite logprob, reference_logprob or "
+            "reward; delete that folder and evaluate again."
+        )
+    return values[:, 0], values[:, 1], values[:, 2]

@@ -1,0 +1,184 @@
+"""Which checkpoint to ship, within a KL budget or without one, and what to be warned of before it is.
+
+A checkpoint is within a budget (nats) where its estimated KL is. Selection is on the very samples that measured the
+rewards, so the best of many checkpoints looks a little better than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exalign.errors import InputError
+from exalign.evaluation.frontier import lower_bound, select_within
+from exalign.evaluation.pool import LEAST_ESS
+from exalign.evaluation.run_folder import SUPERVISED, RunFolder
+from exalign.evaluation.schema import (
+    DensityRatios,
+    FrontierPoint,
+    Judgements,
+    MethodEvidence,
+    Optimum,
+    Verdict,
+)
+
+LENGTH_CHANGE = 0.25
+"""A mean length that changed by this share of the supervised policy's is warned of."""
+REPETITION = UNFINISHED = 0.05
+"""A share of repeated 4-grams, or of samples cut at the limit, that rose by this is warned of."""
+KL_SPREAD = 0.5
+"""A KL whose interval is wider than itself is warned of from this many nats on."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A method and its best checkpoint within the budget: the point, and the folder of the model inside the run."""
+
+    method: str
+    point: FrontierPoint
+    folder: Path
+
+
+def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
+    """The selected checkpoint of each method, the best first, and the methods that have none within the budget (nats).
+
+    A run without an evaluation is an `InputError`.
+    """
+    if not kl_budget > 0:
+        raise InputError(f"--kl-budget {kl_budget:g} allows no checkpoint; give a number of nats above 0.")
+    place = RunFolder(run)
+    points = {method.name: select_within(method.points, kl_budget) for method in place.read_evidence().methods}
+    found = [
+        Selected(name, point, place.policy(name, point.step).relative_to(run))
+        for name, point in points.items()
+        if point is not None
+    ]
+    return sorted(found, key=lambda one: -_merit(one.point)), [name for name, point in points.items() if point is None]
+
+
+def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdict | None:
+    """The checkpoint to ship of all methods; None where nothing was measured, or nothing is within the budget."""
+    if kl_budget is None:
+        able = [(m, p) for m in methods for p in m.points if lower_bound(p) > float("-inf")]
+        best = max(able, key=lambda pair: (lower_bound(pair[1]), -pair[1].kl.estimate), default=None)
+    else:
+        within = [(m, point) for m in methods if (point := select_within(m.points, kl_budget)) is not None]
+        best = max(within, key=lambda pair: _merit(pair[1]), default=None)
+    if best is None:
+        return None
+    method, point = best
+    folder = RunFolder(Path()).policy(method.name, point.step).as_posix()
+    value = point.held_out.accuracy if point.held_out and not point.reward else point.gain
+    certain = value is not None and value.low is not None and lower_bound(point) > 0
+    return Verdict(method.name, point.step, folder, kl_budget, certain)
+
+
+def warnings(
+    sft: FrontierPoint,
+    shown: Sequence[tuple[str, FrontierPoint]],
+    optimum: Optimum | None,
+    density: DensityRatios | None,
+    judgements: Judgements,
+) -> list[str]:
+    """A sentence for everything that matters before one of the policies is used.
+
+    `shown` are the checkpoints that are looked at, each with its method's name.
+    """
+    return [
+        *_lengths(sft, shown),
+        *_rising(sft, shown, _repetition, REPETITION, "Answers repeat themselves (share of repeated 4-grams)"),
+        *_rising(sft, shown, _unfinished, UNFINISHED, "More answers are cut at the limit of tokens"),
+        *_uncertain_kl(shown),
+        *_few_effective_samples(shown, optimum, density),
+        *_disagreement(shown, judgements),
+    ]
+
+
+def _merit(point: FrontierPoint) -> float:
+    return lower_bound(point) if point.reward is None else point.reward.estimate
+
+
+def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
+    start = sft.tokens
+    changed = [
+        f"{name} {point.tokens:.1f}"
+        for name, point in shown
+        if start and point.tokens is not None and abs(point.tokens / start - 1) >= LENGTH_CHANGE
+    ]
+    if changed:
+        yield (
+            f"The mean length changed by a quarter or more, from {start:.1f} tokens to: {', '.join(changed)}. Read "
+            "samples to see whether the answers got better or only shorter or longer."
+        )
+
+
+def _rising(
+    sft: FrontierPoint,
+    shown: Sequence[tuple[str, FrontierPoint]],
+    read: Callable[[FrontierPoint], float | None],
+    least: float,
+    what: str,
+) -> Iterator[str]:
+    start = read(sft)
+    if start is None:
+        return
+    values = [(name, read(point)) for name, point in shown]
+    risen = [f"{name} {100 * value:.0f} %" for name, value in values if value is not None and value - start >= least]
+    if risen:
+        yield f"{what}: {', '.join(risen)}; the supervised policy {100 * start:.0f} %."
+
+
+def _repetition(point: FrontierPoint) -> float | None:
+    return point.repetition
+
+
+def _unfinished(point: FrontierPoint) -> float | None:
+    return None if point.finished is None else 1 - point.finished
+
+
+def _uncertain_kl(shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
+    for name, point in shown:
+        low, kl, high = point.kl.low, point.kl.estimate, point.kl.high
+        if low is not None and high is not None and kl >= KL_SPREAD and high - low > kl:
+            yield (
+                f"The KL of {name} is more than its samples can measure: {kl:.1f} nats, somewhere from {low:.1f} to "
+                f"{high:.1f}. More evaluate.samples or evaluate.prompts make it certain."
+            )
+
+
+def _few_effective_samples(
+    shown: Sequence[tuple[str, FrontierPoint]], optimum: Optimum | None, density: DensityRatios | None
+) -> Iterator[str]:
+    few = f"fewer than {LEAST_ESS:.0f} effective samples"
+    if optimum is not None:
+        reach = max((point.kl.estimate for point in optimum.points if point.reliable), default=0.0)
+        beyond = [f"{name} ({point.kl.estimate:.1f} nats)" for name, point in shown if point.kl.estimate > reach]
+        if beyond:
+            yield (
+                f"The estimated optimum stands on {few} beyond a KL of {reach:.1f} nats, so the best possible reward "
+                f"is not known where they are: {', '.join(beyond)}."
+            )
+    if density is not None:
+        found = [curve for prompt in density.prompts for curve in prompt.curves]
+        thin = [curve.policy for curve in found if curve.effective_samples < LEAST_ESS]
+        if thin:
+            yield (
+                f"{len(thin)} of the {len(found)} curves of density ratios stand on {few} "
+                f"({', '.join(dict.fromkeys(thin))}): one or two samples shape them."
+            )
+
+
+def _disagreement(shown: Sequence[tuple[str, FrontierPoint]], judgements: Judgements) -> Iterator[str]:
+    """Where the reward rose, but a judge finds the answers worse."""
+    gains = {name: point.gain for name, point in shown if point.gain is not None}
+    risen = {name for name, gain in gains.items() if gain.low is not None and gain.low > 0}
+    judged = [(judge.name, one.tally) for judge in judgements.judges for one in judge.match_ups]
+    judged += [(f"people of {study.name}", tally) for study in judgements.studies for tally in study.tallies]
+    for judge, tally in judged:
+        asked = tally.first in risen and (tally.second, tally.criterion) == (SUPERVISED, "overall")
+        if asked and tally.score is not None and tally.score.high is not None and tally.score.high < 0.5:
+            yield (
+                f"The reward of {tally.first} rose, but {judge} prefers the supervised policy's answers: win rate "
+                f"{100 * tally.score.estimate:.0f} %."
+            )
