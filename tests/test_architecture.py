@@ -179,7 +179,7 @@ def test_the_report_never_imports_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "run.explain", "report.across_runs", "evaluation.evidence", "judging.judge", "judging.grading"]
+    "module", ["cli", "run.explain", "report.compare", "evaluation.evidence", "judging.judge", "judging.grading"]
 )
 def test_what_needs_no_model_does_not_wait_for_torch(module: str) -> None:
     code = (

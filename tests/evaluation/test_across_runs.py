@@ -79,7 +79,7 @@ def test_exo_is_set_against_dpo_on_its_target_and_against_ppo_where_it_learns_fr
     methods = [
         MethodEvidence(name, name.split("-")[0], target, True, [], [])
         for name, target in {
-            "exo-rw": "reward", "dpo-rw": "reward", "exo-pref": "preference", "dpo-pref": "preference", "ppo": None
+            "exo-rw": "reward", "dpo-rw": "reward", "exo-pref": "preference", "dpo-pref": "preference", "ppo": "reward"
         }.items()
     ]  # fmt: skip
     assert contrasts(methods) == [("exo-rw", "dpo-rw"), ("exo-rw", "ppo"), ("exo-pref", "dpo-pref")]

@@ -31,11 +31,11 @@ METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref
 
 
 def with_settings(run: Path) -> Path:
-    """exo-rw-2 differs from exo-rw in β_π alone, and PPO is no entry of align."""
+    """exo-rw-2 differs from exo-rw in β_π alone, and ppo is another method."""
     recipe = run / "recipe.yaml"
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith("  ppo:")]
     text = "\n".join(line.replace("beta_pi: 0.1", "beta_pi: 0.5") if "rw-2" in line else line for line in lines)
-    recipe.write_text(text + "\nppo:\n  ppo: {beta: 0.1}\n")
+    recipe.write_text(text + "\n  ppo: {method: ppo, target: reward, beta: 0.1}\n")
     return run
 
 

@@ -165,7 +165,7 @@ def _mark_names(text: str, names: list[str]) -> Markup:
     if names:
         longest_first = sorted((str(escape(visible(name))) for name in names), key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first))
-        text = re.sub(rf"(?<![\w-])({pattern})(?![\w-])", r'<span class="method">\1</span>', text)
+        text = re.sub(rf"(?<![\w/-])({pattern})(?![\w/-])", r'<span class="method">\1</span>', text)
     return Markup(text)
 
 
@@ -183,7 +183,7 @@ def shipped(evidence: Evidence) -> Headline | None:
     if verdict is None or chosen is None:
         return None
     method, point = chosen
-    gain, at = point.gain, f"at KL {number(point.kl.estimate, 2)}"
+    gain, at = point.gain, f"at a KL of {number(point.kl.estimate, 2)} nats"
     if not verdict.certain:
         title = "No checkpoint is measurably better than the supervised policy."
     elif gain is not None:

@@ -1,0 +1,120 @@
+"""The checkpoint to ship and the warnings, on numbers made for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from exalign.evaluation.schema import (
+    DensityCurve,
+    DensityRatios,
+    FrontierPoint,
+    HeldOut,
+    Interval,
+    Judgements,
+    MethodEvidence,
+    ModelJudge,
+    ModelMatchUp,
+    Optimum,
+    OptimumPoint,
+    PromptDensity,
+    Tally,
+)
+from exalign.evaluation.verdict import verdict, warnings
+
+SFT = FrontierPoint(0, None, Interval(0, 0, 0, 9), None, 9, tokens=16.0, finished=0.9, repetition=0.02)
+
+
+def span(estimate: float, half: float = 0.1) -> Interval:
+    return Interval(estimate, estimate - half, estimate + half, 100)
+
+
+def point(step: int, gain: Interval | None = None, kl: float = 1.0, **more: Any) -> FrontierPoint:
+    reward = None if gain is None else span(gain.estimate + 0.5)
+    values: dict[str, Any] = {"tokens": 16.0, "finished": 0.9, "repetition": 0.02, **more}
+    return FrontierPoint(step, reward, span(kl), None, 400, gain=gain, **values)
+
+
+def method(name: str, *points: FrontierPoint) -> MethodEvidence:
+    return MethodEvidence(name, "exo", "reward", True, list(points), [])
+
+
+def said(shown: FrontierPoint, **parts: Any) -> str:
+    values = {"optimum": None, "density": None, "judgements": Judgements(), **parts}
+    return " ".join(warnings(SFT, [("exo", shown)], **values))
+
+
+def test_without_a_budget_the_highest_lower_bound_of_the_gain_wins() -> None:
+    """1.0 ± 0.1 is at least 0.9, 1.2 ± 0.5 perhaps only 0.7."""
+    found = verdict([method("wide", point(9, span(1.2, 0.5))), method("sure", point(4, span(1.0)))], None)
+    assert found is not None
+    assert (found.method, found.step, found.within, found.certain) == ("sure", 4, None, True)
+
+
+def test_with_a_budget_the_most_reward_within_it_wins() -> None:
+    methods = [method("a", point(1, span(0.5), kl=0.5), point(2, span(2.0), kl=3.0)), method("b", point(1, span(0.6)))]
+    found = verdict(methods, 1.0)
+    assert found is not None and (found.method, found.step, found.within) == ("b", 1, 1.0)
+    assert verdict(methods, 0.1) is None
+
+
+def test_a_gain_that_may_be_none_is_not_certain() -> None:
+    for gain in (span(0.05), span(-0.3), Interval(0.5, None, None, 1)):
+        found = verdict([method("a", point(1, gain))], None)
+        assert found is not None and not found.certain
+
+
+def test_accuracy_counts_from_one_half() -> None:
+    def read(accuracy: Interval) -> FrontierPoint:
+        return point(1, held_out=HeldOut(accuracy, span(1.0), span(0.0), span(-1.0)))
+
+    for accuracy, certain in ((span(0.7), True), (span(0.55), False)):
+        found = verdict([method("a", read(accuracy))], None)
+        assert found is not None and found.certain == certain
+    assert verdict([method("a", point(1))], None) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tokens": 12.0}, "from 16.0 tokens to: exo 12.0"),
+        ({"tokens": 20.0}, "from 16.0 tokens to: exo 20.0"),
+        ({"repetition": 0.07}, "repeated 4-grams): exo 7 %; the supervised policy 2 %"),
+        ({"finished": 0.8}, "cut at the limit of tokens: exo 20 %; the supervised policy 10 %"),
+    ],
+)
+def test_a_change_that_matters_is_warned_of(more: dict[str, float], words: str) -> None:
+    assert words in said(point(1, span(1.0), **more))
+
+
+def test_what_hardly_changed_is_not() -> None:
+    assert said(point(1, span(1.0), tokens=12.1, repetition=0.06, finished=0.86)) == ""
+    assert said(point(1, span(1.0), tokens=None, repetition=None, finished=None)) == ""
+
+
+def test_a_kl_that_samples_cannot_measure_is_warned_of() -> None:
+    wide = FrontierPoint(1, None, span(2.0, 1.1), None, 4)
+    assert "The KL of exo is more than its samples can measure: 2.0 nats, somewhere from 0.9 to 3.1." in said(wide)
+    assert said(FrontierPoint(1, None, span(2.0, 0.9), None, 4)) == ""
+
+
+def test_few_effective_samples_are_warned_of() -> None:
+    reliable, beyond = (OptimumPoint(1.0, span(1), span(kl), ess, ess >= 10) for kl, ess in ((0.8, 20.0), (2.0, 4.0)))
+    optimum = Optimum([reliable, beyond], 8, 64, 64, 10.0)
+    assert "fewer than 10 effective samples beyond a KL of 0.8 nats" in said(point(1, span(1.0)), optimum=optimum)
+    assert said(point(1, span(1.0), kl=0.7), optimum=optimum) == ""
+    curves = [DensityCurve("exo", [1.0], [1.0], [1.0], ess) for ess in (3.0, 30.0)]
+    density = DensityRatios([PromptDensity("p", "prompt", [1.0], [1.0], 1.0, curves)])
+    assert "1 of the 2 curves of density ratios stand" in said(point(1, span(1.0)), density=density)
+
+
+def test_a_judge_who_disagrees_with_the_reward_is_heard() -> None:
+    def judged(score: Interval) -> Judgements:
+        tally = Tally("exo", "sft", "overall", score, None, None, score, 90, 0)
+        match_up = ModelMatchUp(tally, 90, 0, 0, None, None, None, None, 0, 0, 0, 0)
+        return Judgements(judges=[ModelJudge("a judge", "plain", [match_up])])
+
+    assert "rose, but a judge prefers" in said(point(1, span(1.0)), judgements=judged(span(0.3)))
+    assert said(point(1, span(1.0)), judgements=judged(span(0.45))) == ""
+    assert said(point(1, span(0.0)), judgements=judged(span(0.3))) == ""
