@@ -23,6 +23,7 @@ from exalign.evaluation.pool import (
     scott_bandwidth,
     smoothed_ratio,
 )
+from exalign.evaluation.statistics import Bootstrap
 from exalign.exact import AlignmentProblem, World
 
 RW = {"target": "reward", "beta_pi": 0.5, "beta_r": 0.2}
@@ -38,7 +39,7 @@ def record(
 
 def test_two_samples_by_hand() -> None:
     """Weights 3 : 1 over two samples at −2 and −1: ratios 1.5 and 0.5, mixed by the kernel's two values."""
-    found = density_ratios({"m": [record("p", [-2.0, -1.0], [math.log(3), 0.0])]}, {"m": RW}, [], num_resamples=20)
+    found = density_ratios({"m": [record("p", [-2.0, -1.0], [math.log(3), 0.0])]}, {"m": RW}, [], Bootstrap(20))
     assert found is not None
     (prompt,) = found.prompts
     assert prompt.bandwidth == pytest.approx(math.sqrt(1 / 2) * 2**-0.2)
@@ -77,7 +78,7 @@ def test_the_optimum_of_the_enumerable_world_is_found() -> None:
     drawn = torch.multinomial(problem.reference_logp.exp(), 40_000, replacement=True, generator=generator).numpy()
     gap = np.diff(np.sort(log_sft)).min()
     smooth = kernel(log_sft, log_sft[drawn], gap / 20)
-    curve = density_curve(OPTIMUM, rewards.numpy()[drawn] / (0.8 * 0.7), smooth, num_resamples=30)
+    curve = density_curve(OPTIMUM, rewards.numpy()[drawn] / (0.8 * 0.7), smooth, bootstrap=Bootstrap(30))
     # Of M samples the normaliser is known to a relative error of about std(ratio)/√M; four of them are allowed.
     error = 4 * math.sqrt((exact**2 @ np.exp(log_sft) - 1) / len(drawn))
     np.testing.assert_allclose(curve.ratio, exact, rtol=error)
@@ -86,7 +87,7 @@ def test_the_optimum_of_the_enumerable_world_is_found() -> None:
 
 
 def test_a_policy_that_did_not_move_has_ratio_one_with_certainty() -> None:
-    found = density_ratios({"m": [record("p", [-9.0, -5.0, -4.0], [0.3] * 3)]}, {}, [], num_resamples=50)
+    found = density_ratios({"m": [record("p", [-9.0, -5.0, -4.0], [0.3] * 3)]}, {}, [], Bootstrap(50))
     assert found is not None
     (curve,) = found.prompts[0].curves
     for values in (curve.ratio, curve.low, curve.high):
@@ -106,7 +107,7 @@ def test_the_interval_covers_what_another_draw_would_show() -> None:
     for seed in range(60):
         generator = np.random.default_rng(seed)
         log_sft, log_ratio = generator.normal(size=(2, 120))
-        curve = density_curve("m", log_ratio, kernel(np.zeros(1), log_sft, 0.4), num_resamples=200)
+        curve = density_curve("m", log_ratio, kernel(np.zeros(1), log_sft, 0.4), bootstrap=Bootstrap(200))
         covered.append(curve.low[0] <= 1 <= curve.high[0])
     assert np.mean(covered) > 0.85
 
@@ -115,7 +116,7 @@ def test_the_optimum_is_that_of_the_first_method_with_a_reward_target() -> None:
     rewards = [0.0, 0.1]
     one = [record("p", [-2.0, -1.0], [0.0, 0.0], rewards)]
     settings = {"pref": {"target": "preference", "beta_pi": 0.5, "beta_r": 0.1}, "rw": RW}
-    found = density_ratios({"pref": one, "rw": one}, settings, [], num_resamples=20)
+    found = density_ratios({"pref": one, "rw": one}, settings, [], Bootstrap(20))
     assert found is not None
     assert (found.beta_of, found.beta) == ("rw", pytest.approx(0.5 * 0.2))
     curve = found.prompts[0].curves[0]
@@ -124,7 +125,7 @@ def test_the_optimum_is_that_of_the_first_method_with_a_reward_target() -> None:
     w = math.e / (1 + math.e)
     assert curve.effective_samples == pytest.approx(1 / (w**2 + (1 - w) ** 2))
     notes: list[str] = []
-    without = density_ratios({"pref": one}, settings, notes, num_resamples=20)
+    without = density_ratios({"pref": one}, settings, notes, Bootstrap(20))
     assert without is not None
     assert (without.beta_of, without.beta) == (None, None)
     assert [curve.policy for curve in without.prompts[0].curves] == ["pref"]
@@ -133,7 +134,7 @@ def test_the_optimum_is_that_of_the_first_method_with_a_reward_target() -> None:
 
 def test_weights_far_beyond_floating_point_give_numbers() -> None:
     rows = [record("p", [-900.0, -2.0, -1.0], [-700.0, 900.0, 0.0], [1e3, -1e3, 0.0])]
-    found = density_ratios({"m": rows}, {"m": {**RW, "beta_r": 1e-6}}, [], num_resamples=50)
+    found = density_ratios({"m": rows}, {"m": {**RW, "beta_r": 1e-6}}, [], Bootstrap(50))
     assert found is not None
     for curve in found.prompts[0].curves:
         assert np.isfinite([curve.ratio, curve.low, curve.high]).all()

@@ -20,6 +20,7 @@ from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.frontier import held_out
 from exalign.evaluation.sample_table import tabulate_pairs
 from exalign.evaluation.schema import Evidence
+from exalign.evaluation.statistics import Bootstrap
 from exalign.evaluation.verdict import select
 from exalign.report import write_report
 
@@ -46,7 +47,7 @@ def test_accuracy_and_margin_by_hand() -> None:
     """Wins 1, 0, ½ (a tie), 1 and margins 1, −1, 0, 3, whichever of the two texts stands first."""
     records = [pair("a", 1, 0), pair("b", 0, 1), pair("c", 2, 2), pair("d", 0, 3, which=1), pair("e", 9, 0, which=None)]
     table = tabulate_pairs(records, "pairs")
-    found = held_out(table, num_resamples=50)
+    found = held_out(table, Bootstrap(50))
     assert table.undecided == 1
     assert (found.accuracy.estimate, found.accuracy.num_prompts) == (2.5 / 4, 4)
     assert found.margin.estimate == pytest.approx(3 / 4)

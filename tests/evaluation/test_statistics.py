@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.evaluation.statistics import mean_interval, paired_difference, resample_weights
+from exalign.evaluation.statistics import BOOTSTRAP, mean_interval, resample_weights
 
 
 def coverage(draw, truth: float, trials: int = 600) -> float:
@@ -55,7 +55,7 @@ def test_pairing_removes_what_both_share():
     generator = np.random.default_rng(3)
     level = generator.normal(0, 10, 50)
     first, second = level + 1 + 0.1 * generator.normal(size=50), level + 0.1 * generator.normal(size=50)
-    paired = paired_difference(first, second)
+    paired = BOOTSTRAP.difference(first, second)
     assert paired.estimate == pytest.approx(1, abs=0.1)
     assert paired.high - paired.low < 0.15
     assert mean_interval(first).high - mean_interval(first).low > 4
@@ -94,4 +94,4 @@ def test_what_has_no_mean_is_refused(bad):
 
 def test_unequal_prompts_cannot_be_paired():
     with pytest.raises(ValueError, match="same prompts"):
-        paired_difference(np.zeros(2), np.zeros(3))
+        BOOTSTRAP.difference(np.zeros(2), np.zeros(3))

@@ -20,7 +20,7 @@ from exalign.evaluation.pool import OPTIMUM, PoolFrontier, optimum_path, pool_fr
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import SampleTable, tabulate
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
-from exalign.evaluation.statistics import CONFIDENCE, mean_interval
+from exalign.evaluation.statistics import CONFIDENCE, Bootstrap, mean_interval
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     checkpoints = {
         method: [_table(run.samples(method, step)) for step in run.sampled_steps(method)] for method in run.methods()
     }
-    paths = Paths(supervised, checkpoints, seed=evidence.seed)
+    paths = Paths(supervised, checkpoints, Bootstrap(seed=evidence.seed))
     rewards: dict[str, dict[float, Interval | None]] = {
         method: {kl: paths.interval(paths.reward(method, kl)) if kl <= paths.reach(method) else None for kl in kls}
         for method in paths.methods

@@ -44,7 +44,7 @@ from exalign.evaluation.schema import (
     WinRate,
     write_evidence,
 )
-from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
+from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Bootstrap
 from exalign.evaluation.verdict import verdict, warnings
 
 SFT = "SFT"
@@ -53,9 +53,11 @@ REFERENCE_TEXT = "reference text"
 NUM_WORST = 3
 
 
-def build_evidence(run: Path, **options: Any) -> Evidence:
-    """`collect_evidence`, with its options and errors, written to `evaluation/evidence.json`."""
-    evidence = collect_evidence(run, **options)
+def build_evidence(
+    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
+) -> Evidence:
+    """`collect_evidence`, with its arguments and errors, written to `evaluation/evidence.json`."""
+    evidence = collect_evidence(run, seed=seed, num_resamples=num_resamples, judgements=judgements)
     write_evidence(RunFolder(Path(run)).evidence, evidence)
     return evidence
 
@@ -77,14 +79,14 @@ def collect_evidence(
     folder = RunFolder(Path(run))
     judgements = Judgements() if judgements is None else judgements
     material = _Material.read(folder)
-    options: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
+    bootstrap = Bootstrap(num_resamples, seed)
     log_odds = _rewards_are_log_odds(material.recipe)
-    methods = [_method(material, name, log_odds, options) for name in material.methods]
-    sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, **options)
+    methods = [_method(material, name, log_odds, bootstrap) for name in material.methods]
+    sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
     tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
-    paths = Paths(material.sft, tables, **options)
-    density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, **options)
-    best = None if material.pool is None else optimum(material.pool, **options)
+    paths = Paths(material.sft, tables, bootstrap)
+    density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, bootstrap)
+    best = None if material.pool is None else optimum(material.pool, bootstrap)
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)
     chosen = verdict(methods, _kl_budget(material.recipe))
@@ -100,7 +102,7 @@ def collect_evidence(
         equal_kl=compare_all(paths, among=[method.name for method in methods if method.finished]),
         comparisons=compare_pairs(paths),
         optimum=best,
-        best_of_n=best_of_n(material.pool_rewards, material.opponents, **options),
+        best_of_n=best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap),
         examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
         curves=curves,
         stages=folder.stages(),
@@ -114,7 +116,8 @@ def collect_evidence(
         searches=folder.searches(),
         density=density,
         warnings=warnings(sft, list(_looked_at(methods, chosen)), best, density, judgements),
-        **options,
+        num_resamples=num_resamples,
+        seed=seed,
     )
     return evidence if chosen is None else _with_texts(evidence, chosen, material)
 
@@ -237,7 +240,7 @@ class _Material:
             self.notes.append("All pooled samples of a prompt have the same reward, so every policy is optimal.")
 
 
-def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str, Any]) -> MethodEvidence:
+def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap) -> MethodEvidence:
     tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
     points: list[FrontierPoint] = []
     for step, table in tables.items():
@@ -245,21 +248,23 @@ def _method(material: _Material, name: str, log_odds: bool, options: Mapping[str
             table,
             step=step,
             rewards_are_log_odds=log_odds,
-            win_vs_sft=win_rate(table, material.sft, opponent=SFT, **options) if scored else None,
-            gain=reward_gain(table, material.sft, **options) if scored else None,
-            **options,
+            win_vs_sft=win_rate(table, material.sft, opponent=SFT, bootstrap=bootstrap) if scored else None,
+            gain=reward_gain(table, material.sft, bootstrap) if scored else None,
+            bootstrap=bootstrap,
         )
-        points.append(replace(point, held_out=held_out(pairs[step], **options)) if step in pairs else point)
+        points.append(replace(point, held_out=held_out(pairs[step], bootstrap)) if step in pairs else point)
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
     rates: dict[str, WinRate | None] = {}
     if points:
         last = tables[points[-1].step]
-        rates = {who: win_rate(last, table, opponent=who, **options) for who, table in material.opponents.items()}
+        rates = {
+            who: win_rate(last, table, opponent=who, bootstrap=bootstrap) for who, table in material.opponents.items()
+        }
         material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None
     if material.pool is not None and scored:
-        gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), **options)
+        gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), bootstrap)
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
     described = material.run.describe(name)

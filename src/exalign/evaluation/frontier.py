@@ -10,22 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from exalign.errors import InputError
 from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
 from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
-from exalign.evaluation.statistics import (
-    CONFIDENCE,
-    NUM_RESAMPLES,
-    Array,
-    interval_of,
-    mean_interval,
-    paired_difference,
-    resample_weights,
-)
+from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, interval_of
 
 
 def frontier_point(
@@ -35,9 +26,7 @@ def frontier_point(
     rewards_are_log_odds: bool = False,
     win_vs_sft: WinRate | None = None,
     gain: Interval | None = None,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> FrontierPoint:
     """One checkpoint's mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft), with intervals over prompts.
 
@@ -49,10 +38,10 @@ def frontier_point(
         raise InputError(f"step {step}: there are no samples to evaluate.")
     if table.log_ratios is None:
         raise InputError(f"step {step}: samples have no logprob and reference_logprob, which the KL needs.")
-    weights = resample_weights(len(table.ids), num_resamples=num_resamples, seed=seed)
+    weights = bootstrap.weights(len(table.ids))
 
     def interval(means: Array) -> Interval:
-        return interval_of(means.mean(), weights @ means, len(means), confidence=confidence)
+        return interval_of(means.mean(), weights @ means, len(means))
 
     return FrontierPoint(
         step=step,
@@ -70,13 +59,11 @@ def frontier_point(
     )
 
 
-def held_out(pairs: PairTable, **options: Any) -> HeldOut:
-    """Accuracy and margin of the implicit reward on held-out pairs, with intervals over pairs; options of
-    `mean_interval`.
-    """
+def held_out(pairs: PairTable, bootstrap: Bootstrap = BOOTSTRAP) -> HeldOut:
+    """Accuracy and margin of the implicit reward on held-out pairs, with intervals over pairs."""
     margins = pairs.preferred - pairs.rejected
     columns = (pairs.wins, margins, pairs.preferred, pairs.rejected)
-    return HeldOut(*(mean_interval(column, **options) for column in columns))
+    return HeldOut(*(bootstrap.mean(column) for column in columns))
 
 
 def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> FrontierPoint | None:
@@ -190,9 +177,7 @@ def win_rate(
     theirs: SampleTable,
     *,
     opponent: str,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> WinRate | None:
     """Win rate of `ours` over `theirs`, both scored by the same scorer: the mean over prompts of the share of pairs.
 
@@ -205,7 +190,7 @@ def win_rate(
     shares = np.array([pair_shares(mine, other) for mine, other in pairs])
     return WinRate(
         opponent=opponent,
-        rate=mean_interval(shares[:, 0], confidence=confidence, num_resamples=num_resamples, seed=seed),
+        rate=bootstrap.mean(shares[:, 0]),
         ties=float(shares[:, 1].mean()),
         num_pairs=sum(len(mine) * len(other) for mine, other in pairs),
         missing_prompts=len(set(ours.ids).symmetric_difference(theirs.ids)),
@@ -219,10 +204,12 @@ LEAST_MOVE = 0.05
 class Paths:
     """Every method's path over the prompts that all of them share: `[P, C]` KL and reward, π_sft in column 0."""
 
-    def __init__(self, sft: SampleTable, methods: Mapping[str, Sequence[SampleTable]], **options: Any) -> None:
+    def __init__(
+        self, sft: SampleTable, methods: Mapping[str, Sequence[SampleTable]], bootstrap: Bootstrap = BOOTSTRAP
+    ) -> None:
         evaluated = {name: checkpoints for name, checkpoints in methods.items() if checkpoints}
         self.ids = common_prompts([sft, *(table for tables in evaluated.values() for table in tables)])
-        self._options = options
+        self._bootstrap = bootstrap
         self._columns = {name: path(sft, tables, self.ids) for name, tables in evaluated.items() if self.ids}
 
     @property
@@ -238,8 +225,8 @@ class Paths:
         return reward_at_kl(*self._columns[method], kl)
 
     def interval(self, values: Array) -> Interval:
-        """The mean of `[P]` values with the interval that the options given to the constructor ask for."""
-        return mean_interval(values, **self._options)
+        """The mean of `[P]` values with its interval."""
+        return self._bootstrap.mean(values)
 
 
 def path(sft: SampleTable, checkpoints: Sequence[SampleTable], ids: Sequence[str]) -> tuple[Array, Array]:
@@ -289,10 +276,10 @@ def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
     return EqualKL(kl, standings, [name for name in reaches if name not in compared])
 
 
-def reward_gain(table: SampleTable, sft: SampleTable, **options: Any) -> Interval | None:
+def reward_gain(table: SampleTable, sft: SampleTable, bootstrap: Bootstrap = BOOTSTRAP) -> Interval | None:
     """Mean reward of a policy minus that of π_sft over the prompts both have, paired; None where they share none."""
     ids = common_prompts([table, sft])
     if not ids:
         return None
     ours, theirs = (prompt_means(t.rewards)[t.at(ids)] for t in (table, sft))
-    return paired_difference(ours, theirs, **options)
+    return bootstrap.difference(ours, theirs)

@@ -41,7 +41,7 @@ from exalign.evaluation.schema import (
     PromptDensity,
     WinRate,
 )
-from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, interval_of, mean_interval, resample_weights
+from exalign.evaluation.statistics import BOOTSTRAP, CONFIDENCE, Array, Bootstrap, interval_of
 
 NUM_BETAS = 32
 LEAST_ESS = 10.0
@@ -101,19 +101,14 @@ def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = Non
     )
 
 
-def optimum(
-    pool: PoolFrontier, *, confidence: float = CONFIDENCE, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Optimum:
+def optimum(pool: PoolFrontier, bootstrap: Bootstrap = BOOTSTRAP) -> Optimum:
     """The frontier of the optimum over all pool prompts at a common β, with intervals over prompts."""
     count = len(pool.ids)
-    weights = resample_weights(count, num_resamples=num_resamples, seed=seed)
+    weights = bootstrap.weights(count)
 
     def intervals(values: Array) -> list[Interval]:
         resampled = weights @ values
-        return [
-            interval_of(values[:, g].mean(), resampled[:, g], count, confidence=confidence)
-            for g in range(len(pool.betas))
-        ]
+        return [interval_of(values[:, g].mean(), resampled[:, g], count) for g in range(len(pool.betas))]
 
     ess, reliable = np.median(pool.ess, axis=0), pool.reliable
     columns = zip(pool.betas, intervals(pool.reward), intervals(pool.kl), ess, reliable, strict=True)
@@ -137,13 +132,12 @@ def gap_to_optimum(
     pool: PoolFrontier,
     sft: SampleTable,
     checkpoints: Sequence[SampleTable],
-    **options: Any,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> Gap | None:
     """Optimum's reward minus the method's at equal KL, over the prompts that the pool and all samples share.
 
     The KL is the method's `reach`, or the largest where the optimum is reliable if that is smaller. None where
-    nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable. `options` are those of
-    `mean_interval`.
+    nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable.
     """
     shared = set(pool.ids).intersection(sft.ids, *(table.ids for table in checkpoints))
     ids = [name for name in pool.ids if name in shared]
@@ -158,7 +152,7 @@ def gap_to_optimum(
     gaps = reward_at_kl(best_kls, best_rewards, kl) - reward_at_kl(kls, rewards, kl)
     first = float(kls[:, 1:].mean(axis=0).min())
     # The method's own largest KL is one of its checkpoints, up to rounding.
-    return Gap(kl, mean_interval(gaps, **options), kl < first * (1 - 1e-9))
+    return Gap(kl, bootstrap.mean(gaps), kl < first * (1 - 1e-9))
 
 
 def rank_weights(num_samples: int, n: int) -> Array:
@@ -202,28 +196,25 @@ def best_of_n(
     pool: Mapping[str, Sequence[float]],
     opponents: Mapping[str, SampleTable] | None = None,
     *,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> list[BestOfN]:
     """Best of 1, 2, 4, … and of as many as the smallest pool of a prompt has; empty without a pool.
 
     KL bound: log N − (N−1)/N. Each has its win rates against `opponents`, by name, scored by the pool's scorer and
     independent of the pool, on the prompts that both have.
     """
-    options: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
     fewest = min(map(len, pool.values()), default=0)
     points = []
     for n in sorted({2**power for power in range(fewest.bit_length())} | ({fewest} if fewest else set())):
         best = np.array([expected_best(rewards, n) for rewards in pool.values()])
-        rates = [_pool_win_rate(pool, table, n, who, options) for who, table in (opponents or {}).items()]
+        rates = [_pool_win_rate(pool, table, n, who, bootstrap) for who, table in (opponents or {}).items()]
         won = [rate for rate in rates if rate is not None]
-        points.append(BestOfN(n, mean_interval(best, **options), math.log(n) - (n - 1) / n, won))
+        points.append(BestOfN(n, bootstrap.mean(best), math.log(n) - (n - 1) / n, won))
     return points
 
 
 def _pool_win_rate(
-    pool: Mapping[str, Sequence[float]], theirs: SampleTable, n: int, opponent: str, options: Mapping[str, Any]
+    pool: Mapping[str, Sequence[float]], theirs: SampleTable, n: int, opponent: str, bootstrap: Bootstrap
 ) -> WinRate | None:
     """As `winrate.win_rate`, with the pairs weighted by `rank_weights`; `num_pairs` counts them before that."""
     against = {key: rewards for key, rewards in zip(theirs.ids, theirs.rewards, strict=True) if key in pool}
@@ -232,7 +223,7 @@ def _pool_win_rate(
     shares = np.array([best_of_n_shares(pool[key], rewards, n) for key, rewards in against.items()])
     return WinRate(
         opponent=opponent,
-        rate=mean_interval(shares[:, 0], **options),
+        rate=bootstrap.mean(shares[:, 0]),
         ties=float(shares[:, 1].mean()),
         num_pairs=sum(len(pool[key]) * len(rewards) for key, rewards in against.items()),
         missing_prompts=len(set(pool).symmetric_difference(theirs.ids)),
@@ -272,9 +263,7 @@ def density_curve(
     log_weights: Array,
     kernel: Array,
     *,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> DensityCurve:
     """The curve of a policy from its unnormalised log-weights `[M]`, `log π − log π_sft` up to a constant.
 
@@ -289,11 +278,11 @@ def density_curve(
     log_w = log_importance_weights(target, torch.zeros_like(target))
     ratios = density_ratio(log_w)[0].numpy()
     estimate = smoothed_ratio(ratios, kernel)
-    counts = resample_weights(len(ratios), num_resamples=num_resamples, seed=seed)
+    counts = bootstrap.weights(len(ratios))
     # A resample without any sample near a grid point, or without any weight, says nothing there: NaN, passed over.
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = (counts * ratios) @ kernel.T / (counts @ ratios)[:, None] / (counts @ kernel.T)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     known = np.isfinite(resampled)
     low, high = np.quantile(np.where(known, resampled, estimate), [tail, 1 - tail], axis=0)
     effective = float(effective_sample_size(log_w)[0])
@@ -304,7 +293,7 @@ def density_ratios(
     records: Mapping[str, Sequence[Record]],
     settings: Mapping[str, Mapping[str, Any]],
     notes: list[str],
-    **options: Any,
+    bootstrap: Bootstrap = BOOTSTRAP,
 ) -> DensityRatios | None:
     """Density ratios of every method and of the optimum on the prompts of `records`, or None where there are none.
 
@@ -313,7 +302,7 @@ def density_ratios(
             and rewards.
         settings: the settings of each method, whose first one with a reward target names the optimum's β = β_π·β_r.
         notes: takes a sentence for what is left out.
-        options: those of `density_curve` but for its arrays.
+        bootstrap: resamples the samples of each prompt.
 
     Raises:
         InputError: a sample without log-probabilities or reward.
@@ -326,7 +315,7 @@ def density_ratios(
     counts: Counter[str] = Counter()
     prompts = []
     for of_methods in by_prompt.values():
-        one = _prompt_density(of_methods, beta, options)
+        one = _prompt_density(of_methods, beta, bootstrap)
         if one is None:
             counts["alike"] += 1
         else:
@@ -348,9 +337,7 @@ def _optimum_of(
     return None, None
 
 
-def _prompt_density(
-    of_methods: Mapping[str, Record], beta: float | None, options: Mapping[str, Any]
-) -> PromptDensity | None:
+def _prompt_density(of_methods: Mapping[str, Record], beta: float | None, bootstrap: Bootstrap) -> PromptDensity | None:
     columns = {method: _columns(method, record) for method, record in of_methods.items()}
     record, (_, log_sft, rewards) = next(iter(of_methods.values())), next(iter(columns.values()))
     if len(log_sft) < 2 or np.ptp(log_sft) == 0:
@@ -359,9 +346,9 @@ def _prompt_density(
     grid = np.linspace(log_sft.min(), log_sft.max(), GRID_POINTS)
     curves = []
     if beta is not None:
-        curves.append(density_curve(OPTIMUM, rewards / beta, kernel(grid, log_sft, bandwidth), **options))
+        curves.append(density_curve(OPTIMUM, rewards / beta, kernel(grid, log_sft, bandwidth), bootstrap=bootstrap))
     for method, (logp, reference, _) in columns.items():
-        curves.append(density_curve(method, logp - reference, kernel(grid, reference, bandwidth), **options))
+        curves.append(density_curve(method, logp - reference, kernel(grid, reference, bandwidth), bootstrap=bootstrap))
     prompt = render_prompt(record.prompt)
     return PromptDensity(record.id, prompt, np.sort(log_sft).tolist(), grid.tolist(), bandwidth, curves)
 

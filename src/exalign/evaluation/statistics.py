@@ -7,8 +7,8 @@ policy are hard for the other in the same resample, and their difference has the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,32 @@ def resample_weights(num_prompts: int, *, num_resamples: int = NUM_RESAMPLES, se
     return weights
 
 
-def interval_of(estimate: float, resampled: Array, num_prompts: int, *, confidence: float = CONFIDENCE) -> Interval:
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: the same resamples for every quantity of a run."""
+
+    num_resamples: int = NUM_RESAMPLES
+    seed: int = 0
+
+    def weights(self, num_prompts: int) -> Array:
+        """As `resample_weights`."""
+        return resample_weights(num_prompts, num_resamples=self.num_resamples, seed=self.seed)
+
+    def mean(self, prompt_means: Array) -> Interval:
+        """As `mean_interval`."""
+        return mean_interval(prompt_means, num_resamples=self.num_resamples, seed=self.seed)
+
+    def difference(self, first: Array, second: Array) -> Interval:
+        """Mean of `first − second` over the same P prompts, with an interval that uses the pairing."""
+        if len(first) != len(second):
+            raise ValueError(f"paired values need the same prompts, got {len(first)} and {len(second)}")
+        return self.mean(_finite(first) - _finite(second))
+
+
+BOOTSTRAP = Bootstrap()
+
+
+def interval_of(estimate: float, resampled: Array, num_prompts: int) -> Interval:
     """Percentile interval around `estimate` from the R resampled values of the same quantity.
 
     The percentile bootstrap is too narrow by the factor √((P−1)/P), which matters for few prompts: the resampled
@@ -47,15 +72,13 @@ def interval_of(estimate: float, resampled: Array, num_prompts: int, *, confiden
     """
     if num_prompts < 2:
         return Interval(float(estimate), None, None, num_prompts)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail]) - estimate
     widen = np.sqrt(num_prompts / (num_prompts - 1))
     return Interval(float(estimate), float(estimate + low * widen), float(estimate + high * widen), num_prompts)
 
 
-def mean_interval(
-    prompt_means: Array, *, confidence: float = CONFIDENCE, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Interval:
+def mean_interval(prompt_means: Array, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Interval:
     """The mean of `[P]` per-prompt values with its bootstrap interval over prompts; P = 0 raises `ValueError`.
 
     A quantity averaged within each prompt first weighs every prompt alike, however many samples it has.
@@ -65,14 +88,7 @@ def mean_interval(
     """
     values = _finite(prompt_means)
     weights = resample_weights(len(values), num_resamples=num_resamples, seed=seed)
-    return interval_of(values.mean(), weights @ values, len(values), confidence=confidence)
-
-
-def paired_difference(first: Array, second: Array, **options: Any) -> Interval:
-    """Mean of `first − second` over the same P prompts, with an interval that uses the pairing; options as above."""
-    if len(first) != len(second):
-        raise ValueError(f"paired values need the same prompts, got {len(first)} and {len(second)}")
-    return mean_interval(_finite(first) - _finite(second), **options)
+    return interval_of(values.mean(), weights @ values, len(values))
 
 
 def _finite(values: Array) -> Array:
