@@ -213,7 +213,7 @@ def draw_run_figures(run: Path, out: Path | None = None) -> Written:
     """
     from exalign.evaluation.evidence import collect_evidence
     from exalign.evaluation.run_folder import RunFolder
-    from exalign.judging.evidence import read_judgements
+    from exalign.judging.judgements import read_judgements
     from exalign.report.paper_figures import evaluate_command, write_paper_figures
 
     folder, recipe = RunFolder(run), RunFolder(run).recipe_values()
