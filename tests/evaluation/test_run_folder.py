@@ -1,0 +1,63 @@
+"""Where things stand in a run, and what a method says of itself there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.synthetic_run import World, write_run
+from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.run_folder import RunFolder
+from exalign.report import write_report
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    methods = {"exo-rw": (0.9, (0.5, 1.0)), "mine": (0.5, (0.5, 1.0))}
+    world = World(methods, num_prompts=6, pool=0, steps=20, reference_texts=False)
+    return RunFolder(write_run(tmp_path_factory.mktemp("runs") / "run", world))
+
+
+def test_the_answers_of_a_system_are_those_of_its_last_step(run: RunFolder) -> None:
+    assert run.answers("sft") == run.path / "evaluation" / "sft" / "samples"
+    assert run.answers("reference") == run.path / "evaluation" / "prompts"
+    assert run.answers("mine") == run.samples("mine", 20) == run.path / "evaluation/mine/step-000020/samples"
+    assert run.answers("mine@10") == run.answers("mine@000010") == run.samples("mine", 10)
+    for name in ("mine@15", "nobody", "pool", "prompts"):
+        with pytest.raises(InputError, match=f"no evaluation samples of {name}; evaluated there: sft, exo-rw, mine"):
+            run.answers(name)
+
+
+def test_a_method_is_what_it_says_of_itself(run: RunFolder) -> None:
+    said = {
+        "label": "MINE",
+        "family": "mine",
+        "target": "reward",
+        "settings": {"strength": 3.0},
+        "line": "MINE, which <nobody> else has.",
+        "further": 1,
+    }
+    assert (run.describe("exo-rw").family, run.describe("exo-rw").target) == ("exo", "reward")
+    run.description("mine").write_text(json.dumps(said), encoding="utf-8")
+    evidence = build_evidence(run.path, num_resamples=20)
+    assert [method.name for method in evidence.methods] == ["exo-rw", "mine"]
+    mine = evidence.methods[1]
+    assert (mine.called, mine.family, mine.target, mine.settings) == ("MINE", "mine", "reward", {"strength": 3.0})
+    assert "MINE, which &lt;nobody&gt; else has." in write_report(run.path).read_text()
+    run.description("mine").write_text('{"label": "MINE"}', encoding="utf-8")
+    with pytest.raises(InputError, match="does not describe a method"):
+        run.describe("mine")
+
+
+def test_where_it_says_nothing_the_recipe_does(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    methods = {"a": {"divergence": "forward_kl", "target": "preference"}, "b": {"method": "ppo", "target": "reward"}}
+    run.recipe.write_text(json.dumps({"align": methods}), encoding="utf-8")
+    assert [(run.describe(name).family, run.describe(name).target) for name in methods] == [
+        ("dpo", "preference"),
+        ("ppo", "reward"),
+    ]
+    assert run.methods_of_recipe() == ["a", "b"] and run.methods() == []
