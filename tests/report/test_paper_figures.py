@@ -20,7 +20,7 @@ from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.schema import Evidence, MethodEvidence
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import draw_accuracy_frontier
+from exalign.report.figure_frontier import CLASSIFIER, draw_measure
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.paper_figures import ablations, draw_ablation
 from exalign.report.style import drawable, figure_style, looks_of
@@ -172,7 +172,7 @@ def test_no_log_odds_no_accuracy(whole: Path, tmp_path: Path) -> None:
 def test_the_accuracy_frontier_draws_every_checkpoint(evidence: Evidence) -> None:
     for width in (8.8, 3.75):
         with figure_style():
-            figure = draw_accuracy_frontier(evidence, looks_of(evidence.methods), width=width)
+            figure = draw_measure(evidence, looks_of(evidence.methods), CLASSIFIER, width=width)
         assert figure is not None
         lines = figure.axes[0].lines
         drawn = {tuple(np.round(xy, 9)) for line in lines for xy in zip(*line.get_data(), strict=True)}

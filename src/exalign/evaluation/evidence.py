@@ -73,8 +73,8 @@ def collect_evidence(
     """Compute everything the report says about the run in folder `run`; nothing is written.
 
     Missing pieces (no scorer, no pool, no reference texts, a method that was stopped, one method only) leave their part
-    empty and a sentence in `notes`. `judgements` is what models and people said (`exalign.judging.judgements` reads it).
-    Without samples of the supervised policy there is nothing to compare with: `InputError`.
+    empty and a sentence in `notes`. `judgements` is what models and people said (`judging.judgements`). Without
+    samples of the supervised policy there is nothing to compare with: `InputError`.
     """
     folder = RunFolder(Path(run))
     judgements = Judgements() if judgements is None else judgements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     accuracy on held-out pairs takes the place of the reward; None where there are none either.
     """
     if not evidence.scored:
-        return draw_held_out_accuracy(evidence, looks, width=width)
+        return draw_measure(evidence, looks, PAIRS, width=width)
     narrow = width < 5
     figure = Figure(figsize=(width, 4.6 if narrow else 4.9), layout="constrained")
     axes = figure.add_subplot()
@@ -28,7 +29,7 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     ends: list[tuple[str, str, float, float]] = []
     for method in evidence.methods:
         if method.points:
-            ends.append(_path(axes, start, method.name, method.points, looks[method.name], _reward))
+            ends.append(_path(axes, start, method.name, method.points, looks[method.name], lambda p: p.reward))
     low, high = _limits(evidence)
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -45,81 +46,53 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     return figure
 
 
-def draw_accuracy_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
-    """The share of samples with reward > 0 against KL, as `draw_frontier`; None where rewards are no log-odds."""
-    evaluated = [method for method in evidence.methods if method.points]
-    if not evaluated or any(point.accuracy is None for method in evaluated for point in method.points):
+@dataclass(frozen=True)
+class Measure:
+    """What may stand against KL beside the reward: how it is read off a checkpoint, and its value for π_sft."""
+
+    label: str
+    read: Callable[[FrontierPoint], Interval | None]
+    start: Callable[[Evidence], Interval | None]
+    share: bool = True
+
+
+CLASSIFIER = Measure(
+    "samples that the classifier calls positive", lambda p: p.accuracy, lambda e: e.sft.accuracy if e.sft else None
+)
+PAIRS = Measure(
+    "accuracy on held-out pairs",
+    lambda p: p.held_out.accuracy if p.held_out else None,
+    lambda _: Interval(0.5, None, None, 0),
+)
+MARGIN = Measure(
+    "margin on held-out pairs (nats)",
+    lambda p: p.held_out.margin if p.held_out else None,
+    lambda _: Interval(0.0, None, None, 0),
+    share=False,
+)
+
+
+def draw_measure(evidence: Evidence, looks: Mapping[str, Look], measure: Measure, *, width: float) -> Figure | None:
+    """The checkpoints that have the measure against KL, as `draw_frontier`; None where none has it."""
+    shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if measure.read(p)])]
+    if not shown:
         return None
-    start = evidence.sft.accuracy if evidence.sft else None
-    figure, axes = _draw_measure(evidence, looks, _accuracy, start, width)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_ylabel("samples that the classifier calls positive")
-    return figure
-
-
-def draw_held_out_accuracy(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
-    """The share of held-out pairs whose preferred text gained more than the other, against KL; None without any."""
-    if not _read_pairs(evidence):
-        return None
-    figure, axes = _draw_measure(evidence, looks, _pair_accuracy, Interval(0.5, None, None, 0), width)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_ylabel("accuracy on held-out pairs")
-    return figure
-
-
-def draw_held_out_margin(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
-    """The mean margin of log-ratios on held-out pairs, against KL; None without any."""
-    if not _read_pairs(evidence):
-        return None
-    figure, axes = _draw_measure(evidence, looks, _pair_margin, Interval(0.0, None, None, 0), width)
-    axes.set_ylabel("margin on held-out pairs (nats)")
-    return figure
-
-
-def _read_pairs(evidence: Evidence) -> bool:
-    return any(point.held_out is not None for method in evidence.methods for point in method.points)
-
-
-def _draw_measure(
-    evidence: Evidence,
-    looks: Mapping[str, Look],
-    read: Callable[[FrontierPoint], Interval | None],
-    start: Interval | None,
-    width: float,
-) -> tuple[Figure, Axes]:
-    """A measure of every method's checkpoints against KL, from `start`, its value for π_sft."""
     figure = Figure(figsize=(width, 4.2 if width < 5 else 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if read(p) is not None])]
-    ends = [_path(axes, start, method.name, points, looks[method.name], read) for method, points in shown]
+    axes, start = figure.add_subplot(), measure.start(evidence)
+    ends = [_path(axes, start, method.name, points, looks[method.name], measure.read) for method, points in shown]
     points = [point for _, kept in shown for point in kept]
-    values = [value for point in points if (value := read(point)) is not None] + ([start] if start else [])
-    farthest = max(max((_bounds(p.kl)[1] for p in points), default=0.0) * 1.03, 0.05)
-    shares = read is not _pair_margin
-    ys = [min(1.0, max(0.0, bound)) if shares else bound for value in values for bound in _bounds(value)]
+    values = [value for point in points if (value := measure.read(point))] + ([start] if start else [])
+    farthest = max(max(_bounds(p.kl)[1] for p in points) * 1.03, 0.05)
+    ys = [min(1.0, max(0.0, y)) if measure.share else y for value in values for y in _bounds(value)]
     room = 0.05 * (max(ys) - min(ys)) or 0.05
     axes.set_xlim(min(0.0, *(_bounds(p.kl)[0] for p in points)) - 0.025 * farthest, farthest)
     axes.set_ylim(min(ys) - room, max(ys) + room)
+    if measure.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     if start:
         _start(axes, start.estimate)
-    _finish(figure, axes, ends, "", width < 5)
-    return figure, axes
-
-
-def _reward(point: FrontierPoint) -> Interval | None:
-    return point.reward
-
-
-def _accuracy(point: FrontierPoint) -> Interval | None:
-    return point.accuracy
-
-
-def _pair_accuracy(point: FrontierPoint) -> Interval | None:
-    return None if point.held_out is None else point.held_out.accuracy
-
-
-def _pair_margin(point: FrontierPoint) -> Interval | None:
-    return None if point.held_out is None else point.held_out.margin
+    _finish(figure, axes, ends, measure.label, width < 5)
+    return figure
 
 
 def _start(axes: Axes, height: float) -> None:

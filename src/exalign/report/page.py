@@ -16,12 +16,7 @@ from matplotlib.figure import Figure
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Comparison, EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import (
-    draw_accuracy_frontier,
-    draw_frontier,
-    draw_held_out_accuracy,
-    draw_held_out_margin,
-)
+from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier, draw_measure
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
 from exalign.report.verdicts import verdict_bar, win_table
@@ -103,15 +98,15 @@ def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
         ),
         "accuracy": (
             "Share of samples that the classifier calls positive against KL to the supervised policy",
-            lambda width: draw_accuracy_frontier(evidence, looks, width=width),
+            lambda width: draw_measure(evidence, looks, CLASSIFIER, width=width),
         ),
         "pairs": (
             "Accuracy on held-out preference pairs against KL to the supervised policy",
-            lambda width: draw_held_out_accuracy(evidence, looks, width=width) if evidence.scored else None,
+            lambda width: draw_measure(evidence, looks, PAIRS, width=width) if evidence.scored else None,
         ),
         "margin": (
             "Margin of log-ratios on held-out preference pairs against KL to the supervised policy",
-            lambda width: draw_held_out_margin(evidence, looks, width=width),
+            lambda width: draw_measure(evidence, looks, MARGIN, width=width),
         ),
         "density": (
             "Density ratio of each policy to the supervised one along the samples' log-probability",

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import DensityRatios, Evidence, Interval, MethodEvidence
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import draw_accuracy_frontier, draw_frontier
+from exalign.report.figure_frontier import CLASSIFIER, draw_frontier, draw_measure
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, write_under
 from exalign.report.verdicts import SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
@@ -130,7 +130,7 @@ def _drawings(evidence: Evidence, run: Path) -> Iterator[_Drawing]:
     yield _Drawing(
         "7",
         "the classifier's accuracy against KL",
-        lambda: draw_accuracy_frontier(evidence, looks, width=WIDTH),
+        lambda: draw_measure(evidence, looks, CLASSIFIER, width=WIDTH),
         captions.accuracy,
         "Figure 7 needs rewards that are a classifier's log-odds: with an oracle, or a classifier as evaluate.scorer, "
         "exalign evaluate RECIPE --run ANOTHER makes them.",
