@@ -65,8 +65,8 @@ def test_what_models_wrote_is_inert_and_visible(browser, hostile_page):
     shown = page.locator("article .text").first.text_content()
     for part in ("<script>window.hacked = 1</script>", "</p></article>", "␀␇␛[31m", "[U+202E]desrever", "{{ 7 * 7 }}"):
         assert part in shown
-    assert page.locator("article").count() == 2 * page.locator("section#samples details").count()
-    assert page.locator(".prompt").first.text_content() == shown.strip()
+    assert page.locator("#samples article").count() == 2 * page.locator("#samples details").count()
+    assert page.locator("#samples .prompt").first.text_content() == shown.strip()
     assert len(shown.strip()) >= len(HOSTILE.strip())
     page.close()
 
