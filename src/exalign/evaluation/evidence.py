@@ -134,8 +134,9 @@ def _with_texts(evidence: Evidence, chosen: Verdict, material: _Material) -> Evi
     theirs = material.last_samples[SFT]
     ours = complete_records(material.run.samples(chosen.method, chosen.step)) or []
     answers = {SFT: theirs, chosen.method: ours}
-    (example,) = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed) or [None]
-    return replace(evidence, verdict=replace(chosen, example=example), worst=_worst(theirs, ours, chosen.method))
+    drawn = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed)
+    shown = replace(chosen, example=drawn[0] if drawn else None)
+    return replace(evidence, verdict=shown, worst=_worst(theirs, ours, chosen.method))
 
 
 @dataclass(eq=False)
