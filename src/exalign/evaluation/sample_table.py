@@ -110,7 +110,8 @@ def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:
         rows.append((better, others.mean(), ((better > others) + (better == others) / 2).mean()))
     if not rows:
         raise InputError(f"{where}: none of its {undecided} pairs has a preferred text, so nothing can be measured.")
-    return PairTable(*np.array(rows, dtype=np.float64).T, undecided=undecided)
+    preferred, rejected, wins = np.array(rows, dtype=np.float64).T
+    return PairTable(preferred, rejected, wins, undecided)
 
 
 def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
