@@ -122,21 +122,21 @@ def collect_evidence(
     return evidence if chosen is None else _with_texts(evidence, chosen, material)
 
 
-def _looked_at(methods: Sequence[MethodEvidence], chosen: Verdict | None) -> list[tuple[str, FrontierPoint]]:
+def _looked_at(methods: Sequence[MethodEvidence], to_ship: Verdict | None) -> list[tuple[str, FrontierPoint]]:
     """Each method's last checkpoint, but of the one to ship the checkpoint that is shipped."""
-    steps = {} if chosen is None else {chosen.method: chosen.step}
+    steps = {} if to_ship is None else {to_ship.method: to_ship.step}
     last = {method.name: steps.get(method.name, method.points[-1].step) for method in methods if method.points}
     return [(m.name, point) for m in methods for point in m.points if point.step == last[m.name]]
 
 
-def _with_texts(evidence: Evidence, chosen: Verdict, material: _Material) -> Evidence:
+def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Evidence:
     """With one example of the verdict, and the prompts on which it lost most."""
     theirs = material.last_samples[SFT]
-    ours = complete_records(material.run.samples(chosen.method, chosen.step)) or []
-    answers = {SFT: theirs, chosen.method: ours}
+    ours = complete_records(material.run.samples(to_ship.method, to_ship.step)) or []
+    answers = {SFT: theirs, to_ship.method: ours}
     drawn = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed)
-    shown = replace(chosen, example=drawn[0] if drawn else None)
-    return replace(evidence, verdict=shown, worst=_worst(theirs, ours, chosen.method))
+    shown = replace(to_ship, example=drawn[0] if drawn else None)
+    return replace(evidence, verdict=shown, worst=_worst(theirs, ours, to_ship.method))
 
 
 @dataclass(eq=False)
