@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from exalign.checksums import NAME, damaged_files, read_sums, write_sums
+from exalign.checksums import (
+    BEGUN,
+    NAME,
+    begun,
+    damaged_files,
+    is_unchanged,
+    read_sums,
+    settle,
+    stamp,
+    unvouched,
+    vouched_path,
+    write_sums,
+)
 from exalign.errors import InputError
 from exalign.storage import read_sealed, write_sealed
 
@@ -44,6 +57,62 @@ def test_checksums_that_lost_their_end_or_changed_in_a_bit_are_noticed(tmp_path:
         (tmp_path / NAME).write_bytes(damaged)
         with pytest.raises(InputError):
             read_sums(tmp_path)
+
+
+def test_a_folder_under_way_vouches_for_what_it_has_line_by_line(tmp_path: Path) -> None:
+    """A torn line and any changed bit cost the shard of that line; the lines before and behind it hold."""
+    names = [f"part-{number:06d}.parquet" for number in range(3)]
+    for name in names:
+        with vouched_path(tmp_path / name) as temporary:
+            temporary.write_text(name)
+    files = [tmp_path / name for name in names]
+    assert list(begun(tmp_path)) == names
+    assert not list(unvouched(tmp_path, files))
+    content = (tmp_path / BEGUN).read_bytes()
+    lines = content.split(b"\n\n")
+    second = content.index(lines[1])
+    for place in range(second, second + len(lines[1])):
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        (tmp_path / BEGUN).write_bytes(flipped)
+        assert list(unvouched(tmp_path, files)) == [files[1]]
+    for end in range(second, second + len(lines[1]) - 1):
+        (tmp_path / BEGUN).write_bytes(content[:end])
+        assert list(unvouched(tmp_path, files)) == files[1:]
+        with vouched_path(files[1]) as temporary:  # after a torn line
+            temporary.write_text("again")
+        assert list(unvouched(tmp_path, files)) == files[2:]
+        files[1].write_text(names[1])
+
+
+def test_settling_a_folder_is_as_writing_it_at_once(tmp_path: Path) -> None:
+    """Also where a line stands for a shard that a kill kept from its place, or in a file of its own."""
+    for name, alone in (("a", True), ("b", False)):
+        with vouched_path(tmp_path / name, alone=alone) as temporary:
+            temporary.write_text(name)
+    with vouched_path(tmp_path / "c") as temporary:
+        temporary.write_text("c")
+    (tmp_path / "c").unlink()
+    settle(tmp_path, {})
+    settled = (tmp_path / NAME).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "a", "b"]
+    write_sums(tmp_path)
+    assert (tmp_path / NAME).read_text() == settled
+
+
+def test_a_file_with_its_size_and_time_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("abc")
+    written = stamp(path)
+    path.write_text("abd")
+    assert not is_unchanged(path, written)
+    os.utime(path, ns=(0, written.time))
+    assert is_unchanged(path, written)  # what `verify` and whoever reads it as input are for
+    os.utime(path, ns=(0, 0))
+    assert not is_unchanged(path, written)
+    path.write_text("abc")
+    assert is_unchanged(path, written)
+    path.unlink()
+    assert not is_unchanged(path, written)
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="this system has no sha256sum")

@@ -1,25 +1,42 @@
-"""SHA256SUMS: what a file held when it was written, kept beside it in the format of `sha256sum`.
+"""What a file held when it was written, so that a byte that changes on a disk, in a copy or in an upload is noticed.
 
-A folder of a model or of records has one, so that a byte that changes on a disk, in a copy or in an upload is noticed
-by whoever reads the folder next, here or with `sha256sum --check SHA256SUMS`. A folder without one is not checked.
+A finished folder of a model or of records has SHA256SUMS, in the format of `sha256sum`: whoever reads a file there
+looks whether it is what was written, here or with `sha256sum --check SHA256SUMS`. A folder without one is not checked.
+
+While records are under way a line for each shard is appended to `SHA256SUMS.begun`, before the shard stands. It tells
+size and time of change as well: as long as both are the same a file is taken for unchanged, and is not read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from exalign.errors import InputError
 from exalign.storage import atomic_path, write_text
 
 NAME = "SHA256SUMS"
+BEGUN = "SHA256SUMS.begun"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _END = "# {count} files, {digest}\n"
 """The last line, a comment to `sha256sum`: how many lines stand above and their own SHA-256, so that none is lost or
 changed unnoticed, a name no more than a checksum."""
+_BEGUN_LINE = re.compile(r"(([0-9a-f]{64}) (\d+) (\d+) (.+)) ([0-9a-f]{8})")
+
+
+class Stamp(NamedTuple):
+    """A file when it was written: its bytes, its time of change in nanoseconds, its SHA-256 as 64 hex digits."""
+
+    size: int
+    time: int
+    sha256: str
 
 
 def checksum(path: Path) -> str:
@@ -28,48 +45,127 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def stamp(path: Path, *, known: str | None = None) -> Stamp:
+    """The stamp of a file; its checksum is computed unless it is `known`."""
+    found = path.stat()
+    return Stamp(found.st_size, found.st_mtime_ns, known or checksum(path))
+
+
+def is_unchanged(path: Path, written: Stamp) -> bool:
+    """Whether a file is there as it was written. It is read only where its time of change is another one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    same_size = found.st_size == written.size
+    return same_size and (found.st_mtime_ns == written.time or checksum(path) == written.sha256)
+
+
 def read_sums(folder: Path) -> dict[str, str]:
     """What stands in the folder's SHA256SUMS, by relative name; nothing where it has none."""
     path = Path(folder) / NAME
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+    sums = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    if sums is None:
+        raise InputError(f"{path} is damaged: its lines are not those written; restore the folder, or make it again.")
+    return dict(sums)
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, str] | None:
+    """The lines of a SHA256SUMS, which is read again for every shard; None where it is not as it was written."""
     found = [_LINE.fullmatch(line) for line in text.split("\n")[:-2]]
     sums = {match[2]: match[1] for match in found if match}
-    if text != _text(sums):
-        raise InputError(f"{path} is damaged: its lines are not those written; restore the folder, or make it again.")
-    return sums
+    return sums if text == _text(sums) else None
 
 
 def write_sums(folder: Path) -> None:
     """Vouch for every file below a folder that was just written."""
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != NAME]
-    _write(folder, {path.relative_to(folder).as_posix(): checksum(path) for path in files})
+    write_text(folder / NAME, _text({path.relative_to(folder).as_posix(): checksum(path) for path in files}))
 
 
 @contextmanager
-def vouched_path(path: Path) -> Iterator[Path]:
-    """`storage.atomic_path` for a file; its checksum stands in the folder before the file does."""
+def vouched_path(path: Path, *, alone: bool = True) -> Iterator[Path]:
+    """`storage.atomic_path` for a file of a folder under way; its line stands in BEGUN before the file does.
+
+    Where it is not `alone`, others write to the folder at the same time, and the line stands in a file of its own.
+    """
     with atomic_path(path) as temporary:
         yield temporary
-        _write(path.parent, {**read_sums(path.parent), path.name: checksum(temporary)})
+        size, time, sha256 = stamp(temporary)
+        line = f"{sha256} {size} {time} {path.name}"
+        line = f"\n{line} {zlib.crc32(line.encode()):08x}\n"  # a kill may have left half a line before it
+        with (path.parent / (BEGUN if alone else f".{path.name}.begun")).open("ab") as stream:
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
-def is_intact(path: Path, sums: Mapping[str, str]) -> bool:
-    """Whether a file holds what `sums` of its folder says; one that is not listed counts as intact."""
-    return sums.get(path.name) in (None, checksum(path))
+def begun(folder: Path) -> dict[str, Stamp]:
+    """The files that a folder under way has had so far; torn and damaged lines are passed over."""
+    found: dict[str, Stamp] = {}
+    for path in _begun_files(folder):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = _BEGUN_LINE.fullmatch(line)
+            if match and f"{zlib.crc32(match[1].encode()):08x}" == match[6]:
+                found[match[5]] = Stamp(int(match[3]), int(match[4]), match[2])
+    return found
+
+
+def unvouched(folder: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """Of these files of a folder under way those that changed, or that nothing vouches for.
+
+    A SHA256SUMS that is damaged vouches for none, and is removed.
+    """
+    stamps, sums = begun(folder), {}
+    try:
+        sums = read_sums(folder)
+    except InputError:
+        (folder / NAME).unlink()
+    for file in files:
+        written = stamps.get(file.name)
+        intact = is_unchanged(file, written) if written else file.name in sums and checksum(file) == sums[file.name]
+        if not intact:
+            yield file
+
+
+def settle(folder: Path, more: Mapping[str, str]) -> None:
+    """Write the SHA256SUMS of a folder that is finished, from what stands in BEGUN and, before that, in SHA256SUMS.
+
+    `more` are checksums of what is about to be written.
+    """
+    known = read_sums(folder) | {name: written.sha256 for name, written in begun(folder).items()}
+    sums = {name: digest for name, digest in known.items() if (folder / name).exists()}
+    write_text(folder / NAME, _text({**sums, **more}))
+    for path in _begun_files(folder):
+        path.unlink()
 
 
 def check_file(path: Path) -> None:
     """A file that is not what the SHA256SUMS beside it says is an `InputError`."""
-    if not is_intact(path, read_sums(path.parent)):
+    if read_sums(path.parent).get(path.name) not in (None, checksum(path)):
         raise InputError(f"{path} is damaged: it is not what {NAME} says; delete it and run the stage again.")
 
 
-def damaged_files(folder: Path) -> Iterator[Path]:
+def check_folder(folder: Path, *, but: str = "") -> None:
+    """A file of a finished folder that is not what its SHA256SUMS says is an `InputError`; those with the suffix `but`
+    are not read. A SHA256SUMS of somebody else's making is not looked at.
+    """
+    path = Path(folder) / NAME
+    if path.is_file() and "\n# " in path.read_text(encoding="utf-8", errors="replace"):
+        for name, digest in read_sums(folder).items():
+            if not (but and name.endswith(but)) and not _is(folder / name, digest):
+                raise InputError(
+                    f"{folder / name} is damaged: it is not what {path} says; restore or delete the folder."
+                )
+
+
+def damaged_files(folder: Path, *, newer: bool = False) -> Iterator[Path]:
     """Every file below `folder` that a SHA256SUMS there lists and that is missing or holds something else.
 
-    A SHA256SUMS that is itself damaged is yielded too.
+    A SHA256SUMS that is itself damaged is yielded too. With `newer` only what changed after it was written is read.
     """
     for path in sorted(Path(folder).rglob(NAME)):
         try:
@@ -77,16 +173,22 @@ def damaged_files(folder: Path) -> Iterator[Path]:
         except InputError:
             yield path
             continue
+        written = path.stat().st_mtime_ns
         for name, digest in sums.items():
             file = path.parent / name
-            if not file.is_file() or checksum(file) != digest:
+            unread = newer and file.is_file() and file.stat().st_mtime_ns <= written
+            if not (unread or _is(file, digest)):
                 yield file
+
+
+def _is(file: Path, digest: str) -> bool:
+    return file.is_file() and checksum(file) == digest
+
+
+def _begun_files(folder: Path) -> list[Path]:
+    return [*folder.glob(BEGUN), *folder.glob(".*.begun")]
 
 
 def _text(sums: Mapping[str, str]) -> str:
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
     return lines + _END.format(count=len(sums), digest=hashlib.sha256(lines.encode()).hexdigest())
-
-
-def _write(folder: Path, sums: Mapping[str, str]) -> None:
-    write_text(Path(folder) / NAME, _text(sums))

@@ -307,6 +307,22 @@ def select(
         console.print(shown(f"{method} has no checkpoint within {kl_budget:g} nats"), soft_wrap=True)
 
 
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Read every file of a run and compare it with what was written; a start compares sizes and times alone."""
+    from exalign.run.stage_files import verify as verified
+
+    found = verified(run)
+    for path in found.damaged:
+        console.print(shown(f"! {path} is {'damaged' if path.exists() else 'missing'}", "yellow"), soft_wrap=True)
+    if found.damaged:
+        raise InputError(
+            f"{len(found.damaged)} of {found.files:,} files of {run} are not what was written; restore them, or delete "
+            "them and pass --redo to make their stages again."
+        )
+    console.print(f"✓ {found.files:,} files, {found.size:,} bytes: all are what was written", soft_wrap=True)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from faults.damage import damage_finished, damage_interrupted
+from faults.damage import damage_finished, damage_interrupted, damage_quietly
 from faults.endpoint import endpoint_away
 from faults.kills import kill_stage
 from faults.starts import Starter
@@ -62,6 +62,7 @@ def main() -> int:
 
 def _damage(starter: Starter, world: World, place: Path, rng: random.Random) -> list[dict[str, Any]]:
     found = [*damage_finished(starter, world, place, rng=rng), *damage_interrupted(starter, world, place, rng=rng)]
+    found += damage_quietly(starter, world, place, rng=rng)
     return [{**asdict(one), "kept": one.kept} for one in found]
 
 

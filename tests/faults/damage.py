@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,13 @@ def flip(path: Path, rng: random.Random) -> None:
 def truncate(path: Path, rng: random.Random) -> None:
     """Lose the end, from any byte on."""
     path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+def flip_quietly(path: Path, rng: random.Random) -> None:
+    """Change one bit, as a disk does it: size and time of change stay."""
+    before = path.stat()
+    flip(path, rng)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 Outcomes = Iterator["Outcome"]
@@ -82,6 +90,30 @@ def damage_interrupted(
         files = [name for name in kinds(whole) if name not in before and not Path(name).name.startswith(".")]
         files = sorted(rng.sample(files, min(most, len(files))))
         yield from _damage_each(starter, command[:2], (f"in {stage}", whole, expected), place, files, rng)
+
+
+def damage_quietly(starter: Starter, world: World, place: Path, *, rng: random.Random, most: int = 10_000) -> Outcomes:
+    """Damage a file that a start takes for unchanged, and carry out again what comes after its stage.
+
+    It is named before it is used, or nobody uses it: then all other artefacts are those of an undisturbed run.
+    """
+    cases = [(stage, name) for stage in ("sample", "score", "align", "evaluate") for name in _finished(world, stage)]
+    for stage, name in rng.sample(cases, min(most, len(cases))):
+        folder = place / "quiet"
+        world.before(stage, folder)
+        flip_quietly(folder / name, rng)
+        ended = starter.exalign("run", world.recipe, "--run", folder, log=place / "log")
+        subject = folder / name if Path(name).name != "SHA256SUMS" else (folder / name).parent
+        named = ended.status == 2 and "Traceback" not in ended.printed and str(subject) in ended.printed
+        unused = ended.status == 0 and differing(folder, world.finished) == [name]
+        yield Outcome(f"quiet, before {stage}", name, "flip_quietly", named, unused, ended.printed)
+
+
+def _finished(world: World, stage: str) -> list[str]:
+    """Files of the stages that stand before `stage` is carried out, one of every kind."""
+    undone = world.undone(stage)
+    stands = {name for name in world.stages if name not in undone}
+    return [name for name in kinds(world.finished) if any(name.startswith(f"{one}/") for one in stands)]
 
 
 def kinds(folder: Path) -> list[str]:

@@ -49,7 +49,8 @@ def _without_wall_time(path: Path) -> bytes:
     text = path.read_text()
     values: Any = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     if path.name == "done.json":
-        values["files"] = {n: digest for n, digest in values["files"].items() if Path(n).name not in WALL_TIME}
+        stamps = {n: stamp for n, stamp in values["files"].items() if Path(n).name not in WALL_TIME}
+        values["files"] = {n: [size, sha256] for n, (size, _, sha256) in stamps.items()}
     return json.dumps(_stripped(values, left_out)).encode()
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.damage import damage_finished, damage_interrupted, flip
+from exalign.storage import read_sealed
+from faults.damage import damage_finished, damage_interrupted, damage_quietly, flip, flip_quietly
 from faults.outcome import differing
 from faults.starts import Starter
 from faults.world import World
@@ -30,6 +31,56 @@ def test_damage_in_an_interrupted_run(stage: str, starter: Starter, faulty_world
     rng = random.Random(SEED)
     for outcome in damage_interrupted(starter, faulty_world, tmp_path, rng=rng, most=2, stages=[stage]):
         assert outcome.kept, (SEED, outcome)
+
+
+def test_damage_that_size_and_time_do_not_tell_of(starter: Starter, faulty_world: World, tmp_path: Path) -> None:
+    for outcome in damage_quietly(starter, faulty_world, tmp_path, rng=random.Random(SEED), most=3):
+        assert outcome.kept, (SEED, outcome)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("sample", "sft/model/model.safetensors"),
+        ("sample", "sft/model/tokenizer.json"),
+        ("score", "reward/model/config.json"),
+        ("score", "rollouts/records/part-000000.parquet"),
+        ("evaluate", "align/exo-rw/policies/step-000005/model.safetensors"),
+    ],
+)
+def test_what_is_read_as_input_is_named_where_it_is_damaged_and_verify_finds_it_without(
+    stage: str, file: str, starter: Starter, faulty_world: World, tmp_path: Path
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(faulty_world.finished, folder)
+    flip_quietly(folder / file, random.Random(SEED))
+    started = starter.exalign("evaluate", faulty_world.recipe, "--run", folder, log=log)
+    assert started.status == 0 and "▸" not in started.printed, started.printed  # nothing reads it
+    found = starter.exalign("verify", folder, log=log)
+    assert f"! {folder / file} is damaged" in found.printed
+    assert "1 of" in found.sentence
+    command = faulty_world.before(stage, folder)
+    flip_quietly(folder / file, random.Random(SEED))
+    assert f"{folder / file} is damaged" in starter.exalign(*command, log=log).sentence
+
+
+def test_verify_reads_all_that_is_written(starter: Starter, faulty_world: World, tmp_path: Path) -> None:
+    found = starter.exalign("verify", faulty_world.finished, log=tmp_path / "log")
+    assert found.status == 0 and "all are what was written" in found.printed
+
+
+def test_a_copy_of_a_run_is_read_once(starter: Starter, faulty_world: World, tmp_path: Path) -> None:
+    """Its times are others, its files the same; afterwards its times are known."""
+    folder = tmp_path / "run"
+    shutil.copytree(faulty_world.finished, folder, copy_function=shutil.copyfile)
+    for _ in range(2):
+        started = starter.exalign("evaluate", faulty_world.recipe, "--run", folder, log=tmp_path / "log")
+        assert started.status == 0 and "▸" not in started.printed, started.printed
+        for done in folder.rglob("done.json"):
+            for name, (size, time, _) in read_sealed(done)["files"].items():
+                found = (done.parent / name).stat()
+                assert (found.st_size, found.st_mtime_ns) == (size, time)
+    assert differing(folder, faulty_world.finished) == []
 
 
 def test_redo_makes_a_damaged_stage_again_and_nothing_else(

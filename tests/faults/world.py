@@ -70,18 +70,22 @@ class World:
 
     def before(self, stage: str, folder: Path) -> list[str]:
         """Copy of the finished run as it was before `stage`, as `folder`; the command that carries the stage out."""
-        command, work = STAGES[stage]
+        command, _ = STAGES[stage]
         if folder.exists():
             shutil.rmtree(folder)
         if stage != "whole run":
             shutil.copytree(self.finished, folder)
-        undone = {name for name in self.stages if any(name.startswith(place) for place in work)}
-        while more := {name for name, needs in self.stages.items() if name not in undone and undone & set(needs)}:
-            undone |= more
-        for name in undone:
+        for name in self.undone(stage):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "evaluation" / "evidence.json").unlink(missing_ok=True)
         return [command, str(self.recipe), "--run", str(folder)]
+
+    def undone(self, stage: str) -> set[str]:
+        """The stages that `stage` carries out, and all that come after them."""
+        undone = {name for name in self.stages if any(name.startswith(place) for place in STAGES[stage][1])}
+        while more := {name for name, needs in self.stages.items() if name not in undone and undone & set(needs)}:
+            undone |= more
+        return undone
 
 
 def make_world(starter: Starter, folder: Path) -> World:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from exalign import checksums
 from exalign.data.record import Completion, Prompt, Record
 from exalign.errors import InputError
-from exalign.storage import atomic_path, json_text, read_object
+from exalign.storage import atomic_path, json_text, read_object, write_text
 
 FORMAT_VERSION = 1
 
@@ -109,8 +110,9 @@ class RecordWriter:
 
     def _continue_after_finished_shards(self) -> None:
         shards = shards_of(self.folder)
+        damaged = next(checksums.unvouched(self.folder, shards), None)
         for place, shard in enumerate(shards):
-            rows = num_rows(shard) if shard == shard_path(self.folder, place) and self._is_intact(shard) else None
+            rows = num_rows(shard) if shard == shard_path(self.folder, place) and shard != damaged else None
             if rows is None:
                 break
             self.written += rows
@@ -122,13 +124,6 @@ class RecordWriter:
             warnings.warn(f"{removed[0]} {what}; it{behind} made again.", stacklevel=3)
             for shard in removed:
                 shard.unlink()
-
-    def _is_intact(self, shard: Path) -> bool:
-        try:
-            return checksums.is_intact(shard, checksums.read_sums(self.folder))
-        except InputError:  # then nothing vouches for any shard
-            (self.folder / checksums.NAME).unlink()
-            return False
 
     def write(self, record: Record) -> None:
         """Add one record; a full shard goes to disk."""
@@ -226,10 +221,9 @@ def read_header(folder: Path) -> Header:
 def write_shard(shard: Path, records: Sequence[Record], counts: Counter[str]) -> None:
     """Write records as one shard, atomically, and with them what was counted while they were made.
 
-    Several processes may write shards of one folder at once, so that none of them may write its SHA256SUMS: that is
-    for whoever sent them.
+    Several processes may write shards of one folder at once.
     """
-    with atomic_path(shard) as temporary:
+    with checksums.vouched_path(shard, alone=False) as temporary:
         _write_table(temporary, records, counts)
 
 
@@ -242,8 +236,9 @@ def write_header(folder: Path, header: Header) -> None:
     """Write the header, which marks a folder of records as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: getattr(header, name) for name in Header.__slots__}
-    with checksums.vouched_path(folder / "header.json") as temporary:
-        temporary.write_text(json_text(values), encoding="utf-8")
+    text = json_text(values)
+    checksums.settle(folder, {"header.json": hashlib.sha256(text.encode()).hexdigest()})
+    write_text(folder / "header.json", text)
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -364,7 +364,7 @@ def _check_listed(path: Path) -> None:
     """A file of a complete stage must be what the stage wrote."""
     done = path.with_name("done.json")
     files = read_sealed(done).get("files") if done.is_file() else None
-    if isinstance(files, dict) and files.get(path.name) not in (None, checksum(path)):
+    if isinstance(files, dict) and path.name in files and files[path.name][-1] != checksum(path):
         raise InputError(f"{path} is damaged: it is not what its stage wrote; restore it, or make the stage again.")
 
 

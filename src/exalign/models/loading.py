@@ -33,7 +33,7 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from exalign.checksums import write_sums
+from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
 from exalign.data.tokenization import eos_id
 from exalign.errors import InputError
@@ -43,6 +43,7 @@ from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.models.prefix_tree import unflatten
+from exalign.processes import leads
 from exalign.storage import atomic_path, exists
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
 
     A missing padding token becomes the end-of-sequence token; nothing here reads padding, so no result depends on it.
     """
+    _check_files(source, but=".safetensors")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -394,6 +396,7 @@ def _from_config(auto_class: Any, settings: ModelSettings, config: PreTrainedCon
 def _from_pretrained(
     auto_class: Any, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype, *, new_head: bool
 ) -> PreTrainedModel:
+    _check_files(str(settings.source))
     try:
         model, report = auto_class.from_pretrained(
             settings.source,
@@ -467,6 +470,12 @@ def _refuse_code(source: str) -> None:
             f"{source} comes with Python code of its own (auto_map), which is not run to score; load it in a reward "
             "function of yours, and name that as function: module:function."
         )
+
+
+def _check_files(source: str, *, but: str = "") -> None:
+    """A folder of a model that is not what its SHA256SUMS says is an `InputError`; one process of several looks."""
+    if leads() and is_folder(source):
+        check_folder(Path(source), but=but)
 
 
 def _check_code(config: PreTrainedConfig, settings: ModelSettings) -> None:

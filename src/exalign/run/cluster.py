@@ -69,15 +69,14 @@ def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settin
             f"The workers wrote {wanted - len(missing)} of {wanted} shards to {target}: every machine of the cluster "
             "must see this folder under this name."
         )
-    checksums.write_sums(target)
+    checksums.settle(target, {})
 
 
 def _forget_damaged(target: Path) -> None:
-    """Remove shards that are not what was written, and what vouches for the others until all are there."""
-    for shard in checksums.damaged_files(target):
+    """Remove shards that are not what was written."""
+    for shard in checksums.unvouched(target, shards_of(target)):
         warnings.warn(f"{shard} is damaged; it is made again.", stacklevel=3)
-        shard.unlink(missing_ok=True)
-    (target / checksums.NAME).unlink(missing_ok=True)
+        shard.unlink()
 
 
 def _unfinished(source: Path, target: Path, wanted: int) -> list[int]:

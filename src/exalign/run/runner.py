@@ -28,7 +28,7 @@ from exalign.errors import InputError
 from exalign.processes import call, leads
 from exalign.run.made_from import MadeFrom, made_from, trained_from
 from exalign.run.recipe import Recipe, dump_recipe
-from exalign.run.stage_files import MARKERS, check_complete, forget_damaged_records, stage_checksums
+from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
 from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
@@ -165,6 +165,8 @@ class Run:
             (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
             self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
             return
+        for name in stage.needs:
+            check_inputs(name, self.path(name))
         self.console.print(shown(f"▸ {stage.name}", "bold").append(" (continues)" if found else "", style="not bold"))
         seconds_before = worked_before(folder) if found else 0.0
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,49 +1,76 @@
 """The files of a stage: what was written is what later stages read, or it is said which file is not.
 
-`done.json` lists every file of a complete stage with its checksum. What an interrupted stage had finished is vouched
-for piece by piece: models and records by the SHA256SUMS in their folders, checkpoints by their own hashes.
+`done.json` lists every file of a complete stage: size, time of change, SHA-256. A start compares sizes and times and
+reads no file whose are the same; what a stage then reads as its input is compared with its checksum there. What an
+interrupted stage had finished is vouched for piece by piece: models and records by the SHA256SUMS in their folders,
+checkpoints by their own hashes. `verify` reads everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from exalign import checksums
+from exalign.checksums import Stamp, is_unchanged, stamp
 from exalign.errors import InputError
-from exalign.storage import read_sealed
+from exalign.storage import fingerprint_path, read_sealed, write_sealed
 
 MARKERS = ("done.json", "started.json")
 HANDED_OVER = "handed-over"
 """A folder in a stage's that a later stage takes away, so that it is no part of what stays."""
+_NO_INPUT = ("checkpoints", "skipped")
+"""Folders of a training that no later stage reads."""
 
 
-def stage_checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every file of a stage that has just ended, by relative name.
+def stage_checksums(folder: Path) -> dict[str, Stamp]:
+    """The stamp of every file of a stage that has just ended, by relative name.
 
-    Where a SHA256SUMS has one it is taken: it was computed when the file was written, not after it may have changed.
+    Where a SHA256SUMS has a checksum it is taken: it was computed when the file was written, not after it may have
+    changed.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Stamp] = {}
     sums: dict[Path, dict[str, str]] = {}
     for path in sorted(_files(folder)):
-        owner = next((p for p in path.parents if (p / checksums.NAME).is_file()), None)
-        if owner is not None and owner.is_relative_to(folder):
-            known = sums.setdefault(owner, checksums.read_sums(owner)).get(path.relative_to(owner).as_posix())
-        else:
-            known = None
-        found[path.relative_to(folder).as_posix()] = known or checksums.checksum(path)
+        owner = _owner(path, folder)
+        known = owner and sums.setdefault(owner, checksums.read_sums(owner)).get(path.relative_to(owner).as_posix())
+        found[path.relative_to(folder).as_posix()] = stamp(path, known=known)
     return found
 
 
-def check_complete(stage: str, folder: Path, wanted: Mapping[str, str]) -> None:
-    """Compare a complete stage with its checksums; the first file that is missing or differs is an `InputError`."""
-    for name, digest in wanted.items():
+def check_complete(stage: str, folder: Path, wanted: Mapping[str, Sequence[Any]]) -> None:
+    """Compare a complete stage with its stamps; the first file that is missing or differs is an `InputError`.
+
+    Files that are the same with other times, as in a copy of a run, are read this once: their times are noted anew.
+    """
+    moved = False
+    for name, values in wanted.items():
+        path, written = folder / name, Stamp(*values)
+        if not is_unchanged(path, written):
+            raise _damaged(path, stage)
+        moved = moved or path.stat().st_mtime_ns != written.time
+    if moved:
+        done = folder / "done.json"
+        values, before = read_sealed(done), done.stat()
+        values["files"] = {name: stamp(folder / name, known=digest) for name, (*_, digest) in wanted.items()}
+        write_sealed(done, values)
+        os.utime(done, ns=(before.st_atime_ns, before.st_mtime_ns))  # it tells the order in which stages ended
+
+
+def check_inputs(stage: str, folder: Path) -> None:
+    """Before a stage works that needs this one: compare the checksums of the files that nobody checks who reads them.
+
+    Models and records are checked by their readers, with the SHA256SUMS of their folders, which is one of these files.
+    """
+    for name, (*_, digest) in read_sealed(folder / "done.json").get("files", {}).items():
         path = folder / name
-        if not path.is_file() or checksums.checksum(path) != digest:
-            what = "is damaged: it is not what" if path.is_file() else "is missing from what"
-            raise InputError(
-                f"{path} {what} the stage {stage} wrote; restore it, or pass --redo to make the stage again."
-            )
+        vouched = path.name != checksums.NAME and _owner(path, folder) is not None
+        if not (vouched or path.relative_to(folder).parts[0] in _NO_INPUT) and not _holds(path, digest):
+            raise _damaged(path, stage)
 
 
 def forget_damaged_records(folder: Path) -> Iterator[Path]:
@@ -51,12 +78,12 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
 
     With a shard goes the header of its folder, which says that the folder is complete. A damaged model, which only
     training anew could make again, is an `InputError`, and so is a speed that may not be measured again. What is
-    handed over is looked at by the stage that takes it.
+    handed over is looked at by the stage that takes it. Files from before their SHA256SUMS was written are not read.
     """
     for path in folder.rglob("speed.json"):
         if HANDED_OVER not in path.relative_to(folder).parts:
             read_sealed(path)
-    for path in list(checksums.damaged_files(folder)):
+    for path in list(checksums.damaged_files(folder, newer=True)):
         if HANDED_OVER in path.relative_to(folder).parts:
             continue
         header = path.parent / "header.json"
@@ -72,6 +99,72 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
             for shard in path.parent.glob("part-*.parquet"):
                 shard.unlink()
         yield path
+
+
+@dataclass
+class Verified:
+    """What `verify` found: how many files and bytes it read, and which of the files are not what was written."""
+
+    files: int = 0
+    size: int = 0
+    damaged: list[Path] = field(default_factory=list)
+
+
+def verify(run: Path) -> Verified:
+    """Read every file of a run that something vouches for, in stages that are complete or under way."""
+    found = Verified()
+
+    def look(path: Path, intact: bool) -> None:
+        found.files += 1
+        found.size += path.stat().st_size if path.is_file() else 0
+        if not intact:
+            found.damaged.append(path)
+
+    listed: set[Path] = set()
+    for marker in sorted(path for name in MARKERS for path in Path(run).rglob(name)):
+        with _damage_of(marker, look):
+            for name, (*_, digest) in read_sealed(marker).get("files", {}).items():
+                listed.add(marker.parent / name)
+                look(marker.parent / name, _holds(marker.parent / name, digest))
+    for sums in sorted(set(Path(run).rglob(checksums.NAME)) - listed):
+        with _damage_of(sums, look):
+            for name, digest in checksums.read_sums(sums.parent).items():
+                look(sums.parent / name, _holds(sums.parent / name, digest))
+    for begun in sorted(Path(run).rglob(checksums.BEGUN)):
+        for name, written in checksums.begun(begun.parent).items():
+            look(begun.parent / name, _holds(begun.parent / name, written.sha256))
+    for checkpoint in sorted(set(Path(run).rglob("checkpoint.json")) - listed):
+        with _damage_of(checkpoint, look):
+            state = checkpoint.with_name("state.pt")
+            look(state, read_sealed(checkpoint).get("state") == fingerprint_path(state))
+    if not found.files:
+        raise InputError(f"{run} holds no stage of a run.")
+    return found
+
+
+@contextmanager
+def _damage_of(path: Path, look: Callable[[Path, bool], None]) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, OSError):
+        look(path, False)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    return path.is_file() and checksums.checksum(path) == digest
+
+
+def _owner(path: Path, folder: Path) -> Path | None:
+    """The folder below the stage's, or it, whose SHA256SUMS vouches for a file."""
+    owner = next((p for p in path.parents if (p / checksums.NAME).is_file()), None)
+    return owner if owner is not None and owner.is_relative_to(folder) else None
+
+
+def _damaged(path: Path, stage: str) -> InputError:
+    what = "is damaged: it is not what" if path.is_file() else "is missing from what"
+    return InputError(
+        f"{path} {what} the stage {stage} wrote; restore it, or delete it and pass --redo to make the stage again."
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:
