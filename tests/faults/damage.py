@@ -79,8 +79,7 @@ def damage_interrupted(
     """Damage a file of every kind that a stage under way has written, and let it continue."""
     for stage in stages or INTERRUPTED:
         expected, whole = place / "expected", place / "interrupted"
-        command = world.before(stage, expected)
-        assert starter.exalign(*command, log=place / "log").status == 0
+        world.after(stage, expected)
         command = world.before(stage, whole)
         before = set(artefacts(whole))
         starter.start(command, place / "log")

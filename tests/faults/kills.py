@@ -41,26 +41,14 @@ def kill_stage(starter: Starter, world: World, stage: str, place: Path, *, hits:
     """
     done, started = Kills(stage), time.monotonic()
     place.mkdir(parents=True, exist_ok=True)
-    expected, seconds = _undisturbed(starter, world, stage, place)
+    expected = place / "undisturbed"
+    seconds = world.after(stage, expected)
     while done.hits < hits and not done.failures:
         folder = place / "killed"
         _run_with_kills(starter, world.before(stage, folder), folder, done, hits=hits, moment=seconds, rng=rng)
         done.changed += differing(folder, expected)
     done.seconds = time.monotonic() - started
     return done
-
-
-def _undisturbed(starter: Starter, world: World, stage: str, place: Path) -> tuple[Path, float]:
-    """The stage as nothing disturbs it, and how long it works."""
-    folder = place / "undisturbed"
-    arguments = world.before(stage, folder)
-    starter.start(arguments, place / "log")
-    ended = begun(starter, folder, _marks(folder))
-    assert ended is None, ended.printed
-    start = time.monotonic()
-    ended = starter.wait()
-    assert ended is not None and ended.status == 0, ended
-    return folder, time.monotonic() - start
 
 
 def _run_with_kills(

@@ -47,9 +47,7 @@ def test_a_full_disk(stage: str, starter: Starter, faulty_world: World, disk: Pa
         starter.command("mount", "-o", f"remount,size={size}k", disk)
     assert len(set(sentences)) >= 2, sentences
     starter.command("cp", "-r", disk / "run", tmp_path / "after")
-    faulty_world.before(stage, tmp_path / "undisturbed")
-    undisturbed = starter.exalign(*arguments[:-1], tmp_path / "undisturbed", log=tmp_path / "log")
-    assert undisturbed.status == 0
+    faulty_world.after(stage, tmp_path / "undisturbed")
     assert differing(tmp_path / "after", tmp_path / "undisturbed") == []
 
 

@@ -7,12 +7,14 @@ policies of every training, a pool, a method of each kind, and PPO.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from exalign.data.synthetic import write_world
 from exalign.run.recipe import load_recipe
 from exalign.run.stages import plan
+from exalign.storage import read_sealed
 from faults.starts import Starter
 
 RECIPE = """
@@ -79,6 +81,20 @@ class World:
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "evaluation" / "evidence.json").unlink(missing_ok=True)
         return [command, str(self.recipe), "--run", str(folder)]
+
+    def after(self, stage: str, folder: Path) -> float:
+        """The finished run as it was after `stage`, as `folder`; returns how long the stage worked."""
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(self.finished, folder)
+        work = {name for name in self.stages if any(name.startswith(place) for place in STAGES[stage][1])}
+        for name in self.undone(stage) - work:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if "report" not in work:
+            (folder / "evaluation" / "evidence.json").unlink()
+            with suppress(OSError):
+                (folder / "evaluation").rmdir()
+        return sum(read_sealed(folder / name / "done.json")["seconds"] for name in work)
 
     def undone(self, stage: str) -> set[str]:
         """The stages that `stage` carries out, and all that come after them."""

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -502,12 +503,15 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: st
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number serves
         lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         target_modules=list(settings.targets) if settings.targets else "all-linear",
         task_type=TaskType[task],
     )
     untie(model, settings.targets or ())
     try:
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            return get_peft_model(model, config)  # type: ignore[return-value]
     except ValueError as error:
         raise InputError(f"LoRA cannot be applied to this model ({first_line(error)}).") from error
 

@@ -95,7 +95,7 @@ def data_identity(settings: DataSettings | None) -> Any:
     path = Path(settings.source)
     return {
         **settings.model_dump(mode="json"),
-        "content": fingerprint_path(path) if exists(path) else None,
+        "content": fingerprint_path(path, remember=True) if exists(path) else None,
     }
 
 
@@ -104,7 +104,7 @@ def source_identity(source: str | None) -> Any:
     if source is None:
         return None
     path = Path(source)
-    return {"source": source, "content": fingerprint_path(path) if exists(path) else None}
+    return {"source": source, "content": fingerprint_path(path, remember=True) if exists(path) else None}
 
 
 def scorer_identity(settings: ScorerSettings) -> Any:
