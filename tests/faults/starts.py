@@ -145,7 +145,7 @@ def import_everything() -> None:
 
     import exalign.cli
     import exalign.judging.assess
-    import exalign.run  # noqa: F401
+    import exalign.run.carry_out  # noqa: F401
 
 
 def _be_exalign(order: dict[str, Any]) -> NoReturn:
