@@ -158,7 +158,7 @@ def check_folder(folder: Path, *, but: str = "") -> None:
         for name, digest in read_sums(folder).items():
             if not (but and name.endswith(but)) and not _is(folder / name, digest):
                 raise InputError(
-                    f"{folder / name} is damaged: it is not what {path} says; restore or delete the folder."
+                    f"{folder / name} is damaged: it is not what {path} says; restore it, or delete the folder."
                 )
 
 
