@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from exalign.data.batching import Group
-from exalign.models.capability import base_of
+from exalign.models.capability import base_of, body_of
 
 _PEAK_ROWS = (256, 1024)
 _PEAK_SIDE = 4096  # of a larger weight a part is multiplied: the rate is the same, and a vocabulary takes long
@@ -116,7 +116,7 @@ def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
 
 
 def _body(model: nn.Module) -> list[tuple[bool, Tensor]]:
-    return matrices(base_of(model).base_model)
+    return matrices(body_of(base_of(model)))
 
 
 def _head(model: nn.Module) -> list[tuple[bool, Tensor]]:

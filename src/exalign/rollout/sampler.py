@@ -525,8 +525,8 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
     try:
         for step in range(3):
             whole = [model(input_ids=text[None], use_cache=False).logits[0, -1] for rows in texts for text in rows]
-            logps = [logits.float().log_softmax(-1) for logits in (decoder.step(groups), torch.stack(whole))]
-            if not torch.allclose(*logps, atol=tolerance, rtol=0):
+            ours, theirs = (logits.float().log_softmax(-1) for logits in (decoder.step(groups), torch.stack(whole)))
+            if not torch.allclose(ours, theirs, atol=tolerance, rtol=0):
                 return "its logits differ from those of whole texts"
             tokens = torch.tensor([step % vocabulary, (7 * step + 1) % vocabulary], device=device)
             for place, group in enumerate(groups):
