@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
+from exalign.data.hub import hub_sentence
 from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, spelled
 from exalign.data.store import iter_records
@@ -468,6 +469,8 @@ def _hub_rows(settings: DataSettings) -> Iterator[SourceRow]:
         raise
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         near = _nearest(Path(settings.source))
+        if (sentence := hub_sentence("data set", settings.source, error)) is not None:
+            raise InputError(f"{sentence[:-1]}{near}." if near else sentence) from None
         raise InputError(
             f"{settings.source!r} is no local file{near}, and reading it from the Hugging Face hub failed: "
             f"{_first_line(error)}"

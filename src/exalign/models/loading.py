@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -36,6 +38,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
+from exalign.data.hub import hub_sentence
 from exalign.data.tokenization import eos_id
 from exalign.errors import InputError
 from exalign.models.capability import base_of, device_of
@@ -53,21 +56,40 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p")
 
 
-def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, *, trust_remote_code: bool = False, chat_template_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with an end-of-sequence token (`InputError` without one).
 
     A missing padding token becomes the end-of-sequence token; nothing here reads padding, so no result depends on it.
+    `chat_template_kwargs` are settings of its chat template, say {"enable_thinking": False}, for every text of it.
     """
     _check_files(source, but=".safetensors")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = _openai_tokenizer(source) or AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers, tokenizers and the hub's client raise many kinds
         raise _unreadable("tokenizer", source, error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {source} has no end-of-sequence token; set eos_token in its configuration.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template_kwargs = dict(chat_template_kwargs or {})
     return tokenizer
+
+
+def _openai_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """GPT-2's tokenizer in the two files as OpenAI published them, where a folder has no others."""
+    files = [Path(source) / name for name in ("encoder.json", "vocab.bpe")]
+    if not all(map(exists, files)) or any(exists(Path(source) / name) for name in ("tokenizer.json", "vocab.json")):
+        return None
+    inner = Tokenizer(models.BPE.from_file(*map(str, files)))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=end, eos_token=end, unk_token=end, clean_up_tokenization_spaces=False
+    )
 
 
 def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -556,9 +578,33 @@ def _quicken_gelu(model: nn.Module) -> None:
 
 def _unreadable(kind: str, source: str, error: Exception) -> InputError:
     local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if local and not exists(Path(source)):
-        return InputError(f"The {kind} folder {source} does not exist.")
+    folder = Path(source)
+    if not exists(folder):
+        if local:
+            return InputError(f"The {kind} folder {source} does not exist.")
+        if (sentence := hub_sentence(kind, source, error)) is not None:
+            return InputError(sentence)
+    elif pointer := next((path for path in sorted(folder.glob("*")) if _is_lfs_pointer(path)), None):
+        return InputError(
+            f"{pointer} is a Git LFS pointer, not the file: run `git lfs pull` in {source}, or download it again."
+        )
+    if kind == "tokenizer" and ("backend tokenizer" in str(error) or "tiktoken" in str(error)):
+        if exists(folder / "tokenizer.model"):
+            return InputError(
+                f"The tokenizer {source} is a SentencePiece file (tokenizer.model), which needs the package "
+                "sentencepiece: pip install sentencepiece."
+            )
+        return InputError(
+            f"{source} holds no tokenizer that can be read: there must be a tokenizer.json, or a vocab.json with a "
+            "merges.txt; name one in tokenizer.source."
+        )
     return InputError(f"Cannot load the {kind} {source}: {first_line(error)}")
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size > 1024:
+        return False
+    return path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def is_folder(source: str) -> bool:

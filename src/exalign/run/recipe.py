@@ -34,6 +34,9 @@ class TokenizerSettings(Settings):
     vocab_size: int | None = Field(
         None, gt=256, description="train a byte-level BPE of this size on data.sft instead (models from scratch)"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="settings of its chat template, e.g. {enable_thinking: false}"
+    )
 
 
 class DataSection(Settings):

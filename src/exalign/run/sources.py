@@ -50,7 +50,11 @@ def load_run_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     trained = str(run.path("tokenizer")) if recipe.tokenizer.vocab_size is not None else None
     source = trained or recipe.tokenizer.source or recipe.model.source
     assert source is not None  # the recipe's own check
-    return load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code)
+    return load_tokenizer(
+        source,
+        trust_remote_code=recipe.model.trust_remote_code,
+        chat_template_kwargs=recipe.tokenizer.chat_template_kwargs,
+    )
 
 
 def supervised_needs(recipe: Recipe) -> tuple[str, ...]:
