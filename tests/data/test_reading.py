@@ -289,6 +289,13 @@ def test_a_row_of_another_kind_than_the_first_is_named(write_jsonl):
 # --- what stands beside prompt and answers ---
 
 
+def test_columns_that_nothing_is_made_of_stay_with_the_record():
+    """For reward functions that ask for them; pictures do not, and what was used is not there twice."""
+    row = {"question": "p", "answer": "4", "tests": ["a", "b"], "image": {"bytes": b"x"}, "empty": None}
+    assert convert(row, columns={"prompt": "question"}).columns == {"answer": "4", "tests": ["a", "b"]}
+    assert convert({"prompt": "p", "completion": "c"}).columns is None
+
+
 def test_every_column_with_content_is_used_or_counted():
     counts = Counter()
     row = {"id": "x", "margin": 0.5, "empty": None, "none": [], **PAIR}

@@ -29,6 +29,7 @@ completions = st.builds(
     logprob=st.none() | numbers,
     reference_logprob=st.none() | numbers,
     reward=st.none() | numbers,
+    parts=st.none() | st.dictionaries(st.text(), numbers, min_size=1),
 )
 said = st.fixed_dictionaries(
     {"role": st.text(), "content": st.text()},
@@ -43,6 +44,7 @@ unordered = st.builds(
     prompt_ids=st.none() | ids,
     weight=st.none() | numbers,
     tools=st.none() | st.just('[{"name": "f"}]'),
+    columns=st.none() | st.dictionaries(st.text(), st.integers() | st.text() | st.lists(numbers), min_size=1),
 )
 records = st.builds(
     lambda record, index: replace(record, preferred=index) if index < len(record.completions) else record,
@@ -189,7 +191,7 @@ def test_token_ids_and_log_probabilities_keep_their_full_precision(tmp_path):
 def test_records_of_before_there_were_weights_tools_and_calls_are_read(tmp_path):
     record = Record("1", ({"role": "user", "content": "a"},), (Completion("b"),))
     write_records(tmp_path / "records", [record], Header())
-    table = pq.read_table(tmp_path / "records" / "part-000000.parquet").drop(["weight", "tools"])
+    table = pq.read_table(tmp_path / "records" / "part-000000.parquet").drop(["weight", "tools", "columns", "parts"])
     old = table.schema.set(
         2, pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
     )

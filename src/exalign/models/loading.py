@@ -180,7 +180,7 @@ def _merged(model: Any) -> PreTrainedModel:
     """The model without PEFT's shell, its adapters added to its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about what one library asks of the other
-        return model.merge_and_unload()  # type: ignore[no-any-return]
+        return model.merge_and_unload()
 
 
 @contextmanager
@@ -442,7 +442,8 @@ def _from_pretrained(
 def _adapter_base(source: str) -> str | None:
     """The model that a LoRA adapter was trained on, where `source` holds an adapter alone; else None."""
     if is_folder(source):
-        path = None if (Path(source) / "config.json").exists() else Path(source) / "adapter_config.json"
+        whole = (Path(source) / "config.json").exists()
+        path = None if whole else str(Path(source) / "adapter_config.json")
     else:
         path = None if exists(Path(source)) else _hub_adapter(source)
     if path is None or not Path(path).is_file():

@@ -144,7 +144,7 @@ def part_means(records: Sequence[Record]) -> dict[str, float]:
     sums: Counter[str] = Counter()
     completions = [completion for record in records for completion in record.completions if completion.parts]
     for completion in completions:
-        sums.update(completion.parts)  # type: ignore[arg-type]  # a Counter adds floats as well
+        sums.update(completion.parts)  # a Counter adds floats as well
     return {name: value / len(completions) for name, value in sums.items()}
 
 

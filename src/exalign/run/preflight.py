@@ -110,6 +110,6 @@ def _kinds(recipe: Recipe) -> list[Record]:
         if name not in ("data.prompts", "data.preferences", "data.evaluation"):
             continue
         for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
-            plain = isinstance(record.prompt, str)
-            found.setdefault("text" if plain else tuple(m["role"] for m in record.prompt), record)  # type: ignore[arg-type]
+            said = record.prompt
+            found.setdefault("text" if isinstance(said, str) else tuple(m["role"] for m in said), record)
     return list(found.values())

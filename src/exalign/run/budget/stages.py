@@ -93,8 +93,8 @@ class _Pricing:
             load = self.loads.rewarded()
             return sampling_cost(stage, self.frozen_policy(), load, recipe.sample, self.machine)
         if stage == "scored" and recipe.data.rewards is None:
-            cost = self.scored(stage, self.loads.rewarded(), recipe.score.scorer)
-            return None if cost is None else _written(cost)
+            costs = self.scored(stage, self.loads.rewarded(), recipe.score.scorer)
+            return _written(together(stage, costs)) if costs else None
         if parts[0] == "search":
             return self.searched(stage, parts[1])
         if parts[0] in ("reference", "align"):
