@@ -16,14 +16,13 @@ from torch import Tensor
 
 from benchmarks.workload import BETA_PI, BETA_R, EPSILON, make_model, make_tokenizer
 from exalign.data.batching import Group
-from exalign.methods.matching import Align
+from exalign.methods.matching import Matching, MatchingTask
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
 from exalign.objectives import log_policy_distribution, log_preference_target, log_reward_target, reverse_kl
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate, adamw, set_learning_rate
-from exalign.training.settings import AlignSettings
 
 LEARNING_RATE = 1e-6
 ADAM_BETAS = (0.9, 0.95)
@@ -74,14 +73,14 @@ class Exalign:
         self.precision = precision
         self.label = "exalign" if precision == "fp32" else f"exalign, {precision}"
         self.model = library_copy_of(model)
-        settings = AlignSettings(
+        settings = Matching(
             learning_rate=LEARNING_RATE,
             target="preference" if groups[0].num_completions == 2 else "reward",
             beta_pi=BETA_PI,
             beta_r=BETA_R,
             epsilon=EPSILON,
         )
-        self.task = Align(EpochBatches(groups, batch_prompts=len(groups), epochs=1, seed=0), settings, 1.0)
+        self.task = MatchingTask(EpochBatches(groups, batch_prompts=len(groups), epochs=1, seed=0), settings, 1.0)
         AcceleratorState._reset_state()  # contenders differ in precision
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
         policy = PackedPolicy(self.model).train()

@@ -19,8 +19,8 @@ ALONE = [
     "evaluate.pool_prompts=0",
 ]
 PPO = (
-    "ppo={ppo: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1, "
-    "save_policies: 2, checkpoint_every: 1}}"
+    "align.ppo={method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, "
+    "passes: 1, save_policies: 2, checkpoint_every: 1}"
 )
 SEARCH = [
     PPO,

@@ -38,10 +38,9 @@ from exalign.data.store import (
 )
 from exalign.errors import InputError
 from exalign.rollout.settings import VLLMSettings
+from exalign.run.carry_out import check_inputs
 from exalign.run.cluster import ShardWork, connected, map_shards
-from exalign.run.cluster_settings import ClusterSettings
-from exalign.run.preflight import check_inputs
-from exalign.run.recipe import Recipe, make_recipe
+from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
 from exalign.run.workers import _check_logprobs, _sampling

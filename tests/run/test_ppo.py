@@ -12,8 +12,8 @@ from exalign.run.stages import plan
 from exalign.storage import read_json
 
 PPO = (
-    "ppo={ppo: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1, "
-    "save_policies: 2, checkpoint_every: 1}}"
+    "align.ppo={method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, "
+    "passes: 1, save_policies: 2, checkpoint_every: 1}"
 )
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from exalign.errors import InputError
 from exalign.run.demo import RECIPE
-from exalign.run.made_from import without
 from exalign.run.recipe import Recipe, load_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
@@ -106,7 +105,3 @@ def test_settings_without_effect_on_the_result_may_change_at_any_time(copy: Path
     carry_out(tiny(DIVERGES, LOWER), copy, "sft", recover=True)
     changed = tiny(DIVERGES, LOWER, "sft.gradient_checkpointing=true", "sft.checkpoint_every=7")
     assert "sft: done before, skipped" in carry_out(changed, copy, "sft")
-
-
-def test_what_is_taken_away_from_what_a_stage_depends_on() -> None:
-    assert without({"a": 1, "b": ({"a": 2}, [3, {"a": 4, "c": 5}])}, {"a"}) == {"b": [{}, [3, {"c": 5}]]}

@@ -17,11 +17,11 @@ from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.models.model_settings import ModelSettings
+from exalign.rollout.scorers import open_scorer
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe
 from exalign.run.runner import Run
-from exalign.run.sources import load_scorer
 from exalign.run.stages import plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer
@@ -79,8 +79,7 @@ def test_a_reward_model_reads_in_another_run_what_it_read_in_its_own(world: Path
     scored["stage"] = read_json(tmp_path / "scored" / "done.json")["counts"]
     assert [counts["prompts_cut_in_scoring"] for counts in scored.values()] == [cut, cut]
     assert scored["header"]["prompts_cut"] == cut
-    other = own.model_copy(update={"data": own.data.model_copy(update={"max_prompt_tokens": 24})})
-    scorer = load_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")), Run(other, tmp_path))
+    scorer = open_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")))
     assert scorer.score(records) == [pytest.approx(record.rewards, abs=1e-6) for record in records]
 
 
@@ -174,7 +173,7 @@ def test_density_stages_have_the_final_policys_numbers_on_the_pool(
     recipe, folder = finished
     pool = read_records(folder / "evaluation" / "pool")
     tokenizer = load_tokenizer(str(folder / "sft" / "model"))
-    for method in recipe.methods:
+    for method in recipe.align:
         records = read_records(folder / "evaluation" / "density" / method / "samples")
         assert [record.id for record in records] == [record.id for record in pool]  # 4 prompts have a pool
         policy = load_policy(ModelSettings(source=str(folder / "align" / method / "model")), tokenizer).eval()
@@ -203,7 +202,7 @@ def test_density_prompts_says_for_how_many_and_0_for_none(
     recipe = tiny("evaluate.density_prompts=2")
     printed = carry_out(recipe, copy, "evaluation/density", redo=True)
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("▸")] == [
-        f"evaluation/density/{method}" for method in recipe.methods
+        f"evaluation/density/{method}" for method in recipe.align
     ]
     assert len(read_records(copy / "evaluation" / "density" / "exo-rw" / "samples")) == 2
 

@@ -16,15 +16,13 @@ import pytest
 
 from exalign.data.store import read_records
 from exalign.errors import InputError
-from exalign.run.carry_out import run_recipe
-from exalign.run.preflight import check_inputs
-from exalign.run.proposals import Proposer
+from exalign.methods.matching import Matching
+from exalign.run.carry_out import check_inputs, run_recipe
 from exalign.run.recipe import Recipe, load_recipe
+from exalign.run.search import Proposer, Trial, best_of, trials_csv
 from exalign.run.search_settings import Range
 from exalign.run.stages import plan
-from exalign.run.trials import Trial, best_of, trials_csv
 from exalign.storage import read_json
-from exalign.training.settings import AlignSettings
 from run.conftest import tiny_overrides
 from run.searched_run import ALONE, RECIPE, searched_recipe, searched_run
 
@@ -42,7 +40,13 @@ def searched(world: Path, tmp_path_factory: pytest.TempPathFactory, workers: For
 
 
 def results(run: Path, method: str) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted((run / "search" / method).glob("trial-*/result.json"))]
+    return read_json(run / "search" / method / "trials.json")["trials"]
+
+
+def places(run: Path, method: str) -> list[Path]:
+    """The folder of every trial."""
+    folder = run / "search" / method
+    return [folder / name for name in read_json(folder / "trials.json")["folders"]]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -55,7 +59,7 @@ def test_every_method_has_the_same_number_of_trials_and_the_first_is_its_own(sea
     for method in METHODS:
         trials = results(searched, method)
         assert [trial["number"] for trial in trials] == [0, 1, 2]
-        own = (recipe.align if method in recipe.align else recipe.ppo)[method]
+        own = recipe.align[method]
         assert trials[0]["settings"] == own.model_dump(mode="json")
         for trial in trials:
             fixed = {k: v for k, v in trial["settings"].items() if k not in trial["values"]}
@@ -71,16 +75,17 @@ def test_what_is_trained_is_the_best_trial_over_again(searched: Path) -> None:
         best = max(trials, key=lambda trial: trial["value"])
         used = read_json(searched / "align" / method / "settings.json")
         assert used == {"trial": best["number"], "settings": best["settings"]}
-        assert metrics(searched / "align" / method) == metrics(searched / f"search/{method}/trial-{best['number']:03d}")
+        assert metrics(searched / "align" / method) == metrics(places(searched, method)[best["number"]])
         assert best["values"].items() <= evidence[method]["settings"].items()
 
 
 def test_beyond_every_reach_a_trial_is_worth_its_best_policy(searched: Path) -> None:
     """kl is 50 here. The mean of a policy's rewards is taken from its samples, which stay when the weights go."""
     for method in METHODS:
-        for trial in results(searched, method):
-            place = searched / f"search/{method}/trial-{trial['number']:03d}"
-            assert {path.name for path in place.iterdir() if path.is_dir()} == {"evaluated"}
+        best = read_json(searched / "search" / method / "best.json")
+        for trial, place in zip(results(searched, method), places(searched, method), strict=True):
+            kept = {"checkpoints", "policies"} if trial["number"] == best["trial"] else set()
+            assert {path.name for path in place.iterdir() if path.is_dir()} == {"evaluated", *kept}
             means = []
             for point in trial["points"]:
                 samples = read_records(place / f"evaluated/step-{point['step']:06d}/samples")
@@ -135,8 +140,8 @@ def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
 def stamps(run: Path) -> dict[str, int]:
     """When the metrics of every trial were written, by what it tried."""
     return {
-        json.dumps(read_json(log.with_name("settings.json"))["settings"]): log.stat().st_mtime_ns
-        for log in run.glob("search/*/*-[0-9]*/metrics.jsonl")
+        json.dumps(read_json(log.with_name("tried.json"))["settings"]): log.stat().st_mtime_ns
+        for log in run.glob("search/*/trial-*/metrics.jsonl")
     }
 
 
@@ -154,7 +159,7 @@ def test_more_trials_another_kl_and_other_ranges_train_only_what_is_new(
     grid = f"{{learning_rate: {{choices: [{rates[2]!r}, {rates[0]!r}]}}}}"
 
     def search(*overrides: str, ranges: str = ranges) -> dict[str, int]:
-        methods = [f"search.methods={{exo-rw: {ranges}}}", "ppo={}"]
+        methods = [f"search.methods={{exo-rw: {ranges}}}", "align.ppo=null"]
         run_recipe(searched_recipe(world, *methods, *overrides), "search", folder=tmp_path, redo=True)
         return stamps(tmp_path)
 
@@ -169,8 +174,6 @@ def test_more_trials_another_kl_and_other_ranges_train_only_what_is_new(
         assert trial["points"] == other["points"] and trial["seconds"] > 0
 
     assert search("search.trials=2") == three
-    place = tmp_path / "search/exo-rw"
-    assert {path.name for path in place.glob("*-[0-9]*")} == {"trial-000", "trial-001", "earlier-000"}
     assert three.items() < search("search.trials=2", "align.exo-rw.epochs=2", ranges=grid).items()
     assert [trial["settings"]["learning_rate"] for trial in results(tmp_path, "exo-rw")] == [rates[0], rates[2]]
     again = search("search.trials=3")
@@ -206,7 +209,7 @@ def test_the_better_of_two_learning_rates_is_found(world: Path, tmp_path: Path) 
     """With the smaller one, the recipe's own, the policy hardly moves and has the reward of π_sft."""
     recipe = searched_recipe(
         world,
-        "ppo={}",
+        "align.ppo=null",
         "sft={learning_rate: 1e-2, epochs: 8, batch_prompts: 8}",
         "sample={num_completions: 8, max_new_tokens: 24}",
         "align.exo-rw={learning_rate: 1e-6, batch_prompts: 8, epochs: 8, target: reward, beta_r: 2.0}",
@@ -225,7 +228,7 @@ def test_a_trial_that_fails_is_kept_and_the_search_goes_on(world: Path, tmp_path
     """One rate overflows the weights in its first step, so that nothing is finite after it."""
     recipe = searched_recipe(
         world,
-        "ppo={}",
+        "align.ppo=null",
         "align.exo-rw={learning_rate: 1e30, batch_prompts: 2, target: reward}",
         "search={trials: 4, kl: 1, prompts: 4}",
         "search.methods={exo-rw: {learning_rate: {choices: [1e30, 1e-3]}}}",
@@ -247,7 +250,7 @@ def test_a_trial_that_fails_is_kept_and_the_search_goes_on(world: Path, tmp_path
 
 def proposals(count: int, seed: int, worth: Callable[[Any], float]) -> list[dict[str, Any]]:
     ranges = {"learning_rate": Range(low=1e-6, high=1e-1, log=True), "epochs": Range(low=1, high=8)}
-    proposer, tried = Proposer(ranges, AlignSettings, trials=count, seed=seed), []
+    proposer, tried = Proposer(ranges, Matching, trials=count, seed=seed), []
     for _ in range(count):
         values = proposer.propose([(values, worth(values)) for values in tried])
         tried.append(values)
@@ -272,7 +275,7 @@ def test_proposals_stay_in_their_ranges_and_gather_where_it_is_good() -> None:
 
 def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
     ranges = {"learning_rate": Range(choices=(1e-4, 1e-3, 1e-2)), "epochs": Range(choices=(1, 2))}
-    proposer = Proposer(ranges, AlignSettings, trials=6, seed=0)
+    proposer = Proposer(ranges, Matching, trials=6, seed=0)
     tried: list[dict[str, Any]] = [{"learning_rate": 1e-3, "epochs": 2}]
     for _ in range(5):
         tried.append(proposer.propose([(values, None) for values in tried]))
@@ -282,7 +285,7 @@ def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
 
 def test_results_outside_the_ranges_and_failures_do_not_stop_the_search() -> None:
     rates = {"learning_rate": Range(low=1e-4, high=1e-2, log=True)}
-    proposer = Proposer(rates, AlignSettings, trials=3, seed=0)
+    proposer = Proposer(rates, Matching, trials=3, seed=0)
     results: list[Any] = [({"learning_rate": 1.0}, 9.0), ({"learning_rate": 1e-3}, None)]
     assert 1e-4 <= proposer.propose(results)["learning_rate"] <= 1e-2  # type: ignore[operator]
 
@@ -304,16 +307,16 @@ RATE = "search.methods.exo-rw.learning_rate"
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["search.methods={exo-rv: {epochs: {choices: [1]}}}"], "no method of this recipe (did you mean exo-rw?)"),
+        (["search.methods={exo-rv: {epochs: {choices: [1]}}}"], "no method of this recipe; did you mean exo-rw?"),
         (["search.methods.exo-rw={}"], "search.methods.exo-rw names no setting to search over"),
         (["search.methods={}"], "search.methods:"),
-        ([f"{RATE}s={{low: 1e-5, high: 1e-3}}"], "learning_rates is not a setting of the method (did you mean"),
+        ([f"{RATE}s={{low: 1e-5, high: 1e-3}}"], "learning_rates is not a setting of the method; did you mean"),
         ([f"{RATE}={{low: 0.0, high: 1e-3}}"], f"{RATE} reaches 0.0, which the setting does not allow"),
         (["search.methods.exo-rw.epochs={low: 0, high: 3}"], "epochs reaches 0, which the setting does not allow"),
         (["search.methods.exo-rw.epochs={low: 1.5, high: 3}"], "epochs reaches 1.5, which the setting does not allow"),
         (["search.methods.exo-rw.divergence={choices: [kl]}"], "divergence reaches 'kl', which"),
         (["search.methods.exo-rw.divergence={low: 0, high: 1}"], "divergence is not a number"),
-        (["search.methods.exo-rw.epsilon={choices: [0.001, 0.1]}"], "epsilon reaches 0.1, but then align.exo-rw.eps"),
+        (["search.methods.exo-rw.epsilon={choices: [0.001, 0.1]}"], "epsilon reaches 0.1, but then align.exo-rw: eps"),
         (["search.methods.exo-rw.seed={low: 0, high: 9}"], "seed cannot be searched over: a search over seeds"),
         (["search.methods.exo-rw.token_budget={low: 9, high: 99}"], "it changes no result"),
         (["search.methods.exo-rw.target={choices: [reward]}"], "target cannot be searched over"),

@@ -21,16 +21,16 @@ from torch.distributed import TCPStore
 from exalign.cli import main
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.matching import train_align, with_reference_logp
-from exalign.methods.reward_model import train_reward_model
-from exalign.methods.sft import train_sft
+from exalign.methods.matching import Matching, train_matching, with_reference_logp
+from exalign.methods.reward_model import RewardModel, train_reward_model
+from exalign.methods.sft import SFT, train_sft
 from exalign.models.loading import load_reward_model
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.processes import failing
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import train
-from exalign.training.settings import AlignSettings, RewardModelSettings, SFTSettings, TrainSettings
+from exalign.training.train_settings import TrainSettings
 from training.tiny_world import CONFIG, make_groups, make_policy, make_tokenizer, small_ppo_run
 
 FSDP2 = {
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 3, "checkpoint_
 
 def sft(folder: Path, token_budget: int) -> nn.Module:
     """Seven prompts in batches of three: the last step of each epoch has one, so all processes but one are idle."""
-    policy, settings = make_policy(), SFTSettings(**SMALL, epochs=2, token_budget=token_budget, weight_decay=0.1)
+    policy, settings = make_policy(), SFT(**SMALL, epochs=2, token_budget=token_budget, weight_decay=0.1)
     train_sft(policy, make_tokenizer(), make_groups(7), settings, folder)
     return policy
 
@@ -61,16 +61,16 @@ def sft(folder: Path, token_budget: int) -> nn.Module:
 def reward(folder: Path, token_budget: int) -> nn.Module:
     torch.manual_seed(0)
     model = load_reward_model(ModelSettings(config=UNTIED), make_tokenizer())
-    settings = RewardModelSettings(**SMALL, epochs=2, token_budget=token_budget)
+    settings = RewardModel(**SMALL, epochs=2, token_budget=token_budget)
     train_reward_model(model, make_tokenizer(), make_groups(7), settings, folder)
     return model
 
 
 def align(folder: Path, token_budget: int, *, model: ModelSettings | None = None, **changes: Any) -> nn.Module:
-    settings = AlignSettings(**SMALL, epochs=2, token_budget=token_budget, **changes)
+    settings = Matching(**SMALL, epochs=2, token_budget=token_budget, **changes)
     policy = make_policy(settings=model)
     groups = with_reference_logp(policy, make_groups(7), settings, temperature=0.8)
-    train_align(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
+    train_matching(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
     return policy
 
 

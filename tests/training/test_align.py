@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.matching import DIVERGENCES, Align, check_groups, train_align, with_reference_logp
+from exalign.methods.matching import (
+    DIVERGENCES,
+    Matching,
+    MatchingTask,
+    check_groups,
+    train_matching,
+    with_reference_logp,
+)
 from exalign.models.logprobs import completion_logprobs
 from exalign.training.batches import EpochBatches
-from exalign.training.settings import AlignSettings
 from training.tiny_world import by_formula, make_groups, make_policy, make_tokenizer, read_metrics
 
 TEMPERATURE = 0.8
@@ -24,9 +30,9 @@ GOLDEN = Path(__file__).with_name("golden_align.json")
 
 
 def align(policy: nn.Module, folder: Path, groups: list[Group], **changes: object) -> list[dict[str, float]]:
-    settings = AlignSettings(**({"learning_rate": 3e-3, "batch_prompts": 8, "epochs": 6} | changes))  # type: ignore[arg-type]
+    settings = Matching(**({"learning_rate": 3e-3, "batch_prompts": 8, "epochs": 6} | changes))  # type: ignore[arg-type]
     groups = with_reference_logp(policy, groups, settings, temperature=TEMPERATURE)
-    train_align(policy, make_tokenizer(), groups, settings, folder, temperature=TEMPERATURE)
+    train_matching(policy, make_tokenizer(), groups, settings, folder, temperature=TEMPERATURE)
     return read_metrics(folder)
 
 
@@ -61,7 +67,7 @@ def test_before_the_first_step_every_log_ratio_is_zero(tmp_path: Path) -> None:
     # Equal log-ratios make the policy's distribution uniform: KL(uniform ‖ p_r) from the rewards alone.
     losses = []
     for group in groups:
-        log_target = torch.log_softmax(group.rewards / AlignSettings().beta_r, dim=0)
+        log_target = torch.log_softmax(group.rewards / Matching().beta_r, dim=0)
         losses.append(float(-math.log(group.num_completions) - log_target.mean()))
     assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -72,8 +78,8 @@ def test_metrics_by_hand() -> None:
     logp = completion_logprobs(policy, [group], temperature=TEMPERATURE)[0].detach().double()
     ratio = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     group = replace(group, reference_logp=(logp - ratio).float(), rewards=torch.tensor([1.0, 4.0, 1.0]))
-    settings = AlignSettings(beta_pi=0.5, beta_r=0.25)
-    loss, metrics = Align(EpochBatches([group], batch_prompts=1, epochs=1, seed=0), settings, TEMPERATURE).loss(
+    settings = Matching(beta_pi=0.5, beta_r=0.25)
+    loss, metrics = MatchingTask(EpochBatches([group], batch_prompts=1, epochs=1, seed=0), settings, TEMPERATURE).loss(
         policy, [group]
     )
     weights = ratio.softmax(0)
@@ -96,12 +102,12 @@ def test_confidently_wrong_pairs_are_counted_as_saturated() -> None:
     policy = make_policy()
     group = make_groups(1, num_completions=2)[0]
     logp = completion_logprobs(policy, [group], temperature=TEMPERATURE)[0].detach()
-    settings = AlignSettings(target="preference", beta_pi=1.0)
+    settings = Matching(target="preference", beta_pi=1.0)
     saturated = []
     for difference in (-12.0, -2.0, 0.0, 12.0):  # f of the preferred less f of the other
         ratio = torch.tensor([difference, 0.0])
         wrong = replace(group, reference_logp=logp - ratio, preferred=0, rewards=None)
-        task = Align(EpochBatches([wrong], batch_prompts=1, epochs=1, seed=0), settings, TEMPERATURE)
+        task = MatchingTask(EpochBatches([wrong], batch_prompts=1, epochs=1, seed=0), settings, TEMPERATURE)
         metrics = task.loss(policy, [wrong])[1]
         assert "reward" not in metrics
         saturated.append(float(metrics["saturated"]))
@@ -111,15 +117,15 @@ def test_confidently_wrong_pairs_are_counted_as_saturated() -> None:
 def test_proposal_counts_only_where_it_is_given() -> None:
     """q = π_sft given or not is one loss; another q changes it; groups with and without one stand in one batch."""
     policy = make_policy()
-    plain = with_reference_logp(make_policy(seed=1), make_groups(4), AlignSettings(), temperature=TEMPERATURE)
+    plain = with_reference_logp(make_policy(seed=1), make_groups(4), Matching(), temperature=TEMPERATURE)
     batches = EpochBatches(plain, batch_prompts=4, epochs=1, seed=0)
     same = [replace(group, proposal_logp=group.reference_logp) for group in plain]
     shift = torch.tensor([0.0, 0.5, -1.0, 2.0])
     other = [replace(g, proposal_logp=g.reference_logp + shift[: g.num_completions]) for g in plain]
     for target in ("reward", "preference"):
-        task = Align(batches, AlignSettings(target=target), TEMPERATURE)
+        task = MatchingTask(batches, Matching(target=target), TEMPERATURE)
 
-        def loss(groups: list[Group], task: Align = task) -> float:
+        def loss(groups: list[Group], task: MatchingTask = task) -> float:
             return float(task.loss(policy, groups)[0].detach())
 
         assert loss(same) == pytest.approx(loss(plain), rel=1e-5)
@@ -142,16 +148,16 @@ def test_reference_of_another_precision_is_computed_in_that_precision(tmp_path: 
     ],
 )
 def test_groups_that_lack_something_name_their_row(change: dict[str, object], message: str, tmp_path: Path) -> None:
-    settings = AlignSettings()
+    settings = Matching()
     groups = with_reference_logp(make_policy(), make_groups(3), settings, temperature=TEMPERATURE)
     groups[2] = replace(groups[2], **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        train_align(make_policy(), make_tokenizer(), groups, settings, tmp_path / "run", temperature=TEMPERATURE)
+        train_matching(make_policy(), make_tokenizer(), groups, settings, tmp_path / "run", temperature=TEMPERATURE)
     assert not (tmp_path / "run").exists()
 
 
 def test_preference_target_needs_preferences_and_two_completions() -> None:
-    settings = AlignSettings(target="preference")
+    settings = Matching(target="preference")
     group = with_reference_logp(make_policy(), make_groups(1), settings, temperature=TEMPERATURE)[0]
     check_groups([replace(group, rewards=None)], settings)
     with pytest.raises(InputError, match="no preferred completion"):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.matching import train_align, with_reference_logp
-from exalign.methods.sft import MaximumLikelihood
+from exalign.methods.matching import Matching, train_matching, with_reference_logp
+from exalign.methods.sft import SFT, MaximumLikelihood
 from exalign.models.logprobs import PackedPolicy
 from exalign.storage import read_json
 from exalign.training.batches import EpochBatches
 from exalign.training.guards import KEEP_SKIPPED, NotFiniteError, recover, recoveries, steps_not_taken
 from exalign.training.loop import train
-from exalign.training.settings import AlignSettings, SFTSettings, TrainSettings
+from exalign.training.train_settings import TrainSettings
 from training.launched import finish, run_out_of_memory, start
 from training.tiny_world import (
     TIMINGS,
@@ -149,14 +149,14 @@ def test_the_batch_of_a_skipped_step_is_kept_with_the_row_to_blame(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A reward of 1e38 is finite and 1e38 / β_r is not, so the others' log-targets are −∞ and that row's KL is ∞."""
-    settings = AlignSettings(learning_rate=1e-3, batch_prompts=4, beta_r=0.1)
+    settings = Matching(learning_rate=1e-3, batch_prompts=4, beta_r=0.1)
     policy = make_policy()
     groups = with_reference_logp(policy, make_groups(8), settings, temperature=0.8)
     assert groups[5].rewards is not None
     rewards = groups[5].rewards.clone()
     rewards[1] = 1e38
     groups[5] = replace(groups[5], rewards=rewards)
-    train_align(policy, make_tokenizer(), groups, settings, tmp_path, temperature=0.8)
+    train_matching(policy, make_tokenizer(), groups, settings, tmp_path, temperature=0.8)
     (step,) = [row["step"] for row in read_metrics(tmp_path) if row["skipped"]]
     (path,) = (tmp_path / "skipped").iterdir()
     assert path.name == f"step-{step:06d}.json"
@@ -214,7 +214,7 @@ def diverging_run(folder: Path, *, dies_after: int | None = None, **changes: Any
 
     A smaller factor would come by a step at which some rows overflow and others do not, as rounding decides.
     """
-    settings = SFTSettings(**{"learning_rate": RATE, "weight_decay": DECAY, "batch_prompts": 2} | UNSTABLE | changes)
+    settings = SFT(**{"learning_rate": RATE, "weight_decay": DECAY, "batch_prompts": 2} | UNSTABLE | changes)
     batches = DyingBatches(make_groups(64), batch_prompts=2, epochs=1, seed=0)
     batches.dies_after = dies_after
     train(MaximumLikelihood(batches), PackedPolicy(make_policy()), make_tokenizer(), settings, folder, card="card\n")
@@ -240,7 +240,7 @@ def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_l
         diverging_run(tmp_path, learning_rate=lower)
     with pytest.raises(InputError, match="stopped with these very settings, and would again; lower learning_rate or"):
         recover(tmp_path, {"learning_rate": RATE, "max_grad_norm": 1.0})
-    recover(tmp_path, SFTSettings(learning_rate=lower).model_dump())
+    recover(tmp_path, SFT(learning_rate=lower).model_dump())
     for change in ({"learning_rate": other}, {"learning_rate": lower, "weight_decay": 1.0}):
         with pytest.raises(InputError, match="other settings or data"):  # than those that were asked for
             diverging_run(tmp_path, **change)
@@ -264,7 +264,7 @@ def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_l
 def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     lower = {"learning_rate": LOWER}
     good = stopped_run(tmp_path / "whole")
-    recover(tmp_path / "whole", SFTSettings(**lower).model_dump())
+    recover(tmp_path / "whole", SFT(**lower).model_dump())
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     diverging_run(tmp_path / "whole", **lower)
     for dies_after in (good, good + 3):  # before and after the first checkpoint of its own
@@ -277,7 +277,7 @@ def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp
 def test_where_no_good_checkpoint_is_left_a_recovery_starts_over(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="--recover starts over"):
         diverging_run(tmp_path / "run", checkpoint_every=100)
-    recover(tmp_path / "run", SFTSettings(learning_rate=LOWER).model_dump())
+    recover(tmp_path / "run", SFT(learning_rate=LOWER).model_dump())
     for name in ("run", "new"):
         diverging_run(tmp_path / name, learning_rate=LOWER, checkpoint_every=100)
     assert_same_outcome(tmp_path / "run", tmp_path / "new")

@@ -15,14 +15,13 @@ from torch import nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.matching import Align, train_align, with_reference_logp
-from exalign.methods.sft import MaximumLikelihood, train_sft
+from exalign.methods.matching import Matching, MatchingTask, train_matching, with_reference_logp
+from exalign.methods.sft import SFT, MaximumLikelihood, train_sft
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import TrainingProgress, accumulate, learning_rate_factor
-from exalign.training.settings import AlignSettings, SFTSettings
 from training.tiny_world import (
     CONFIG,
     make_groups,
@@ -38,7 +37,7 @@ def all_in_one(groups: list[Group]) -> EpochBatches:
 
 def referenced(policy: nn.Module, groups: list[Group], *, temperature: float = 0.8) -> list[Group]:
     """References as another policy would give them, so that log-ratios are not 0."""
-    return with_reference_logp(make_policy(seed=3).to(policy.dtype), groups, AlignSettings(), temperature=temperature)
+    return with_reference_logp(make_policy(seed=3).to(policy.dtype), groups, Matching(), temperature=temperature)
 
 
 @pytest.mark.parametrize("task_name", ["align", "sft"])
@@ -47,7 +46,7 @@ def test_one_pass_of_16_prompts_equals_16_passes_of_one(task_name: str) -> None:
     policy = make_policy().double()
     groups = referenced(policy, make_groups(16))
     batches = all_in_one(groups)
-    task = Align(batches, AlignSettings(), 0.8) if task_name == "align" else MaximumLikelihood(batches)
+    task = MatchingTask(batches, Matching(), 0.8) if task_name == "align" else MaximumLikelihood(batches)
     module = PackedPolicy(policy)
     values, gradients = {}, {}
     for name, token_budget in (("1 x 16", 10**6), ("16 x 1", 1), ("some", 60)):
@@ -64,7 +63,7 @@ def test_one_pass_of_16_prompts_equals_16_passes_of_one(task_name: str) -> None:
 def test_gradient_is_that_of_the_mean_over_prompts() -> None:
     policy = make_policy().double()
     groups = referenced(policy, make_groups(5))
-    task = Align(all_in_one(groups), AlignSettings(), 0.8)
+    task = MatchingTask(all_in_one(groups), Matching(), 0.8)
     accumulate(Accelerator(cpu=True), PackedPolicy(policy), task, groups, 40)
     accumulated = [parameter.grad.clone() for parameter in policy.parameters()]
     policy.zero_grad()
@@ -86,9 +85,7 @@ def test_schedule_values_by_formula() -> None:
 def test_schedule_counts_optimizer_steps_not_micro_batches(tmp_path: Path) -> None:
     rates = []
     for token_budget in (1, 10**6):
-        settings = SFTSettings(
-            learning_rate=0.5e-3, batch_prompts=4, epochs=2, warmup_fraction=0.34, token_budget=token_budget
-        )
+        settings = SFT(learning_rate=0.5e-3, batch_prompts=4, epochs=2, warmup_fraction=0.34, token_budget=token_budget)
         folder = tmp_path / str(token_budget)
         train_sft(make_policy(), make_tokenizer(), make_groups(10), settings, folder)
         rates.append([row["learning_rate"] for row in read_metrics(folder)])
@@ -99,7 +96,7 @@ def test_schedule_counts_optimizer_steps_not_micro_batches(tmp_path: Path) -> No
 
 def test_policies_are_closer_at_first_and_the_last_is_the_model(tmp_path: Path) -> None:
     policy = make_policy()
-    settings = SFTSettings(learning_rate=1e-2, batch_prompts=2, save_policies=2)
+    settings = SFT(learning_rate=1e-2, batch_prompts=2, save_policies=2)
     folder = tmp_path / "sft"
     assert train_sft(policy, make_tokenizer(), make_groups(9), settings, folder) == folder / "model"
     assert sorted(path.name for path in (folder / "policies").iterdir()) == ["step-000002", "step-000005"]
@@ -114,7 +111,7 @@ def test_policies_are_closer_at_first_and_the_last_is_the_model(tmp_path: Path) 
 def test_lora_trains_adapters_only_and_saves_plain_weights(tmp_path: Path) -> None:
     policy = make_policy(settings=ModelSettings(config=CONFIG, lora=LoraSettings(rank=4)))
     before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
-    settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, epochs=2, checkpoint_every=1)
+    settings = SFT(learning_rate=1e-2, batch_prompts=4, epochs=2, checkpoint_every=1)
     train_sft(policy, make_tokenizer(), make_groups(12), settings, tmp_path)
     changed = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
     trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
@@ -132,7 +129,7 @@ def test_lora_trains_adapters_only_and_saves_plain_weights(tmp_path: Path) -> No
 
 
 def losses_of_sft(folder: Path, **changes: object) -> list[float]:
-    settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, **changes)  # type: ignore[arg-type]
+    settings = SFT(learning_rate=1e-2, batch_prompts=4, **changes)  # type: ignore[arg-type]
     train_sft(make_policy(), make_tokenizer(), make_groups(16), settings, folder)
     return [row["loss"] for row in read_metrics(folder)]
 
@@ -143,7 +140,7 @@ def test_gradient_checkpointing_changes_memory_not_the_result(tmp_path: Path) ->
     for recompute in (False, True):
         policy, calls = make_policy(), []
         policy.base_model.h[0].ln_1.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        settings = SFTSettings(learning_rate=1e-2, batch_prompts=4, gradient_checkpointing=recompute)
+        settings = SFT(learning_rate=1e-2, batch_prompts=4, gradient_checkpointing=recompute)
         train_sft(policy, make_tokenizer(), make_groups(16), settings, tmp_path / str(recompute))
         runs[recompute] = len(calls), [row["loss"] for row in read_metrics(tmp_path / str(recompute))]
     assert runs[True][1] == pytest.approx(runs[False][1], rel=1e-5)
@@ -181,17 +178,17 @@ def test_settings_of_the_optimizer_act(change: dict[str, object], tmp_path: Path
 
 def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="half precision"):
-        train_sft(make_policy().bfloat16(), make_tokenizer(), make_groups(4), SFTSettings(), tmp_path)
+        train_sft(make_policy().bfloat16(), make_tokenizer(), make_groups(4), SFT(), tmp_path)
 
 
 def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'wanb' is not installed"):
-        train_sft(make_policy(), make_tokenizer(), make_groups(4), SFTSettings(trackers=("wanb",)), tmp_path)
+        train_sft(make_policy(), make_tokenizer(), make_groups(4), SFT(trackers=("wanb",)), tmp_path)
 
 
 def test_no_groups_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to train on"):
-        train_align(make_policy(), make_tokenizer(), [], AlignSettings(), tmp_path, temperature=1.0)
+        train_matching(make_policy(), make_tokenizer(), [], Matching(), tmp_path, temperature=1.0)
 
 
 def test_each_epoch_visits_every_group_once_in_another_order() -> None:

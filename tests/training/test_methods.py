@@ -23,17 +23,16 @@ from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.pool import expected_best
-from exalign.methods.matching import DIVERGENCES, train_align, with_reference_logp
-from exalign.methods.ppo import Surroundings, train_ppo
-from exalign.methods.rounds import train_rounds
-from exalign.methods.sft import train_sft
+from exalign.methods.matching import DIVERGENCES, Matching, train_matching, train_rounds, with_reference_logp
+from exalign.methods.method import Material
+from exalign.methods.ppo import PPO, train_ppo
+from exalign.methods.sft import SFT, train_sft
 from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorers import FunctionScorer
 from exalign.rollout.settings import SampleSettings
-from exalign.training.settings import AlignSettings, PPOSettings, SFTSettings
 
 SEEDS = range(4)
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_positions": 96}
@@ -85,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
     torch.manual_seed(0)
     model = load_policy(ModelSettings(config=CONFIG), tokenizer)
-    settings = SFTSettings(learning_rate=5e-3, batch_prompts=32, epochs=3)
+    settings = SFT(learning_rate=5e-3, batch_prompts=32, epochs=3)
     path = train_sft(model, tokenizer, groups, settings, folder / "sft")
     bare = [Record(record.id, record.prompt) for record in records("test.jsonl")]
     prompts = records("prompts.jsonl")
@@ -95,29 +94,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def aligned_offline(world: World, method: str, seed: int, folder: Path) -> PreTrainedModel:
     """On samples of π_sft: with their rewards, or with the order of each two, which says less: of more prompts."""
     divergence, target = method.split(" to ")
-    settings = AlignSettings(
-        **STEPS, divergence=divergence, target=target, beta_pi=0.5, beta_r=0.3, epsilon=0.05, seed=seed
-    )
+    settings = Matching(**STEPS, divergence=divergence, target=target, beta_pi=0.5, beta_r=0.3, epsilon=0.05, seed=seed)
     policy = world.policy()
     drawn = world.supervised_samples("prompts" if target == "reward" else "more_prompts", seed)
     if target == "preference":
         drawn = list(pairs_from_rewards(drawn, Counter()))
     groups: list[Group] = [group_of(record, index) for index, record in enumerate(drawn)]
     groups = with_reference_logp(policy, groups, settings, temperature=1.0)
-    train_align(policy, world.tokenizer, groups, settings, folder, temperature=1.0)
+    train_matching(policy, world.tokenizer, groups, settings, folder, temperature=1.0)
     return policy
 
 
 def aligned_on_policy(world: World, method: str, seed: int, folder: Path) -> PreTrainedModel:
     policy = world.policy()
-    surroundings = Surroundings(world.prompts, SAMPLING, world.scorer, world.policy().eval(), 1.0)
+    surroundings = Material(world.prompts, SAMPLING, world.scorer, world.policy().eval(), 1.0)
     if method == "rounds":
-        settings = AlignSettings(**STEPS, rounds=3, beta_pi=0.3, beta_r=0.3, seed=seed)
+        settings = Matching(**STEPS, rounds=3, beta_pi=0.3, beta_r=0.3, seed=seed)
         train_rounds(policy, world.tokenizer, surroundings, settings, folder)
         return policy
     torch.manual_seed(seed)
     critic = load_reward_model(ModelSettings(source=str(world.supervised)), world.tokenizer)
-    ppo = PPOSettings(**STEPS, critic_learning_rate=5e-3, rollout_prompts=32, passes=2, critic_steps=2, seed=seed)
+    ppo = PPO(**STEPS, critic_learning_rate=5e-3, rollout_prompts=32, passes=2, critic_steps=2, seed=seed)
     train_ppo(ActorCritic(policy, critic), world.tokenizer, surroundings, ppo, folder)
     return policy
 

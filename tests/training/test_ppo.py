@@ -20,12 +20,11 @@ from torch import nn
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.methods.ppo import PPO, rollout_plan, train_ppo
+from exalign.methods.ppo import PPO, PPOTask, rollout_plan, train_ppo
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.training.rollouts import RolloutBatches, RolloutPlan
-from exalign.training.settings import PPOSettings
 from training.tiny_world import (
     CONFIG,
     GoodWords,
@@ -59,7 +58,7 @@ def test_the_reward_of_fresh_samples_rises_by_more_than_chance(seed: int, tmp_pa
     """Five standard errors of the difference, paired by prompt, and at least half of what it was at the start."""
     module = make_actor_critic()
     before = rewards_of_fresh_samples(module.model)
-    settings = PPOSettings(
+    settings = PPO(
         learning_rate=3e-3,
         critic_learning_rate=1e-2,
         rollout_prompts=16,
@@ -81,7 +80,7 @@ def test_the_reward_of_fresh_samples_rises_by_more_than_chance(seed: int, tmp_pa
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_before_the_policy_moves_every_ratio_is_one(precision: str, tmp_path: Path) -> None:
     """Over a whole rollout the loss is then minus the mean of whitened advantages, which is 0; so is the KL."""
-    settings = PPOSettings(rollout_prompts=8, batch_prompts=8, precision=precision, token_budget=10**6)
+    settings = PPO(rollout_prompts=8, batch_prompts=8, precision=precision, token_budget=10**6)
     world = make_surroundings()
     train_ppo(make_actor_critic(), make_tokenizer(), world, settings, tmp_path)
     row = read_metrics(tmp_path)[0]
@@ -99,8 +98,8 @@ def test_metrics_of_a_rollout_by_hand() -> None:
     with torch.no_grad():
         for parameter in module.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    settings = PPOSettings(rollout_prompts=8, batch_prompts=8, beta=0.5, lam=1.0, token_budget=20, value_clip=100.0)
-    task = PPO(module, make_tokenizer(), world, settings)
+    settings = PPO(rollout_prompts=8, batch_prompts=8, beta=0.5, lam=1.0, token_budget=20, value_clip=100.0)
+    task = PPOTask(module, make_tokenizer(), world, settings)
     groups = task.batches[0]
     total, count, log_ratio, square = 0.0, 0, 0.0, 0.0
     with torch.no_grad():
@@ -160,7 +159,7 @@ def test_while_the_critic_is_alone_the_policy_keeps_every_bit(tmp_path: Path) ->
 def test_only_adapters_and_the_critic_are_trained_under_lora(tmp_path: Path) -> None:
     module = make_actor_critic(settings=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2)))
     before = {name: parameter.clone() for name, parameter in module.model.named_parameters()}
-    settings = PPOSettings(learning_rate=1e-2, rollout_prompts=8, batch_prompts=4, gradient_checkpointing=True)
+    settings = PPO(learning_rate=1e-2, rollout_prompts=8, batch_prompts=4, gradient_checkpointing=True)
     train_ppo(module, make_tokenizer(), make_surroundings(), settings, tmp_path)
     changed = {name for name, parameter in module.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
@@ -237,7 +236,7 @@ def test_a_rollout_is_drawn_again_from_the_weights_it_was_drawn_from(
     rollouts: int, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Interrupted while the critic is alone, and after the policy has moved: checkpoints stand between rollouts."""
-    settings = PPOSettings(
+    settings = PPO(
         learning_rate=1e-2, critic_learning_rate=2e-2, critic_steps=6, value_clip=0.05, rollout_prompts=4,
         batch_prompts=2, passes=2, epochs=2, checkpoint_every=3, save_policies=4,
     )  # fmt: skip
@@ -261,7 +260,7 @@ def test_an_adapted_coefficient_survives_an_interruption_bit_for_bit(tmp_path: P
     assert by_rollout[:3] == pytest.approx([0.1] * 3)
     error = min(max(rows[8]["kl"] / 0.01 - 1, -0.2), 0.2)
     assert error != 0 and by_rollout[3] == pytest.approx(0.1 * (1 + 2.0 * error))
-    settings = PPOSettings(
+    settings = PPO(
         learning_rate=1e-2, critic_learning_rate=2e-2, critic_steps=6, value_clip=0.05, rollout_prompts=4,
         batch_prompts=2, passes=2, epochs=2, checkpoint_every=3, save_policies=4, **target,
     )  # fmt: skip
@@ -277,7 +276,7 @@ def test_the_kl_ends_nearer_the_target_than_under_a_fixed_coefficient(tmp_path: 
     target, distance = 1.0, {}
     adapted: dict[str, Any] = {"target_kl": target, "kl_rate": 0.5}
     for name, changes in (("fixed", {}), ("adapted", adapted)):
-        settings = PPOSettings(
+        settings = PPO(
             learning_rate=2e-3, critic_learning_rate=1e-2, schedule="constant", beta=0.05, rollout_prompts=16,
             batch_prompts=8, passes=1, epochs=44, **changes,
         )  # fmt: skip
@@ -320,14 +319,14 @@ def test_every_prompt_is_sampled_once_per_epoch_and_trained_on_once_per_pass() -
 
 
 def test_checkpoints_are_placed_between_rollouts() -> None:
-    plan = rollout_plan(PPOSettings(rollout_prompts=5, batch_prompts=2, passes=2))
+    plan = rollout_plan(PPO(rollout_prompts=5, batch_prompts=2, passes=2))
     assert plan.steps_per_rollout == 6
     assert [plan.whole_rollouts(steps) for steps in (1, 6, 7)] == [6, 6, 12]
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     def run(**changes: Any) -> None:
-        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(**changes), PPOSettings(), tmp_path / "run")
+        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(**changes), PPO(), tmp_path / "run")
 
     sampling = make_surroundings().sampling
     with pytest.raises(InputError, match="remove top_p"):
@@ -342,7 +341,7 @@ def test_golden_trace(tmp_path: Path) -> None:
     module, world = make_actor_critic(), make_surroundings()
     for part in (module.model, module.critic, world.reference):
         by_formula(part)
-    settings = PPOSettings(
+    settings = PPO(
         learning_rate=1e-3, critic_learning_rate=2e-3, rollout_prompts=4, batch_prompts=2, passes=2, critic_steps=2
     )
     train_ppo(module, make_tokenizer(), world, settings, tmp_path)

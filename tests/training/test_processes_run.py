@@ -26,7 +26,10 @@ from training.launched import finish, run_command, start
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
-PPO = "ppo={ppo: {learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, passes: 1}}"
+PPO = (
+    "align.ppo={method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, "
+    "passes: 1}"
+)
 MODELS = ["sft", "reward", "align/exo-rw", "align/dpo-pref", "align/ppo"]
 
 
@@ -80,7 +83,11 @@ def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
 def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
     layout: str, arguments: list[str], tmp_path: Path, workers: ForkServerContext
 ) -> None:
-    search = ["ppo={}", "search={trials: 2, kl: 9, prompts: 4}", "search.methods.exo-rw={beta_r: {choices: [0.1, 1]}}"]
+    search = [
+        "align.ppo=null",
+        "search={trials: 2, kl: 9, prompts: 4}",
+        "search.methods.exo-rw={beta_r: {choices: [0.1, 1]}}",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     run_recipe(load_recipe(arguments[0], [*arguments[1:], *search]), "search", folder=one)
     shutil.copytree(one, two)

@@ -24,7 +24,7 @@ from exalign.models.logprobs import PackedPolicy
 from exalign.training.batches import EpochBatches
 from exalign.training.checkpoint import MetricsLog, Position, load_checkpoint, save_checkpoint
 from exalign.training.loop import train
-from exalign.training.settings import TrainSettings
+from exalign.training.train_settings import TrainSettings
 from training.tiny_world import (
     assert_same_outcome,
     make_groups,

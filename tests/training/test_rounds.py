@@ -16,10 +16,8 @@ import torch
 from exalign.data.batching import group_of
 from exalign.data.store import read_records
 from exalign.errors import InputError
-from exalign.methods.matching import train_align, with_reference_logp
-from exalign.methods.rounds import train_rounds
+from exalign.methods.matching import Matching, train_matching, train_rounds, with_reference_logp
 from exalign.models.logprobs import completion_logprobs
-from exalign.training.settings import AlignSettings
 from training.tiny_world import (
     assert_same_outcome,
     by_formula,
@@ -69,15 +67,15 @@ def test_proposal_and_reference_of_a_round_are_those_of_the_policies_then(tmp_pa
 
 
 def test_one_round_is_alignment_on_samples_of_the_supervised_policy(tmp_path: Path) -> None:
-    """The samples of the only round, given to `train_align`, lead to the same losses and weights."""
+    """The samples of the only round, given to `train_matching`, lead to the same losses and weights."""
     policy: Any = make_policy()
-    settings = AlignSettings(learning_rate=1e-3, batch_prompts=8, epochs=3)
+    settings = Matching(learning_rate=1e-3, batch_prompts=8, epochs=3)
     train_rounds(policy, make_tokenizer(), make_surroundings(), settings, tmp_path / "rounds")
     (drawn,) = rounds_of(tmp_path / "rounds")
     groups = [replace(group_of(r, i), reference_logp=None) for i, r in enumerate(read_records(drawn))]
     groups = with_reference_logp(make_policy(), groups, settings, temperature=TEMPERATURE)
     at_once = make_policy()
-    train_align(at_once, make_tokenizer(), groups, settings, tmp_path / "once", temperature=TEMPERATURE)
+    train_matching(at_once, make_tokenizer(), groups, settings, tmp_path / "once", temperature=TEMPERATURE)
     losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("rounds", "once")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for ours, theirs in zip(policy.parameters(), at_once.parameters(), strict=True):
@@ -107,7 +105,7 @@ def test_a_run_killed_in_its_second_round_ends_as_if_it_had_not_been(tmp_path: P
     ],
 )
 def test_what_rounds_cannot_do_is_one_sentence(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    settings = AlignSettings(**{"rounds": 2} | changes)
+    settings = Matching(**{"rounds": 2} | changes)
     policy: Any = make_policy()
     with pytest.raises(InputError, match=sentence):
         train_rounds(policy, make_tokenizer(), make_surroundings(), settings, tmp_path)
@@ -116,7 +114,7 @@ def test_what_rounds_cannot_do_is_one_sentence(changes: dict[str, Any], sentence
 def test_golden_trace(tmp_path: Path) -> None:
     """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
     policy, reference = (by_formula(make_policy()) for _ in range(2))
-    settings = AlignSettings(learning_rate=1e-3, batch_prompts=2, epochs=2, rounds=2)
+    settings = Matching(learning_rate=1e-3, batch_prompts=2, epochs=2, rounds=2)
     train_rounds(policy, make_tokenizer(), make_surroundings(reference=reference.eval()), settings, tmp_path)  # type: ignore[arg-type]
     rows, expected = read_metrics(tmp_path), json.loads(GOLDEN.read_text())
     for name in ("loss", "kl", "grad_norm"):

@@ -11,13 +11,12 @@ from torch import nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.oracle import train_classifier
-from exalign.methods.reward_model import preference_accuracy, train_reward_model
-from exalign.methods.sft import nats_per_token, train_sft
+from exalign.methods.oracle import Oracle, train_classifier
+from exalign.methods.reward_model import RewardModel, preference_accuracy, train_reward_model
+from exalign.methods.sft import SFT, nats_per_token, train_sft
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_classifier, load_reward_model
 from exalign.models.model_settings import ModelSettings
-from exalign.training.settings import ClassifierSettings, RewardModelSettings, SFTSettings
 from training.tiny_world import CONFIG, GOOD_WORD, make_groups, make_policy, make_tokenizer, read_metrics
 
 
@@ -39,7 +38,7 @@ def test_sft_loss_is_nats_per_completion_token(tmp_path: Path) -> None:
         sums = [plain_nats(policy, group) for group in groups]
     expected = sum(nats for nats, _ in sums) / sum(tokens for _, tokens in sums)
     assert nats_per_token(policy, groups, token_budget=40) == pytest.approx(expected, rel=1e-5)
-    settings = SFTSettings(learning_rate=1e-2, batch_prompts=6, epochs=20, token_budget=40)
+    settings = SFT(learning_rate=1e-2, batch_prompts=6, epochs=20, token_budget=40)
     train_sft(policy, make_tokenizer(), groups, settings, tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -57,7 +56,7 @@ def test_learning_the_prompts_too_is_every_token_but_the_first_once(tmp_path: Pa
             for group in groups
         ]
     nats, tokens = (sum(pair[place] for pair in (*sums, *prompts)) for place in (0, 1))
-    settings = SFTSettings(learning_rate=1e-2, batch_prompts=12, train_on_prompts=True)
+    settings = SFT(learning_rate=1e-2, batch_prompts=12, train_on_prompts=True)
     train_sft(policy, make_tokenizer(), groups, settings, tmp_path)
     (row,) = read_metrics(tmp_path)
     assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
@@ -82,7 +81,7 @@ def separable(count: int, *, seed: int = 0) -> list[Group]:
 
 def test_reward_model_learns_what_separates(tmp_path: Path) -> None:
     model = small_scorer(labels=1)
-    settings = RewardModelSettings(learning_rate=1e-2, batch_prompts=16, epochs=6)
+    settings = RewardModel(learning_rate=1e-2, batch_prompts=16, epochs=6)
     train_reward_model(model, make_tokenizer(), separable(64), settings, tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[-1]["accuracy"] > 0.95
@@ -107,7 +106,7 @@ def test_reward_model_needs_preferences(tmp_path: Path) -> None:
     groups = separable(3)
     groups[1] = replace(groups[1], preferred=None)
     with pytest.raises(InputError, match="Row 1 has no preference"):
-        train_reward_model(small_scorer(labels=1), make_tokenizer(), groups, RewardModelSettings(), tmp_path)
+        train_reward_model(small_scorer(labels=1), make_tokenizer(), groups, RewardModel(), tmp_path)
 
 
 def labelled(count: int) -> tuple[list[Group], list[int]]:
@@ -123,7 +122,7 @@ def labelled(count: int) -> tuple[list[Group], list[int]]:
 def test_classifier_learns_labels_addressed_by_index(tmp_path: Path) -> None:
     groups, labels = labelled(64)
     assert 16 < sum(labels) < 48
-    settings = ClassifierSettings(learning_rate=1e-2, batch_prompts=16, epochs=6)
+    settings = Oracle(learning_rate=1e-2, batch_prompts=16, epochs=6)
     train_classifier(small_scorer(labels=2), make_tokenizer(), groups, labels, settings, tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[-1]["accuracy"] > 0.95
@@ -136,7 +135,7 @@ def test_first_loss_of_the_classifier_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         log_p = completion_outputs(model, groups)[:, 0].log_softmax(dim=1)
     expected = -sum(float(row[labels[group.index]]) for row, group in zip(log_p, groups, strict=True)) / 5
-    train_classifier(model, make_tokenizer(), groups, labels, ClassifierSettings(batch_prompts=5), tmp_path)
+    train_classifier(model, make_tokenizer(), groups, labels, Oracle(batch_prompts=5), tmp_path)
     assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -144,4 +143,4 @@ def test_first_loss_of_the_classifier_by_hand(tmp_path: Path) -> None:
 def test_classifier_refuses_other_labels(bad: list[int], tmp_path: Path) -> None:
     groups, _ = labelled(3)
     with pytest.raises(InputError, match="Row 2 is not one text with a label 0 or 1"):
-        train_classifier(small_scorer(labels=2), make_tokenizer(), groups, bad, ClassifierSettings(), tmp_path)
+        train_classifier(small_scorer(labels=2), make_tokenizer(), groups, bad, Oracle(), tmp_path)

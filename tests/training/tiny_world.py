@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from exalign.data.batching import Group
 from exalign.data.record import Record
-from exalign.methods.matching import train_align, with_reference_logp
-from exalign.methods.ppo import Surroundings, train_ppo
-from exalign.methods.rounds import train_rounds
+from exalign.methods.matching import Matching, train_matching, train_rounds, with_reference_logp
+from exalign.methods.method import Material
+from exalign.methods.ppo import PPO, train_ppo
 from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import SampleSettings
-from exalign.training.settings import AlignSettings, PPOSettings
 
 EOS = 0
 GOOD_WORD = 5
@@ -88,7 +87,7 @@ TIMINGS = ("seconds", "tokens_per_second", "token_budget")
 def small_align_run(folder: Path, *, token_budget: int = 512) -> nn.Module:
     """Twelve steps of EXO from a fixed start, with checkpoints at odd places. A worker may be killed anywhere in it."""
     torch.set_num_threads(1)
-    settings = AlignSettings(
+    settings = Matching(
         learning_rate=1e-3,
         batch_prompts=3,
         epochs=4,
@@ -99,7 +98,7 @@ def small_align_run(folder: Path, *, token_budget: int = 512) -> nn.Module:
     )
     policy = make_policy()
     groups = with_reference_logp(policy, make_groups(8), settings, temperature=0.8)
-    train_align(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
+    train_matching(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
     return policy
 
 
@@ -121,11 +120,11 @@ def make_actor_critic(*, settings: ModelSettings | None = None) -> ActorCritic:
     return ActorCritic(policy, load_reward_model(ModelSettings(config=CONFIG), make_tokenizer()))
 
 
-def make_surroundings(*, count: int = 8, **changes: Any) -> Surroundings:
+def make_surroundings(*, count: int = 8, **changes: Any) -> Material:
     """The policy of `make_policy()` as reference, prompts of three words, four completions each."""
     policy: Any = make_policy().eval()
     sampling = SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8)
-    return replace(Surroundings(make_prompts(count), sampling, GoodWords(), policy, 0.8), **changes)
+    return replace(Material(make_prompts(count), sampling, GoodWords(), policy, 0.8), **changes)
 
 
 def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
@@ -134,7 +133,7 @@ def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
     chosen = {"learning_rate": 1e-2, "critic_learning_rate": 2e-2, "critic_steps": 6, "value_clip": 0.05}
     chosen |= {"rollout_prompts": 4, "batch_prompts": 2, "passes": 2, "epochs": 2, "checkpoint_every": 3}
     module = make_actor_critic()
-    settings = PPOSettings(**({"save_policies": 4} | chosen | changes))
+    settings = PPO(**({"save_policies": 4} | chosen | changes))
     train_ppo(module, make_tokenizer(), make_surroundings(), settings, folder)
     return module
 
@@ -158,9 +157,7 @@ def assert_same_outcome(folder: Path, other: Path) -> None:
 def small_rounds_run(folder: Path) -> nn.Module:
     """Two rounds of four prompts, each seen twice in steps of two. A worker may be killed in it."""
     torch.set_num_threads(1)
-    settings = AlignSettings(
-        learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=8
-    )
+    settings = Matching(learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=8)
     policy: Any = make_policy()
     train_rounds(policy, make_tokenizer(), make_surroundings(), settings, folder)
     return policy

@@ -30,7 +30,7 @@ from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, spelled
 from exalign.data.store import iter_records
 from exalign.errors import InputError
-from exalign.settings import Settings, Source
+from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.storage import exists
 from exalign.strict_yaml import parse_yaml
 
@@ -66,7 +66,8 @@ class DataSettings(Settings):
 
     source: Source = Field(
         description="A JSONL, JSON, CSV, Parquet or text file (.gz allowed), a folder of them, a folder of our "
-        "records, or the name of a data set on the Hugging Face hub."
+        "records, or the name of a data set on the Hugging Face hub.",
+        json_schema_extra=CONTENT,
     )
     name: str | None = Field(None, description="The configuration of a hub data set that has several.")
     split: str | None = Field(
@@ -98,7 +99,9 @@ class DataSettings(Settings):
         None, ge=0, description="Shuffles all rows with this seed before `skip` and `limit`; none keeps their order."
     )
     streaming: bool = Field(
-        False, description="Reads a hub data set row by row over the network instead of downloading it first."
+        False,
+        description="Reads a hub data set row by row over the network instead of downloading it first.",
+        json_schema_extra=NO_RESULT,
     )
 
     @field_validator("columns")

@@ -3,7 +3,7 @@
     recipe.yaml · environment.json           what was asked for, and on what it ran
     STAGE/done.json, STAGE/started.json      a stage that is complete, and one under way
     align/METHOD/                            method.json · settings.json · model · policies/step-NNNNNN · metrics.jsonl
-    search/METHOD/                           best.json · trial-NNN/result.json
+    search/METHOD/                           best.json · trials.json · trial-NNN
     evaluation/prompts                       held-out prompts, with their reference texts
     evaluation/sft/samples                   samples of π_sft on them
     evaluation/METHOD/step-NNNNNN/samples    samples of every saved policy
@@ -279,9 +279,8 @@ class RunFolder:
         for method in self.methods():
             best = self.search(method) / "best.json"
             if best.is_file():
-                results = sorted(self.search(method).glob("trial-*/result.json"))
-                values = read_json(best)
-                trials = [Trial(**read_sealed(path)) for path in results]
+                values, listed = read_json(best), read_sealed(self.search(method) / "trials.json")
+                trials = [Trial(**trial) for trial in listed["trials"]]
                 found.append(Search(method, values["ranked_at"], values["trial"], trials))
         return found
 

@@ -1,103 +1,189 @@
-"""Alignment: the policy's distribution over the K completions of a prompt is moved onto a target's.
+"""Alignment by matching: the policy's distribution over the K completions of a prompt is moved onto a target's.
 
 EXO is reverse KL, DPO is forward KL, each with a target from rewards or from a preference (Eqs. 7, 15, 18, 19).
+
+In rounds (`rounds` above 1) the prompts are dealt into parts, and the completions of a part come from the policy q that
+its round starts with, so both distributions over the K are corrected for it: `p_f ∝ exp(β_π log π_θ + (1 − β_π) log
+π_sft − log q)`, `p_r ∝ exp(log π_sft + r/β_r − log q)`. The target therefore stays the optimum around π_sft, however
+far q has gone; without the correction each round would aim at the optimum around the last one. Not in the paper, whose
+only round is the first: there q = π_sft, and both lines are Eqs. 12 and 14. As many completions are scored as in one
+round over the same prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
-from exalign.data.batching import Group, completion_mask, stack_preferred, stack_values
 from exalign.errors import InputError
-from exalign.models.logprobs import PackedPolicy, completion_logprobs, reference_logprobs
-from exalign.objectives import (
-    alpha_divergence,
-    forward_kl,
-    group_spread,
-    jeffreys,
-    jensen_shannon,
-    log_importance_weights,
-    log_policy_distribution,
-    log_preference_target,
-    log_reward_target,
-    reverse_kl,
-    saturated,
-    weighted_mean,
-)
-from exalign.training.batches import Batches, EpochBatches
-from exalign.training.loop import model_card, train
-from exalign.training.settings import AlignSettings
+from exalign.methods.method import Material, Method, TrainsOn
+from exalign.processes import several
+from exalign.storage import fingerprint
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "reverse_kl": reverse_kl,
-    "forward_kl": forward_kl,
-    "jensen_shannon": jensen_shannon,
-    "jeffreys": jeffreys,
-    "alpha": alpha_divergence,
-}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.data.record import Record
+    from exalign.training.batches import Batches
+
+# What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
+
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "jeffreys", "alpha"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 
-def distance_of(settings: AlignSettings) -> Callable[..., Tensor]:
+class Matching(Method):
+    """Moves the policy's distribution over the K completions of a prompt onto a target's: EXO, DPO and their family."""
+
+    divergence: Divergence = Field("reverse_kl", description="what is minimised: reverse_kl is EXO, forward_kl is DPO")
+    target: Literal["reward", "preference"] = Field("reward", description="what the K completions are matched to")
+    beta_pi: float = Field(0.5, gt=0, description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12)")
+    beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
+    epsilon: float = Field(1e-3, gt=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18)")
+    alpha: float = Field(0.5, gt=0, lt=1, description="α of the divergence alpha: near 1 like EXO, near 0 like DPO")
+    rounds: int = Field(
+        1,
+        gt=0,
+        description="above 1: the prompts are dealt into so many rounds, and each round's completions are drawn from "
+        "the policy as it then is, scored, and aligned on with the correction for where they came from",
+    )
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        if self.rounds > 1:
+            return "prompts"
+        return "preferences" if self.target == "preference" else "rewards"
+
+    @property
+    def label(self) -> str:
+        return {"reverse_kl": "EXO", "forward_kl": "DPO"}.get(self.divergence, self.divergence.replace("_", "–"))
+
+    @property
+    def family(self) -> str:
+        return {"reverse_kl": "exo", "forward_kl": "dpo"}.get(self.divergence, "other")
+
+    @property
+    def optimum_beta(self) -> float | None:
+        return self.beta_pi * self.beta_r if self.target == "reward" else None
+
+    @property
+    def line(self) -> str:
+        rounds = f" in {self.rounds} rounds" if self.rounds > 1 else ""
+        return f"{self.label}: {self.divergence.replace('_', ' ')} to a target from the {self.target}s{rounds}."
+
+    def problems(self) -> Iterator[str]:
+        usual = type(self).model_fields
+        idle = "epsilon" if self.target == "reward" else "beta_r"
+        if getattr(self, idle) != usual[idle].default:
+            yield f"{idle} has no effect on a {self.target} target; remove it"
+        if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
+            yield f"alpha has no effect on the divergence {self.divergence}; remove it"
+        if self.rounds > 1 and self.target == "preference":
+            yield "rounds needs target: reward; preferences are not made while training"
+
+    def train(self, material: Material, folder: Path) -> Path:
+        if self.rounds > 1:
+            return train_rounds(material, self, folder)
+        how = (material.policy, material.tokenizer, material.groups, self, folder)
+        return train_matching(*how, temperature=material.temperature)  # type: ignore[arg-type]  # a model is a module
+
+
+def distance_of(settings: Matching) -> Callable[..., Tensor]:
     """The divergence as a function of `log_p_policy`, `log_p_target` and a mask."""
-    chosen = DIVERGENCES[settings.divergence]
-    return partial(chosen, alpha=settings.alpha) if chosen is alpha_divergence else chosen
+    from exalign import objectives
+
+    if settings.divergence == "alpha":
+        return partial(objectives.alpha_divergence, alpha=settings.alpha)
+    chosen: Callable[..., Tensor] = getattr(objectives, settings.divergence)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
-class Align:
+class MatchingTask:
     """D(p_f, p_r) per prompt, in nats; the weight is the prompts."""
 
     batches: Batches
-    settings: AlignSettings
+    settings: Matching
     temperature: float
 
     def weight(self, groups: Sequence[Group]) -> float:
         return len(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign import objectives
+        from exalign.data.batching import completion_mask, stack_values
+        from exalign.models.logprobs import completion_logprobs
+
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
         device = policy_logp.device
         mask = completion_mask(groups).to(device)
         reference_logp = stack_values(groups, "reference_logp").to(device)
         proposal_logp = _proposal_logp(groups, device)
-        log_p_policy = log_policy_distribution(
+        log_p_policy = objectives.log_policy_distribution(
             policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=proposal_logp
         )
         log_p_target = self._log_target(groups, mask, reference_logp, proposal_logp)
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
-        with torch.no_grad():
-            sampled_from = reference_logp if proposal_logp is None else proposal_logp
-            log_weights = log_importance_weights(policy_logp, sampled_from, mask)
-            reference_weights = log_importance_weights(reference_logp, sampled_from, mask)
-            log_ratio = policy_logp - reference_logp
-            metrics = {
-                # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
-                "kl": reverse_kl(log_weights, reference_weights, mask),
-                "log_ratio_spread": group_spread(log_ratio, mask),
-                "saturated": saturated(log_p_policy, log_p_target, mask).to(loss.dtype),
-                "completion_tokens": _completion_lengths(groups).to(loss),
-            }
-            if all(group.rewards is not None for group in groups):
-                rewards = stack_values(groups, "rewards").to(device)
-                metrics["reward"] = weighted_mean(log_weights, rewards, mask)
-                metrics["reward_spread"] = group_spread(rewards, mask) / self.settings.beta_r
+        metrics = self._metrics(groups, policy_logp.detach(), reference_logp, proposal_logp, mask)
+        metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
         return loss.sum(), {name: value.sum() for name, value in metrics.items()}
+
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        policy_logp: Tensor,
+        reference_logp: Tensor,
+        proposal_logp: Tensor | None,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """Per prompt `[B]`; those of pairs are in nats of log-ratio, log π_θ − log π_sft."""
+        from exalign import objectives
+        from exalign.data.batching import stack_preferred, stack_values
+
+        sampled_from = reference_logp if proposal_logp is None else proposal_logp
+        log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
+        reference_weights = objectives.log_importance_weights(reference_logp, sampled_from, mask)
+        log_ratio = policy_logp - reference_logp
+        metrics = {
+            # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
+            "kl": objectives.reverse_kl(log_weights, reference_weights, mask),
+            "log_ratio_spread": objectives.group_spread(log_ratio, mask),
+            "completion_tokens": _completion_lengths(groups).to(log_ratio),
+        }
+        if all(group.rewards is not None for group in groups):
+            rewards = stack_values(groups, "rewards").to(mask.device)
+            metrics["reward"] = objectives.weighted_mean(log_weights, rewards, mask)
+            metrics["reward_spread"] = objectives.group_spread(rewards, mask) / self.settings.beta_r
+        if self.settings.target == "preference":
+            preferred = stack_preferred(groups).to(mask.device)
+            accuracy, margin = objectives.preference_accuracy(log_ratio, preferred, mask)
+            chosen = log_ratio.gather(1, preferred[:, None]).squeeze(1)
+            metrics |= {"accuracy": accuracy, "margin": margin}
+            metrics |= {"chosen_log_ratio": chosen, "rejected_log_ratio": chosen - margin}
+        return metrics
 
     def _log_target(
         self, groups: Sequence[Group], mask: Tensor, reference_logp: Tensor, proposal_logp: Tensor | None
     ) -> Tensor:
+        from exalign import objectives
+        from exalign.data.batching import stack_preferred, stack_values
+
         settings, device = self.settings, mask.device
         if settings.target == "preference":
             preferred = stack_preferred(groups).to(device)
-            return log_preference_target(preferred, num_completions=mask.shape[1], epsilon=settings.epsilon, mask=mask)
-        return log_reward_target(
+            return objectives.log_preference_target(
+                preferred, num_completions=mask.shape[1], epsilon=settings.epsilon, mask=mask
+            )
+        return objectives.log_reward_target(
             stack_values(groups, "rewards").to(device),
             beta_r=settings.beta_r,
             mask=mask,
@@ -106,11 +192,11 @@ class Align:
         )
 
 
-def train_align(
+def train_matching(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[Group],
-    settings: AlignSettings,
+    settings: Matching,
     folder: Path,
     *,
     temperature: float,
@@ -119,34 +205,43 @@ def train_align(
 
     `temperature` is the recipe's τ, under which the reference log-probabilities were computed.
     """
+    from exalign.models.logprobs import PackedPolicy
+    from exalign.training.batches import EpochBatches
+    from exalign.training.loop import train
+
     check_groups(groups, settings)
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
-    card = model_card(
-        "Aligned policy",
-        f"A language model aligned by {settings.divergence} to a {settings.target} target at τ = {temperature}.",
-        settings,
-        pipeline_tag="text-generation",
-    )
-    return train(Align(batches, settings, temperature), PackedPolicy(model), tokenizer, settings, folder, card=card)
+    card = _card(settings, f"by {settings.divergence} to a {settings.target} target at τ = {temperature}")
+    task = MatchingTask(batches, settings, temperature)
+    return train(task, PackedPolicy(model), tokenizer, settings, folder, card=card)
+
+
+def _card(settings: Matching, how: str) -> str:
+    from exalign.training.loop import model_card
+
+    text = f"A language model aligned {how}."
+    return model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
 
 
 def with_reference_logp(
-    model: nn.Module, groups: Sequence[Group], settings: AlignSettings, *, temperature: float
+    model: nn.Module, groups: Sequence[Group], settings: Matching, *, temperature: float
 ) -> list[Group]:
     """The groups with log π(y|x) under `model`, the policy before alignment, as `reference_logp`.
 
     The same code, packing budget and precision as in training, so that every log-ratio starts at 0.
     """
-    device, filled = next(model.parameters()).device, []
+    from exalign.rollout.rollout import Numerics, logprobs_of
+
+    filled: list[Group] = []
+    numerics = Numerics(temperature, settings.token_budget, settings.precision)
     for start in range(0, len(groups), settings.batch_prompts):
         part = groups[start : start + settings.batch_prompts]
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            found = reference_logprobs(model, part, temperature=temperature, token_budget=settings.token_budget)
+        found = logprobs_of(part, model, numerics)
         filled += [replace(group, reference_logp=logp) for group, logp in zip(part, found, strict=True)]
     return filled
 
 
-def check_groups(groups: Sequence[Group], settings: AlignSettings) -> None:
+def check_groups(groups: Sequence[Group], settings: Matching) -> None:
     """Raise an `InputError` that names the first row which lacks what the settings need."""
     for group in groups:
         if group.num_completions < 2:
@@ -157,6 +252,11 @@ def check_groups(groups: Sequence[Group], settings: AlignSettings) -> None:
             )
         if settings.target == "preference" and group.preferred is None:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
+        if settings.target == "preference" and settings.epsilon >= 1 - 1 / group.num_completions:
+            raise InputError(
+                f"Row {group.index} has {group.num_completions} completions; with epsilon = {settings.epsilon:g} the "
+                f"preferred one would get no more than the others. Choose one below {1 - 1 / group.num_completions:g}."
+            )
         if settings.target == "reward" and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):
@@ -165,8 +265,90 @@ def check_groups(groups: Sequence[Group], settings: AlignSettings) -> None:
                 raise InputError(f"Row {group.index} has a value in {name} that is not finite.")
 
 
+def train_rounds(material: Material, settings: Matching, folder: Path) -> Path:
+    """Align a policy in rounds on its own samples; `loop.train` says what is written, and the samples stay.
+
+    `epochs` counts how often each round's samples are seen. Round r is kept as records in `rollouts/round-NNN`, so an
+    interrupted run does not draw it again.
+    """
+    from exalign.data.store import read_header
+    from exalign.models.logprobs import PackedPolicy
+    from exalign.training.loop import train
+    from exalign.training.rollouts import RolloutBatches, RolloutPlan
+
+    if several():
+        raise InputError("rounds above 1 run in a single process; start it without accelerate launch or torchrun.")
+    if settings.target != "reward":
+        raise InputError("rounds above 1 need target 'reward': preferences are not made while training.")
+    prompts = material.prompts
+    if len(prompts) < settings.rounds:
+        raise InputError(f"rounds is {settings.rounds}, but there are {len(prompts)} prompts to deal into them.")
+    part = -(-len(prompts) // settings.rounds)
+    plan = RolloutPlan(part, settings.batch_prompts, passes=settings.epochs, epochs=1, seed=settings.seed)
+    rounds = _Rounds(material, settings, Path(folder) / "rollouts")
+    how = fingerprint([material.sampling.model_dump(exclude={"batch_completions"}), material.temperature])
+    batches = RolloutBatches(prompts, plan, rounds.draw, sampled_how=how)
+    card = _card(settings, f"by {settings.divergence} in {settings.rounds} rounds at τ = {material.temperature}")
+    task = MatchingTask(batches, settings, material.temperature)
+    path = train(task, PackedPolicy(material.policy), material.tokenizer, settings, folder, card=card)
+    for number in range(settings.rounds):
+        drawn = rounds.path(number)
+        if drawn.exists():  # the last rounds are empty where the prompts do not fill them
+            material.counts.update(read_header(drawn).counts)
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    material: Material
+    settings: Matching
+    folder: Path
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"round-{number:03d}"
+
+    def draw(self, records: list[Record], number: int) -> list[Group]:
+        """The groups of a round: read where they stand, else sampled from the policy as it is now, and scored."""
+        from exalign.data.batching import group_of
+        from exalign.data.store import Header, read_records, write_records
+
+        path, material = self.path(number), self.material
+        if not (path / "header.json").exists():
+            counts: Counter[str] = Counter()
+            drawn = self._drawn(records, number, counts)
+            header = Header(temperature=material.temperature, seed=self.settings.seed, counts=dict(counts))
+            write_records(path, drawn, header)
+        groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(read_records(path))]
+        check_groups(groups, self.settings)
+        return groups
+
+    def _drawn(self, records: Sequence[Record], number: int, counts: Counter[str]) -> list[Record]:
+        from exalign.rollout.rollout import Numerics, rollout
+        from exalign.rollout.sampler import GroupedSampler
+
+        material, settings, sampling = self.material, self.settings, self.material.sampling
+        seed = int(fingerprint([settings.seed, "round", number]), 16) >> 1
+        policy, reference = material.policy, material.reference
+        assert reference is not None
+        reference.to(policy.device)  # type: ignore[arg-type]  # a stub's overloads
+        sampler = GroupedSampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
+        # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
+        whole = sampling.top_p is None and sampling.top_k is None
+        return rollout(
+            records,
+            sampler,
+            counts,
+            Numerics(material.temperature, settings.token_budget, settings.precision),
+            scorer=material.scorer,
+            reference=reference,
+            policy=policy if whole else None,
+        )
+
+
 def _proposal_logp(groups: Sequence[Group], device: torch.device) -> Tensor | None:
     """log q `[B, K]` where completions came from another proposal than π_sft, else None: then q = π_sft cancels."""
+    from exalign.data.batching import stack_values
+
     if all(group.proposal_logp is None for group in groups):
         return None
     known = [
@@ -177,4 +359,6 @@ def _proposal_logp(groups: Sequence[Group], device: torch.device) -> Tensor | No
 
 def _completion_lengths(groups: Sequence[Group]) -> Tensor:
     """Mean completion length per prompt, in tokens `[B]`."""
+    import torch
+
     return torch.tensor([sum(map(len, group.completion_ids)) / group.num_completions for group in groups])

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
-from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.models.heads import PackedScorer, completion_outputs
-from exalign.training.batches import Batches, EpochBatches
-from exalign.training.loop import model_card, train
-from exalign.training.settings import ClassifierSettings
+from exalign.models.model_settings import ModelSettings
+from exalign.training.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.training.batches import Batches
+
+
+class Oracle(TrainSettings):
+    """How the classifier is trained."""
+
+    model: ModelSettings = Field(description="the classifier to start from; with a config it is trained from scratch")
+    max_tokens: int = Field(512, gt=1, description="longer texts are cut on the right")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,11 @@ class BinaryCrossEntropy:
         return len(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        from exalign.models.heads import completion_outputs
+
         logits = completion_outputs(model, groups)[:, 0]
         labels = torch.tensor([self.labels[group.index] for group in groups], device=logits.device)
         correct = (logits.argmax(dim=1) == labels).to(logits.dtype)
@@ -41,10 +55,14 @@ def train_classifier(
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[Group],
     labels: Sequence[int],
-    settings: ClassifierSettings,
+    settings: Oracle,
     folder: Path,
 ) -> Path:
     """Train a two-label sequence classifier; see `loop.train` for what is written."""
+    from exalign.models.heads import PackedScorer
+    from exalign.training.batches import EpochBatches
+    from exalign.training.loop import model_card, train
+
     for group in groups:
         if group.num_completions != 1 or not 0 <= group.index < len(labels) or labels[group.index] not in (0, 1):
             raise InputError(f"Row {group.index} is not one text with a label 0 or 1, as a classifier needs.")

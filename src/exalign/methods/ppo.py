@@ -1,64 +1,131 @@
 """PPO, the baseline: rollouts of the current policy, rewarded per token, and clipped steps of policy and critic.
 
 The reward of a completion comes with its last token; every token pays β per nat by which the policy has left π_sft
-there. Mathematics: `objectives.policy_gradient`. What differs from the paper's sources is said at `PPOSettings`.
+there. Mathematics: `objectives.policy_gradient`. What differs from the paper's sources is said at `PPO`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
-from exalign.data.batching import Group, completion_token_mask, group_of
-from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.methods.sft import completion_tokens
-from exalign.models.capability import device_of
-from exalign.models.heads import ActorCritic
-from exalign.models.logprobs import completion_token_logprobs
-from exalign.models.memory import computed
-from exalign.objectives import (
-    adapted_kl_coefficient,
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    generalised_advantages,
-    is_clipped,
-    token_rewards,
-    whiten,
-)
+from exalign.methods.method import Material, Method, TrainsOn
+from exalign.models.model_settings import ModelSettings
 from exalign.processes import gathered, in_order, share_of
-from exalign.rollout.sampler import GroupedSampler
-from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
+from exalign.settings import STEP_SIZE
 from exalign.storage import fingerprint
-from exalign.training.distributed import Whole
-from exalign.training.loop import model_card, train
-from exalign.training.rollouts import RolloutBatches, RolloutCounts, RolloutPlan
-from exalign.training.settings import MAX_KL_ERROR, PPOSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.data.record import Record
+    from exalign.models.heads import ActorCritic
+    from exalign.training.rollouts import RolloutPlan
+
+MAX_KL_ERROR = 0.2
+"""c: how far a rollout's KL counts as being from the target, as a share of it."""
+
+# What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a policy acts in: prompts, how it is sampled at `temperature`, what rewards it, and π_sft.
+class PPO(Method):
+    """Policy and critic by clipped steps on rollouts of the policy, with a KL penalty per token.
 
-    `counts` takes what the samplers of all processes count; prompts that are sampled again after an interruption count
-    again.
+    `epochs` counts how often each prompt is sampled. β is fixed unless `target_kl` is given. There is no entropy bonus,
+    and no coefficient of the value loss: policy and critic share no weights, so each has a learning rate instead.
+    `max_grad_norm` is of both together.
     """
 
-    prompts: Sequence[Record]
-    sampling: SampleSettings
-    scorer: Scorer
-    reference: PreTrainedModel
-    temperature: float
-    counts: Counter[str] = field(default_factory=Counter)
+    critic: ModelSettings | None = Field(
+        None,
+        description="the critic to start from, with the policy's tokenizer; None: this run's reward model where it "
+        "started from the supervised policy, else the supervised policy with a new head",
+    )
+    critic_learning_rate: float = Field(
+        1e-5, gt=0, description="peak learning rate of the critic's AdamW", json_schema_extra=STEP_SIZE
+    )
+    rollout_prompts: int = Field(256, gt=0, description="prompts sampled from the policy at a time, then trained on")
+    passes: int = Field(4, gt=0, description="times each rollout is trained on, in minibatches of batch_prompts")
+    critic_steps: int = Field(0, ge=0, description="first steps, in which only the critic is trained")
+    beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs, per token")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="nats of KL per completion; after each rollout β rises if it was above, falls if below; None: β is "
+        "fixed",
+    )
+    kl_rate: float = Field(
+        0.1,
+        gt=0,
+        lt=1 / MAX_KL_ERROR,
+        description="K: how fast β follows target_kl, at most by the share 0.2 K a rollout",
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="γ: discount of later rewards, per token")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of the advantages: 1 trusts rewards, 0 trusts the critic")
+    clip: float = Field(0.2, gt=0, description="how far a token's probability ratio may go from 1 in one rollout")
+    value_clip: float = Field(0.2, gt=0, description="how far a value may go in one rollout, in units of reward")
+
+    def rate_of(self, name: str) -> float:
+        """The critic has its own learning rate, on the same schedule."""
+        return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
+
+    @property
+    def leaves_some_out(self) -> bool:
+        """While the critic is trained alone, the policy gets no gradient."""
+        return self.critic_steps > 0
+
+    @property
+    def idle_steps(self) -> int:
+        """The critic's own steps."""
+        return self.critic_steps
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        return "prompts"
+
+    @property
+    def family(self) -> str:
+        return "ppo"
+
+    @property
+    def optimum_beta(self) -> float | None:
+        return self.beta if self.target_kl is None else None
+
+    @property
+    def line(self) -> str:
+        return "PPO: clipped steps on rollouts of the policy, with a critic and a KL penalty per token."
+
+    @property
+    def wants_critic(self) -> bool:
+        return self.critic is None
+
+    def problems(self) -> Iterator[str]:
+        if self.target_kl is None and self.kl_rate != type(self).model_fields["kl_rate"].default:
+            yield "kl_rate has no effect without target_kl; remove it"
+        if self.target_kl is not None and self.beta == 0:
+            yield "beta = 0 can never change, whatever target_kl is; start from a beta above 0"
+
+    def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
+        if sampling.top_p is not None or sampling.top_k is not None:
+            yield "needs samples of the policy itself; remove sample.top_p and sample.top_k"
+
+    def train(self, material: Material, folder: Path) -> Path:
+        from exalign.models.heads import ActorCritic
+        from exalign.models.loading import load_reward_model
+
+        critic = self.critic or material.critic
+        assert critic is not None
+        module = ActorCritic(material.policy, load_reward_model(critic, material.tokenizer))
+        return train_ppo(module, material.tokenizer, material, self, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +154,14 @@ class Experience:
 
     def of(self, name: str, groups: Sequence[Group], like: Tensor) -> Tensor:
         """The rows of these groups as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
+        import torch
+
         rows = torch.tensor([group.index for group in groups], device=like.device)
         values: Tensor = getattr(self, name)
         return values[rows, : like.shape[1], : like.shape[2]].flatten(0, 1)
 
 
-class PPO:
+class PPOTask:
     """The task: per token the clipped loss of the policy, in units of whitened advantages, plus that of the critic.
 
     The weight is the completion tokens. During the first `critic_steps` the loss is the critic's alone: the policy
@@ -105,10 +174,13 @@ class PPO:
         self,
         module: ActorCritic,
         tokenizer: PreTrainedTokenizerBase,
-        world: Surroundings,
-        settings: PPOSettings,
+        world: Material,
+        settings: PPO,
         note_counts: Callable[[int, Sequence[Counter[str]]], None] = lambda number, counts: None,
     ) -> None:
+        from exalign.training.distributed import Whole
+        from exalign.training.rollouts import RolloutBatches
+
         self.module = module
         self.whole = Whole(module)
         self.tokenizer = tokenizer
@@ -121,9 +193,12 @@ class PPO:
         self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return completion_tokens(groups)
+        return sum(len(ids) for group in groups for ids in group.completion_ids)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign import objectives
+        from exalign.data.batching import completion_token_mask
+
         assert self._experience is not None
         experience, settings = self._experience, self.settings
         logp, values = model(groups, temperature=self.world.temperature, critic_alone=self.critic_alone)
@@ -132,13 +207,15 @@ class PPO:
             experience.of(name, groups, logp) for name in ("logp", "advantages", "values", "returns")
         )
         ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
-        policy_loss = clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
-        value_loss = clipped_value_loss(values.flatten(0, 1), sampled_values, returns, mask, clip=settings.value_clip)
+        policy_loss = objectives.clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
+        value_loss = objectives.clipped_value_loss(
+            values.flatten(0, 1), sampled_values, returns, mask, clip=settings.value_clip
+        )
         value_loss = value_loss.sum()
         metrics = {
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
-            "clip_fraction": is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
+            "clip_fraction": objectives.is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
         }
         weight = self.weight(groups)
         metrics |= {name: value_loss.new_tensor(number * weight) for name, number in experience.numbers.items()}
@@ -175,54 +252,74 @@ class PPO:
 
         Until the policy has made a step its KL is 0 whatever β is, and β stays: a departure from the source.
         """
+        from exalign import objectives
+
         settings = self.settings
         if settings.target_kl is not None and self.batches.step > settings.critic_steps:
-            adapted = adapted_kl_coefficient(
+            adapted = objectives.adapted_kl_coefficient(
                 self.beta, kl, target=settings.target_kl, rate=settings.kl_rate, clip=MAX_KL_ERROR
             )
             self.module.kl_coefficient.fill_(adapted)
 
-    @torch.no_grad()
     def _sampled(self, module: ActorCritic, records: Sequence[Record], seed: int) -> tuple[list[Sampled], Counter[str]]:
+        import torch
+
+        from exalign.data.batching import group_of
+        from exalign.models.capability import device_of
+        from exalign.models.logprobs import completion_token_logprobs
+        from exalign.models.memory import computed
+        from exalign.rollout.rollout import Numerics, rollout
+        from exalign.rollout.sampler import GroupedSampler
+
         world, settings, policy = self.world, self.settings, module.model
+        counts: Counter[str] = Counter()
         if not records:
-            return [], Counter()
+            return [], counts
         sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
-        drawn = list(sampler.sample(records))
-        groups = [group_of(record, index) for index, record in enumerate(drawn)]
-        counts, device = Counter(sampler.counts), device_of(policy)
-        rewards = [record.rewards for record in scored(world.scorer, drawn, counts)]
-        world.reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
+        drawn = rollout(records, sampler, counts, Numerics(world.temperature), scorer=world.scorer)
+        groups, device = [group_of(record, index) for index, record in enumerate(drawn)], device_of(policy)
+        reference = world.reference
+        assert reference is not None
+        reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
         found: dict[int, list[Tensor]] = {}
 
         def valued(part: Sequence[Group]) -> tuple[Tensor, ...]:
-            with _precision(settings, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logp, values = module(part, temperature=world.temperature)
-                reference_logp = completion_token_logprobs(world.reference, part, temperature=world.temperature)
+                reference_logp = completion_token_logprobs(reference, part, temperature=world.temperature)
             return logp.cpu(), values.cpu(), reference_logp.cpu()
 
-        for part, tensors in computed(valued, groups, token_budget=settings.token_budget):
-            rows = zip(part, *tensors, strict=True)
-            found |= {group.index: [part.clone() for part in parts] for group, *parts in rows}  # rows, not the batch
+        with torch.no_grad():
+            for part, tensors in computed(valued, groups, token_budget=settings.token_budget):
+                rows = zip(part, *tensors, strict=True)
+                found |= {group.index: [part.clone() for part in parts] for group, *parts in rows}  # rows alone
+        rewards = [torch.tensor(record.rewards, dtype=torch.float32) for record in drawn]
         return [
-            Sampled(group, torch.tensor(reward, dtype=torch.float32), *found[group.index])
-            for group, reward in zip(groups, rewards, strict=True)
+            Sampled(group, reward, *found[group.index]) for group, reward in zip(groups, rewards, strict=True)
         ], counts
 
-    @torch.no_grad()
     def _experience_of(self, groups: list[Group], sampled: list[Sampled]) -> Experience:
+        import torch
+        from torch.nn.functional import pad
+
+        from exalign import objectives
+        from exalign.data.batching import completion_token_mask
+        from exalign.models.capability import device_of
+
         settings, device = self.settings, device_of(self.module)
         mask = completion_token_mask(groups).to(device)
         rewards = torch.stack([one.rewards for one in sampled]).to(device)
         logp, values, reference_logp = (
-            torch.stack([nn.functional.pad(row, (0, mask.shape[2] - row.shape[1])) for row in rows]).to(device)
+            torch.stack([pad(row, (0, mask.shape[2] - row.shape[1])) for row in rows]).to(device)
             for rows in zip(*((one.logp, one.values, one.reference_logp) for one in sampled), strict=True)
         )
         flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
         log_ratio = (logp - reference_logp).flatten(0, 1)
         beta = self.beta
-        per_token = token_rewards(rewards.flatten(), log_ratio, flat_mask, beta=beta)
-        advantages = generalised_advantages(per_token, flat_values, flat_mask, gamma=settings.gamma, lam=settings.lam)
+        per_token = objectives.token_rewards(rewards.flatten(), log_ratio, flat_mask, beta=beta)
+        advantages = objectives.generalised_advantages(
+            per_token, flat_values, flat_mask, gamma=settings.gamma, lam=settings.lam
+        )
         returns, tokens = advantages + flat_values, flat_mask.sum()
         numbers: dict[str, float | Tensor] = {
             "reward": rewards.mean(),
@@ -230,12 +327,12 @@ class PPO:
             "kl": log_ratio.sum() / rewards.numel(),
             "entropy": -logp.sum() / tokens,
             "completion_tokens": tokens / rewards.numel(),
-            "explained_variance": explained_variance(flat_values, returns, flat_mask),
+            "explained_variance": objectives.explained_variance(flat_values, returns, flat_mask),
         }
         return Experience(
             logp,
             values,
-            whiten(advantages, flat_mask).view(mask.shape),
+            objectives.whiten(advantages, flat_mask).view(mask.shape),
             returns.view(mask.shape),
             {name: float(value) for name, value in numbers.items()},
         )
@@ -244,8 +341,8 @@ class PPO:
 def train_ppo(
     module: ActorCritic,
     tokenizer: PreTrainedTokenizerBase,
-    world: Surroundings,
-    settings: PPOSettings,
+    world: Material,
+    settings: PPO,
     folder: Path,
 ) -> Path:
     """Train the policy of `module`, and its critic with it; `loop.train` says what is written: the policy alone.
@@ -253,8 +350,11 @@ def train_ppo(
     The critic is trained on states of completions that the policy draws, and is kept in checkpoints only.
     Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole rollouts.
     """
-    if world.sampling.top_p is not None or world.sampling.top_k is not None:
-        raise InputError("PPO needs samples of the policy itself; remove top_p and top_k.")
+    from exalign.training.loop import model_card, train
+    from exalign.training.rollouts import RolloutCounts
+
+    for problem in settings.sampling_problems(world.sampling):
+        raise InputError(f"PPO {problem}.")
     plan = rollout_plan(settings)
     placed = settings.model_copy(update={"checkpoint_every": plan.whole_rollouts(settings.checkpoint_every)})
     card = model_card(
@@ -264,18 +364,16 @@ def train_ppo(
         pipeline_tag="text-generation",
     )
     counted = RolloutCounts(Path(folder) / "rollouts.json")
-    task = PPO(module, tokenizer, world, settings, counted.note)
+    task = PPOTask(module, tokenizer, world, settings, counted.note)
     path = train(task, module, tokenizer, placed, folder, card=card)
     world.counts.update(counted.total(task.batches.num_rollouts))
     return path
 
 
-def rollout_plan(settings: PPOSettings) -> RolloutPlan:
+def rollout_plan(settings: PPO) -> RolloutPlan:
     """How these settings turn rollouts into steps."""
+    from exalign.training.rollouts import RolloutPlan
+
     return RolloutPlan(
         settings.rollout_prompts, settings.batch_prompts, settings.passes, settings.epochs, settings.seed
     )
-
-
-def _precision(settings: PPOSettings, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")

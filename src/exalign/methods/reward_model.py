@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
-from exalign.data.batching import Group, completion_mask, stack_preferred
 from exalign.errors import InputError
-from exalign.models.heads import PackedScorer, completion_outputs
-from exalign.objectives import bradley_terry_loss
-from exalign.training.batches import Batches, EpochBatches
-from exalign.training.loop import model_card, train
-from exalign.training.settings import RewardModelSettings
+from exalign.models.model_settings import ModelSettings
+from exalign.training.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.training.batches import Batches
+
+
+class RewardModel(TrainSettings):
+    """How the reward model is trained."""
+
+    model: ModelSettings | None = Field(None, description="the model to start from; None: the supervised policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,10 @@ class BradleyTerry:
         return len(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign.data.batching import completion_mask, stack_preferred
+        from exalign.models.heads import completion_outputs
+        from exalign.objectives import bradley_terry_loss, preference_accuracy
+
         rewards = completion_outputs(model, groups)[..., 0]
         mask = completion_mask(groups).to(rewards.device)
         preferred = stack_preferred(groups).to(rewards.device)
@@ -40,10 +53,14 @@ def train_reward_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[Group],
-    settings: RewardModelSettings,
+    settings: RewardModel,
     folder: Path,
 ) -> Path:
     """Train a one-label sequence classifier on groups with `preferred`; see `loop.train` for what is written."""
+    from exalign.models.heads import PackedScorer
+    from exalign.training.batches import EpochBatches
+    from exalign.training.loop import model_card, train
+
     for group in groups:
         if group.preferred is None or group.num_completions < 2:
             raise InputError(
@@ -57,19 +74,3 @@ def train_reward_model(
         pipeline_tag="text-classification",
     )
     return train(BradleyTerry(batches), PackedScorer(model), tokenizer, settings, folder, card=card)
-
-
-def preference_accuracy(rewards: Tensor, preferred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Per prompt, over the losers: the share that scores below the preferred one (ties count half), and the margin.
-
-    Shapes: `rewards` `[B, K]`, `preferred` `[B]`, `mask` `[B, K]` → two `[B]`; the margin is mean(r_w − r_l).
-
-    >>> import torch
-    >>> preference_accuracy(torch.tensor([[3.0, 1.0, 3.0]]), torch.tensor([0]), torch.ones(1, 3).bool())
-    (tensor([0.7500]), tensor([1.]))
-    """
-    difference = rewards.gather(1, preferred[:, None]) - rewards
-    losers = mask.scatter(1, preferred[:, None], False)
-    wins = (difference.sign() + 1) / 2
-    count = losers.sum(1)
-    return (wins * losers).sum(1) / count, (difference * losers).sum(1) / count

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
-from exalign.data.batching import Group, microbatches
-from exalign.models.logprobs import PackedPolicy, completion_logprobs
-from exalign.training.batches import Batches, EpochBatches
-from exalign.training.loop import model_card, train
-from exalign.training.settings import SFTSettings
+from exalign.training.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.training.batches import Batches
+
+
+class SFT(TrainSettings):
+    """How the supervised policy π_sft is trained."""
+
+    train_on_prompts: bool = Field(
+        False, description="learn the prompts' tokens too, as a model from scratch must; else completions alone"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,8 @@ class MaximumLikelihood:
         return completion_tokens(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign.models.logprobs import completion_logprobs
+
         return -completion_logprobs(model, groups, temperature=1.0).sum(), {}
 
 
@@ -37,10 +49,14 @@ def train_sft(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[Group],
-    settings: SFTSettings,
+    settings: SFT,
     folder: Path,
 ) -> Path:
     """Train a policy on the completions of `groups`; see `loop.train` for what is written."""
+    from exalign.models.logprobs import PackedPolicy
+    from exalign.training.batches import EpochBatches
+    from exalign.training.loop import model_card, train
+
     if settings.train_on_prompts:
         groups = [part for group in groups for part in with_prompt_learnt(group)]
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
@@ -56,10 +72,14 @@ def train_sft(
 def with_prompt_learnt(group: Group) -> Iterator[Group]:
     """The same texts with every token but the prompt's first as a target, each once: the prompt goes before y_1.
 
+    >>> import torch
+    >>> from exalign.data.batching import Group
     >>> group = Group(0, torch.tensor([1, 2, 3]), (torch.tensor([4]), torch.tensor([5])))
     >>> [(g.prompt_ids.tolist(), [y.tolist() for y in g.completion_ids]) for g in with_prompt_learnt(group)]
     [([1], [[2, 3, 4]]), ([1, 2, 3], [[5]])]
     """
+    import torch
+
     first, *others = group.completion_ids
     whole = torch.cat([group.prompt_ids[1:], first])
     yield replace(group, prompt_ids=group.prompt_ids[:1], completion_ids=(whole,))
@@ -72,11 +92,13 @@ def completion_tokens(groups: Sequence[Group]) -> int:
     return sum(len(ids) for group in groups for ids in group.completion_ids)
 
 
-@torch.no_grad()
 def nats_per_token(model: nn.Module, groups: Sequence[Group], *, token_budget: int = 4096) -> float:
     """−Σ log π(y|x) / Σ |y| over held-out groups, in nats per completion token (τ = 1)."""
+    from exalign.rollout.rollout import Numerics, logprobs_of
+
     total = 0.0
     for start in range(0, len(groups), 256):  # packing many groups at once takes time quadratic in their number
-        for part in microbatches(groups[start : start + 256], token_budget=token_budget):
-            total -= float(completion_logprobs(model, part, temperature=1.0).double().sum())
+        part = groups[start : start + 256]
+        found = logprobs_of(part, model, Numerics(1.0, token_budget))
+        total -= sum(float(values.double().sum()) for values in found)
     return total / completion_tokens(groups)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from exalign.settings import Settings, Source
+from exalign.settings import CONTENT, Settings, Source
 
 
 class LoraSettings(Settings):
@@ -22,7 +22,9 @@ class LoraSettings(Settings):
 class ModelSettings(Settings):
     """Where a model comes from: exactly one of `source` and `config`."""
 
-    source: Source | None = Field(None, description="Folder or hub name of a transformers model.")
+    source: Source | None = Field(
+        None, description="Folder or hub name of a transformers model.", json_schema_extra=CONTENT
+    )
     config: dict[str, Any] | None = Field(
         None, description="A transformers config with model_type: random weights, trained from scratch."
     )

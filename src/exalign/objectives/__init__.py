@@ -39,7 +39,7 @@ from exalign.objectives.policy_gradient import (
     token_rewards,
     whiten,
 )
-from exalign.objectives.reward import bradley_terry_loss
+from exalign.objectives.reward import bradley_terry_loss, preference_accuracy
 
 __all__ = [
     "OptimalFrontier",
@@ -66,6 +66,7 @@ __all__ = [
     "log_preference_target",
     "log_reward_target",
     "optimal_frontier",
+    "preference_accuracy",
     "reverse_kl",
     "saturated",
     "token_rewards",

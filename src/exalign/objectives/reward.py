@@ -38,3 +38,18 @@ def bradley_terry_loss(rewards: Tensor, preferred: Tensor, mask: Tensor | None =
     won = preferred_column(preferred, live)
     winner = torch.where(won, scores, 0).sum(dim=-1, keepdim=True)
     return masked_mean(functional.softplus(scores - winner), live & ~won)
+
+
+def preference_accuracy(rewards: Tensor, preferred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Per prompt, over the losers: the share that scores below the preferred one (ties count half), and the margin.
+
+    Shapes: `rewards` `[B, K]`, `preferred` `[B]`, `mask` `[B, K]` → two `[B]`; the margin is mean(r_w − r_l).
+
+    >>> preference_accuracy(torch.tensor([[3.0, 1.0, 3.0]]), torch.tensor([0]), torch.ones(1, 3).bool())
+    (tensor([0.7500]), tensor([1.]))
+    """
+    difference = rewards.gather(1, preferred[:, None]) - rewards
+    losers = mask.scatter(1, preferred[:, None], False)
+    wins = (difference.sign() + 1) / 2
+    count = losers.sum(1)
+    return (wins * losers).sum(1) / count, (difference * losers).sum(1) / count

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from exalign.data.batching import Group
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, tokenize_record, with_token_ids
+from exalign.data.tokenization import TokenLimits, completion_token_ids, tokenize_record
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
@@ -77,30 +77,29 @@ def _cuts(scorer: Scorer) -> Counter[str]:
     return counts if isinstance(counts, Counter) else Counter()
 
 
-def open_scorer(
-    settings: ScorerSettings | OneScorer, trained_here: Callable[[str], tuple[str, TokenLimits]] | None = None
-) -> Scorer:
+def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[str], str] | None = None) -> Scorer:
     """The scorer that a recipe names, ready to score.
 
-    `trained_here` gives the folder of a stage's model and the limits of its training; a recipe of a run has one.
+    `trained_here` gives the folder of a stage's model; a recipe of a run has one. A model that was trained by exalign
+    carries the limits that it was trained with, and reads nothing longer.
     """
     if isinstance(settings, ScorerSettings) and settings.sum is not None:
         scorers = [(part.weight, open_scorer(part, trained_here)) for part in settings.sum]
         return WeightedSum(list(zip(part_names(settings.sum), scorers, strict=True)))
     if settings.function is not None:
         return FunctionScorer(settings.function)
-    source, limits = settings.reward_model or settings.classifier, None
+    source = settings.reward_model or settings.classifier
     if settings.stage is not None:
         assert trained_here is not None
-        source, limits = trained_here(settings.stage)
+        source = trained_here(settings.stage)
     assert source is not None
     tokenizer = load_tokenizer(source)
     labels = 1 if settings.reward_model is not None else None
     model: Any = load_scoring_model(source, tokenizer, num_labels=labels).to(device())  # type: ignore[arg-type]
     if settings.classifier is not None or settings.stage == "oracle":
         positive = 1 if settings.stage == "oracle" else settings.positive
-        return ClassifierScorer(model, tokenizer, positive, limits=limits)
-    return RewardModelScorer(model, tokenizer, limits=limits)
+        return ClassifierScorer(model, tokenizer, positive)
+    return RewardModelScorer(model, tokenizer)
 
 
 def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
@@ -529,24 +528,18 @@ def retokenize(
 
     A completion that ended has its end-of-sequence id, one that was cut by a limit has none. Without `limits`, texts
     are cut only to the model's `positions`: the prompt on its left, once for all K completions. Cuts are counted in
-    `counts` (`prompts_cut`, `completions_cut`). What cannot stand behind a prompt of this tokenizer's chat template
-    (`conversations_read_whole`) is read as the template writes the whole conversation.
+    `counts` (`prompts_cut`, `completions_cut`).
     """
     bare = tuple(
         replace(completion, token_ids=None, logprob=None, reference_logprob=None) for completion in record.completions
     )
     record = replace(record, prompt_ids=None, completions=bare)
-    try:
-        record = with_token_ids(record, tokenizer, counts)
-    except UnfitError:
-        record = as_conversation(record, tokenizer)
-        counts["conversations_read_whole"] += 1
     longest_completion = longest_prompt = positions or 2**62
     if limits is not None:
         longest_prompt, longest_completion = limits.max_prompt_tokens, limits.max_completion_tokens
     elif positions is not None:
         longest_completion = positions - 1
-        tokens = max(len(completion.token_ids or ()) for completion in record.completions)
+        tokens = max(len(completion_token_ids(record, completion, tokenizer)) for completion in bare)
         longest_prompt = positions - min(tokens, longest_completion)
     return tokenize_record(
         record,

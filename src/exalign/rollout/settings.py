@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from exalign.settings import Settings
+from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings, Source
 
 
 class SampleSettings(Settings):
@@ -27,7 +27,10 @@ class SampleSettings(Settings):
     )
     top_k: int | None = Field(None, ge=1, description="Keep the k most probable tokens at each step; none keeps all.")
     batch_completions: int = Field(
-        64, ge=1, description="Completions decoded at the same time; changes speed and memory, never a completion."
+        64,
+        ge=1,
+        description="Completions decoded at the same time; changes speed and memory, never a completion.",
+        json_schema_extra=NO_RESULT,
     )
 
 
@@ -35,12 +38,17 @@ class VLLMSettings(Settings):
     """vLLM as the engine that samples."""
 
     memory_share: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory that weights and caches of the engine may take"
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that weights and caches of the engine may take",
+        json_schema_extra=NO_RESULT,
     )
     logprob_limit: float = Field(
         0.02,
         gt=0,
         description="nats per token: a log-probability of the engine that is further from the training path's is told",
+        json_schema_extra=NO_RESULT,
     )
 
 
@@ -48,10 +56,16 @@ class OneScorer(Settings):
     """One source of rewards."""
 
     stage: str | None = Field(None, pattern="^(reward|oracle)$", description="this run's own stage: reward or oracle")
-    reward_model: str | None = Field(None, description="folder or hub name of a sequence classifier with one label")
-    classifier: str | None = Field(None, description="folder or hub name of a classifier; the reward is its log-odds")
+    reward_model: Source | None = Field(
+        None, description="folder or hub name of a sequence classifier with one label", json_schema_extra=CONTENT
+    )
+    classifier: Source | None = Field(
+        None, description="folder or hub name of a classifier; the reward is its log-odds", json_schema_extra=CONTENT
+    )
     function: str | None = Field(
-        None, description="module:function taking prompts, completions and the data's other columns, giving rewards"
+        None,
+        description="module:function taking prompts, completions and the data's other columns, giving rewards",
+        json_schema_extra=FUNCTION,
     )
     positive: str | int | None = Field(
         None, description="name or number of the classifier's positive label; None: the one whose name says so"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.methods.matching import Align, with_reference_logp
+from exalign.methods.matching import Matching, MatchingTask, with_reference_logp
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
@@ -27,7 +27,6 @@ from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import adamw, set_learning_rate
-from exalign.training.settings import AlignSettings
 
 
 class BenchShape(Settings):
@@ -99,9 +98,9 @@ def bench(settings: ModelSettings, shape: BenchShape, *, tokenizer: str | None =
 
 def measure_training(model: Any, shape: BenchShape) -> dict[int, Rate]:
     """Seconds of a whole EXO step: forward, backward, clipping, AdamW. The model's weights change a little."""
-    settings = AlignSettings(learning_rate=1e-6, batch_prompts=shape.prompts)
+    settings = Matching(learning_rate=1e-6, batch_prompts=shape.prompts)
     groups = with_reference_logp(model, _groups(model, shape), settings, temperature=1.0)
-    task = Align(EpochBatches(groups, batch_prompts=shape.prompts, epochs=1, seed=0), settings, 1.0)
+    task = MatchingTask(EpochBatches(groups, batch_prompts=shape.prompts, epochs=1, seed=0), settings, 1.0)
     policy = PackedPolicy(model).train()
     optimizer = adamw(policy, betas=settings.adam_betas, weight_decay=0.0, device=model.device)
     set_learning_rate(optimizer, settings.learning_rate)

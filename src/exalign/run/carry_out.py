@@ -1,15 +1,28 @@
-"""A recipe carried out: by one process, or by the first of several, which the others join where all train."""
+"""A recipe carried out: what can be found out before any long work, then its stages.
+
+By one process, or by the first of several, which the others join where all train.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from exalign.data.reading import DataSettings, Sources, each, read_source
+from exalign.data.record import Record
+from exalign.errors import InputError
+from exalign.models.loading import check_trainable, is_folder, load_tokenizer
+from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
-from exalign.run.preflight import check_inputs
+from exalign.rollout.scorers import check_scorer
+from exalign.rollout.settings import ScorerSettings
+from exalign.run.cluster import check_installed
 from exalign.run.recipe import Recipe
 from exalign.run.runner import Run
+from exalign.run.search import Proposer, validation_prompts
 from exalign.run.stages import plan
+from exalign.storage import exists
 
 
 def run_recipe(
@@ -29,11 +42,114 @@ def carry_out(run: Run, *targets: str) -> None:
     """
     stages = plan(run.recipe)
     if not leads():
-        work = {stage.name: stage.work for stage in stages}
+        by_name = {stage.name: stage for stage in stages}
         for name in calls():
-            work[name](run, run.path(name), Counter())
+            by_name[name].work(run.view(by_name[name]))
         return
     with leading():
         if not run.is_complete(stages):
             check_inputs(run.recipe)
         run.carry_out(stages, targets)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise the `InputError` that a stage would raise hours later: bad rows, missing files, models and functions.
+
+    Local data is read to its end, row by row; hub data is left to the stage that downloads it.
+    """
+    for name, sources in local_sources(recipe).items():
+        for settings in each(sources):
+            for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
+                _check_record(name, settings, record)
+    kinds = _kinds(recipe) if scorers(recipe) else []
+    for scorer in scorers(recipe):
+        check_scorer(scorer, kinds)
+    source = recipe.tokenizer.source or recipe.model.source
+    if recipe.tokenizer.vocab_size is None and source is not None:
+        kwargs = recipe.tokenizer.chat_template_kwargs
+        load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code, chat_template_kwargs=kwargs)
+    for where, model in models_of(recipe).items():
+        check_model(model)
+        if where != "model" or recipe.sft is not None or recipe.align:
+            check_trainable(model, where)
+    if recipe.search is not None:
+        _check_search(recipe)
+    if recipe.cluster is not None:
+        check_installed(recipe.cluster)
+
+
+def _check_search(recipe: Recipe) -> None:
+    """A first proposal for every method, and enough validation prompts, as far as they are local and not to be cut."""
+    assert recipe.search is not None
+    for method, ranges in recipe.search.methods.items():
+        Proposer(ranges, type(recipe.align[method]), trials=recipe.search.trials, seed=0).propose([])
+    names = ("data.evaluation",) if recipe.data.validation is None else ("data.evaluation", "data.validation")
+    local = local_sources(recipe)
+    if all(name in local and all(one.prompt_tokens is None for one in each(local[name])) for name in names):
+        rows = [read_source(local[name], Counter()) for name in names]
+        numbers = {"used": recipe.evaluate.prompts, "wanted": recipe.search.prompts}
+        validation_prompts(rows[0], rows[1] if len(rows) > 1 else None, Counter(), **numbers)
+
+
+def local_sources(recipe: Recipe) -> dict[str, Sources]:
+    """The recipe's data by name, as far as it is local; hub data is left to the stage that downloads it."""
+    found: dict[str, Sources] = {}
+    for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
+        sources = getattr(recipe.data, name)
+        if sources is not None and all(exists(Path(one.source)) or _looks_local(one.source) for one in each(sources)):
+            found[f"data.{name}"] = sources
+    return found
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix != ""
+
+
+def scorers(recipe: Recipe) -> list[ScorerSettings]:
+    """Every scorer that the recipe names."""
+    named = [recipe.preferences and recipe.preferences.scorer, recipe.evaluate.scorer, recipe.score.scorer]
+    return [scorer for scorer in named if scorer]
+
+
+def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
+    """Every model that the recipe names to start from, by the place where it stands."""
+    sections = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
+    sections |= {f"align.{name}": method for name, method in recipe.align.items()}
+    return {
+        f"{where}.{name}".lstrip("."): value
+        for where, section in sections.items()
+        for name in (type(section).model_fields if section is not None else ())
+        if isinstance(value := getattr(section, name), ModelSettings)
+    }
+
+
+def _check_record(name: str, settings: DataSettings, record: Record) -> None:
+    ranked = record.rewards is not None and len(record.completions) > 1
+    needs = {
+        "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None or ranked),
+        "data.rewards": ("rewards (prompt, completions, rewards)", record.rewards is not None),
+        "data.labelled": ("a label (text, label: 0 or 1)", record.rewards is not None),
+        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None or ranked),
+    }
+    what, found = needs.get(name, ("", True))
+    if not found:
+        raise InputError(f"{name}: {settings.source}, row {record.id} lacks {what}.")
+
+
+def check_model(settings: ModelSettings) -> None:
+    """A local model folder must be there and have a configuration."""
+    if settings.source is not None and _looks_local(settings.source) and not is_folder(settings.source):
+        raise InputError(f"The model folder {settings.source} does not exist.")
+
+
+def _kinds(recipe: Recipe) -> list[Record]:
+    """A record of each kind of prompt that may be sampled and scored, as far as the data is local."""
+    found: dict[Any, Record] = {}
+    for name, sources in local_sources(recipe).items():
+        if name not in ("data.prompts", "data.preferences", "data.evaluation"):
+            continue
+        for settings in each(sources):
+            for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
+                said = record.prompt
+                found.setdefault("text" if isinstance(said, str) else tuple(m["role"] for m in said), record)
+    return list(found.values())

@@ -27,7 +27,7 @@ from exalign import checksums
 from exalign.data.record import Record
 from exalign.data.store import iter_shard, num_rows, shard_path, shards_of, write_shard
 from exalign.errors import InputError
-from exalign.run.cluster_settings import ClusterSettings
+from exalign.run.recipe import ClusterSettings
 
 ShardWork = Callable[[Sequence[Record]], tuple[list[Record], Counter[str]]]
 """What a worker makes of the records of a shard: as many records, and what was counted."""

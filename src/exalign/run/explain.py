@@ -7,7 +7,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,8 +17,8 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from exalign.errors import InputError
-from exalign.run.messages import unwrap_optional
-from exalign.run.recipe import Recipe, dump_recipe
+from exalign.methods.method import Method, available, method_class
+from exalign.run.recipe import Recipe, dump_recipe, unwrap_optional
 from exalign.strict_yaml import dump_yaml
 
 
@@ -42,6 +42,12 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
             inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
         if _is_settings(inner):
             yield from explain(inner, f"{dotted}.")
+        elif _is_method(inner):  # what all methods have, then each its own
+            yield from explain(Method, f"{dotted}.")
+            for method in available():
+                for setting in explain(method_class(method), f"{dotted}."):
+                    if setting.name.removeprefix(f"{dotted}.").split(".")[0] not in Method.model_fields:
+                        yield replace(setting, meaning=f"{method}: {setting.meaning}")
 
 
 def type_name(annotation: Any) -> str:
@@ -55,7 +61,8 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return type_name(arguments[0])
     if origin is dict:
-        return "mapping" if not _is_settings(arguments[1]) else "mapping of sections"
+        sections = _is_settings(arguments[1]) or _is_method(arguments[1])
+        return "mapping of sections" if sections else "mapping"
     if origin in (list, tuple):
         item = type_name(arguments[0])
         return f"list of ({item})" if " or " in item else f"list of {item}"
@@ -99,6 +106,10 @@ def print_recipe(recipe: Recipe, console: Console) -> None:
     console.print(
         Syntax(text, "yaml", background_color="default") if console.is_terminal else Text(text), soft_wrap=True
     )
+
+
+def _is_method(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Annotated and typing.get_args(annotation)[0] is Method
 
 
 def _is_settings(annotation: Any) -> bool:

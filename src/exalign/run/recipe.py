@@ -6,31 +6,39 @@ setting that cannot take effect is an `InputError` that names the nearest right 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
-from exalign.data.reading import DataSettings
+from exalign.data.reading import Sources
 from exalign.errors import InputError
+from exalign.methods.method import Method, method_class
+from exalign.methods.oracle import Oracle
+from exalign.methods.reward_model import RewardModel
+from exalign.methods.sft import SFT
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values
-from exalign.rollout.settings import SampleSettings, ScorerSettings
-from exalign.run.cluster_settings import ClusterSettings
-from exalign.run.messages import explain_validation_error
-from exalign.run.search_settings import SearchSettings, search_contradictions
-from exalign.settings import Settings
+from exalign.rollout.settings import SampleSettings, ScorerSettings, VLLMSettings
+from exalign.run.search_settings import Range, SearchSettings, changed, fixed_settings
+from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
-from exalign.training.settings import AlignSettings, ClassifierSettings, PPOSettings, RewardModelSettings, SFTSettings
 
 
 class TokenizerSettings(Settings):
     """Which tokenizer the policy uses; by default the one that comes with `model.source`."""
 
-    source: str | None = Field(None, description="folder or hub name of a tokenizer; None: the one of model.source")
+    source: Source | None = Field(
+        None,
+        description="folder or hub name of a tokenizer; None: the one of model.source",
+        json_schema_extra=CONTENT,
+    )
     vocab_size: int | None = Field(
         None, gt=256, description="train a byte-level BPE of this size on data.sft instead (models from scratch)"
     )
@@ -40,21 +48,30 @@ class TokenizerSettings(Settings):
 
 
 class DataSection(Settings):
-    """What goes in. Each entry names a file, a folder or a hub data set."""
+    """What goes in. Each entry names a file, a folder or a hub data set, or is a list of them."""
 
-    sft: DataSettings | None = Field(None, description="texts or prompt/completion rows for supervised fine-tuning")
-    labelled: DataSettings | None = Field(None, description="text/label rows (0 or 1) that train the oracle")
-    preferences: DataSettings | None = Field(
+    sft: Sources | None = Field(None, description="texts or prompt/completion rows for supervised fine-tuning")
+    labelled: Sources | None = Field(None, description="text/label rows (0 or 1) that train the oracle")
+    preferences: Sources | None = Field(
         None, description="preference pairs; None: two samples of the supervised model, ordered by preferences.scorer"
     )
-    prompts: DataSettings | None = Field(None, description="prompts to sample from; None: those of the preferences")
-    rewards: DataSettings | None = Field(
+    prompts: Sources | None = Field(None, description="prompts to sample from; None: those of the preferences")
+    rewards: Sources | None = Field(
         None, description="prompt/completions/rewards rows, used instead of the sample and score stages"
     )
-    evaluation: DataSettings | None = Field(
-        None, description="held-out prompts, with reference texts where the rows have them"
+    evaluation: Sources | None = Field(
+        None,
+        description="held-out prompts, with reference texts or preferences where the rows have them; None: a part of "
+        "data.preferences, see held_out",
     )
-    validation: DataSettings | None = Field(
+    held_out: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="without data.evaluation: the share of the prompts of data.preferences that nothing is trained on, "
+        "drawn by the content of each prompt, and at most evaluate.prompts of them",
+    )
+    validation: Sources | None = Field(
         None,
         description="prompts that a search ranks its trials on, less those of the evaluation; None: those of "
         "data.evaluation that come after the evaluation's own",
@@ -72,8 +89,10 @@ class PreferenceSettings(Settings):
 
 
 class ScoreSettings(Settings):
-    scorer: ScorerSettings = Field(
-        default_factory=lambda: ScorerSettings(stage="reward"), description="what gives the rollouts their rewards"
+    """Rewards for the rollouts."""
+
+    scorer: ScorerSettings | None = Field(
+        None, description="what gives the rollouts their rewards; None: this run's reward model"
     )
 
 
@@ -81,7 +100,9 @@ class EvaluateSettings(Settings):
     """The evidence: samples of every saved policy on held-out prompts, scored."""
 
     scorer: ScorerSettings | None = Field(
-        None, description="what judges the samples; None: the oracle where there is one, else the score stage's"
+        None,
+        description="what judges the samples; None: the oracle where there is one, else score.scorer, else the reward "
+        "model; without any the evidence is what preferences allow",
     )
     prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
     samples: int = Field(4, gt=0, description="samples of each policy for each prompt (M in the paper)")
@@ -96,8 +117,62 @@ class EvaluateSettings(Settings):
         "model is computed; 0: none",
     )
     kl_budget: float | None = Field(
-        None, gt=0, description="nats; the report names each method's best checkpoint within it"
+        None,
+        gt=0,
+        description="nats; the report names each method's best checkpoint within it",
+        json_schema_extra=NO_RESULT,
     )
+
+
+class ClusterSettings(Settings):
+    """A pool of workers on Ray for the stages that sample and score; it changes speed, never a completion."""
+
+    workers: int = Field(
+        1,
+        ge=1,
+        description="processes that each hold the model and take one shard after another",
+        json_schema_extra=NO_RESULT,
+    )
+    address: str | None = Field(
+        None,
+        min_length=1,
+        description="a running Ray cluster, as host:port; None: one on this machine, for the stage alone",
+        json_schema_extra=NO_RESULT,
+    )
+    cpus_per_worker: int = Field(
+        1, ge=1, description="threads that each worker computes with on the processor", json_schema_extra=NO_RESULT
+    )
+    gpus_per_worker: int | None = Field(
+        None,
+        ge=0,
+        description="GPUs of each worker; None: one where the cluster has any, else none",
+        json_schema_extra=NO_RESULT,
+    )
+    tries: int = Field(
+        4,
+        ge=1,
+        description="how often a shard is begun anew because its worker died, before the stage fails",
+        json_schema_extra=NO_RESULT,
+    )
+    vllm: VLLMSettings | None = Field(
+        None, description="sample with vLLM, which draws other completions; None: by transformers, as without a cluster"
+    )
+
+
+def as_method(value: Any) -> Method:
+    """A section of `align` as the object that its `method` names; pydantic's `ValidationError` where it is none."""
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("a method is a mapping of settings")
+    try:
+        chosen = method_class(str(value.get("method", "matching")))
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(".")) from None
+    return chosen.model_validate_json(json.dumps(value))
+
+
+AnyMethod = Annotated[SerializeAsAny[Method], PlainValidator(as_method)]
 
 
 class Recipe(Settings):
@@ -111,22 +186,19 @@ class Recipe(Settings):
     model: ModelSettings = Field(description="the policy to start from")
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="the policy's tokenizer")
     data: DataSection = Field(default_factory=DataSection, description="what goes in")
-    sft: SFTSettings | None = Field(None, description="supervised fine-tuning; None: the model is the supervised one")
-    oracle: OracleSettings | None = Field(None, description="a classifier trained on data.labelled, to score with")
+    sft: SFT | None = Field(None, description="supervised fine-tuning; None: the model is the supervised one")
+    oracle: Oracle | None = Field(None, description="a classifier trained on data.labelled, to score with")
     preferences: PreferenceSettings | None = Field(None, description="preferences made from samples of this run")
-    reward: RewardStageSettings | None = Field(None, description="a reward model trained on the preferences")
+    reward: RewardModel | None = Field(None, description="a reward model trained on the preferences")
     sample: SampleSettings = Field(default_factory=SampleSettings, description="K completions per prompt")
     score: ScoreSettings = Field(default_factory=ScoreSettings, description="rewards for the rollouts")
     cluster: ClusterSettings | None = Field(
         None, description="workers on Ray that sample and score for the alignment; None: this process does"
     )
-    align: dict[str, AlignSettings] = Field(
-        default_factory=dict, description="methods to align with, each under a name of your own"
-    )
-    ppo: dict[str, PPOStageSettings] = Field(
+    align: dict[str, AnyMethod] = Field(
         default_factory=dict,
-        description="policies trained by PPO on samples that sample describes and score.scorer rewards, each under a "
-        "name of your own",
+        description="methods to align with, each under a name of your own; `method` says which, and its other settings "
+        "are that method's",
     )
     search: SearchSettings | None = Field(
         None, description="a search for the settings with which each method does best; None: each has its own"
@@ -134,9 +206,14 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        """The names of all policies that the recipe aligns, in whatever way."""
-        return (*self.align, *self.ppo)
+    def scoring(self) -> ScorerSettings | None:
+        """What gives the rollouts their rewards: as the recipe says, else its reward model; None: nothing."""
+        return self.score.scorer or (None if self.reward is None else ScorerSettings(stage="reward"))
+
+    @property
+    def judging(self) -> ScorerSettings | None:
+        """What judges the samples of the evaluation: as the recipe says, else the oracle, else what scores rollouts."""
+        return self.evaluate.scorer or (self.scoring if self.oracle is None else ScorerSettings(stage="oracle"))
 
     @model_validator(mode="after")
     def _can_take_effect(self) -> Recipe:
@@ -145,56 +222,13 @@ class Recipe(Settings):
         return self
 
 
-class OracleSettings(ClassifierSettings):
-    model: ModelSettings = Field(description="the classifier to start from; with a config it is trained from scratch")
-    max_tokens: int = Field(512, gt=1, description="longer texts are cut on the right")
-
-
-class RewardStageSettings(RewardModelSettings):
-    model: ModelSettings | None = Field(None, description="the model to start from; None: the supervised policy")
-
-
-class PPOStageSettings(PPOSettings):
-    critic: ModelSettings | None = Field(
-        None,
-        description="the critic to start from, with the policy's tokenizer; None: this run's reward model where it "
-        "started from the supervised policy, else the supervised policy with a new head",
-    )
-
-
-Recipe.model_rebuild()
-
-TAKEN = {"sft", "prompts", "pool", "density"}
+TAKEN = {"sft", "prompts", "pool", "density", "pairs"}
 """Folders beside those of the methods in evaluation/."""
 
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Sentences about settings that cannot take effect together, or that lack what they need."""
-    targets: set[str] = {settings.target for settings in recipe.align.values() if settings.rounds == 1}
-    for section in ("align", "ppo"):
-        if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", n) or n in TAKEN for n in getattr(recipe, section)):
-            yield (
-                f"{section}: a method's name is made of up to 100 letters, digits, '.', '_' and '-', and is not 'sft', "
-                "'prompts', 'pool' or 'density'"
-            )
-    for name in recipe.ppo:
-        if name in recipe.align:
-            yield f"ppo.{name} has the name of a method in align; give it another"
-    if recipe.ppo and (recipe.sample.top_p is not None or recipe.sample.top_k is not None):
-        yield "ppo needs samples of the policy itself; remove sample.top_p and sample.top_k"
-    for name, ppo in recipe.ppo.items():
-        if ppo.target_kl is None and ppo.kl_rate != PPOSettings.model_fields["kl_rate"].default:
-            yield f"ppo.{name}.kl_rate has no effect without ppo.{name}.target_kl; remove it"
-        if ppo.target_kl is not None and ppo.beta == 0:
-            yield f"ppo.{name}.beta = 0 can never change, whatever ppo.{name}.target_kl is; start from a beta above 0"
-    for name, settings in recipe.align.items():
-        idle = "epsilon" if settings.target == "reward" else "beta_r"
-        if getattr(settings, idle) != AlignSettings.model_fields[idle].default:
-            yield f"align.{name}.{idle} has no effect on a {settings.target} target; remove it"
-        if settings.divergence != "alpha" and settings.alpha != AlignSettings.model_fields["alpha"].default:
-            yield f"align.{name}.alpha has no effect on the divergence {settings.divergence}; remove it"
-        if settings.rounds > 1 and settings.target == "preference":
-            yield f"align.{name}.rounds needs target: reward; preferences are not made while training"
+    yield from _method_problems(recipe)
     if recipe.model.source is None and recipe.tokenizer.source is None and recipe.tokenizer.vocab_size is None:
         yield "tokenizer: a model from scratch needs tokenizer.source or tokenizer.vocab_size"
     if recipe.tokenizer.source is not None and recipe.tokenizer.vocab_size is not None:
@@ -211,17 +245,43 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "data.labelled has no effect without an oracle section"
     if recipe.preferences is not None and recipe.data.preferences is not None:
         yield "preferences has no effect beside data.preferences; remove one of them"
-    yield from _missing_inputs(recipe, targets)
+    yield from _missing_inputs(recipe)
+    yield from _scorer_problems(recipe)
+    yield from _evaluation_problems(recipe)
+    yield from _search_problems(recipe)
 
 
-def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
+def _method_problems(recipe: Recipe) -> Iterator[str]:
+    if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in TAKEN for name in recipe.align):
+        yield (
+            "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', and is not "
+            + ", ".join(repr(name) for name in sorted(TAKEN))
+        )
+    for name, method in recipe.align.items():
+        problems = [*method.problems()]
+        if method.trains_on == "prompts":
+            problems += method.sampling_problems(recipe.sample)
+        yield from (f"align.{name}: {problem}" for problem in problems)
+
+
+def trained_on(recipe: Recipe) -> set[str]:
+    """What the recipe's methods train on."""
+    return {method.trains_on for method in recipe.align.values()}
+
+
+def samples_are_scored(recipe: Recipe) -> bool:
+    """Whether any method needs rewards of samples that this run draws."""
+    wanted = trained_on(recipe)
+    return "prompts" in wanted or ("rewards" in wanted and recipe.data.rewards is None)
+
+
+def _missing_inputs(recipe: Recipe) -> Iterator[str]:
+    wanted, scored = trained_on(recipe), samples_are_scored(recipe)
     has_preferences = recipe.data.preferences is not None or recipe.preferences is not None
-    for stage, needed in (("reward", recipe.reward is not None), ("align", "preference" in targets)):
+    for stage, needed in (("reward", recipe.reward is not None), ("align", "preferences" in wanted)):
         if needed and not has_preferences:
             yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
-    on_policy = bool(recipe.ppo) or any(settings.rounds > 1 for settings in recipe.align.values())
-    rewarded = on_policy or ("reward" in targets and recipe.data.rewards is None)
-    drawn = recipe.preferences is not None or rewarded
+    drawn = recipe.preferences is not None or scored
     if drawn and recipe.sample.max_new_tokens > recipe.data.max_completion_tokens:
         yield (
             f"sample.max_new_tokens = {recipe.sample.max_new_tokens} is above data.max_completion_tokens = "
@@ -229,21 +289,29 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
         )
     if recipe.sample.max_prompt_tokens != SampleSettings.model_fields["max_prompt_tokens"].default:
         yield "sample.max_prompt_tokens has no effect in a recipe; set data.max_prompt_tokens"
-    has_prompts = recipe.data.prompts is not None or recipe.data.preferences is not None
-    if drawn and not has_prompts:
+    if drawn and recipe.data.prompts is None and recipe.data.preferences is None:
         yield "data.prompts is missing: it says which prompts to sample from"
-    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and not on_policy:
+    if recipe.data.rewards is not None and recipe.score != ScoreSettings() and "prompts" not in wanted:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
     if recipe.cluster is not None:
-        if recipe.preferences is None and not ("reward" in targets and recipe.data.rewards is None):
+        if recipe.preferences is None and not ("rewards" in wanted and recipe.data.rewards is None):
             yield "cluster has no effect: no stage of this recipe samples or scores for the alignment; remove it"
         if recipe.cluster.vllm is not None and recipe.cluster.gpus_per_worker == 0:
             yield "cluster.vllm needs a GPU; remove cluster.gpus_per_worker = 0"
+
+
+def _scorer_problems(recipe: Recipe) -> Iterator[str]:
+    scored = samples_are_scored(recipe)
+    if scored and recipe.scoring is None:
+        yield (
+            "score.scorer is missing: give what rewards the samples (a function, a reward_model, a classifier), or a "
+            "reward section, which trains one on the preferences"
+        )
     scorers: dict[str, ScorerSettings | None] = {}
     if recipe.preferences is not None:
         scorers["preferences.scorer"] = recipe.preferences.scorer
-    if rewarded:
-        scorers["score.scorer"] = recipe.score.scorer
+    if scored or recipe.score.scorer is not None:
+        scorers["score.scorer"] = recipe.scoring
     scorers["evaluate.scorer"] = recipe.evaluate.scorer
     for where, scorer in scorers.items():
         for stage in () if scorer is None else scorer.stages:
@@ -251,13 +319,70 @@ def _missing_inputs(recipe: Recipe, targets: set[str]) -> Iterable[str]:
                 yield f"{where} names the stage {stage!r}, but the recipe has no {stage} section"
             if where == "preferences.scorer" and stage == "reward":
                 yield "preferences.scorer cannot be this run's reward model, which is trained on those preferences"
-    evaluate = recipe.evaluate
+
+
+def _evaluation_problems(recipe: Recipe) -> Iterator[str]:
+    evaluate, data = recipe.evaluate, recipe.data
     usual = EvaluateSettings.model_fields["density_prompts"].default
     if evaluate.density_prompts > evaluate.pool_prompts and evaluate.density_prompts != usual:
         yield "evaluate.density_prompts is above evaluate.pool_prompts, whose samples it needs; raise the latter"
-    if recipe.methods and recipe.data.evaluation is None:
+    if recipe.align and data.evaluation is None and data.preferences is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
-    yield from search_contradictions(recipe, contradictions)
+    if data.held_out != DataSection.model_fields["held_out"].default and not holds_out(recipe):
+        why = "beside data.evaluation" if data.evaluation is not None else "without data.preferences"
+        yield f"data.held_out has no effect {why}; remove it"
+
+
+def holds_out(recipe: Recipe) -> bool:
+    """Whether a part of the given preferences is kept from training, because nothing else is there to evaluate on."""
+    return recipe.data.evaluation is None and recipe.data.preferences is not None
+
+
+def _search_problems(recipe: Recipe) -> Iterator[str]:
+    """A search that asks for what the recipe does not have or a setting does not allow, at any end of a range."""
+    if recipe.search is None:
+        if recipe.data.validation is not None:
+            yield "data.validation has no effect without a search section"
+        return
+    if recipe.judging is None:
+        yield "search ranks by reward: give evaluate.scorer, score.scorer or a reward section"
+    if recipe.data.evaluation is None and recipe.data.validation is None:
+        yield "search needs data.validation or data.evaluation: prompts that its trials are ranked on"
+    alone = recipe.model_copy(update={"search": None, "data": recipe.data.model_copy(update={"validation": None})})
+    for name, ranges in recipe.search.methods.items():
+        where = f"search.methods.{name}"
+        if name not in recipe.align:
+            yield f"{where} is no method of this recipe; {nearest(name, list(recipe.align))}"
+            continue
+        method = recipe.align[name]
+        if not ranges:
+            yield f"{where} names no setting to search over"
+        for setting, values in ranges.items():
+            for problem in _range_problems(method, setting, values):
+                yield f"{where}.{setting}{problem}"
+                break
+            else:
+                for value in values.extremes:
+                    other = {**recipe.align, name: changed(method, {setting: value})}
+                    for problem in contradictions(alone.model_copy(update={"align": other})):
+                        yield f"{where}.{setting} reaches {value!r}, but then {problem}"
+
+
+def _range_problems(method: Method, name: str, values: Range) -> Iterator[str]:
+    fields, fixed = type(method).model_fields, fixed_settings(type(method))
+    if name not in fields:
+        yield f" is not a setting of the method; {nearest(name, list(fields))}"
+    elif name in fixed:
+        yield f" cannot be searched over: {fixed[name]}"
+    elif values.choices is None and fields[name].annotation not in (int, float, float | None, int | None):
+        yield " is not a number and has no low and high; give choices"
+    else:
+        for value in values.extremes:
+            try:
+                changed(method, {name: value})
+            except ValidationError as error:
+                message = error.errors()[0]["msg"]
+                yield f" reaches {value!r}, which the setting does not allow: {message[:1].lower() + message[1:]}"
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -286,11 +411,36 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe; every problem becomes one sentence."""
     # Keys that start with "x-" hold YAML anchors and are otherwise ignored.
     values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
+    if isinstance(values.get("align"), dict):  # a name without settings (align.exo=null) takes the method away
+        values["align"] = {name: settings for name, settings in values["align"].items() if settings is not None}
+    _refuse_old_keys(values, where)
+    plain = plain_values(values, where)
     try:
+        for name, settings in (plain.get("align") or {}).items() if isinstance(plain.get("align"), dict) else ():
+            _check_method(str(name), settings, where)
         # Through JSON, where a YAML list may be a tuple but a string is never a number.
-        return Recipe.model_validate_json(json.dumps(plain_values(values, where)))
+        return Recipe.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         raise InputError(f"{where}: {explain_validation_error(error, Recipe)}") from None
+
+
+def _check_method(name: str, settings: Any, where: str) -> None:
+    """The settings of a method on their own, whose class depends on them."""
+    if not isinstance(settings, dict):
+        return
+    chosen = Method
+    try:
+        chosen = method_class(str(settings.get("method", "matching")))
+        chosen.model_validate_json(json.dumps(settings))
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain_validation_error(error, chosen, f'align.{name}')}") from None
+    except InputError as error:
+        raise InputError(f"{where}: align.{name}.{error}") from None
+
+
+def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
+    if "ppo" in values:
+        raise InputError(f"{where}: ppo is no section any more; write align: {{ppo: {{method: ppo, …}}}}.")
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -311,3 +461,53 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"{override[:200]!r}: {name} is a single value and has no settings below it.")
     target[last] = parse_yaml(text, key[:200])
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """Name the nearest candidate, or list them all."""
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(candidates))}."
+
+
+def explain_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first problem of a pydantic error as a sentence with the dotted setting, then how many more there are."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first, more = _sentence(problems[0], model, prefix), len(problems) - 1
+    return first + (f" ({more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join([*([prefix] if prefix else []), *location]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        owner = settings_at(model, location[:-1])
+        return f"{where} is not a setting; {nearest(location[-1], list(owner.model_fields) if owner else [])}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; it has no default."
+    if problem["type"] == "value_error":
+        return f"{'' if where == 'recipe' else where + ': '}{problem['ctx']['error']}."
+    shown = repr(problem["input"])
+    text = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{where}: {text}, not {shown if len(shown) < 60 else shown[:57] + '…'}."
+
+
+def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
+    """The settings class that stands at a dotted location below `model`, through optional and mapped fields."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(part)
+            current = field.annotation if field else None
+        elif typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+        current = unwrap_optional(current)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def unwrap_optional(annotation: Any) -> Any:
+    """`X | None` → `X`, and the settings of `X | list[X]`; everything else as it is."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        rest = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        settings = [arg for arg in rest if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        return rest[0] if len(rest) == 1 else settings[0] if settings else annotation
+    return annotation

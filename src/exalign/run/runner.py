@@ -1,57 +1,63 @@
-"""The directory of a run: which stages stand, which are to do, and what each was made from.
+"""A recipe carried out in a directory: which stages stand, which are to do, and what each was made from.
 
 A stage is a folder. While it works it holds `started.json`, when it is complete `done.json`, both with the
-fingerprint of everything the stage depends on: its settings, its data's content and the stages before it. `done.json`
-lists the stage's files with their checksums.
+fingerprint of its key (`view`) and of the stages that it needs.
+
+In a stage that trains, two kinds of settings are told apart from the rest: those without effect on its result are in no
+key, so they may change at any time; those that say how far a step goes may change where it stopped because a loss was
+not finite, if `recover` asks for it. What a recovery changed is part of what the stage was made from, so no later stage
+takes it for one that was made in one go.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.processes import call, leads
-from exalign.run.made_from import MadeFrom, made_from, trained_from
 from exalign.run.recipe import Recipe, dump_recipe
 from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
-from exalign.storage import read_sealed, remove_leftovers, write_json, write_sealed, write_text, writing
+from exalign.run.view import Contents, Stage, View, key, step_sizes
+from exalign.storage import (
+    fingerprint,
+    read_sealed,
+    remove_leftovers,
+    write_json,
+    write_sealed,
+    write_text,
+    writing,
+)
 from exalign.strict_yaml import dump_yaml, parse_yaml
 from exalign.terminal import shown
-from exalign.training.guards import add_recovery, recoveries, steps_not_taken
+from exalign.training.guards import add_recovery, extended, next_recovery, recoveries, steps_not_taken
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline: `work(run, folder, counts)` fills `folder`; `inputs` is what its content depends on."""
+@dataclass(frozen=True, slots=True)
+class MadeFrom:
+    """`values` are what started.json and done.json hold of it: the `fingerprint` that later stages depend on, and for
+    those that train what is left of it when it stops. `recovery` is one that is about to begin."""
 
-    name: str
-    needs: tuple[str, ...]
-    inputs: Callable[[], Any]
-    work: Callable[[Run, Path, Counter[str]], None]
-    always: bool = False
-    """Cheap stages that are made anew each time."""
-    together: bool = False
-    """Where there are several processes all of them work; the first one prints and writes, and does the rest alone."""
-    stays: tuple[str, ...] = ()
-    """What of the folder stays when the stage is made again, as patterns: the work itself sees whether it serves."""
+    values: dict[str, Any]
+    key: dict[str, Any]
+    recovery: dict[str, Any] | None = None
+    recoverable: bool = False
 
-
-TrainingStage = partial(Stage, together=True)
+    @property
+    def fingerprint(self) -> str:
+        return str(self.values["fingerprint"])
 
 
 @dataclass
@@ -69,13 +75,17 @@ class Run:
     recover: bool = False
 
     def __post_init__(self) -> None:
-        self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder)
+        self.folder = Path("runs") / self.recipe.name if self.folder is None else Path(self.folder).expanduser()
         if not leads():
             self.console = Console(quiet=True)
 
     def path(self, *parts: str) -> Path:
         """A place in the run's directory."""
         return self.folder.joinpath(*parts)
+
+    def view(self, stage: Stage, key: dict[str, Any] | None = None) -> View:
+        """What the work of a stage gets."""
+        return View(stage, self.recipe, self.folder, self.console, key=key or {})
 
     def is_complete(self, stages: Sequence[Stage]) -> bool:
         """Whether every stage stands, whatever it was made from."""
@@ -89,22 +99,36 @@ class Run:
         """
         wanted = select({stage.name: stage for stage in stages}, targets)
         with self._locked():
+            contents = Contents(self.path("inputs.json"))
             made: dict[str, MadeFrom] = {}
             found: dict[str, dict[str, Any]] = {}
             for stage in wanted:
                 found[stage.name] = self._found(stage)
                 needs = [made[name].fingerprint for name in stage.needs]
-                made[stage.name] = self._made_from(stage, found[stage.name], needs)
+                made[stage.name] = self._made_from(stage, found[stage.name], needs, contents)
             self._check(wanted, made, found)
+            contents.remember()
             self._describe()
             for stage in wanted:
                 self._carry_out(stage, made[stage.name], found[stage.name])
 
-    def _made_from(self, stage: Stage, found: dict[str, Any], needs: list[str]) -> MadeFrom:
-        depends = {"stage": stage.name, "inputs": stage.inputs(), "needs": needs}
+    def _made_from(self, stage: Stage, found: dict[str, Any], needs: list[str], contents: Contents) -> MadeFrom:
+        """What a stage is made from; in one that trains, what was `found` of it where that is the same result."""
+
+        own, folder = key(self.recipe, stage.reads, contents), self.path(stage.name)
+        whole = fingerprint([stage.name, own, needs])
         if not stage.together:
-            return made_from(depends)
-        return trained_from(depends, found, self.path(stage.name), recover=self.recover)
+            return MadeFrom({"fingerprint": whole}, own)
+        before, sizes = recoveries(folder), step_sizes(self.recipe, stage.reads)
+        settled = key(self.recipe, stage.reads, contents, with_steps=False)
+        values = {"settled": fingerprint([stage.name, settled, needs])}
+        entry = next_recovery(folder, sizes) if self.recover else None
+        if found.get("fingerprint") in (whole, _recovered(whole, before)):
+            return MadeFrom({"fingerprint": found["fingerprint"], **values}, own)
+        same = found.get("settled") == values["settled"]
+        if same and entry is not None and entry["after_step"]:
+            return MadeFrom({"fingerprint": _recovered(whole, extended(before, entry)), **values}, own, recovery=entry)
+        return MadeFrom({"fingerprint": whole, **values}, own, recoverable=same and (folder / "stopped.json").exists())
 
     def _check(self, stages: list[Stage], made: dict[str, MadeFrom], found: dict[str, dict[str, Any]]) -> None:
         """Refuse, before any work, a directory whose stages were made from something else."""
@@ -143,10 +167,10 @@ class Run:
             flatten(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))) if path.exists() else {}
         )
         now = flatten(dump_recipe(self.recipe))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if not changed:
             return "the content of its data or of a model it starts from changed"
-        shown = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:3]]
+        shown = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed[:3]]
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
     def _describe(self) -> None:
@@ -154,7 +178,7 @@ class Run:
         write_json(self.path("environment.json"), environment())
 
     def _carry_out(self, stage: Stage, made: MadeFrom, found: dict[str, Any]) -> None:
-        folder = self.path(stage.name)
+        folder, view = self.path(stage.name), self.view(stage, made.key)
         if made.recovery:
             add_recovery(folder, made.recovery)
         elif found and (found["fingerprint"] != made.fingerprint or stage.always):
@@ -174,19 +198,18 @@ class Run:
         for damaged in forget_damaged_records(folder):
             self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
         write_sealed(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
-        counts: Counter[str] = Counter()
         start = time.monotonic()
         if stage.together:
             call(stage.name)
-        stage.work(self, folder, counts)
+        stage.work(view)
         seconds = seconds_before + time.monotonic() - start
         if stage.together:
             more = {"recoveries": len(recoveries(folder)), "steps_not_taken": steps_not_taken(folder)}
-            counts.update({name: value for name, value in more.items() if value})
-        done = {**made.values, "seconds": round(seconds, 2), "counts": dict(counts)}
+            view.counts.update({name: value for name, value in more.items() if value})
+        done = {**made.values, "seconds": round(seconds, 2), "counts": dict(view.counts)}
         write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
         (folder / "started.json").unlink()
-        listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in counts.items() if value)
+        listed = "".join(f" · {value:,} {name.replace('_', ' ')}" for name, value in view.counts.items() if value)
         line = Text.assemble(("✓", "green"), f" {stage.name} ", shown(f"{_duration(seconds)}{listed}", "dim"))
         self.console.print(line, soft_wrap=True)
 
@@ -195,26 +218,23 @@ class Run:
         """Hold the directory; the lock is the operating system's, so it goes with the process, however that ends."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("a+")
-        with lock:
+            holder = self.path(".holder")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                holder = lock.read(20).strip()
+                lock = FileLock(self.path(".lock"), timeout=0).acquire()
+            except Timeout:
+                number = holder.read_text().strip() if holder.exists() else ""
                 raise InputError(
-                    f"{self.folder} is in use by another exalign process{f' (number {holder})' if holder else ''}; "
+                    f"{self.folder} is in use by another exalign process{f' (number {number})' if number else ''}; "
                     "wait for it or choose --run DIR."
                 ) from None
+        with lock:
             with writing(self.folder):
-                lock.truncate(0)
-                lock.write(f"{os.getpid()}\n")
-                lock.flush()
+                holder.write_text(f"{os.getpid()}\n")
             yield
 
 
 def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:
-    """The stages that the targets name, with what they need, in the pipeline's order."""
+    """The stages that the targets name, with what they need, in the run's order."""
     wanted: set[str] = set()
 
     def add(name: str) -> None:
@@ -280,6 +300,10 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerators": devices,
     }
+
+
+def _recovered(whole: str, entries: list[dict[str, Any]]) -> str:
+    return fingerprint({"whole": whole, "recoveries": entries}) if entries else whole
 
 
 def _duration(seconds: float) -> str:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from exalign.settings import Settings
-from exalign.training.settings import WITHOUT_EFFECT_ON_RESULTS, TrainSettings
-
-if TYPE_CHECKING:
-    from exalign.run.recipe import Recipe
+from exalign.settings import NO_RESULT, Settings
+from exalign.training.train_settings import TrainSettings
 
 Value = bool | int | float | str | None
 
 _FIXED = {
+    "method": "give the other method a name of its own",
     "seed": "a search over seeds would choose luck",
     "save_policies": "it decides which policies a trial is ranked by",
     "target": "the stages before the method are made for it; give the other target a method of its own",
     "rounds": "the stages before the method are made for it; give another number of rounds a method of its own",
     "precision": "the stages before the method are made for it; give the other precision a method of its own",
-    **dict.fromkeys(sorted(WITHOUT_EFFECT_ON_RESULTS), "it changes no result"),
 }
-"""Settings that are not searched over, and why."""
+
+
+def fixed_settings(settings: type[Settings]) -> dict[str, str]:
+    """Settings that are not searched over, and why."""
+    return _FIXED | dict.fromkeys(sorted(settings.marked(NO_RESULT)), "it changes no result")
 
 
 class Range(Settings):
@@ -78,7 +78,7 @@ class SearchSettings(Settings):
     )
     samples: int = Field(2, gt=0, description="samples of each saved policy of a trial for each validation prompt")
     methods: dict[str, dict[str, Range]] = Field(
-        min_length=1, description="for each method of align or ppo that is searched: its settings, each with a range"
+        min_length=1, description="for each method of align that is searched: its settings, each with a range"
     )
 
 
@@ -88,55 +88,3 @@ Chosen = TypeVar("Chosen", bound=TrainSettings)
 def changed(settings: Chosen, values: Mapping[str, Value]) -> Chosen:
     """The settings with other values for some; what a setting does not allow is pydantic's `ValidationError`."""
     return type(settings).model_validate_json(json.dumps({**settings.model_dump(mode="json"), **values}))
-
-
-def search_contradictions(recipe: Recipe, contradictions: Callable[[Recipe], Iterable[str]]) -> Iterator[str]:
-    """Sentences about a search that asks for what the recipe does not have or a setting does not allow.
-
-    `contradictions` gives those of a recipe without a search: every end of every range has to pass it.
-    """
-    if recipe.search is None:
-        if recipe.data.validation is not None:
-            yield "data.validation has no effect without a search section"
-        return
-    alone = recipe.model_copy(update={"search": None, "data": recipe.data.model_copy(update={"validation": None})})
-    for method, ranges in recipe.search.methods.items():
-        where = f"search.methods.{method}"
-        section = "align" if method in recipe.align else "ppo"
-        if method not in recipe.methods:
-            yield f"{where} is no method of this recipe{_nearest(method, recipe.methods)}"
-            continue
-        if not ranges:
-            yield f"{where} names no setting to search over"
-        for name, values in ranges.items():
-            sections = getattr(recipe, section)
-            for problem in _range_problems(sections[method], name, values):
-                yield f"{where}.{name}{problem}"
-                break
-            else:
-                for value in values.extremes:
-                    other = {**sections, method: changed(sections[method], {name: value})}
-                    for problem in contradictions(alone.model_copy(update={section: other})):
-                        yield f"{where}.{name} reaches {value!r}, but then {problem}"
-
-
-def _range_problems(settings: TrainSettings, name: str, values: Range) -> Iterator[str]:
-    fields = type(settings).model_fields
-    if name not in fields:
-        yield f" is not a setting of the method{_nearest(name, fields)}"
-    elif name in _FIXED:
-        yield f" cannot be searched over: {_FIXED[name]}"
-    elif values.choices is None and fields[name].annotation not in (int, float, float | None, int | None):
-        yield " is not a number and has no low and high; give choices"
-    else:
-        for value in values.extremes:
-            try:
-                changed(settings, {name: value})
-            except ValidationError as error:
-                message = error.errors()[0]["msg"]
-                yield f" reaches {value!r}, which the setting does not allow: {message[:1].lower() + message[1:]}"
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else f" (there are {', '.join(sorted(candidates))})"

@@ -7,16 +7,16 @@ tokenizer → sft → oracle → preferences → reward → validation → rollo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from exalign.data.batching import Group, group_of
-from exalign.data.reading import read_source
+from exalign.data.batching import group_of
+from exalign.data.reading import each, read_source
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.store import (
     Header,
@@ -28,120 +28,207 @@ from exalign.data.store import (
     shards_of,
     write_records,
 )
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
-from exalign.methods.matching import train_align, with_reference_logp
+from exalign.methods.method import Material, Method
 from exalign.methods.oracle import train_classifier
 from exalign.methods.reward_model import train_reward_model
 from exalign.methods.sft import train_sft
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
+from exalign.models.model_settings import ModelSettings
+from exalign.processes import leads
+from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
-from exalign.rollout.settings import SampleSettings, ScorerSettings
-from exalign.run.evaluation_stages import evaluation_stages
-from exalign.run.on_demand import SHARD, sample_supervised
-from exalign.run.on_policy import rounds_stages
-from exalign.run.ppo_stages import ppo_stages
-from exalign.run.recipe import Recipe
-from exalign.run.runner import Run, Stage, TrainingStage
-from exalign.run.search import method_stages, validation_stage
-from exalign.run.sources import (
-    data_identity,
-    load_run_tokenizer,
-    load_scorer,
-    load_supervised,
-    model_identity,
+from exalign.rollout.settings import SampleSettings
+from exalign.run.evaluating import evaluation_stages, with_ids
+from exalign.run.materials import (
+    LIMITS,
+    SAMPLED,
+    SHARD,
+    Drawing,
+    Scoring,
+    Takes,
+    draw,
+    offline_sampling,
     prompts_of,
-    read_records_of,
-    ready,
-    scorer_identity,
-    scorer_needs,
+    record_training_speed,
+    records_of,
+    run_tokenizer,
+    say_speed,
+    scoring,
+    scoring_at,
     seeded,
-    supervised_needs,
+    supervised,
     supervised_settings,
+    takes_data,
+    takes_prompts,
+    takes_supervised,
+    takes_tokenizer,
     tokenize,
-    trained_limits,
 )
-from exalign.run.speed import record_training_speed
+from exalign.run.recipe import Recipe, holds_out, trained_on
+from exalign.run.search import search_stage, searched_settings, validation_stage
+from exalign.run.view import Stage, View
 from exalign.run.workers import sample_by_workers, score_by_workers
-from exalign.training.settings import AlignSettings
+from exalign.storage import fingerprint, write_json
+from exalign.terminal import shown
+
+SEED = Takes(("seed",))
+OFFLINE = Takes((*SAMPLED, "sample.top_p", "sample.top_k"))
+"""What the samples that methods train on depend on, besides the policy and their number."""
 
 
 def plan(recipe: Recipe) -> list[Stage]:
-    """The stages that a recipe needs, each with what its content depends on."""
-    methods = (*_alignment(recipe), *rounds_stages(recipe), *ppo_stages(recipe))
-    return [*_preparation(recipe), *validation_stage(recipe), *methods, *evaluation_stages(recipe)]
+    """The stages that a recipe needs, each with what it reads."""
+    return [
+        *_preparation(recipe),
+        *validation_stage(recipe),
+        *_samples(recipe),
+        *_methods(recipe),
+        *evaluation_stages(recipe),
+    ]
 
 
 def _preparation(recipe: Recipe) -> Iterator[Stage]:
-    data = recipe.data
-    base = {"seed": recipe.seed, "limits": [data.max_prompt_tokens, data.max_completion_tokens]}
-    tokenizer: tuple[str, ...] = ()
+    data, tokenizer, policy = recipe.data, takes_tokenizer(recipe), takes_supervised(recipe)
+    limited = SEED + Takes(LIMITS)
     if recipe.tokenizer.vocab_size is not None:
-        tokenizer = ("tokenizer",)
-        made_from = [recipe.tokenizer.model_dump(), data_identity(data.sft)]
-        yield Stage("tokenizer", (), lambda: made_from, _tokenizer)
-    model = model_identity(recipe)
-    if recipe.sft is not None:
-        source = data.sft or data.preferences
-        yield TrainingStage("sft", tokenizer, lambda: [base, model, _dump(recipe.sft), data_identity(source)], _sft)
-    supervised = supervised_needs(recipe)
-    if recipe.oracle is not None:
-        labelled = data.labelled
-        yield TrainingStage("oracle", tokenizer, lambda: [base, _dump(recipe.oracle), data_identity(labelled)], _oracle)
+        yield Takes(("tokenizer.vocab_size", "data.sft")).stage("tokenizer", _tokenizer)
+    held_out = Takes(("data.held_out", "evaluate.prompts")) if holds_out(recipe) else Takes()
     if data.preferences is not None:
-        yield Stage("preferences", (), lambda: data_identity(data.preferences), _given_preferences)
-    elif recipe.preferences is not None:
-        scorer = recipe.preferences.scorer
-        inputs = [base, model, recipe.temperature, _dump(recipe.sample), scorer_identity(scorer), *_engine(recipe)]
-        prompts = data_identity(data.prompts)
-        needs = (*supervised, *scorer_needs(scorer))
-        yield Stage("preferences", needs, lambda: [inputs, prompts], _sampled_preferences)
+        yield (takes_data(recipe, "preferences") + held_out).stage("preferences", _given_preferences)
+    if recipe.sft is not None:
+        name = "sft" if data.sft is not None else "preferences"
+        source = takes_data(recipe, name)
+        if name == "preferences" and holds_out(recipe):
+            source += Takes(needs=("preferences",))
+        takes = limited + tokenizer + source + Takes(("model", "sft"))
+        yield takes.stage("sft", partial(_sft, source=name), together=True)
+    if recipe.oracle is not None:
+        own = tokenizer if recipe.oracle.model.source is None else Takes()
+        takes = SEED + own + Takes(("oracle", "data.labelled"))
+        yield takes.stage("oracle", _oracle, together=True)
+    if recipe.preferences is not None:
+        scorer = scoring_at("preferences.scorer", recipe.preferences.scorer)
+        assert scorer is not None
+        takes = policy + OFFLINE + _pool(recipe) + takes_data(recipe, "prompts") + scorer.takes
+        yield takes.stage("preferences", partial(_sampled_preferences, scorer=scorer))
     if recipe.reward is not None:
-        started = (*supervised, "preferences")
-        yield TrainingStage("reward", started, lambda: [base, model, _dump(recipe.reward)], _reward)
+        started = policy if recipe.reward.model is None else Takes()
+        takes = limited + started + Takes(("reward",), ("preferences",))
+        yield takes.stage("reward", _reward, together=True)
 
 
-def _alignment(recipe: Recipe) -> Iterator[Stage]:
-    data, supervised = recipe.data, supervised_needs(recipe)
-    at_once = {method: settings for method, settings in recipe.align.items() if settings.rounds == 1}
-    targets = {settings.target for settings in at_once.values()}
-    base = [recipe.seed, recipe.temperature, data.max_prompt_tokens, data.max_completion_tokens]
-    model = model_identity(recipe)
-    if "reward" in targets and data.rewards is not None:
-        yield Stage("scored", (), lambda: data_identity(data.rewards), _given_rewards)
-    elif "reward" in targets:
-        needs = supervised if data.prompts is not None else (*supervised, "preferences")
-        prompts = data_identity(data.prompts)
-        drawn = [base, model, _dump(recipe.sample), prompts, *_engine(recipe)]
-        yield Stage("rollouts", needs, lambda: drawn, _rollouts)
-        scorer = recipe.score.scorer
-        yield Stage("scored", ("rollouts", *scorer_needs(scorer)), lambda: scorer_identity(scorer), _scored)
-    for name, settings in {reference_name(settings): settings for settings in at_once.values()}.items():
-        source = "preferences" if settings.target == "preference" else "scored"
-        work = partial(_reference, source=source, precision=settings.precision)
-        yield Stage(name, (*supervised, source), lambda: [base, model], work)
-    for method, settings in at_once.items():
-        needs = (*supervised, reference_name(settings))
-        yield from method_stages(recipe, method, needs, [base, model], _align)
+def _pool(recipe: Recipe) -> Takes:
+    """The workers that sample and score, where there are any."""
+    return Takes() if recipe.cluster is None else Takes(("cluster",))
 
 
-def _engine(recipe: Recipe) -> list[str]:
-    """What draws the samples, where it is not what draws them everywhere; how many workers do it changes nothing."""
-    return ["vllm"] if recipe.cluster is not None and recipe.cluster.vllm is not None else []
+def _samples(recipe: Recipe) -> Iterator[Stage]:
+    """Samples and their rewards for the methods that train on them, and log π_sft of whatever methods train on."""
+    policy, wanted = takes_supervised(recipe), trained_on(recipe)
+    if "rewards" in wanted and recipe.data.rewards is not None:
+        yield takes_data(recipe, "rewards").stage("scored", _given_rewards)
+    elif "rewards" in wanted:
+        drawn = policy + OFFLINE + Takes(("sample.num_completions",)) + _pool(recipe) + takes_prompts(recipe)
+        yield drawn.stage("rollouts", _rollouts)
+        scorer = scoring(recipe)
+        assert scorer is not None
+        takes = scorer.takes + _pool(recipe) + Takes(needs=("rollouts",))
+        yield takes.stage("scored", partial(_scored, scorer=scorer))
+    done: set[str] = set()
+    for method in recipe.align.values():
+        name = reference_of(method)
+        if name is not None and name not in done:
+            done.add(name)
+            source = "preferences" if method.trains_on == "preferences" else "scored"
+            takes = policy + Takes(("temperature", *LIMITS), (source,))
+            yield takes.stage(name, partial(_reference, source=source, precision=method.precision))
 
 
-def _dump(settings: Any) -> Any:
-    return None if settings is None else settings.model_dump(mode="json")
+def reference_of(method: Method) -> str | None:
+    """The stage whose log π_sft a method reads: by what it trains on, and by the precision it trains in."""
+    kind = {"preferences": "preference", "rewards": "reward"}.get(method.trains_on)
+    precision = "" if method.precision == "fp32" else f"-{method.precision}"
+    return None if kind is None else f"reference/{kind}{precision}"
 
 
-def _tokenizer(run: Run, folder: Path, counts: Counter[str]) -> None:
-    assert run.recipe.data.sft is not None and run.recipe.tokenizer.vocab_size is not None
-    whole = run.recipe.data.sft.model_copy(update={"prompt_tokens": None})  # nothing can be split by tokens yet
-    texts = (text for record in read_records_of(whole, run, counts) for text in texts_of(record))
-    tokenizer = build_tokenizer(texts, vocab_size=run.recipe.tokenizer.vocab_size)
-    tokenizer.save_pretrained(folder)
-    counts["tokens_in_vocabulary"] = len(tokenizer)
+def _methods(recipe: Recipe) -> Iterator[Stage]:
+    """A stage align/NAME for every method, after search/NAME where the recipe searches for its settings."""
+    for name, method in recipe.align.items():
+        takes = takes_supervised(recipe) + SEED + Takes(("temperature", f"align.{name}"))
+        reference, critic = reference_of(method), None
+        if reference is not None:
+            takes += Takes(needs=(reference,))
+            if method.trains_on == "rewards" and recipe.data.rewards is None:
+                takes += Takes(("sample.top_p", "sample.top_k"))
+        else:
+            scorer = scoring(recipe)
+            assert scorer is not None
+            takes += OFFLINE + Takes(("sample.num_completions",)) + scorer.takes + takes_prompts(recipe)
+            if method.wants_critic and recipe.reward is not None and recipe.reward.model is None:
+                takes += Takes(needs=("reward",))
+                critic = "reward"
+        material = partial(_material, reference=reference, scorer=scoring(recipe), critic=critic)
+        searched = recipe.search is not None and name in recipe.search.methods
+        if searched:
+            yield search_stage(recipe, name, takes, material)
+            takes += Takes(needs=(f"search/{name}",))
+        yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
+
+
+def _material(view: View, *, reference: str | None, scorer: Scoring | None, critic: str | None) -> Material:
+    """What a method trains with: new at every call, as training changes it."""
+    recipe, tokenizer = view.recipe, run_tokenizer(view)
+    policy = supervised(view, tokenizer, trainable=True)
+    common = {"policy": policy, "tokenizer": tokenizer, "temperature": recipe.temperature, "counts": view.counts}
+    if reference is not None:
+        records = read_records(view.path(reference, "records"))
+        # Cut draws come from something else than π_sft at τ, which the objective then corrects for.
+        sampled = "sample.top_p" in view.stage.reads
+        corrected = sampled and (recipe.sample.top_p is not None or recipe.sample.top_k is not None)
+        groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
+        view.counts["prompts"] = len(groups)
+        view.counts["completions"] = sum(group.num_completions for group in groups)
+        return Material(groups=groups, **common)  # type: ignore[arg-type]
+    assert scorer is not None
+    started = supervised_settings(view)
+    own = started if critic is None else ModelSettings(source=str(view.path(critic, "model")), dtype=started.dtype)
+    return Material(
+        prompts=prompts_of(view),
+        sampling=offline_sampling(view, recipe.sample.num_completions),
+        scorer=scorer.load(view),
+        reference=supervised(view, tokenizer),
+        critic=own,
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def _align(view: View, *, name: str, material: partial[Material]) -> None:
+    """Train a method with its settings, or with those of its search's best trial, whose weights it takes over."""
+    method = view.recipe.align[name]
+    if view.has(f"search/{name}"):
+        method = searched_settings(view, name, method)
+    if leads():
+        write_json(view.folder / "method.json", method.described())
+    settings = seeded(method, view.recipe)
+    torch.manual_seed(settings.seed)
+    given = material(view)
+    settings.train(given, view.folder)
+    if given.groups:
+        record_training_speed(view, view.folder, given.policy, given.groups, settings)
+
+
+def _tokenizer(view: View) -> None:
+    settings = view.recipe.tokenizer
+    assert settings.vocab_size is not None
+    assert view.recipe.data.sft is not None
+    whole = [one.model_copy(update={"prompt_tokens": None}) for one in each(view.recipe.data.sft)]
+    texts = (text for record in read_source(whole, view.counts) for text in texts_of(record))
+    tokenizer = build_tokenizer(texts, vocab_size=settings.vocab_size)
+    tokenizer.save_pretrained(view.folder)
+    view.counts["tokens_in_vocabulary"] = len(tokenizer)
 
 
 def texts_of(record: Record) -> list[str]:
@@ -149,17 +236,18 @@ def texts_of(record: Record) -> list[str]:
     return [text for text in (prompt, *(completion.text for completion in record.completions)) if text]
 
 
-def _sft(run: Run, folder: Path, counts: Counter[str]) -> None:
-    recipe = run.recipe
-    source = recipe.data.sft or recipe.data.preferences
-    assert source is not None and recipe.sft is not None
-    records = [preferred_only(record) for record in read_records_of(source, run, counts)]
-    tokenizer = load_run_tokenizer(run)
-    groups = tokenize(run, records, tokenizer, counts)
+def _sft(view: View, *, source: str) -> None:
+    recipe, records = view.recipe, records_of(view, source)
+    if view.has("preferences"):
+        kept = {fingerprint(record.prompt) for record in read_records(view.path("preferences", "held-out"))}
+        records = (record for record in records if fingerprint(record.prompt) not in kept)
+    tokenizer = run_tokenizer(view)
+    groups = tokenize(view, [preferred_only(record) for record in records], tokenizer)
     torch.manual_seed(recipe.seed)
     model = load_policy(recipe.model, tokenizer)
-    train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), folder)
-    record_training_speed(run, folder, model, groups, recipe.sft)
+    assert recipe.sft is not None
+    train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), view.folder)
+    record_training_speed(view, view.folder, model, groups, recipe.sft)
 
 
 def preferred_only(record: Record) -> Record:
@@ -170,30 +258,24 @@ def preferred_only(record: Record) -> Record:
     return record if best is None else replace(record, completions=(record.completions[best],), preferred=None)
 
 
-def _oracle(run: Run, folder: Path, counts: Counter[str]) -> None:
-    recipe = run.recipe
-    assert recipe.oracle is not None and recipe.data.labelled is not None
+def _oracle(view: View) -> None:
+    recipe, settings = view.recipe, view.recipe.oracle
+    assert settings is not None
+    own = settings.model
     tokenizer = (
-        load_run_tokenizer(run)
-        if recipe.oracle.model.source is None
-        else load_tokenizer(recipe.oracle.model.source, trust_remote_code=recipe.oracle.model.trust_remote_code)
+        run_tokenizer(view)
+        if own.source is None
+        else load_tokenizer(own.source, trust_remote_code=own.trust_remote_code)
     )
-    records = list(read_source(recipe.data.labelled, counts, tokenizer))
+    assert recipe.data.labelled is not None
+    records = list(read_source(recipe.data.labelled, view.counts, tokenizer))
     labels = [labels_of(record) for record in records]
-    groups = list(
-        tokenize_records(
-            records,
-            tokenizer,
-            max_prompt_tokens=recipe.oracle.max_tokens,
-            max_completion_tokens=recipe.oracle.max_tokens,
-            counts=counts,
-        )
-    )
+    groups = tokenize(view, records, tokenizer, longest=settings.max_tokens)
     torch.manual_seed(recipe.seed)
-    model = load_classifier(recipe.oracle.model, tokenizer)
-    keep_limits(model, trained_limits(recipe, "oracle"))
-    train_classifier(model, tokenizer, groups, labels, seeded(recipe.oracle, recipe), folder)
-    record_training_speed(run, folder, model, groups, recipe.oracle)
+    model = load_classifier(own, tokenizer)
+    keep_limits(model, TokenLimits(max_prompt_tokens=settings.max_tokens, max_completion_tokens=settings.max_tokens))
+    train_classifier(model, tokenizer, groups, labels, seeded(settings, recipe), view.folder)
+    record_training_speed(view, view.folder, model, groups, settings)
 
 
 def labels_of(record: Record) -> int:
@@ -203,13 +285,41 @@ def labels_of(record: Record) -> int:
     return int(record.rewards[0])
 
 
-def _given_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
-    source = run.recipe.data.preferences
-    assert source is not None
-    records = [pair for record in read_records_of(source, run, counts) for pair in preferences_of(record, counts)]
-    if not records:
-        raise InputError(f"{source.source} prefers no completion to another.")
-    write_records(folder / "records", records, Header(counts=dict(counts)))
+def _given_preferences(view: View) -> None:
+    pairs = [pair for record in records_of(view, "preferences") for pair in preferences_of(record, view.counts)]
+    if not pairs:
+        raise InputError("data.preferences: no row prefers a completion to another.")
+    if "data.held_out" in view.stage.reads:
+        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.prompts)
+        view.counts["held_out_pairs"] = len(kept)
+        write_records(view.folder / "held-out", kept, Header(counts={"held_out_pairs": len(kept)}))
+        view.console.print(
+            shown(
+                f"  {len(kept):,} of {len(kept) + len(pairs):,} pairs are held out for the evidence and never trained "
+                "on (data.held_out; data.evaluation names other ones)",
+                "dim",
+            ),
+            soft_wrap=True,
+        )
+    write_records(view.folder / "records", pairs, Header(counts=dict(view.counts)))
+
+
+def _held_out(pairs: Sequence[Record], share: float, most: int) -> tuple[list[Record], list[Record]]:
+    """The pairs less those of a share of the prompts, and these: the prompts whose content has the least hashes.
+
+    So a prompt that is held out stays so when rows are added, moved or shuffled; no prompt is on both sides.
+    """
+    prints = [fingerprint(["held out", pair.prompt]) for pair in pairs]
+    different = sorted(set(prints))
+    if len(different) < 2:
+        raise InputError(
+            "data.preferences has one prompt, so none can be held out; give data.evaluation, or more preferences."
+        )
+    kept = set(different[: min(max(round(share * len(different)), 1), most)])
+    sides: tuple[list[Record], list[Record]] = [], []
+    for pair, found in zip(pairs, prints, strict=True):
+        sides[found in kept].append(pair)
+    return sides
 
 
 def preferences_of(record: Record, counts: Counter[str]) -> Iterator[Record]:
@@ -225,117 +335,84 @@ def preferences_of(record: Record, counts: Counter[str]) -> Iterator[Record]:
         )
 
 
-def _sampled_preferences(run: Run, folder: Path, counts: Counter[str]) -> None:
+def _sampled_preferences(view: View, *, scorer: Scoring) -> None:
     """Two samples of π_sft per prompt, ordered by the scorer."""
-    recipe = run.recipe
-    assert recipe.preferences is not None
-    settings = recipe.sample.model_copy(update={"num_completions": 2})
-    drawn = folder / "samples"
-    _sample(run, settings, drawn, "preferences", counts)
-    counts.update(_score(run, recipe.preferences.scorer, drawn, folder / "scored"))
-    pairs = list(pairs_from_rewards(iter_records(folder / "scored"), counts))
+    settings = offline_sampling(view, 2)
+    drawn = view.folder / "samples"
+    _sample(view, settings, drawn, "preferences")
+    view.counts.update(_score(view, scorer, drawn, view.folder / "scored"))
+    pairs = list(pairs_from_rewards(iter_records(view.folder / "scored"), view.counts))
     if not pairs:
         raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
-    write_records(folder / "records", pairs, replace(read_header(drawn), counts=dict(counts)))
+    write_records(view.folder / "records", pairs, replace(read_header(drawn), counts=dict(view.counts)))
 
 
-def _reward(run: Run, folder: Path, counts: Counter[str]) -> None:
-    recipe = run.recipe
-    assert recipe.reward is not None
-    settings = recipe.reward.model or supervised_settings(run)
-    tokenizer = load_run_tokenizer(run) if recipe.reward.model is None else load_tokenizer(str(settings.source))
-    groups = tokenize(run, read_records(run.path("preferences", "records")), tokenizer, counts)
+def _reward(view: View) -> None:
+    recipe, settings = view.recipe, view.recipe.reward
+    assert settings is not None
+    started = settings.model or supervised_settings(view)
+    tokenizer = run_tokenizer(view) if settings.model is None else load_tokenizer(str(started.source))
+    groups = tokenize(view, read_records(view.path("preferences", "records")), tokenizer)
     torch.manual_seed(recipe.seed)
-    model = load_reward_model(settings, tokenizer)
-    keep_limits(model, trained_limits(recipe, "reward"))
-    train_reward_model(model, tokenizer, groups, seeded(recipe.reward, recipe), folder)
-    record_training_speed(run, folder, model, groups, recipe.reward)
+    model = load_reward_model(started, tokenizer)
+    data = recipe.data
+    limits = TokenLimits(max_prompt_tokens=data.max_prompt_tokens, max_completion_tokens=data.max_completion_tokens)
+    keep_limits(model, limits)
+    train_reward_model(model, tokenizer, groups, seeded(settings, recipe), view.folder)
+    record_training_speed(view, view.folder, model, groups, settings)
 
 
-def _rollouts(run: Run, folder: Path, counts: Counter[str]) -> None:
-    _sample(run, run.recipe.sample, folder / "records", "rollouts", counts)
+def _rollouts(view: View) -> None:
+    settings = offline_sampling(view, view.recipe.sample.num_completions)
+    _sample(view, settings, view.folder / "records", "rollouts")
 
 
-def _sample(run: Run, settings: SampleSettings, folder: Path, purpose: str, counts: Counter[str]) -> None:
+def _sample(view: View, settings: SampleSettings, folder: Path, purpose: str) -> None:
     """Samples of π_sft for all prompts, by the recipe's workers or by this process."""
-    if run.recipe.cluster is not None:
-        sample_by_workers(run, run.recipe.cluster, settings, folder=folder, purpose=purpose, counts=counts)
-    else:
-        counts.update(sample_supervised(run, prompts_of(run, counts), settings, folder=folder, purpose=purpose))
+    if "cluster" in view.stage.reads:
+        sample_by_workers(view, settings, folder=folder, purpose=purpose)
+        return
+    tokenizer = run_tokenizer(view)
+    draw(view, Drawing(supervised(view, tokenizer), tokenizer, settings, purpose), prompts_of(view), folder)
+    say_speed(view, view.folder)
 
 
-def _scored(run: Run, folder: Path, counts: Counter[str]) -> None:
-    counts.update(_score(run, run.recipe.score.scorer, run.path("rollouts", "records"), folder / "records"))
-    counts["completions"] = sum(len(record.completions) for record in iter_records(folder / "records"))
+def _scored(view: View, *, scorer: Scoring) -> None:
+    view.counts.update(_score(view, scorer, view.path("rollouts", "records"), view.folder / "records"))
+    view.counts["completions"] = sum(len(record.completions) for record in iter_records(view.folder / "records"))
 
 
-def _score(run: Run, settings: ScorerSettings, source: Path, target: Path) -> Counter[str]:
+def _score(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[str]:
     """The records of `source` with their rewards, by the recipe's workers or by this process; what the scorer cut."""
-    if run.recipe.cluster is not None:
-        return score_by_workers(run, run.recipe.cluster, settings, source, target)
-    scorer = load_scorer(settings, run)
+    if "cluster" in view.stage.reads:
+        return score_by_workers(view, scorer, source, target)
+    loaded = scorer.load(view)
     with RecordWriter(target, shard_size=SHARD) as writer:
         for shard in shards_of(source)[-(-writer.written // SHARD) :]:
             cut: Counter[str] = Counter()
-            writer.write_shard(scored(scorer, list(iter_shard(shard)), cut), cut)
+            writer.write_shard(scored(loaded, list(iter_shard(shard)), cut), cut)
         writer.close(read_header(source).with_counts(writer.counts))
     return writer.counts
 
 
-def _given_rewards(run: Run, folder: Path, counts: Counter[str]) -> None:
-    source = run.recipe.data.rewards
-    assert source is not None
-    records = read_records_of(source, run, counts)
+def _given_rewards(view: View) -> None:
+    records = list(records_of(view, "rewards"))
     for record in records:
         if record.rewards is None:
-            raise InputError(f"{source.source}: row {record.id} has no rewards (prompt, completions, rewards).")
-    write_records(folder / "records", records, Header(counts=dict(counts)))
+            raise InputError(f"data.rewards: row {record.id} has no rewards (prompt, completions, rewards).")
+    write_records(view.folder / "records", records, Header(counts=dict(view.counts)))
 
 
-def reference_name(settings: AlignSettings) -> str:
-    """The stage whose log π_sft a method reads: by its target, and by the precision it trains in."""
-    return f"reference/{settings.target}" + ("" if settings.precision == "fp32" else f"-{settings.precision}")
-
-
-def _reference(
-    run: Run, folder: Path, counts: Counter[str], *, source: str, precision: Literal["fp32", "bf16"]
-) -> None:
+def _reference(view: View, *, source: str, precision: Literal["fp32", "bf16"]) -> None:
     """Token ids and log π_sft of everything that is aligned on, by the code path that training uses."""
-    tokenizer = load_run_tokenizer(run)
-    records = read_records(run.path(source, "records"))
-    groups = tokenize(run, records, tokenizer, counts)
-    model = ready(load_supervised(run, tokenizer))
-    settings = AlignSettings(precision=precision)
-    groups = with_reference_logp(model, groups, settings, temperature=run.recipe.temperature)
-    done = [with_reference(records[group.index], group) for group in groups]
-    write_records(folder / "records", done, Header(temperature=run.recipe.temperature, counts=dict(counts)))
-    counts["groups"] = len(done)
-
-
-def with_reference(record: Record, group: Group) -> Record:
-    """The record with the token ids that the model saw and log π_sft of each completion."""
-    assert group.reference_logp is not None
-    completions = tuple(
-        replace(completion, token_ids=tuple(ids.tolist()), reference_logprob=float(value))
-        for completion, ids, value in zip(record.completions, group.completion_ids, group.reference_logp, strict=True)
-    )
-    return replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions)
-
-
-def _align(run: Run, folder: Path, counts: Counter[str], settings: AlignSettings) -> None:
-    recipe = run.recipe
-    tokenizer = load_run_tokenizer(run)
-    records = read_records(run.path(reference_name(settings), "records"))
-    corrected = settings.target == "reward" and recipe.data.rewards is None and is_truncated(recipe.sample)
-    groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
-    torch.manual_seed(settings.seed)
-    model = load_supervised(run, tokenizer, trainable=True)
-    train_align(model, tokenizer, groups, settings, folder, temperature=recipe.temperature)
-    record_training_speed(run, folder, model, groups, settings)
-    counts["prompts"] = len(groups)
-    counts["completions"] = sum(group.num_completions for group in groups)
-
-
-def is_truncated(settings: SampleSettings) -> bool:
-    """Whether completions were drawn from something else than π_sft at τ, which the objective then corrects for."""
-    return settings.top_p is not None or settings.top_k is not None
+    tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
+    records = read_records(view.path(source, "records"))
+    known = with_ids(records, tokenize(view, records, tokenizer))
+    model = supervised(view, tokenizer)
+    done: list[Record] = []
+    numerics = Numerics(temperature, Method.model_fields["token_budget"].default, precision)
+    for start in range(0, len(known), SHARD):
+        part = known[start : start + SHARD]
+        done += with_logprobs(part, model, "reference_logprob", numerics)
+    write_records(view.folder / "records", done, Header(temperature=temperature, counts=dict(view.counts)))
+    view.counts["groups"] = len(done)

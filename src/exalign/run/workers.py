@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,114 +19,116 @@ from rich.console import Console
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, counted_in, iter_shard, read_header, shards_of
 from exalign.data.store import write_header as close
+from exalign.models.model_settings import ModelSettings
+from exalign.rollout.rollout import Numerics, rollout, with_logprobs
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorers import scored
-from exalign.rollout.settings import SampleSettings, ScorerSettings, VLLMSettings
+from exalign.rollout.settings import SampleSettings, VLLMSettings
 from exalign.rollout.vllm import VLLMSampler, engine_arguments
 from exalign.run.cluster import ShardWork, map_shards
-from exalign.run.cluster_settings import ClusterSettings
-from exalign.run.on_demand import (
+from exalign.run.materials import (
     SHARD,
-    purpose_seed,
-    sample_settings,
-    sampled_logprobs,
-    samples_header,
-)
-from exalign.run.recipe import Recipe
-from exalign.run.runner import Run
-from exalign.run.sources import (
+    Scoring,
     iter_prompts,
-    load_run_tokenizer,
-    load_scorer,
-    load_supervised,
-    ready,
+    purpose_seed,
+    run_tokenizer,
+    samples_header,
+    supervised,
     supervised_settings,
 )
+from exalign.run.recipe import ClusterSettings
+from exalign.run.view import View
 from exalign.terminal import shown
 
 CHECKED = 8
 """Records whose log-probabilities under vLLM are compared with the training path's."""
 
 
-def sample_by_workers(
-    run: Run, cluster: ClusterSettings, settings: SampleSettings, *, folder: Path, purpose: str, counts: Counter[str]
-) -> None:
+def sample_by_workers(view: View, settings: SampleSettings, *, folder: Path, purpose: str) -> None:
     """Write samples of π_sft to `folder`, continuing what stands there, and count what was read and drawn."""
-    prompts = folder.with_name("prompts")
-    _write_prompts(run, prompts, counts)
-    given = (run.recipe, run.folder.resolve(), settings, purpose)
-    map_shards(prompts, folder, partial(_sampling, *given), cluster)
+    cluster, prompts = _cluster(view), folder.with_name("prompts")
+    _write_prompts(view, prompts)
+    map_shards(prompts, folder, partial(_sampling, _for_workers(view), settings, purpose), cluster)
     drawn = counted_in(folder)
     if cluster.vllm is not None:
-        _check_logprobs(run, folder, settings, cluster.vllm, drawn)
+        _check_logprobs(view, folder, settings, cluster.vllm, drawn)
     sampler = GroupedSampler if cluster.vllm is None else VLLMSampler
-    close(folder, samples_header(run, settings, sampler, purpose, drawn))
-    counts.update(drawn)
+    close(folder, samples_header(view, settings, sampler, purpose).with_counts(drawn))
+    view.counts.update(drawn)
     shutil.rmtree(prompts)
 
 
-def score_by_workers(
-    run: Run, cluster: ClusterSettings, settings: ScorerSettings, source: Path, target: Path
-) -> Counter[str]:
+def score_by_workers(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[str]:
     """Write the records of `source` with the scorer's rewards to `target`, continuing what stands there.
 
     Returns what the scorer cut.
     """
-    map_shards(source, target, partial(_scoring, run.recipe, run.folder.resolve(), settings), cluster)
+    map_shards(source, target, partial(_scoring, _for_workers(view), scorer), _cluster(view))
     cut = counted_in(target)
     close(target, read_header(source).with_counts(cut))
     return cut
 
 
-def _write_prompts(run: Run, folder: Path, counts: Counter[str]) -> None:
+def _cluster(view: View) -> ClusterSettings:
+    assert view.recipe.cluster is not None
+    return view.recipe.cluster
+
+
+def _for_workers(view: View) -> View:
+    """The view as it can be sent to another process, which may stand in another folder."""
+    return replace(view, run=view.run.resolve(), console=None, counts=Counter())  # type: ignore[arg-type]
+
+
+def _write_prompts(view: View, folder: Path) -> None:
     """The prompts as shards for the workers, read as a stream; once per stage."""
     if not (folder / "header.json").exists():
         found: Counter[str] = Counter()
         with RecordWriter(folder, shard_size=SHARD) as writer:
-            for record in islice(iter_prompts(run, found), writer.written, None):
+            for record in islice(iter_prompts(view, found), writer.written, None):
                 writer.write(record)
             writer.close(Header(counts=dict(found)))
-    counts.update(read_header(folder).counts)
+    view.counts.update(read_header(folder).counts)
 
 
-def _sampling(recipe: Recipe, folder: Path, settings: SampleSettings, purpose: str) -> ShardWork:
+def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
     """What a worker holds to sample: the model with its sampler."""
-    run = Run(recipe, folder, Console(quiet=True))
-    tokenizer, whole = load_run_tokenizer(run), sample_settings(run, settings)
-    numbers = {"temperature": recipe.temperature, "seed": purpose_seed(run, purpose)}
+    view = replace(view, console=Console(quiet=True))
+    recipe, tokenizer, cluster = view.recipe, run_tokenizer(view), _cluster(view)
+    numbers = {"temperature": recipe.temperature, "seed": purpose_seed(view, purpose)}
     sampler: GroupedSampler | VLLMSampler
-    if recipe.cluster is not None and recipe.cluster.vllm is not None:
-        gpus = recipe.cluster.gpus_per_worker or 1
-        engine = engine_arguments(recipe.cluster.vllm, whole, dtype=recipe.model.dtype, gpus=gpus)
-        source = Path(str(supervised_settings(run).source))
-        sampler = VLLMSampler(source, tokenizer, whole, engine=engine, **numbers)  # type: ignore[arg-type]
+    if cluster.vllm is not None:
+        started: ModelSettings = supervised_settings(view)
+        engine = engine_arguments(cluster.vllm, settings, dtype=started.dtype, gpus=cluster.gpus_per_worker or 1)
+        sampler = VLLMSampler(Path(str(started.source)), tokenizer, settings, engine=engine, **numbers)  # type: ignore[arg-type]
     else:
-        model = ready(load_supervised(run, tokenizer))
-        sampler = GroupedSampler(model, tokenizer, whole, **numbers)  # type: ignore[arg-type]
+        sampler = GroupedSampler(supervised(view, tokenizer), tokenizer, settings, **numbers)  # type: ignore[arg-type]
 
     def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
-        before = Counter(sampler.counts)
-        return list(sampler.sample(records)), sampler.counts - before
+        counts: Counter[str] = Counter()
+        return rollout(records, sampler, counts, Numerics(recipe.temperature)), counts
 
     return work
 
 
-def _scoring(recipe: Recipe, folder: Path, settings: ScorerSettings) -> ShardWork:
+def _scoring(view: View, scorer: Scoring) -> ShardWork:
     """What a worker holds to score: the scorer."""
-    scorer = load_scorer(settings, Run(recipe, folder, Console(quiet=True)))
+    loaded = scorer.load(replace(view, console=Console(quiet=True)))
 
     def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         cut: Counter[str] = Counter()
-        return scored(scorer, records, cut), cut
+        return scored(loaded, records, cut), cut
 
     return work
 
 
-def _check_logprobs(run: Run, folder: Path, settings: SampleSettings, vllm: VLLMSettings, counts: Counter[str]) -> None:
+def _check_logprobs(
+    view: View, folder: Path, settings: SampleSettings, vllm: VLLMSettings, counts: Counter[str]
+) -> None:
     """Compare some log-probabilities of the engine with those of the training path, and say where they differ."""
     records = list(islice(iter_shard(shards_of(folder)[0]), CHECKED))
-    tokenizer = load_run_tokenizer(run)
-    values = sampled_logprobs(run, ready(load_supervised(run, tokenizer)), tokenizer, records)
+    model = supervised(view, run_tokenizer(view))
+    known = with_logprobs(records, model, "reference_logprob", Numerics(view.recipe.temperature))
+    values = [[float(c.reference_logprob or 0.0) for c in record.completions] for record in known]
     truncated = settings.top_p is not None or settings.top_k is not None
     gaps = logprob_gaps(records, values, truncated=truncated)
     counts["logprobs_checked"] = len(gaps)
@@ -136,7 +139,7 @@ def _check_logprobs(run: Run, folder: Path, settings: SampleSettings, vllm: VLLM
             f"path's by more than {vllm.logprob_limit} nats per token (at most {max(gaps):.3f}): what was sampled is "
             "not what the recipe's model gives; compare dtype and temperature before you align on these samples."
         )
-        run.console.print(shown(text, "bold red"), soft_wrap=True)
+        view.console.print(shown(text, "bold red"), soft_wrap=True)
 
 
 def logprob_gaps(records: Sequence[Record], values: Sequence[Sequence[float]], *, truncated: bool) -> list[float]:

@@ -32,7 +32,7 @@ from exalign.models.memory import TooLargeError
 from exalign.processes import gathered, number
 from exalign.storage import read_json, read_object, write_json
 from exalign.training.checkpoint import METRICS, drop_checkpoints, rows_up_to
-from exalign.training.settings import ADJUSTABLE
+from exalign.training.train_settings import ADJUSTABLE
 
 KEEP_SKIPPED = 20
 """Batches of skipped steps that are kept. What a sick run skips is much of the same; `metrics.jsonl` counts it all."""

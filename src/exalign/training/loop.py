@@ -31,7 +31,7 @@ from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.redaction import redact_values
-from exalign.settings import Settings
+from exalign.settings import NO_RESULT, Settings
 from exalign.storage import fingerprint, remove_leftovers
 from exalign.terminal import escape_controls, shown
 from exalign.training.batches import Batches, saved_steps
@@ -54,7 +54,7 @@ from exalign.training.guards import (
     smaller_budget,
     with_recoveries,
 )
-from exalign.training.settings import ADJUSTABLE, WITHOUT_EFFECT_ON_RESULTS, TrainSettings
+from exalign.training.train_settings import ADJUSTABLE, TrainSettings
 
 LINE_SECONDS = 30.0
 """Between two lines about a training where there is no terminal for a bar."""
@@ -278,7 +278,7 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
 def _start(trainer: _Trainer) -> Position:
     """Where the last checkpoint left model and optimizer."""
     folder, batches = trainer.folder, trainer.task.batches
-    deciding = trainer.settings.model_dump(exclude=WITHOUT_EFFECT_ON_RESULTS)
+    deciding = trainer.settings.model_dump(exclude=trainer.settings.marked(NO_RESULT))
     settled = {name: value for name, value in deciding.items() if name not in ADJUSTABLE}
     made_from = {"batches": batches.fingerprint, "steps": len(batches)}
     position = load_checkpoint(

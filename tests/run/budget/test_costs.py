@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exalign.data.batching import Group
+from exalign.methods.matching import Matching
 from exalign.models.flops import forward_flops, training_flops
 from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
@@ -32,7 +33,6 @@ from exalign.run.budget.memory import (
     training_state,
 )
 from exalign.training.loop import adamw, set_learning_rate
-from exalign.training.settings import AlignSettings
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4},
@@ -106,7 +106,7 @@ def test_counts_without_weights_are_those_of_the_real_model(model_type: str, lor
 def test_operations_are_the_necessary_work_of_all_groups(lora: LoraSettings | None) -> None:
     real, groups = tiny("qwen2", lora), groups_of(LOAD)
     model = Architecture("tiny", real, "")
-    settings = AlignSettings(epochs=3)
+    settings = Matching(epochs=3)
     assert training_cost("", [model], settings, LOAD, machine()).flops == 3 * training_flops(real, groups)
     assert forward_cost("", model, LOAD, machine(), token_budget=64).flops == forward_flops(real, groups)
     assert sampling_cost("", model, LOAD, SampleSettings(), machine()).flops == forward_flops(real, groups)
@@ -164,7 +164,7 @@ def saved(model: nn.Module, precision: str) -> Iterator[torch.Tensor]:
 def test_activations_are_what_autograd_keeps(model_type: str, precision: Any) -> None:
     real = tiny(model_type)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved(real, precision))
-    model, settings = Architecture("tiny", real, ""), AlignSettings(precision=precision)
+    model, settings = Architecture("tiny", real, ""), Matching(precision=precision)
     copies = model.half_copies if precision == "bf16" else 0
     planned = training_activations(model, settings, LOAD.tokens) - KEPT_BYTES - TILE_BYTES
     assert measured == pytest.approx(planned + copies, rel=0.1)
@@ -178,7 +178,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks(precision: Any) -> None:
         real.gradient_checkpointing_enable({"use_reentrant": False})
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved(real, precision))
     model = Architecture("tiny", real, "")
-    settings = AlignSettings(precision=precision, gradient_checkpointing=True)
+    settings = Matching(precision=precision, gradient_checkpointing=True)
     size, inputs = (2, model.cast_inputs) if precision == "bf16" else (4, model.shared_inputs)
     one_block = LOAD.tokens * block_activations(model, size, inputs)  # recomputed later, in the backward pass
     planned = training_activations(model, settings, LOAD.tokens) - KEPT_BYTES - TILE_BYTES - one_block

@@ -29,7 +29,7 @@ from exalign.run.budget.memory import (
     training_memory,
 )
 from exalign.run.on_demand import SHARD
-from exalign.training.settings import TrainSettings
+from exalign.training.train_settings import TrainSettings
 
 OPERATIONS_PER_LAYER, OPERATIONS_PER_GROUP = 12, 22
 """Operations that a decoding step starts in a block, and in each block for each group that runs (read off the code)."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from exalign.errors import InputError
 from exalign.run.budget.assumptions import Assumptions
-from exalign.run.messages import nearest
+from exalign.run.recipe import nearest
 
 NODE = 8
 """Devices that the link connects; beyond them the network does."""

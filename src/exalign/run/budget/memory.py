@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
 from exalign.run.budget.architecture import Architecture
 from exalign.run.budget.load import Load
-from exalign.training.settings import TrainSettings
+from exalign.training.train_settings import TrainSettings
 
 _FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
 

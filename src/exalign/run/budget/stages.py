@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exalign.methods.ppo import PPO
 from exalign.models.loading import load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import OneScorer, ScorerSettings
@@ -23,11 +24,11 @@ from exalign.run.budget.devices import Machine
 from exalign.run.budget.load import Load, Loads
 from exalign.run.budget.memory import Memory, sampling_memory, training_memory
 from exalign.run.evaluation_stages import evaluation_scorer
-from exalign.run.recipe import PPOStageSettings, Recipe
-from exalign.run.sources import SCORING_TOKENS
+from exalign.run.materials import SCORING_TOKENS
+from exalign.run.recipe import Recipe
 from exalign.run.stages import plan, reference_name
 from exalign.training.batches import saved_steps
-from exalign.training.settings import TrainSettings
+from exalign.training.train_settings import TrainSettings
 
 SCORER_TOKENS = 4096
 """Tokens that a scorer computes at a time."""
@@ -263,7 +264,7 @@ class _Pricing:
         settings = self.recipe.reward.model or self.recipe.model
         return self.model(settings if trained else _loaded(settings), "reward model")
 
-    def critic(self, settings: PPOStageSettings) -> Architecture:
+    def critic(self, settings: PPO) -> Architecture:
         return self.model(settings.critic or self.recipe.model, "reward model")
 
     def model(self, settings: ModelSettings, kind: Kind) -> Architecture:

@@ -1,0 +1,143 @@
+"""What a method of alignment is: an object that is its own settings, and knows what it needs, trains and is called.
+
+A method is one class in one file. Those in this folder are named by their file (`method: ppo`), any other as
+`module:Class`. Recipe, search, plan, evaluation and report ask the object; none of them knows a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from exalign import methods
+from exalign.errors import InputError
+from exalign.models.model_settings import ModelSettings
+from exalign.rollout.settings import SampleSettings
+from exalign.settings import STEP_SIZE
+from exalign.training.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from exalign.data.batching import Group
+    from exalign.data.record import Record
+    from exalign.rollout.scorers import Scorer
+
+TrainsOn = Literal["preferences", "rewards", "prompts"]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method trains with: the policy and, by what it `trains_on`, groups or what it draws its own samples from.
+
+    `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference. A method that trains on prompts
+    samples them from the policy as `sampling` says at τ = `temperature`, rewards the samples by `scorer` and takes
+    log π_sft from `reference`. `critic` says what a method that asks for one starts a scalar model from.
+    `counts` takes what is counted on the way; prompts that are sampled again after an interruption count again.
+    """
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float
+    groups: Sequence[Group] = ()
+    prompts: Sequence[Record] = ()
+    sampling: SampleSettings = field(default_factory=SampleSettings)
+    scorer: Scorer | None = None
+    reference: PreTrainedModel | None = None
+    critic: ModelSettings | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Method(TrainSettings):
+    """A way to align a policy. A subclass adds its settings, `train`, and what others need to know of it."""
+
+    method: str = Field("matching", description="the method: matching (EXO, DPO, the family), ppo, or module:Class")
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        """`preferences` or `rewards`: groups with log π_sft; `prompts`: it samples them itself while it trains."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What it is called in a report."""
+        return type(self).__name__
+
+    @property
+    def family(self) -> str:
+        """What it is drawn like: `exo`, `dpo`, `ppo` have colours of their own, others share one."""
+        return "other"
+
+    @property
+    def optimum_beta(self) -> float | None:
+        """β of the optimum that it aims at, π* ∝ π_sft exp(r/β); None where it has none."""
+        return None
+
+    @property
+    def line(self) -> str:
+        """What it does, as a sentence of the report."""
+        return (type(self).__doc__ or "").strip().split("\n")[0]
+
+    def described(self) -> dict[str, Any]:
+        """What a report knows of it, as JSON."""
+        values = {"label": self.label, "family": self.family, "target": getattr(self, "target", None)}
+        return values | {"beta": self.optimum_beta, "line": self.line, "settings": self.model_dump(mode="json")}
+
+    @property
+    def wants_critic(self) -> bool:
+        """Whether `Material.critic` is to be this run's reward model where that started from π_sft, else π_sft."""
+        return False
+
+    def problems(self) -> Iterator[str]:
+        """Sentences, without a name in front, about settings that cannot take effect."""
+        yield from ()
+
+    def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
+        """Sentences about a recipe's `sample` with which it cannot train, where it draws its own samples."""
+        yield from ()
+
+    def train(self, material: Material, folder: Path) -> Path:
+        """Train `material.policy` in `folder`, continuing what stands there; `loop.train` says what is written."""
+        raise NotImplementedError
+
+
+def available() -> list[str]:
+    """The methods that come with exalign."""
+    names = (module.name for module in pkgutil.iter_modules(methods.__path__))
+    return sorted(name for name in names if _class_in(f"exalign.methods.{name}") is not None)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of `ppo` or `module:Class`; an unknown one is an `InputError` that lists those there are."""
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            found: Any = _class_in(f"exalign.methods.{name}") if name.isidentifier() else None
+        else:
+            found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        if colon or error.name != f"exalign.methods.{name}":
+            raise InputError(f"method: {module} cannot be imported ({error}).") from None
+        found = None
+    if isinstance(found, type) and issubclass(found, Method):
+        return found
+    if colon:
+        raise InputError(f"method: {name} is no subclass of exalign.methods.method.Method.")
+    raise InputError(
+        f"method: {name[:100]!r} is none; there are {', '.join(available())}, and module:Class of your own."
+    )
+
+
+def _class_in(module: str) -> type[Method] | None:
+    """The method that a module defines, if it does."""
+    found = importlib.import_module(module)
+    own = (value for value in vars(found).values() if isinstance(value, type) and value.__module__ == module)
+    return next((value for value in own if issubclass(value, Method) and value is not Method), None)

@@ -1,0 +1,88 @@
+"""One rollout: prompts in, records with K completions, log q, log π_sft and rewards out.
+
+Offline samples, preference pairs from samples, rounds, PPO, searches and evaluation are drawn by it, and every
+log π_sft is filled in here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from exalign.data.batching import Group, group_of
+from exalign.data.record import Record
+from exalign.models.logprobs import reference_logprobs
+from exalign.rollout.sampler import Sampler
+from exalign.rollout.scorers import Scorer, scored
+
+SCORING_TOKENS = 8192
+"""Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How log-probabilities are computed: at τ = `temperature`, in which precision, and how many tokens at a time."""
+
+    temperature: float
+    token_budget: int = SCORING_TOKENS
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+def rollout(
+    prompts: Sequence[Record],
+    sampler: Sampler,
+    counts: Counter[str],
+    numerics: Numerics,
+    *,
+    scorer: Scorer | None = None,
+    reference: nn.Module | None = None,
+    policy: nn.Module | None = None,
+) -> list[Record]:
+    """The prompts with K completions each, in their order.
+
+    `logprob` is log q(y|x) as the sampler says or, where the `policy` that it draws from is given and draws from its
+    whole distribution, as the training path computes it; `reference_logprob` is log π_sft(y|x) under `reference`; both
+    in nats at τ. `scorer` gives the rewards. `counts` takes what sampler and scorer count.
+    """
+    before = Counter(sampler.counts)
+    records = list(sampler.sample(prompts))
+    counts.update(sampler.counts - before)
+    if reference is not None:
+        records = with_logprobs(records, reference, "reference_logprob", numerics)
+    if policy is not None:
+        records = with_logprobs(records, policy, "logprob", numerics)
+    return records if scorer is None else scored(scorer, records, counts)
+
+
+def with_logprobs(
+    records: Sequence[Record],
+    model: nn.Module,
+    name: Literal["logprob", "reference_logprob"],
+    numerics: Numerics,
+) -> list[Record]:
+    """Records whose tokens are known, with log π(y|x) of every completion under `model`, in nats, as `name`."""
+    groups = [group_of(record, index) for index, record in enumerate(records)]
+    rows = logprobs_of(groups, model, numerics)
+    return [
+        replace(
+            record,
+            completions=tuple(
+                replace(completion, **{name: value})
+                for completion, value in zip(record.completions, row.tolist(), strict=True)
+            ),
+        )
+        for record, row in zip(records, rows, strict=True)
+    ]
+
+
+def logprobs_of(groups: Sequence[Group], model: nn.Module, numerics: Numerics) -> list[torch.Tensor]:
+    """log π(y|x) of every group's completions under `model`, `[K]` each, by the code path and precision of training."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=numerics.precision == "bf16"):
+        budget = numerics.token_budget
+        return reference_logprobs(model, groups, temperature=numerics.temperature, token_budget=budget)

@@ -1,0 +1,257 @@
+"""The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
+
+evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/pairs → evaluation/METHOD … →
+evaluation/density/METHOD … → report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from exalign.data.batching import Group
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
+from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
+from exalign.judging.judgements import read_judgements
+from exalign.report.page import write_report
+from exalign.rollout.rollout import Numerics, with_logprobs
+from exalign.rollout.scorers import scored
+from exalign.rollout.settings import SampleSettings
+from exalign.run.materials import (
+    LIMITS,
+    SAMPLED,
+    Drawing,
+    Scoring,
+    Takes,
+    different_prompts,
+    draw,
+    evaluation_sampling,
+    frozen_policy,
+    judging,
+    records_of,
+    run_tokenizer,
+    say_speed,
+    supervised,
+    takes_data,
+    takes_supervised,
+    tokenize,
+)
+from exalign.run.recipe import Recipe, holds_out, trained_on
+from exalign.run.view import Stage, View
+from exalign.terminal import shown
+
+
+def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
+    """Every stage after alignment; none where there is nothing to align."""
+    if not recipe.align:
+        return
+    settings, judge = recipe.evaluate, judging(recipe)
+    judged = Takes() if judge is None else judge.takes
+    chosen = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
+    yield (chosen + judged + Takes(("evaluate.prompts",))).stage("evaluation/prompts", partial(_prompts, judge=judge))
+    drawn = takes_supervised(recipe) + judged + Takes(SAMPLED, ("evaluation/prompts",))
+    sampled = drawn + Takes(("evaluate.samples",))
+    before = ["evaluation/sft"]
+    yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge))
+    if settings.pool_prompts and judge is not None:
+        before.append("evaluation/pool")
+        pool = drawn + Takes(("evaluate.pool_prompts", "evaluate.pool_samples"))
+        yield pool.stage("evaluation/pool", partial(_pool, judge=judge))
+    for name in recipe.align:
+        before.append(f"evaluation/{name}")
+        takes = sampled + Takes(needs=(f"align/{name}",))
+        yield takes.stage(f"evaluation/{name}", partial(_method, name=name, judge=judge))
+    for stage in (*_pairs_stages(recipe), *_density_stages(recipe)):
+        before.append(stage.name)
+        yield stage
+    yield Takes(("seed",), tuple(before)).stage("report", _report, always=True)
+
+
+def _pairs_stages(recipe: Recipe) -> Iterator[Stage]:
+    """Held-out preferences under every saved policy, where the run has any and a method or a reader would look."""
+    if recipe.data.preferences is None or not (trained_on(recipe) & {"preferences"} or judging(recipe) is None):
+        return
+    policy = takes_supervised(recipe) + Takes(("temperature", *LIMITS))
+    source = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
+    yield (policy + source + Takes(("evaluate.prompts",))).stage("evaluation/pairs", _pairs)
+    for name in recipe.align:
+        takes = policy + Takes(needs=("evaluation/pairs", f"align/{name}"))
+        yield takes.stage(f"evaluation/pairs/{name}", partial(_pairs_of, name=name))
+
+
+def _density_stages(recipe: Recipe) -> Iterator[Stage]:
+    """π_sft's own samples under each final policy, for density ratios: a stage for every method.
+
+    So a method that is added later changes no other's.
+    """
+    if not min(recipe.evaluate.density_prompts, recipe.evaluate.pool_prompts) or judging(recipe) is None:
+        return
+    reads = Takes(("temperature", "evaluate.density_prompts"), ("evaluation/pool",))
+    for name in recipe.align:
+        takes = takes_supervised(recipe) + reads + Takes(needs=(f"align/{name}",))
+        yield takes.stage(f"evaluation/density/{name}", partial(_density, name=name))
+
+
+def _evaluation_rows(view: View) -> Iterator[Record]:
+    if view.has("preferences"):
+        yield from read_records(view.path("preferences", "held-out"))
+    else:
+        yield from records_of(view, "evaluation")
+
+
+def _prompts(view: View, *, judge: Scoring | None) -> None:
+    """The evaluation prompts, each with its reference text (scored) where the data has one."""
+    records = list(islice(different_prompts(_evaluation_rows(view)), view.recipe.evaluate.prompts))
+    if not records:
+        raise InputError("data.evaluation has no usable rows.")
+    chosen = [_with_reference_text(record) for record in records]
+    if judge is not None and all(record.completions for record in chosen):
+        chosen = scored(judge.load(view), chosen, view.counts)
+    elif judge is not None or not all(record.completions for record in chosen):
+        chosen = [_prompt_of(record) for record in chosen]
+    view.counts["prompts"] = len(chosen)
+    write_beside_the_stage(view.folder, chosen, Header(counts=dict(view.counts)))
+
+
+def _prompt_of(record: Record) -> Record:
+    return replace(record, completions=(), preferred=None)
+
+
+def write_beside_the_stage(folder: Path, records: list[Record], header: Header) -> None:
+    """Write records into a stage's own folder, next to the file that says how far the stage is."""
+    for shard in folder.glob("part-*.parquet"):
+        shard.unlink()
+    with RecordWriter(folder) as writer:
+        for record in records:
+            writer.write(record)
+        writer.close(header)
+
+
+def _with_reference_text(record: Record) -> Record:
+    """K = 1: the preferred completion, or the only one; several without a preference give no reference text."""
+    completions: tuple[Completion, ...] = ()
+    if record.preferred is not None:
+        completions = (record.completions[record.preferred],)
+    elif len(record.completions) == 1:
+        completions = record.completions
+    return replace(record, completions=completions, preferred=None)
+
+
+def _evaluation_prompts(view: View) -> list[Record]:
+    return [_prompt_of(record) for record in read_records(view.path("evaluation/prompts"))]
+
+
+def _supervised(view: View, *, judge: Scoring | None) -> None:
+    tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, view.recipe.evaluate.samples)
+    model = supervised(view, tokenizer)
+    scorer = None if judge is None else judge.load(view)
+    drawing = Drawing(model, tokenizer, settings, "evaluation")
+    draw(view, drawing, _evaluation_prompts(view), view.folder / "samples", scorer=scorer, reference=model)
+    say_speed(view, view.folder)
+
+
+def _pool(view: View, *, judge: Scoring) -> None:
+    """Many samples of π_sft for some prompts: what the optimal frontier is estimated from."""
+    evaluate = view.recipe.evaluate
+    prompts, tokenizer = _evaluation_prompts(view)[: evaluate.pool_prompts], run_tokenizer(view)
+    settings = evaluation_sampling(view, evaluate.pool_samples)
+    model, drawn = supervised(view, tokenizer), view.folder / "drawn"
+    draw(view, Drawing(model, tokenizer, settings, "pool"), prompts, drawn, scorer=judge.load(view))
+    say_speed(view, view.folder)
+    header = Header(temperature=view.recipe.temperature, counts=dict(view.counts))
+    write_beside_the_stage(view.folder, read_records(drawn), header)
+
+
+def _method(view: View, *, name: str, judge: Scoring | None) -> None:
+    settings = evaluation_sampling(view, view.recipe.evaluate.samples)
+    wanted = Wanted(_evaluation_prompts(view), settings, f"evaluation {name}")
+    sample_policies(view, view.path(f"align/{name}"), wanted, view.folder, judge)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which samples are wanted of every policy; `purpose` seeds them."""
+
+    prompts: list[Record]
+    settings: SampleSettings
+    purpose: str
+
+
+def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None) -> None:
+    """Samples of every policy that was saved along the way of `trained`, scored, in `folder`/step-NNNNNN/samples."""
+    tokenizer = run_tokenizer(view)
+    reference = supervised(view, tokenizer)
+    scorer = None if judge is None else judge.load(view)
+    for policy in saved_policies(trained):
+        here = folder / policy.name / "samples"
+        if (here / "header.json").exists():
+            view.counts.update(read_header(here).counts)
+            continue
+        model = frozen_policy(view, policy, tokenizer)
+        drawing = Drawing(model, tokenizer, wanted.settings, f"{wanted.purpose} {policy.name}")
+        draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference)
+
+
+def saved_policies(trained: Path) -> list[Path]:
+    """The policies that were saved along the way of a training, in its order."""
+    return sorted((trained / "policies").glob("step-*"))
+
+
+def _pairs(view: View) -> None:
+    """Held-out preferences with their token ids and log π_sft; none where the evaluation's rows have no preference."""
+    tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
+    rows = (record for record in _evaluation_rows(view) if record.preferred is not None)
+    records, known = list(islice(rows, view.recipe.evaluate.prompts)), []
+    if records:
+        groups = tokenize(view, records, tokenizer)
+        known = with_ids(records, groups)
+        known = with_logprobs(known, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
+    view.counts["pairs"] = len(known)
+    write_records(view.folder / "records", known, Header(temperature=temperature, counts=dict(view.counts)))
+
+
+def with_ids(records: list[Record], groups: list[Group]) -> list[Record]:
+    """The records that groups were made of, with the token ids that models see."""
+    found = []
+    for group in groups:
+        record = records[group.index]
+        completions = tuple(
+            replace(completion, token_ids=tuple(ids.tolist()))
+            for completion, ids in zip(record.completions, group.completion_ids, strict=True)
+        )
+        found.append(replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions))
+    return found
+
+
+def _pairs_of(view: View, *, name: str) -> None:
+    """log π_θ (as `logprob`) of the held-out pairs under every saved policy."""
+    records, tokenizer = read_records(view.path("evaluation/pairs", "records")), run_tokenizer(view)
+    header = Header(temperature=view.recipe.temperature)
+    for policy in saved_policies(view.path(f"align/{name}")) if records else ():
+        model = frozen_policy(view, policy, tokenizer)
+        done = with_logprobs(records, model, "logprob", Numerics(view.recipe.temperature))
+        write_records(view.folder / policy.name, done, header)
+    view.counts["pairs"] = len(records)
+
+
+def _density(view: View, *, name: str) -> None:
+    """log π_θ (as `logprob`) and log π_sft of the pool's samples, one after the other through the same code path."""
+    tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
+    pool = read_records(view.path("evaluation/pool"))[: view.recipe.evaluate.density_prompts]
+    known = with_logprobs(pool, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
+    policy = frozen_policy(view, view.path(f"align/{name}", "model"), tokenizer)
+    done = with_logprobs(known, policy, "logprob", Numerics(temperature))
+    header = replace(read_header(view.path("evaluation/pool")), counts={})
+    write_records(view.folder / "samples", done, header)
+    view.counts["samples"] = sum(len(record.completions) for record in done)
+
+
+def _report(view: View) -> None:
+    build_evidence(view.run, seed=view.recipe.seed, judgements=read_judgements(view.run))
+    page = write_report(view.run)
+    view.console.print(shown("Report: ").append_text(shown(page, "bold")), soft_wrap=True)

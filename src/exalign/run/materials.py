@@ -1,0 +1,360 @@
+"""What stages are made of: the run's tokenizer, models, data, scorers and samples, each with what it takes to read it.
+
+A stage is put together from `Takes`: the settings and folders that it needs for each thing it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exalign.data.batching import Group, group_of
+from exalign.data.reading import each, named, read_source
+from exalign.data.record import Record
+from exalign.data.store import Header, RecordWriter, iter_records
+from exalign.data.tokenization import tokenize_records
+from exalign.device import device
+from exalign.errors import InputError
+from exalign.models.flops import forward_flops, matmul_peak, training_flops
+from exalign.models.loading import load_policy, load_tokenizer
+from exalign.models.model_settings import ModelSettings
+from exalign.processes import leads, number
+from exalign.redaction import redact
+from exalign.rollout.rollout import Numerics, rollout
+from exalign.rollout.sampler import GroupedSampler, Sampler
+from exalign.rollout.scorers import Scorer, open_scorer
+from exalign.rollout.settings import SampleSettings, ScorerSettings
+from exalign.run.recipe import Recipe
+from exalign.run.view import Stage, View
+from exalign.storage import fingerprint, read_sealed, write_sealed
+from exalign.training.train_settings import TrainSettings
+
+SHARD = 256
+"""Prompts that are sampled and written together: a kill costs one shard, and nothing is repeated."""
+
+LIMITS = ("data.max_prompt_tokens", "data.max_completion_tokens")
+SAMPLED = ("seed", "temperature", "sample.max_new_tokens", "sample.batch_completions", "data.max_prompt_tokens")
+"""What every sample of a policy depends on, besides the policy."""
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Settings that are read and stages whose folders are, for one thing or several."""
+
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    def __add__(self, other: Takes) -> Takes:
+        return Takes((*self.reads, *other.reads), (*self.needs, *other.needs))
+
+    def stage(self, name: str, work: Callable[[View], None], **how: Any) -> Stage:
+        """The stage that takes this; a setting is named once, a section without its parts."""
+        reads = tuple(path for path in dict.fromkeys(self.reads) if not {*sections_of(path)} & {*self.reads})
+        return Stage(name, reads, tuple(dict.fromkeys(self.needs)), work, **how)
+
+
+def sections_of(path: str) -> list[str]:
+    """The sections that a dotted setting lies in.
+
+    >>> sections_of("data.sft.source")
+    ['data', 'data.sft']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def takes_tokenizer(recipe: Recipe) -> Takes:
+    """The policy's tokenizer."""
+    needs = () if recipe.tokenizer.vocab_size is None else ("tokenizer",)
+    return Takes(("model.source", "model.trust_remote_code", "tokenizer"), needs)
+
+
+def takes_supervised(recipe: Recipe) -> Takes:
+    """π_sft, with its tokenizer."""
+    return takes_tokenizer(recipe) + Takes(("model",), () if recipe.sft is None else ("sft",))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A scorer of a recipe: the place where its settings stand, None where it is this run's own stage without any."""
+
+    place: str | None
+    stages: tuple[str, ...]
+
+    @property
+    def takes(self) -> Takes:
+        return Takes(() if self.place is None else (self.place,), self.stages)
+
+    def load(self, view: View) -> Scorer:
+        """The scorer, ready to score."""
+        settings: Any = view.recipe
+        for name in self.place.split(".") if self.place else ():
+            settings = getattr(settings, name)
+        if self.place is None:
+            settings = ScorerSettings(stage=self.stages[0])
+        return open_scorer(settings, lambda stage: str(view.path(stage, "model")))
+
+
+def scoring_at(place: str, settings: ScorerSettings | None, *, given: bool = True) -> Scoring | None:
+    """The scorer `settings`, which stand at `place` if they are given; None where there is none."""
+    return None if settings is None else Scoring(place if given else None, settings.stages)
+
+
+def scoring(recipe: Recipe) -> Scoring | None:
+    """What gives the rollouts their rewards."""
+    return scoring_at("score.scorer", recipe.scoring, given=recipe.score.scorer is not None)
+
+
+def judging(recipe: Recipe) -> Scoring | None:
+    """What judges the samples of the evaluation."""
+    if recipe.evaluate.scorer is not None:
+        return scoring_at("evaluate.scorer", recipe.evaluate.scorer)
+    return scoring(recipe) if recipe.oracle is None else Scoring(None, ("oracle",))
+
+
+def takes_data(recipe: Recipe, name: str) -> Takes:
+    """A data source; where it cuts texts by tokens, the tokenizer with it."""
+    source = getattr(recipe.data, name)
+    if source is None:
+        return Takes()
+    here = Takes((f"data.{name}",))
+    cut = any(one.prompt_tokens is not None for one in each(source))
+    return here + takes_tokenizer(recipe) if cut else here
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, on the accelerator where there is one."""
+    model.to(device())  # type: ignore[arg-type]
+    return model.eval()
+
+
+Trained = TypeVar("Trained", bound=TrainSettings)
+
+
+def seeded(settings: Trained, recipe: Recipe) -> Trained:
+    """A stage's settings with the recipe's seed added to its own."""
+    return settings.model_copy(update={"seed": recipe.seed + settings.seed})
+
+
+def run_tokenizer(view: View) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: trained by this run, named by the recipe, or the one of the model."""
+    model, settings = view.recipe.model, view.recipe.tokenizer
+    trained = str(view.path("tokenizer")) if settings.vocab_size is not None else None
+    source = trained or settings.source or model.source
+    assert source is not None  # the recipe's own check
+    return load_tokenizer(
+        source, trust_remote_code=model.trust_remote_code, chat_template_kwargs=settings.chat_template_kwargs
+    )
+
+
+def supervised_settings(view: View) -> ModelSettings:
+    """π_sft: what the sft stage made, else the model that the recipe starts from."""
+    if not view.has("sft"):
+        return view.recipe.model
+    return view.recipe.model.model_copy(update={"source": str(view.path("sft", "model")), "config": None})
+
+
+def supervised(view: View, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = False) -> PreTrainedModel:
+    """π_sft: to be trained, with fresh LoRA adapters where the recipe has them; else in evaluation mode."""
+    settings = supervised_settings(view)
+    if trainable:
+        return load_policy(settings, tokenizer)
+    return ready(load_policy(settings.model_copy(update={"lora": None}), tokenizer))
+
+
+def frozen_policy(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A policy that the run wrote, in evaluation mode on the device."""
+    settings = view.recipe.model.model_copy(update={"source": str(folder), "config": None, "lora": None})
+    return ready(load_policy(settings, tokenizer))
+
+
+def tokenize(
+    view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, longest: int | None = None
+) -> list[Group]:
+    """Token groups of the records under the recipe's limits, or under `longest`; an empty result is an error."""
+    groups = list(
+        tokenize_records(
+            records,
+            tokenizer,
+            max_prompt_tokens=longest or view.recipe.data.max_prompt_tokens,
+            max_completion_tokens=longest or view.recipe.data.max_completion_tokens,
+            counts=view.counts,
+        )
+    )
+    if not groups:
+        raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
+    return groups
+
+
+def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Iterator[Record]:
+    """The records of a data source; texts are split into prompt and completion by the run's tokenizer.
+
+    None at all is an error when they are read to their end.
+    """
+    source, record = getattr(view.recipe.data, name), None
+    cut = any(one.prompt_tokens is not None for one in each(source))
+    tokenizer = run_tokenizer(view) if cut else None
+    for record in read_source(source, view.counts if counts is None else counts, tokenizer):
+        yield record
+    if record is None:
+        raise InputError(f"data.{name}: {named(source)} has no usable rows.")
+
+
+def takes_prompts(recipe: Recipe) -> Takes:
+    """The prompts to sample from."""
+    return Takes(needs=("preferences",)) if recipe.data.prompts is None else takes_data(recipe, "prompts")
+
+
+def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
+    """The prompts to sample from, without their completions, as they are read."""
+    given = not view.has("preferences")
+    records = records_of(view, "prompts", counts) if given else iter_records(view.path("preferences", "records"))
+    for record in records:
+        yield replace(record, completions=(), preferred=None)
+
+
+def prompts_of(view: View) -> list[Record]:
+    """All prompts to sample from, each once."""
+    return list({record.id: record for record in iter_prompts(view, view.counts)}.values())
+
+
+def different_prompts(records: Iterable[Record]) -> Iterator[Record]:
+    """The first record of every prompt."""
+    seen: set[str] = set()
+    for record in records:
+        found = fingerprint(record.prompt)
+        if found not in seen:
+            seen.add(found)
+            yield record
+
+
+def purpose_seed(view: View, purpose: str) -> int:
+    """A seed for one use of the sampler, so that the same prompt gets other samples for another purpose."""
+    return int(fingerprint([view.recipe.seed, purpose]), 16) >> 1
+
+
+def offline_sampling(view: View, num_completions: int) -> SampleSettings:
+    """How the samples that methods train on are drawn."""
+    sample = view.recipe.sample
+    whole = evaluation_sampling(view, num_completions)
+    return whole.model_copy(update={"top_p": sample.top_p, "top_k": sample.top_k})
+
+
+def evaluation_sampling(view: View, num_completions: int) -> SampleSettings:
+    """Samples at the training τ from the whole distribution, whatever the rollouts are cut to."""
+    sample = view.recipe.sample
+    return SampleSettings(
+        num_completions=num_completions,
+        max_new_tokens=sample.max_new_tokens,
+        max_prompt_tokens=view.recipe.data.max_prompt_tokens,
+        batch_completions=sample.batch_completions,
+    )
+
+
+def samples_header(view: View, settings: SampleSettings, sampler: type[Sampler], purpose: str) -> Header:
+    """Where samples of a policy of the run came from."""
+    recipe = view.recipe
+    source = recipe.model.source
+    return Header(
+        model=redact(source or "trained by this run"),
+        tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
+        temperature=recipe.temperature,
+        seed=recipe.seed,
+        sampler=sampler.__name__,
+        fingerprint=fingerprint([settings.model_dump(exclude={"batch_completions"}), purpose, recipe.seed]),
+    )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A policy that samples are drawn from, and how; `purpose` seeds them, so that each use gets others."""
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: SampleSettings
+    purpose: str
+
+
+def draw(
+    view: View,
+    drawing: Drawing,
+    prompts: Sequence[Record],
+    folder: Path,
+    *,
+    scorer: Scorer | None = None,
+    reference: nn.Module | None = None,
+) -> None:
+    """Write samples of the policy at τ to `folder`, continuing what stands there: scored, with log π_sft, as asked."""
+    policy, temperature = drawing.policy, view.recipe.temperature
+    seed = purpose_seed(view, drawing.purpose)
+    sampler = _Timed(policy, drawing.tokenizer, drawing.settings, temperature=temperature, seed=seed)
+    work, peak = 0.0, 0.0
+    with RecordWriter(folder) as writer:
+        left = prompts[writer.written :]
+        for start in range(0, len(left), SHARD):
+            counts: Counter[str] = Counter()
+            part = left[start : start + SHARD]
+            records = rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, reference=reference)
+            work += forward_flops(policy, [group_of(record, 0) for record in records])
+            peak = peak or matmul_peak(policy)
+            # Before the shard: a kill cannot come between.
+            record_speed(view.folder, sampler.counts["completion_tokens"], sampler.seconds, work, peak)
+            writer.write_shard(records, counts)
+        header = samples_header(view, drawing.settings, GroupedSampler, drawing.purpose)
+        writer.close(header.with_counts(writer.counts))
+    view.counts.update(writer.counts)
+
+
+class _Timed(GroupedSampler):
+    """A sampler that says for how many seconds it drew."""
+
+    seconds = 0.0
+
+    def sample(self, records: Iterable[Record]) -> Iterator[Record]:
+        started = time.perf_counter()
+        drawn = list(super().sample(records))
+        self.seconds += time.perf_counter() - started
+        yield from drawn
+
+
+def record_training_speed(
+    view: View, folder: Path, model: nn.Module, groups: Sequence[Group], settings: TrainSettings
+) -> None:
+    """Write how fast the steps in `folder`/metrics.jsonl were to `folder`/speed.json, and say it.
+
+    Necessary work counts each prompt once, no padding, and the head on completion tokens only (`models.flops`). Of
+    several processes the first does so; the peak is then its own, times their number.
+    """
+    if not leads():
+        return
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = matmul_peak(model, dtype=torch.bfloat16 if settings.precision == "bf16" else None) * number()
+    work = training_flops(model, groups) * settings.epochs
+    record_speed(folder, sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows), work, peak)
+    say_speed(view, folder)
+
+
+def say_speed(view: View, folder: Path) -> None:
+    """Print what `folder`/speed.json holds, where there is one."""
+    if (folder / "speed.json").exists():
+        speed = read_sealed(folder / "speed.json")
+        view.console.print(
+            f"  [dim]{speed['tokens_per_second']:,.0f} tokens/s; necessary work at {speed['share_of_peak']:.0%} "
+            "of this machine's matrix-product peak[/dim]",
+            highlight=False,
+        )
+
+
+def record_speed(folder: Path, tokens: int, seconds: float, work: float, peak: float) -> None:
+    """Write `folder`/speed.json: `work` in operations, `peak` in operations per second."""
+    speed = {"tokens_per_second": tokens / seconds, "share_of_peak": work / seconds / peak, "peak_flops": peak}
+    write_sealed(folder / "speed.json", speed)

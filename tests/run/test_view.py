@@ -1,0 +1,162 @@
+"""A stage sees only what its key covers, and its key covers only what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exalign.run.demo import RECIPE
+from exalign.run.materials import sections_of
+from exalign.run.recipe import Recipe, load_recipe
+from exalign.run.runner import Run
+from exalign.run.stages import plan
+from exalign.run.view import Contents, ReadPastViewError, Stage, View, key, step_sizes
+from exalign.settings import NO_RESULT, STEP_SIZE, Settings
+from run.conftest import ALIGN, tiny_overrides
+from run.searched_run import ALONE, SEARCH
+
+MakeRecipe = Callable[..., Recipe]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def leaves(value: Any, path: str = "", *, marked: bool = False) -> list[tuple[str, bool]]:
+    """Every setting that has a value, dotted, and whether its field says that it changes no result."""
+    if isinstance(value, Settings):
+        found = []
+        for name, info in type(value).model_fields.items():
+            mark = marked or info.json_schema_extra == NO_RESULT
+            found += leaves(getattr(value, name), f"{path}.{name}".lstrip("."), marked=mark)
+        return found
+    if isinstance(value, dict):
+        return [leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}.{name}", marked=marked)]
+    return [] if value is None else [(path, marked)]
+
+
+def with_another(value: Any, path: str) -> Any:
+    """The same settings with another value at one place, valid or not."""
+    if not path:
+        if isinstance(value, bool):
+            return not value
+        return value + 1 if isinstance(value, int | float) else f"{value} another"
+    if isinstance(value, Settings):
+        name, _, rest = path.partition(".")
+        return value.model_copy(update={name: with_another(getattr(value, name), rest)})
+    name = next(name for name in value if path == name or path.startswith(f"{name}."))  # names may have dots
+    return {**value, name: with_another(value[name], path[len(name) + 1 :])}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_setting_changes_the_keys_of_exactly_the_stages_that_read_it(path: Path, tmp_path: Path) -> None:
+    recipe, contents = load_recipe(path), Contents(tmp_path / "inputs.json")
+    stages = plan(recipe)
+    keys = {stage.name: key(recipe, stage.reads, contents) for stage in stages}
+    used: set[str] = set()
+    for setting, marked in leaves(recipe):
+        other = with_another(recipe, setting)
+        changed = {stage.name for stage in stages if key(other, stage.reads, contents) != keys[stage.name]}
+        readers = {stage.name for stage in stages if {setting, *sections_of(setting)} & {*stage.reads}}
+        assert changed == (set() if marked else readers), setting
+        used |= {setting} if readers or marked else set()
+    # What no stage reads: names for people, and settings that a recipe's other settings leave without effect.
+    unread = {setting for setting, _ in leaves(recipe)} - used
+    assert {setting.split(".")[0] for setting in unread} <= {
+        "name", "evaluate", "sample", "data", "score", "search", "preferences"
+    }  # fmt: skip
+
+
+@dataclass
+class Watched(Run):
+    """A run that keeps every view."""
+
+    views: list[View] = field(default_factory=list)
+
+    def view(self, stage: Stage, key: dict[str, Any] | None = None) -> View:
+        self.views.append(super().view(stage, key))
+        return self.views[-1]
+
+
+def check_that_all_is_read(run: Watched) -> None:
+    for view in run.views:
+        assert set(view.stage.reads) == view.read or view.stage.always, view.stage.name
+
+
+def test_stages_read_all_that_they_declare(world: Path, tmp_path: Path) -> None:
+    run = Watched(load_recipe(RECIPE, tiny_overrides(world)), tmp_path)
+    run.carry_out(plan(run.recipe))
+    check_that_all_is_read(run)
+
+
+def test_stages_of_a_search_and_of_ppo_read_all_that_they_declare(world: Path, tmp_path: Path) -> None:
+    run = Watched(load_recipe(RECIPE, tiny_overrides(world, *ALONE, *SEARCH, "search.trials=2")), tmp_path)
+    run.carry_out(plan(run.recipe), ["align"])
+    check_that_all_is_read(run)
+
+
+def test_a_stage_that_reads_past_its_view_is_an_error(tiny: MakeRecipe, tmp_path: Path) -> None:
+    def work(view: View) -> None:
+        assert view.recipe.data.max_prompt_tokens and view.recipe.sft.epochs
+        view.path("sft")
+        for past in (lambda: view.recipe.seed, lambda: view.recipe.sft.batch_prompts, lambda: view.path("reward")):
+            with pytest.raises(ReadPastViewError):
+                past()
+        view.counts["checked"] = 1
+
+    stages = [
+        Stage("sft", (), (), lambda view: None),
+        Stage("it", ("data.max_prompt_tokens", "sft.epochs"), ("sft",), work),
+    ]
+    run = Watched(tiny(), tmp_path)
+    run.carry_out(stages)
+    assert run.views[-1].counts["checked"] == 1
+
+
+def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_nothing(tmp_path: Path) -> None:
+    """The paper's IMDB cuts texts by tokens: its evaluation prompts hold ids."""
+    contents = Contents(tmp_path / "inputs.json")
+    recipe = load_recipe(RECIPES[0].parent / "imdb.yaml")
+    other = load_recipe(RECIPES[0].parent / "imdb.yaml", ["model.source=another"])
+    smaller = load_recipe(RECIPES[0].parent / "imdb.yaml", ["sample.batch_completions=1"])
+    for stage in plan(recipe):
+        before = key(recipe, stage.reads, contents)
+        assert key(smaller, stage.reads, contents) == before
+        if stage.name == "evaluation/prompts":
+            assert key(other, stage.reads, contents) != before
+
+
+def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> None:
+    data, known = tmp_path / "rows.jsonl", tmp_path / "inputs.json"
+    data.write_text("one")
+    first = Contents(known).of(str(data))
+    data.write_text("two")
+    assert Contents(known).of(str(data)) != first
+    assert Contents(known).of("a-name/on-a-hub") is None
+    assert Contents(known).of_function("exalign.data.synthetic:reward") is not None
+    assert Contents(known).of_function("no.such:thing") is None
+
+
+def test_step_sizes_are_those_of_the_sections_that_are_read(tiny: MakeRecipe) -> None:
+    recipe = tiny()
+    assert step_sizes(recipe, ["align.exo-rw", "seed"]) == {"learning_rate": 1e-3, "max_grad_norm": 1.0}
+    assert STEP_SIZE != NO_RESULT
+
+
+def test_a_method_from_outside_trains_is_searched_evaluated_and_reported(world: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        RECIPE,
+        tiny_overrides(
+            world,
+            *ALONE,
+            f"align={{best: {ALIGN[: ALIGN.index('beta_pi')]}method: 'run.outside_method:BestOfK'}}}}",
+            "search={trials: 2, kl: 50, prompts: 4}",
+            "search.methods.best={learning_rate: {choices: [1e-3, 1e-2]}}",
+        ),
+    )
+    run = Watched(recipe, tmp_path)
+    run.carry_out(plan(recipe))
+    check_that_all_is_read(run)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "best of K" in page and "Learns the best of the K completions" in page
