@@ -54,10 +54,17 @@ NUM_WORST = 3
 
 
 def build_evidence(
-    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
+    run: Path,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    num_examples: int = 8,
+    judgements: Judgements | None = None,
 ) -> Evidence:
     """`collect_evidence`, with its arguments and errors, written to `evaluation/evidence.json`."""
-    evidence = collect_evidence(run, seed=seed, num_resamples=num_resamples, judgements=judgements)
+    evidence = collect_evidence(
+        run, seed=seed, num_resamples=num_resamples, num_examples=num_examples, judgements=judgements
+    )
     write_evidence(RunFolder(Path(run)).evidence, evidence)
     return evidence
 
