@@ -65,16 +65,10 @@ def summary(choice, **info):
     }
 
 
-TREE = turn(
-    "Hi",
-    "prompter",
-    replies=[
-        turn(
-            "a", "assistant", 1, [turn("More", "prompter", replies=[turn("c", "assistant", 0), turn("d", "assistant")])]
-        ),
-        turn("b", "assistant", 0),
-    ],
-)
+RANKED = [turn("a", "assistant", 0), turn("b", "assistant", 1), turn("e", "assistant")]
+UNRANKED = turn("Or", "prompter", replies=[turn("c", "assistant", 0), turn("d", "assistant")])
+FIRST = turn("a", "assistant", 1, [turn("More", "prompter", replies=RANKED)])
+TREE = turn("Hi", "prompter", replies=[FIRST, turn("b", "assistant", 0, [UNRANKED])])
 THERE = {"role": "user", "content": "Hi\nthere"}
 TEXT, CHAT = "Hi", (U,)
 PAIRED = ["a", "b"]
@@ -193,7 +187,7 @@ PUBLISHED = {
     ),
     "OASST, ranked trees": (
         [{"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": TREE}],
-        [(CHAT, PAIRED, [-1.0, 0.0], None), ((U, A, {"role": "user", "content": "More"}), ["c"], [0.0], None)],
+        [(CHAT, PAIRED, [-1.0, 0.0], None), ((U, A, {"role": "user", "content": "More"}), PAIRED, [0.0, -1.0], None)],
     ),
     "LLaMA-Factory, pairs": (
         [{"instruction": "Hi", "input": i, "chosen": "a", "rejected": "b"} for i in ("", "there")],

@@ -219,6 +219,7 @@ DROPPED_BESIDE = [
     ({"prompt": "p", "completions": None}, ANSWERED, "rows_without_completions"),
     ({"prompt": "p", "completions": [None, None]}, ANSWERED, "rows_without_completions"),
     ({**ANSWERED, "preferred": None}, {**ANSWERED, "preferred": 1}, "rows_without_preference"),
+    (ANSWERED, {**ANSWERED, "rewards": [1, 2]}, "rows_without_rewards"),
 ]
 
 
@@ -238,6 +239,14 @@ def test_a_completion_that_is_null_goes_with_its_reward():
     record = convert({"prompt": "p", "completions": ["a", None, "c", "d"], "rewards": [1, 2, 3, None]}, counts)
     assert [(c.text, c.reward) for c in record.completions] == [("a", 1.0), ("c", 3.0)]
     assert counts == {"completions_left_out": 2}
+    assert convert({**ANSWERED, "rewards": [1, None]}, counts) is None
+    with_winner = {"prompt": "p", "completions": ["a", None, "c"], "preferred": 1}
+    assert convert(with_winner, counts) is None
+    assert counts == {
+        "completions_left_out": 4,
+        "rows_with_one_completion_left": 1,
+        "rows_without_preference": 1,
+    }
     labels = {"first": 0, "third": 2}
     kept = convert({"prompt": "p", "completions": ["a", None, "c"], "preferred": "third"}, labels=labels)
     assert (kept.preferred, kept.completions[1].text) == (1, "c")
@@ -570,7 +579,12 @@ def test_columns_are_renamed(write_jsonl):
 NESTED = {
     "instruction": "Translate.",
     "input": "Hallo",
-    "answers": [{"text": "Hello", "score": {"overall": 2}}, {"text": None, "score": {"overall": 5}}, {"text": "No"}],
+    "answers": [
+        {"text": "Hello", "score": {"overall": 2}},
+        {"text": None, "score": {"overall": 5}},
+        {"text": "No"},
+        {"text": "Hi", "score": {"overall": 0.5}},
+    ],
     "meta": {"by": "x"},
 }
 
@@ -583,7 +597,7 @@ def test_columns_may_be_expressions(write_jsonl):
     columns = {"prompt": joined, "completions": "answers[].text", "rewards": "answers[].score.overall"}
     first, second = read(path, counts, columns=columns)
     assert (first.prompt, second.prompt) == ("Translate.\nHallo", "Translate.")
-    assert [(c.text, c.reward) for c in first.completions] == [("Hello", 2.0)]
+    assert [(c.text, c.reward) for c in first.completions] == [("Hello", 2.0), ("Hi", 0.5)]
     assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column meta not used": 2}
     (last, _) = read(path, columns={**columns, "completions": "[answers[-1].text]", "rewards": "[`3`]"})
     assert last.rewards == [3.0]

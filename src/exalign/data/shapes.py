@@ -102,11 +102,8 @@ class Shape:
         if self.kind == "prompt" and any("replies" in view.get("prompt", ()) for view in views if _is_chat(view)):
             self.kind = "tree"
         lists = [value for view in views for value in view.values() if isinstance(value, list)]
-        if (
-            len(rows) == 1
-            and 1 < len(lists) == len(views[0])
-            and all(isinstance(v, str) for part in lists for v in part)
-        ):
+        texts = all(isinstance(value, str) for part in lists for value in part)
+        if len(rows) == 1 and 1 < len(lists) == len(views[0]) and texts:
             raise ValueError("it is one row with a list for each column: write one row for each place of the lists.")
         self.chat = self.kind != "text" and any({"system", "tools"} & view.keys() or _is_chat(view) for view in views)
         self.repeated = _answers_repeat_prompt(views)
@@ -218,12 +215,17 @@ class Shape:
             counts["completions_left_out"] += len(found) - len(places)
         if not places:
             raise Dropped("rows_without_completions")
+        compared = rewards is not None or "preferred" in self.used
+        if len(places) == 1 and (self.kind == "tree" or (compared and len(found) > 1)):
+            raise Dropped("rows_with_one_completion_left")
         prompt, texts = self._answered(row, {f"completions[{i}]": found[i] for i in places}, counts)
         kept = [None if rewards is None else rewards[place] for place in places]
         preferred = None
         if "preferred" in self.used:
             winner = self._winner(row.get("preferred"), len(found))
-            preferred = places.index(winner) if winner in places else None
+            if winner is not None and winner not in places:
+                raise Dropped("rows_without_preference")
+            preferred = None if winner is None else places.index(winner)
             kept = [0.0] * len(kept) if winner is None and rewards is None else kept
         if len(kept) > 1 and preferred is None and kept[0] is not None and len(set(kept)) == 1:
             counts["ties"] += 1
@@ -233,6 +235,8 @@ class Shape:
         """A reward for each completion, None where it has none; of ranks (the best is the smallest) the negatives."""
         name = "rewards" if "rewards" in row else "ranks"
         if name not in row:
+            if not self.used.isdisjoint({"rewards", "ranks"}):
+                raise Dropped("rows_without_rewards")
             return None
         values = _list(row[name], name)
         if len(values) != number:
