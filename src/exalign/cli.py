@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,12 +229,12 @@ def draw_run_figures(run: Path, out: Path | None = None) -> Written:
 
 
 def _draw_exact_figures(folder: Path) -> list[Path]:
-    """Figures 1 and 5 and the theorems' as PNG and SVG in `folder`: seconds, the same on every run."""
-    from exalign.exact.figures_data import gradient_error_figure, objective_figure, two_mode_figure
-    from exalign.report.paper_figures import ErrorPanel, draw_divergences, draw_error_against_k
+    """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
+    from exalign.exact.figures_data import gradient_error_figure, objective_figure, on_policy_figure, two_mode_figure
+    from exalign.report.paper_figures import draw_divergences
     from exalign.report.style import save_figure
 
-    modes, objectives, curves = two_mode_figure(), objective_figure(), gradient_error_figure().curves
+    modes, objectives = two_mode_figure(), objective_figure()
     fitted = {name: density.numpy() for name, density in modes.policies.items()}
     figures = {
         "figure-1": draw_divergences(
@@ -243,20 +244,25 @@ def _draw_exact_figures(folder: Path) -> list[Path]:
     for name, policies in (("any-policy", objectives.unlimited), ("one-mode", objectives.gaussian)):
         drawn = {objective: density.numpy() for objective, density in policies.items()}
         figures[f"figure-5-{name}"] = draw_divergences(objectives.points.numpy(), objectives.target.numpy(), drawn)
-    panels = [
-        ErrorPanel(
-            title,
-            slope,
-            {name: getattr(errors, kind).numpy() for name, errors in curves.items()},
-            {name: getattr(errors, f"{kind}_error").numpy() for name, errors in curves.items()},
-        )
-        for title, slope, kind in (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms"))
-    ]
-    num_completions = next(iter(curves.values())).num_completions
-    figures["theorems"] = draw_error_against_k([int(k) for k in num_completions], panels)
+    figures["theorems"] = _errors_against_k(gradient_error_figure().curves)
+    figures["on-policy"] = _errors_against_k(on_policy_figure().curves)
     for name, figure in figures.items():
         save_figure(figure, folder, name)
     return [folder / f"{name}.png" for name in figures]
+
+
+def _errors_against_k(curves: Mapping[str, Any]) -> Any:
+    """Bias and root mean square error; a curve whose bias is never above its noise has no place in the first panel."""
+    from exalign.report.paper_figures import ErrorPanel, draw_error_against_k
+
+    panels = []
+    for title, slope, kind in (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms")):
+        found = {name: (getattr(errors, kind), getattr(errors, f"{kind}_error")) for name, errors in curves.items()}
+        shown = {name: pair for name, pair in found.items() if bool((pair[0] > 4 * pair[1]).any())}
+        values, spreads = ({name: pair[i].numpy() for name, pair in shown.items()} for i in (0, 1))
+        panels.append(ErrorPanel(title, slope, values, spreads))
+    sizes = next(iter(curves.values())).num_completions
+    return draw_error_against_k([int(size) for size in sizes], panels)
 
 
 @app.command()

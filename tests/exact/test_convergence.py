@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from exalign.exact import gradient_errors
-from exalign.exact.convergence import draw_counts, fit_slope, gradient_from_counts, length_of_mean
-from exalign.exact.figures_data import example_problem
+from exalign.exact.convergence import (
+    divergence_gradient,
+    draw_counts,
+    fit_slope,
+    gradient_from_counts,
+    length_of_mean,
+    policy_logits,
+    ppo_gradient,
+    rloo_gradient,
+)
+from exalign.exact.figures_data import example_problem, on_policy_figure
 from exalign.objectives import (
     forward_kl,
     jensen_shannon,
@@ -197,3 +207,72 @@ def test_a_slope_needs_two_points():
     errors = gradient_errors(problem, logits, reverse_kl, exact, [4, 8], replicates=100, generator=seeded())
     with pytest.raises(ValueError, match="two measured points"):
         errors.bias_slope(at_least=8)
+
+
+def on_policy(seed=3):
+    """A problem at β_π = 1, a policy that has left π_sft, and its log-probabilities."""
+    problem, logits = example_problem(seed=seed)
+    problem = replace(problem, beta_pi=1.0, beta_r=0.3)
+    return problem, logits, problem.world.log_probs(logits)
+
+
+@pytest.mark.parametrize("size", [2, 5, 64])
+def test_exo_on_its_own_samples_is_rloo_for_every_draw(size):
+    """(K−1)/K of it, sample by sample: the identity of `objectives.penalised_rewards` on the policy's parameters."""
+    problem, logits, policy = on_policy()
+    frequencies = draw_counts(policy, size, replicates=50, generator=seeded()) / size
+    exo = divergence_gradient(problem, logits, reverse_kl, policy)(frequencies, size)
+    rloo = rloo_gradient(problem, logits)(frequencies, size)
+    torch.testing.assert_close(exo, (size - 1) / size * rloo, rtol=1e-9, atol=1e-12)
+
+
+def test_rloo_and_ppo_have_no_bias():
+    """RLOO over all 15² pairs of completions; PPO, which is linear in the frequencies, at their expectation."""
+    problem, logits, policy = on_policy()
+    exact, count = problem.reverse_kl_gradient(logits).flatten(), len(policy)
+    one = torch.eye(count, dtype=torch.float64)
+    pairs = (one[:, None] + one[None, :]).flatten(0, 1) / 2
+    chance = (policy[:, None] + policy[None, :]).exp().flatten()
+    torch.testing.assert_close(chance @ rloo_gradient(problem, logits)(pairs, 2), exact, rtol=1e-9, atol=1e-12)
+    for lam in (0.0, 0.5, 0.95, 1.0):
+        found = ppo_gradient(problem, logits, lam=lam)(policy.exp()[None], 1)[0]
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_at_lambda_1_an_advantage_is_what_the_completion_got_less_what_its_prefix_promised():
+    """For completion (1, 0, …): A_t = R − E[R | prefix], times the score of each of its tokens."""
+    problem, logits, policy = on_policy()
+    rewards = problem.rewards - problem.beta_r * (policy - problem.reference_logp)
+    n = next(i for i, completion in enumerate(problem.world.completions) if len(completion) == 3)
+    completion, expected = problem.world.completions[n], torch.zeros_like(logits)
+    for step, token in enumerate(completion):
+        prefix = completion[:step]
+        inside = [i for i, other in enumerate(problem.world.completions) if other[:step] == prefix]
+        promised = (policy[inside].exp() * rewards[inside]).sum() / policy[inside].exp().sum()
+        row = problem.world.prefixes.index(prefix)
+        expected[row] -= (rewards[n] - promised) * logits.softmax(dim=-1)[row]
+        expected[row, token] += rewards[n] - promised
+    alone = torch.zeros(1, len(policy), dtype=torch.float64)
+    alone[0, n] = 1
+    found = ppo_gradient(problem, logits, lam=1.0)(alone, 1)[0]
+    torch.testing.assert_close(found, -expected.flatten() / problem.beta_r, rtol=1e-9, atol=1e-12)
+
+
+def test_logits_of_a_policy_give_it_back():
+    problem, _, policy = on_policy()
+    torch.testing.assert_close(problem.world.log_probs(policy_logits(problem, policy)), policy)
+
+
+def test_the_figure_on_policy_shows_what_is_proved():
+    """On-policy the bias of EXO is the K-th part of the gradient; RLOO and PPO have none; all errors fall as 1/√K."""
+    curves = on_policy_figure(replicates=400).curves
+    own = curves["EXO, on-policy"]
+    length, weight = own.bias * own.num_completions, (own.bias_error * own.num_completions).square().reciprocal()
+    mean = (weight * length).sum() / weight.sum()
+    assert ((length - mean).abs() < 4 * own.bias_error * own.num_completions).all()
+    assert float(own.bias_slope().value) == pytest.approx(-1, abs=0.1)
+    for name in ("RLOO", "PPO, perfect critic"):
+        assert (curves[name].bias <= 4 * curves[name].bias_error).all()
+        assert curves[name].rms_slope(at_least=8).value == pytest.approx(-0.5, abs=0.1)
+    assert (own.rms < curves["RLOO"].rms + 3 * own.rms_error).all()  # the smaller gradient has the smaller spread
+    assert float(curves["EXO, from π_sft"].bias[3]) > 2 * float(own.bias[3])

@@ -9,15 +9,19 @@ import torch
 
 from exalign.objectives import (
     best_of_n_kl,
+    beta_for_kl,
     density_ratio,
     distance_to_optimum,
     effective_sample_size,
     group_spread,
     kl_estimate,
+    largest_kl,
     log_importance_weights,
     log_partition,
     log_reward_target,
     optimal_frontier,
+    optimal_kl,
+    reward_correlation,
     weighted_mean,
 )
 
@@ -197,3 +201,60 @@ def test_optimal_frontier_stays_finite_and_respects_masks(draw):
 def test_wrong_input_is_a_value_error(call):
     with pytest.raises(ValueError):
         call()
+
+
+def test_the_optimum_correlates_perfectly_with_its_reward(draw) -> None:
+    rewards, reference = draw(3, 6), draw(3, 6)
+    optimum = reference + rewards / 0.3 - 2.0
+    torch.testing.assert_close(reward_correlation(optimum, reference, rewards), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(reward_correlation(optimum, reference, -rewards), -torch.ones(3, dtype=torch.float64))
+
+
+def test_correlation_is_that_of_numpy_and_0_without_spread(draw) -> None:
+    policy, reference, rewards = draw(4, 5), draw(4, 5), draw(4, 5)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False], [True] + [False] * 4, [False] * 5])
+    rewards[~mask] = math.nan
+    found = reward_correlation(policy, reference, rewards, mask)
+    for row, count in ((0, 5), (1, 3)):
+        ratio = (policy - reference)[row, :count]
+        expected = torch.corrcoef(torch.stack([ratio, rewards[row, :count]]))[0, 1]
+        assert float(found[row]) == pytest.approx(float(expected), rel=1e-10)
+    assert found[2:].tolist() == [0, 0]
+    same = torch.full((1, 5), 0.1, dtype=torch.float64)
+    assert reward_correlation(same + 7, same, draw(1, 5)).item() == 0
+    assert reward_correlation(draw(1, 5), draw(1, 5), same).item() == 0
+
+
+def test_kl_of_the_optimum_falls_in_beta_between_its_limits(draw) -> None:
+    rewards = draw(20, 16)
+    rewards[0, 3] = rewards[0].max()  # a tie: two of 16 share the best
+    betas = torch.logspace(-4, 4, 60, dtype=torch.float64)
+    kls = optimal_kl(rewards, betas)
+    assert (kls.diff() <= 1e-12).all() and float(kls[-1]) < 1e-6
+    assert largest_kl(rewards) == pytest.approx((19 * math.log(16) + math.log(8)) / 20, rel=1e-12)
+    assert float(kls[0]) == pytest.approx(largest_kl(rewards), rel=1e-3)
+
+
+def test_two_samples_by_hand() -> None:
+    """Rewards 0 and 1: w = σ(1/β), KL = log 2 + w log w + (1 − w) log(1 − w)."""
+    rewards = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    w = 1 / (1 + math.exp(-2.0))
+    kl = math.log(2) + w * math.log(w) + (1 - w) * math.log(1 - w)
+    assert optimal_kl(rewards, torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(kl, rel=1e-12)
+    assert beta_for_kl(rewards, kl) == pytest.approx(0.5, rel=1e-7)
+
+
+@pytest.mark.parametrize("kl", [0.01, 0.5, 1.0, 2.0])
+def test_beta_for_kl_is_the_inverse(kl: float, draw) -> None:
+    rewards, mask = 3 * draw(12, 32), torch.rand(12, 32, generator=torch.Generator().manual_seed(1)) < 0.8
+    beta = beta_for_kl(rewards, kl, mask)
+    assert optimal_kl(rewards, torch.tensor([beta], dtype=torch.float64), mask).item() == pytest.approx(kl, rel=1e-6)
+    assert beta_for_kl(10 * rewards, kl, mask) == pytest.approx(10 * beta, rel=1e-6)  # β is in units of reward
+
+
+@pytest.mark.parametrize("kl", [0.0, -1.0, math.log(2) + 1e-9, math.nan])
+def test_a_kl_that_no_beta_reaches_is_refused(kl: float) -> None:
+    with pytest.raises(ValueError, match=r"below 0\.6931"):
+        beta_for_kl(torch.tensor([[0.0, 1.0]], dtype=torch.float64), kl)
+    with pytest.raises(ValueError, match="below 0,"):
+        beta_for_kl(torch.ones(2, 3), 0.5)  # equal rewards: every policy is optimal

@@ -14,6 +14,7 @@ from exalign.exact.figures_data import (
     TwoModeFigure,
     gradient_error_figure,
     objective_figure,
+    on_policy_figure,
     two_mode_figure,
 )
 from exalign.exact.world import World
@@ -31,6 +32,7 @@ __all__ = [
     "kl",
     "log_partition",
     "objective_figure",
+    "on_policy_figure",
     "optimal_policy",
     "two_mode_figure",
 ]

@@ -15,6 +15,9 @@ the K samples (the sums in Eq. 12 and 14, divided by K). Such averages deviate f
 subtracted from every replicate: what is left is as small as the bias itself, so a few thousand replicates resolve it at
 every K. A mean of noisy vectors is longer than its expectation; the excess, `tr Σ/R`, is subtracted, and the standard
 error of the rest is reported.
+
+Beside the divergences stand the on-policy gradients of RLOO and PPO, written as estimates of the same gradient,
+`∂KL(π_θ ‖ π*_β)/∂ logits` at β_π = 1 and β = β_r, which is −1/β times the objective's (Eq. 17).
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from exalign.exact.alignment import AlignmentProblem
 from exalign.objectives import log_policy_distribution, log_reward_target
 
 Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Gradient = Callable[[Tensor, int], Tensor]
+"""A K-sample estimate: how often each of N completions was drawn, over K, `[R, N]`, and K → the gradients `[R, D]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +111,95 @@ def gradient_errors(
         proposal_logp: `[N]` log q, what completions are drawn from; π_sft by default.
     """
     proposal = problem.reference_logp if proposal_logp is None else proposal_logp
-    scores = problem.world.scores(logits).flatten(start_dim=1)
+    gradient = divergence_gradient(problem, logits, divergence, proposal)
+    return estimator_errors(gradient, exact, proposal, num_completions, replicates=replicates, generator=generator)
 
-    def gradient(frequencies: Tensor) -> Tensor:
-        return gradient_from_counts(problem, logits, divergence, frequencies, proposal) @ scores
 
-    linear = _derivative(gradient, proposal.exp())
+def estimator_errors(
+    gradient: Gradient,
+    exact: Tensor,
+    proposal_logp: Tensor,
+    num_completions: Sequence[int],
+    *,
+    replicates: int,
+    generator: torch.Generator,
+) -> GradientErrors:
+    """Measure bias and root mean square error of any K-sample gradient; see `gradient_errors`."""
+    probs = proposal_logp.exp()
     rows = []
     for size in num_completions:
-        frequencies = draw_counts(proposal, size, replicates=replicates, generator=generator) / size
-        errors = gradient(frequencies) - exact.flatten()
-        rest = errors - (frequencies - proposal.exp()) @ linear
+        frequencies = draw_counts(proposal_logp, size, replicates=replicates, generator=generator) / size
+        errors = gradient(frequencies, size) - exact.flatten()
+        linear = _derivative(lambda drawn, size=size: gradient(drawn, size), probs)
+        rest = errors - (frequencies - probs) @ linear
         rows.append((*length_of_mean(rest), *root_mean_square(errors)))
-    bias, bias_error, rms, rms_error = torch.tensor(rows, dtype=logits.dtype).unbind(dim=1)
-    return GradientErrors(torch.tensor(num_completions, dtype=logits.dtype), bias, bias_error, rms, rms_error)
+    bias, bias_error, rms, rms_error = torch.tensor(rows, dtype=exact.dtype).unbind(dim=1)
+    return GradientErrors(torch.tensor(num_completions, dtype=exact.dtype), bias, bias_error, rms, rms_error)
+
+
+def divergence_gradient(
+    problem: AlignmentProblem, logits: Tensor, divergence: Divergence, proposal_logp: Tensor
+) -> Gradient:
+    """EXO's or another divergence's, for completions drawn from q."""
+    scores = problem.world.scores(logits).flatten(start_dim=1)
+    return lambda frequencies, size: (
+        gradient_from_counts(problem, logits, divergence, frequencies, proposal_logp) @ scores
+    )
+
+
+def rloo_gradient(problem: AlignmentProblem, logits: Tensor) -> Gradient:
+    """RLOO's with the KL in the reward: `−1/(β K) Σ_i (R_i − mean of the other R) ∂log π_θ(y_i)`, y_i ~ π_θ."""
+    scores = problem.world.scores(logits).flatten(start_dim=1)
+    rewards = penalised(problem, logits)
+
+    def gradient(frequencies: Tensor, size: int) -> Tensor:
+        mean = (frequencies @ rewards)[:, None]
+        return -(frequencies * (rewards - mean)) @ scores * size / (size - 1) / problem.beta_r
+
+    return gradient
+
+
+def ppo_gradient(problem: AlignmentProblem, logits: Tensor, *, lam: float) -> Gradient:
+    """PPO's at ratio 1 with a perfect critic: `−1/(β K) Σ_i Σ_t A_t ∂log π_θ(y_t)`, A_t the generalised advantages.
+
+    `r_t` is −β (log π_θ/π_sft)(y_t), and r more at the last token (see `objectives.token_rewards`); the critic's value
+    of a prefix is the expectation of what is to come under π_θ itself, so that the estimate has no bias whatever λ is.
+    """
+    each = _advantage_scores(problem, logits, lam)
+    return lambda frequencies, size: -(frequencies @ each) / problem.beta_r
+
+
+def penalised(problem: AlignmentProblem, logits: Tensor) -> Tensor:
+    """`R_n = r_n − β_r log(π_θ/π_sft)(y_n)` `[N]`."""
+    return problem.rewards - problem.beta_r * (problem.world.log_probs(logits) - problem.reference_logp)
+
+
+def policy_logits(problem: AlignmentProblem, logp: Tensor) -> Tensor:
+    """The logits `[C, V]` of the policy with these log-probabilities `[N]`: the mass that goes on with each token."""
+    return torch.einsum("ncv,n->cv", problem.world.choices, logp.exp()).log()
+
+
+def _advantage_scores(problem: AlignmentProblem, logits: Tensor, lam: float) -> Tensor:
+    """`Σ_t A_t ∂log π_θ(y_t)/∂ logits` of every completion, `[N, C·V]`.
+
+    The reward to come after a token is known up to what the prefix before it has paid. With `Q` the expected R of a
+    completion that goes through a prefix and token, and V that of the prefix, `δ_t = Q_t − V_t` whatever the part paid.
+    """
+    world, rewards = problem.world, penalised(problem, logits)
+    chance = world.log_probs(logits).exp()
+    mass = torch.einsum("ncv,n->cv", world.choices, chance)
+    through = torch.einsum("ncv,n->cv", world.choices, chance * rewards)
+    difference = through / mass - (through.sum(dim=1) / mass.sum(dim=1))[:, None]  # [C, V]: δ of a token after a prefix
+    rows = []
+    for completion, path in zip(world.completions, world.choices, strict=True):
+        prefixes = [world.prefixes.index(completion[:step]) for step in range(len(completion))]
+        advantages, running = torch.zeros(len(world.prefixes), dtype=chance.dtype), torch.zeros((), dtype=chance.dtype)
+        for row, token in reversed(list(zip(prefixes, completion, strict=True))):
+            running = difference[row, token] + lam * running
+            advantages[row] = running
+        visited = path.sum(dim=-1, keepdim=True)
+        rows.append((advantages[:, None] * (path - visited * logits.softmax(dim=-1))).flatten())
+    return torch.stack(rows)
 
 
 def gradient_from_counts(

@@ -1,10 +1,11 @@
-"""The numbers behind three figures of the paper, computed here from the shipped losses; drawing is someone else's.
+"""The numbers behind figures of the paper, and one more, from the shipped losses; drawing is someone else's.
 
 | function | figure |
 |---|---|
 | `two_mode_figure` | Figure 1: what each divergence makes of a two-mode optimum with a one-mode policy |
 | `objective_figure` | Figure 5: which objectives share an optimum (any policy) and which a solution (a limited one) |
 | `gradient_error_figure` | Theorems 3.2 and 3.3: error of the gradient against the number of completions K |
+| `on_policy_figure` | the same a nat from π_sft: EXO from old and own samples beside RLOO and PPO |
 
 All are float64 tensors on the CPU, the same on every run, and take seconds.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from exalign.exact.alignment import AlignmentProblem
+from exalign.exact.alignment import AlignmentProblem, kl
 from exalign.exact.bimodal import (
     Divergence,
     GaussianFit,
@@ -27,7 +28,16 @@ from exalign.exact.bimodal import (
     fit_table,
     two_mode_line,
 )
-from exalign.exact.convergence import GradientErrors, gradient_errors
+from exalign.exact.convergence import (
+    Gradient,
+    GradientErrors,
+    divergence_gradient,
+    estimator_errors,
+    gradient_errors,
+    policy_logits,
+    ppo_gradient,
+    rloo_gradient,
+)
 from exalign.exact.world import World
 from exalign.objectives import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 
@@ -132,6 +142,51 @@ def gradient_error_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
             proposal_logp=proposal,
         )
     return GradientErrorFigure(curves, replicates)
+
+
+def on_policy_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
+    """Error of the gradient at β_π = 1, K = 2 … 256, a nat from π_sft, by method and by where completions come from.
+
+    EXO from π_sft, from an earlier policy on the way (a stale q, half the way in logits) and from the policy itself,
+    beside RLOO and PPO with a perfect critic. On its own samples EXO is (K − 1)/K of RLOO: its bias is the K-th part of
+    the gradient. RLOO and PPO have none.
+    """
+    problem, logits = example_problem(seed=3)
+    problem = replace(problem, beta_pi=1.0, beta_r=0.1)
+    logits = _at_kl(problem, logits, 1.0)
+    policy = problem.world.log_probs(logits)
+    halfway = problem.world.log_probs((logits + policy_logits(problem, problem.reference_logp)) / 2)
+    estimators: dict[str, tuple[Gradient, Tensor]] = {
+        name: (divergence_gradient(problem, logits, reverse_kl, proposal), proposal)
+        for name, proposal in (
+            ("EXO, from π_sft", problem.reference_logp),
+            ("EXO, stale q", halfway),
+            ("EXO, on-policy", policy),
+        )
+    }
+    estimators["RLOO"] = rloo_gradient(problem, logits), policy
+    estimators["PPO, perfect critic"] = ppo_gradient(problem, logits, lam=0.95), policy
+    exact, generator = problem.reverse_kl_gradient(logits), torch.Generator().manual_seed(0)
+    sizes = [2**power for power in range(1, 9)]
+    curves = {
+        name: estimator_errors(gradient, exact, proposal, sizes, replicates=replicates, generator=generator)
+        for name, (gradient, proposal) in estimators.items()
+    }
+    return GradientErrorFigure(curves, replicates)
+
+
+def _at_kl(problem: AlignmentProblem, logits: Tensor, nats: float) -> Tensor:
+    """Logits `nats` from π_sft, on the line towards the optimum with the direction of `logits` added."""
+    start = policy_logits(problem, problem.reference_logp)
+    direction = policy_logits(problem, problem.optimum) - start + (logits - start)
+    low, high = 0.0, 1.0
+    while kl(problem.world.log_probs(start + high * direction), problem.reference_logp) < nats:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        further = kl(problem.world.log_probs(start + middle * direction), problem.reference_logp) > nats
+        low, high = (low, middle) if further else (middle, high)
+    return start + low * direction
 
 
 def example_problem(*, seed: int, num_tokens: int = 3, num_steps: int = 3) -> tuple[AlignmentProblem, Tensor]:

@@ -1,7 +1,8 @@
 """The mathematics of alignment as pure functions: `[B, K]` tensors in, `[B]` nats out.
 
-Two targets (rewards, a preference) times a family of divergences; beside them `policy_gradient`, for PPO, which works
-on the tokens of completions. A training loss is one line of composition:
+Two targets (rewards, a preference) times a family of divergences; beside them what people compare it with:
+`policy_gradient` (PPO on tokens; RLOO, GRPO, GSPO) and `contrastive` (SimPO, IPO, ORPO, CPO, KTO). A training
+loss is one line of composition:
 
 >>> import torch
 >>> policy_logp = torch.tensor([[-10.0, -12.0]], requires_grad=True)
@@ -13,18 +14,23 @@ on the tokens of completions. A training loss is one line of composition:
 EXO 2.4220, DPO 0.5983
 """
 
+from exalign.objectives.contrastive import cpo_loss, ipo_loss, kto_loss, orpo_loss, per_token, simpo_loss
 from exalign.objectives.divergences import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 from exalign.objectives.estimators import (
     OptimalFrontier,
     best_of_n_kl,
+    beta_for_kl,
     density_ratio,
     distance_to_optimum,
     effective_sample_size,
     group_spread,
     kl_estimate,
+    largest_kl,
     log_importance_weights,
     log_partition,
     optimal_frontier,
+    optimal_kl,
+    reward_correlation,
     saturated,
     weighted_mean,
 )
@@ -32,10 +38,18 @@ from exalign.objectives.matching import log_policy_distribution, log_preference_
 from exalign.objectives.policy_gradient import (
     adapted_kl_coefficient,
     clipped_policy_loss,
+    clipped_sequence_loss,
     clipped_value_loss,
+    divided_by_spread,
     explained_variance,
     generalised_advantages,
+    group_mean_advantages,
     is_clipped,
+    leave_one_out_advantages,
+    penalised_rewards,
+    score_function_loss,
+    token_advantages,
+    token_kl_penalty,
     token_rewards,
     whiten,
 )
@@ -46,29 +60,47 @@ __all__ = [
     "adapted_kl_coefficient",
     "alpha_divergence",
     "best_of_n_kl",
+    "beta_for_kl",
     "bradley_terry_loss",
     "clipped_policy_loss",
+    "clipped_sequence_loss",
     "clipped_value_loss",
+    "cpo_loss",
     "density_ratio",
     "distance_to_optimum",
+    "divided_by_spread",
     "effective_sample_size",
     "explained_variance",
     "forward_kl",
     "generalised_advantages",
+    "group_mean_advantages",
     "group_spread",
+    "ipo_loss",
     "is_clipped",
     "jeffreys",
     "jensen_shannon",
     "kl_estimate",
+    "kto_loss",
+    "largest_kl",
+    "leave_one_out_advantages",
     "log_importance_weights",
     "log_partition",
     "log_policy_distribution",
     "log_preference_target",
     "log_reward_target",
     "optimal_frontier",
+    "optimal_kl",
+    "orpo_loss",
+    "penalised_rewards",
+    "per_token",
     "preference_accuracy",
     "reverse_kl",
+    "reward_correlation",
     "saturated",
+    "score_function_loss",
+    "simpo_loss",
+    "token_advantages",
+    "token_kl_penalty",
     "token_rewards",
     "weighted_mean",
     "whiten",

@@ -134,6 +134,26 @@ def group_spread(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean(centred.square(), live).sqrt()
 
 
+def reward_correlation(
+    policy_logp: Tensor, reference_logp: Tensor, rewards: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Correlation of `log π_θ/π_sft` with the reward over each prompt's completions. `[B, K]` → `[B]` in [−1, 1].
+
+    It is 1 for every optimum π*_β, whose log-ratio is `r/β − log Z`: below 1, nats of KL buy less reward than they
+    could. A prompt whose log-ratios or rewards do not differ, as before the first step, has none and gets 0.
+    """
+    named = {"policy_logp": policy_logp, "reference_logp": reference_logp, "rewards": rewards}
+    (policy, reference, reward), live = as_groups(named, mask)
+    ratio = policy - reference
+    spreads = group_spread(ratio, live) * group_spread(reward, live)
+    centred = [torch.where(live, values - masked_mean(values, live)[:, None], 0) for values in (ratio, reward)]
+    covariance = masked_mean(centred[0] * centred[1], live)
+    # Of equal numbers rounding leaves a spread of about ε times their size.
+    sizes = [torch.where(live, values, 0).abs().amax(dim=-1) for values in (ratio, reward)]
+    varied = spreads > 8 * torch.finfo(ratio.dtype).eps * sizes[0] * sizes[1]
+    return torch.where(varied, covariance / torch.where(varied, spreads, 1), 0).clamp(-1, 1)
+
+
 def saturated(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None = None, *, ratio: float = 0.01) -> Tensor:
     """`[B]` bool: prompts that the reverse KL no longer corrects although the policy is far off.
 
@@ -221,3 +241,49 @@ def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None)
         columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live), log_z))
     mean, kl, ess, log_z = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
     return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess, log_z=log_z)
+
+
+def optimal_kl(rewards: Tensor, betas: Tensor, mask: Tensor | None = None) -> Tensor:
+    """β ↦ mean over prompts of KL(π*_β‖π_sft), from a pool of rewards of π_sft's samples. `[P, N]`, `[G]` → `[G]` nats.
+
+    It falls in β, from `largest_kl` at β → 0 to 0 at β → ∞: `dKL/dβ = −Var_w(r)/β³` with w the optimum's weights.
+    """
+    return optimal_frontier(rewards, betas, mask).mean_kl
+
+
+def largest_kl(rewards: Tensor, mask: Tensor | None = None) -> float:
+    """The limit of `optimal_kl` at β → 0: mean of `log(N / number of a prompt's best samples)`, log N without ties."""
+    (reward,), live = as_groups({"rewards": rewards}, mask)
+    best = reward.masked_fill(~live, -math.inf).amax(dim=-1, keepdim=True)
+    ties = (live & (reward == best)).sum(dim=-1)
+    return float((live.sum(dim=-1) / ties).to(reward.dtype).log().mean())
+
+
+def beta_for_kl(rewards: Tensor, kl: float, mask: Tensor | None = None) -> float:
+    """The β whose optimum is `kl` nats from π_sft, in the mean over the prompts of a pool: the inverse of `optimal_kl`.
+
+    `rewards` `[P, N]`. Bisection on log β to a relative precision of 1e-9. Near `largest_kl` the answer stands on one
+    or two samples of each prompt: see `OptimalFrontier.effective_samples` at the β found.
+
+    Raises:
+        ValueError: wrong shape or type, no prompt or one without samples, or a KL that is not above 0 and below
+            `largest_kl`, which no β reaches.
+    """
+    (reward,), live = as_groups({"rewards": rewards}, mask)
+    limit = largest_kl(reward, live) if len(reward) else 0.0
+    if not 0 < kl < limit:
+        raise ValueError(f"kl must lie above 0 and below {limit:.4g}, the largest that these samples have, not {kl}")
+    spread = float(group_spread(reward.double(), live).max())
+
+    def kl_of(log_beta: float) -> float:
+        return float(optimal_kl(reward.double(), torch.tensor([math.exp(log_beta)], dtype=torch.float64), live)[0])
+
+    low = high = math.log(spread)
+    while kl_of(high) > kl:
+        high += 1
+    while kl_of(low) < kl:
+        low -= 1
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if kl_of(middle) > kl else (low, middle)
+    return math.exp((low + high) / 2)

@@ -1,4 +1,13 @@
-"""Proximal policy optimisation as pure functions of `[N, T]`: N sampled completions, T tokens, ragged under a mask.
+"""Policy gradients as pure functions: PPO on tokens, and the methods whose baseline is a prompt's other completions.
+
+| method | composed of |
+|---|---|
+| PPO | `token_rewards`, `generalised_advantages`, `whiten`; `clipped_policy_loss`, `clipped_value_loss` |
+| RLOO | `leave_one_out_advantages` of `penalised_rewards`; `score_function_loss` |
+| GRPO | `group_mean_advantages`, `divided_by_spread`; `token_advantages`, `clipped_policy_loss`, `token_kl_penalty` |
+| GSPO | the same advantages; `clipped_sequence_loss` |
+
+PPO works on `[N, T]`: N sampled completions, T tokens, ragged under a mask; groups are `[B, K]`.
 
 An action is a token, the state before it is everything to its left. The reward of a completion arrives with its last
 token, and every token pays for leaving π_sft. `mask` is boolean, true on the real tokens, which come first in a row;
@@ -22,7 +31,8 @@ import math
 import torch
 from torch import Tensor
 
-from exalign.objectives.masked import as_groups, check_positive
+from exalign.objectives.estimators import group_spread
+from exalign.objectives.masked import as_groups, check_positive, masked_mean
 
 
 def token_rewards(rewards: Tensor, log_ratio: Tensor, mask: Tensor, *, beta: float) -> Tensor:
@@ -197,6 +207,128 @@ def adapted_kl_coefficient(beta: float, kl: float, *, target: float, rate: float
     if not math.isfinite(kl):
         return beta
     return beta * (1 + rate * min(max(kl / target - 1, -clip), clip))
+
+
+# Groups: K completions of a prompt, each the other's baseline. `[B, K]`, as everywhere else in `exalign.objectives`.
+
+
+def penalised_rewards(
+    rewards: Tensor, policy_logp: Tensor, reference_logp: Tensor, mask: Tensor | None = None, *, beta: float
+) -> Tensor:
+    """`R_i = r(x, y_i) − β (log π_θ(y_i|x) − log π_sft(y_i|x))`, without gradient. `[B, K]` → `[B, K]`, 0 where masked.
+
+    Its mean over samples of π_θ is the alignment objective (Eq. 4). With completions drawn from π_θ itself (q = π_θ),
+    β_π = 1 and β = β_r, the gradient of EXO over log π_θ(y_i) is `−(R_i − mean R) / (β_r K)`: that of RLOO with these
+    rewards, divided by β_r, times (K−1)/K.
+
+    Raises:
+        ValueError: wrong shape or type, or β below 0.
+    """
+    if not beta >= 0:
+        raise ValueError(f"beta must be at least 0, not {beta}")
+    named = {"rewards": rewards, "policy_logp": policy_logp.detach(), "reference_logp": reference_logp}
+    (reward, policy, reference), _ = as_groups(named, mask)
+    return reward - beta * (policy - reference)
+
+
+def group_mean_advantages(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`A_i = r_i − mean_j r_j` (Shao et al. 2024, arXiv 2402.03300, GRPO without its division by the spread).
+
+    `[B, K]` → `[B, K]` in units of reward, of mean 0 over a prompt's completions, 0 where masked. Its expected gradient
+    is (K−1)/K of the policy gradient. Equal rewards, and a completion without rivals, have advantage 0: no gradient.
+    """
+    (reward,), live = as_groups({"rewards": rewards}, mask)
+    # Measured from the highest, so that equal rewards are 0 exactly and no rounding is divided by their spread.
+    below = reward - reward.masked_fill(~live, -math.inf).amax(dim=-1, keepdim=True)
+    return torch.where(live, below - masked_mean(below, live)[:, None], 0)
+
+
+def leave_one_out_advantages(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`A_i = r_i − mean_{j ≠ i} r_j`, which is `K/(K−1) (r_i − mean r)` (RLOO).
+
+    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024 (arXiv 2402.14740).
+    `[B, K]` → `[B, K]` in units of reward, of mean 0 over a prompt's completions, 0 where masked. The baseline does not
+    know y_i, so the policy gradient is unbiased. A completion without rivals has no baseline and advantage 0: it has no
+    gradient, and is no error, as ragged groups may hold one.
+    """
+    centred = group_mean_advantages(rewards, mask)
+    count = torch.full_like(centred, centred.shape[1]) if mask is None else mask.sum(dim=-1, keepdim=True).to(centred)
+    return centred * count / (count - 1).clamp(min=1)
+
+
+def divided_by_spread(
+    advantages: Tensor, rewards: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-4
+) -> Tensor:
+    """`A_i / (std_j r_j + ε)`: the scale of GRPO (2402.03300, §4.1.2), of any advantages. `[B, K]` → `[B, K]`, no unit.
+
+    The standard deviation divides by K, as `group_spread` does; the paper does not say (TRL divides by K − 1). Equal
+    rewards stay at 0. Prompts whose rewards hardly differ count as much as others after it: Liu et al. 2025 (arXiv
+    2503.20783, "Dr. GRPO") leave it out for that reason.
+
+    Raises:
+        ValueError: wrong shape or type, or ε not above 0.
+    """
+    check_positive("epsilon", epsilon)
+    (advantage, reward), live = as_groups({"advantages": advantages, "rewards": rewards}, mask)
+    return advantage / (group_spread(reward, live)[:, None] + epsilon)
+
+
+def score_function_loss(policy_logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`−mean_i A_i log π_θ(y_i|x)`, whose gradient is that of REINFORCE (Williams 1992). `[B, K]` → `[B]`.
+
+    No gradient flows through the advantages. Its value means nothing; its gradient over log π_θ(y_i) is `−A_i/K`.
+    """
+    named = {"policy_logp": policy_logp, "advantages": advantages.detach()}
+    (policy, advantage), live = as_groups(named, mask)
+    return -masked_mean(policy * advantage, live)
+
+
+def token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Each token has its completion's advantage, as in GRPO. `[N]` and mask `[N, T]` → `[N, T]`, 0 on padding."""
+    if advantages.shape != mask.shape[:1]:
+        raise ValueError(f"advantages must be [{len(mask)}], one per row of mask, not {list(advantages.shape)}")
+    return torch.where(mask, advantages[:, None], 0)
+
+
+def clipped_sequence_loss(
+    logp: Tensor, sampled_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+) -> Tensor:
+    """`−min(s A, clamp(s, 1 − c, 1 + c) A)` with `s = exp(1/T Σ_t (log π_θ(y_t) − log π_sampled(y_t)))` (GSPO).
+
+    Zheng et al. 2025 (arXiv 2507.18071, Eq. 5 and 7). The ratio is a completion's, the geometric mean of its tokens',
+    so that a completion is clipped whole; per token it is `clipped_policy_loss` of `token_advantages`, as in GRPO. At
+    ratio 1 the gradient over log π_θ(y_t) is `−A/T`. The paper's clips are about 3e-4: means move little.
+
+    Args:
+        logp: `[N, T]` log π_θ of each token, with gradient.
+        sampled_logp: `[N, T]` the same of the policy that the tokens were drawn from.
+        advantages: `[N]` of each completion.
+        mask: `[N, T]` bool.
+        clip: c > 0.
+
+    Returns:
+        `[N]` in units of the advantages, 0 for a row without tokens.
+
+    Raises:
+        ValueError: wrong shape or type, or a clip not above 0.
+    """
+    check_positive("clip", clip)
+    (policy, sampled), live = as_groups({"logp": logp, "sampled_logp": sampled_logp}, mask)
+    advantage = token_advantages(advantages.detach(), live)[:, 0].to(policy)
+    ratio = masked_mean(policy - sampled, live).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def token_kl_penalty(logp: Tensor, reference_logp: Tensor, mask: Tensor) -> Tensor:
+    """`exp(ℓ) − ℓ − 1` with `ℓ = log π_sft(y_t) − log π_θ(y_t)`: KL(π_θ‖π_sft) of a token (2402.03300, Eq. 4; GRPO).
+
+    Never below 0, unlike −ℓ itself, and of the same mean over tokens drawn from π_θ. `[N, T]` → `[N, T]` nats, 0 on
+    padding. It is differentiated as it stands there: the gradient, 1 − exp(ℓ) over log π_θ, is in the mean over tokens
+    of π_θ that of KL(π_sft‖π_θ), the other direction.
+    """
+    (policy, reference), live = as_groups({"logp": logp, "reference_logp": reference_logp}, mask)
+    difference = reference - policy
+    return torch.where(live, difference.exp() - difference - 1, 0)
 
 
 def _check_right_padded(live: Tensor) -> None:
