@@ -89,7 +89,7 @@ def test_models_come_as_safetensors_and_remote_code_is_off_unless_named() -> Non
                     assert argument(call, "use_safetensors") == "True"
             if name.endswith(".save_pretrained") and "tokenizer" not in name:
                 assert argument(call, "safe_serialization") == "True"
-    assert set(found) == {"models/loading.py", "run/budget/architecture.py"}
+    assert set(found) == {"models/loading.py", "run/plan.py"}
     written = [argument(call, "trust_remote_code") for tree in TREES.values() for _, call in calls(tree)]
     assert "True" not in written
 

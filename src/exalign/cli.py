@@ -19,7 +19,7 @@ from exalign.errors import InputError
 from exalign.judging.grading import grade_judge
 from exalign.judging.judge import judge
 from exalign.processes import failing, leads, several
-from exalign.run.budget.command import plan
+from exalign.run.plan import plan
 from exalign.terminal import shown
 
 if TYPE_CHECKING:

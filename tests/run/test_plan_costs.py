@@ -14,21 +14,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from exalign.data.batching import Group
 from exalign.methods.matching import Matching
 from exalign.models.flops import forward_flops, training_flops
+from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
 from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.sampler import Branches, SharedDecoder
 from exalign.rollout.settings import SampleSettings
-from exalign.run.budget.architecture import PUBLIC_CONFIGURATIONS, Architecture, architecture_of
-from exalign.run.budget.assumptions import Assumptions
-from exalign.run.budget.cost import forward_cost, sampling_cost, training_cost
-from exalign.run.budget.devices import Machine, find_device
-from exalign.run.budget.load import Load
-from exalign.run.budget.memory import (
-    KEPT_BYTES,
-    TILE_BYTES,
-    block_activations,
+from exalign.run.devices import Assumptions, Machine, find_device
+from exalign.run.plan import (
+    PUBLIC_CONFIGURATIONS,
+    Architecture,
+    Draw,
+    Load,
+    Read,
+    Train,
+    Work,
+    architecture_of,
     cache_tokens,
+    cost_of,
     training_activations,
     training_state,
 )
@@ -106,16 +109,18 @@ def test_counts_without_weights_are_those_of_the_real_model(model_type: str, lor
 def test_operations_are_the_necessary_work_of_all_groups(lora: LoraSettings | None) -> None:
     real, groups = tiny("qwen2", lora), groups_of(LOAD)
     model = Architecture("tiny", real, "")
-    settings = Matching(epochs=3)
-    assert training_cost("", [model], settings, LOAD, machine()).flops == 3 * training_flops(real, groups)
-    assert forward_cost("", model, LOAD, machine(), token_budget=64).flops == forward_flops(real, groups)
-    assert sampling_cost("", model, LOAD, SampleSettings(), machine()).flops == forward_flops(real, groups)
+    train = Train([model], Matching(), LOAD, passes=3)
+    assert cost_of("", Work((train,)), machine()).flops == 3 * training_flops(real, groups)
+    for part in (Read(model, LOAD, token_budget=64), Draw(model, LOAD, SampleSettings())):
+        assert cost_of("", Work((part,)), machine()).flops == forward_flops(real, groups)
+    both = cost_of("", Work((train, Draw(model, LOAD, SampleSettings())), times=2), machine())
+    assert both.flops == 2 * (3 * training_flops(real, groups) + forward_flops(real, groups))
 
 
 def test_an_encoder_reads_the_prompt_again_for_every_completion() -> None:
     config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = architecture_of(ModelSettings(config=config), "classifier", 50)
-    cost = forward_cost("", encoder, LOAD, machine(), token_budget=64)
+    cost = cost_of("", Work((Read(encoder, LOAD, token_budget=64),)), machine())
     assert not encoder.shares_prompts
     assert cost.tokens == LOAD.prompts * LOAD.completions * (LOAD.prompt_tokens + LOAD.completion_tokens)
 
@@ -179,8 +184,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks(precision: Any) -> None:
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved(real, precision))
     model = Architecture("tiny", real, "")
     settings = Matching(precision=precision, gradient_checkpointing=True)
-    size, inputs = (2, model.cast_inputs) if precision == "bf16" else (4, model.shared_inputs)
-    one_block = LOAD.tokens * block_activations(model, size, inputs)  # recomputed later, in the backward pass
+    one_block = LOAD.tokens * model.block_activations(autocast=precision == "bf16")  # made again in the backward pass
     planned = training_activations(model, settings, LOAD.tokens) - KEPT_BYTES - TILE_BYTES - one_block
     assert measured == pytest.approx(planned, rel=0.2)
 

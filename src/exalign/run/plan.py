@@ -1,0 +1,1038 @@
+"""`exalign plan`: what a recipe would cost, worked out before it is run: memory, tokens, operations, hours, what fits.
+
+Nothing here measures: every number is a formula of the recipe, the architecture and the assumptions that are printed.
+A stage is described by its `Work`, what is drawn, read and trained, each for a `Load` of prompts and completions; the
+rest turns work into operations (`models.flops`, counted on torch's meta device), bytes on one device, and seconds:
+
+* training: whole micro-batches go to devices, so a step takes ⌈micro-batches / devices⌉ of them in a row. What devices
+  exchange is not in the seconds: it depends on links that a plan knows nothing about;
+* sampling, scores, references: prompts are dealt out to the devices;
+* seconds are operations over an assumed share of the device's peak, bytes follow from the architecture.
+
+torch and transformers are imported where they are used: this module is loaded by every start of `exalign`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from exalign.data.reading import DataSettings, each
+from exalign.errors import InputError
+from exalign.models.model_settings import ModelSettings
+from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
+from exalign.run.devices import Assumptions, Machine, find_device
+from exalign.run.recipe import Recipe, load_recipe
+from exalign.terminal import shown
+from exalign.training.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from exalign.data.batching import Group
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/imdb.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: align.exo-rw.epochs=2")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="A100-40, A100-80, H100, H200, L40S, RTX-4090, or cpu.")] = "H100",
+    count: Annotated[int, typer.Option(min=1, help="Devices.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print values as JSON: seconds, bytes, operations.")] = False,
+    **assumed: Any,
+) -> None:
+    """Work out what a recipe would cost before it is run: memory, tokens, operations, hours, and whether it fits."""
+    loaded = load_recipe(recipe, overrides or ())
+    try:
+        taken = Assumptions(**assumed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"{option}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']}.") from None
+    machine = Machine(find_device(gpu, taken), count, taken)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    budget = budget_of(loaded, machine)
+    if as_json:
+        typer.echo(json.dumps(as_values(budget), indent=1))
+    else:
+        print_budget(budget, Console())
+
+
+def _with_options_of_assumptions(command: Any) -> Any:
+    """The command with one option for each field of `Assumptions` in the place of its `**assumed`."""
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option.default,
+            annotation=Annotated[option.annotation, typer.Option(help=option.description)],
+        )
+        for name, option in Assumptions.model_fields.items()
+    ]
+    fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "assumed"]
+    command.__signature__ = signature.replace(parameters=[*fixed, *options])
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*fixed, *options]}
+    return command
+
+
+plan = _with_options_of_assumptions(plan)
+
+
+# ---- Models, without their weights
+
+Kind = Literal["policy", "reward model", "classifier"]
+_LABELS: dict[Kind, int | None] = {"policy": None, "reward model": 1, "classifier": 2}
+
+_PYTHIA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
+_QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "intermediate_size": 18944}
+PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "EleutherAI/pythia-2.8b": {**_PYTHIA, "model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False},
+    "Qwen/Qwen2.5-7B-Instruct": {
+        **_QWEN,
+        "model_type": "qwen2",
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+"""The published configurations of the models that the shipped recipes name: a plan of them needs no hub."""
+
+
+class Architecture:
+    """A model on the meta device, adapters included, and its numbers; `origin`: where its configuration came from.
+
+    `parameters` counts all, tied ones once, `trained` those that are. Sizes are bytes: of all weights, of trained ones,
+    of a block (`layer_bytes`), of autocast's copies of float32 matrices (`half_copies`), and of one token's keys and
+    values. An encoder that classifies reads each completion with a prompt of its own (`shares_prompts` is false).
+    """
+
+    def __init__(self, name: str, module: nn.Module, origin: str) -> None:
+        from exalign.models.capability import base_of
+        from exalign.models.flops import matrices
+
+        base, weights = base_of(module), list(module.parameters())
+        trained, linear = [w for w in weights if w.requires_grad], [weight for _, weight in matrices(module)]
+        config: Any = base.config.get_text_config()
+        self.name, self.module, self.origin = name, module, origin
+        self.parameters, self.trained = (sum(w.numel() for w in some) for some in (weights, trained))
+        self.weight_bytes, self.trained_bytes = _bytes(weights), _bytes(trained)
+        self.half_copies = 2 * sum(w.numel() for w in linear if w.element_size() == 4)
+        self.shares_prompts = hasattr(base, "score") or base.get_output_embeddings() is not None
+        self.element_size = weights[0].element_size()  # of keys, values and hidden states in inference too
+        self.precision = "fp32" if self.element_size >= 4 else "bf16"
+        self.hidden, self.heads = int(config.hidden_size), int(config.num_attention_heads)
+        self.layers, self.vocabulary = int(config.num_hidden_layers), int(config.vocab_size)
+        self.head_size = int(getattr(config, "head_dim", None) or self.hidden // self.heads)
+        self.key_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        self.cache_bytes_per_token = 2 * self.layers * self.key_heads * self.head_size * self.element_size
+        names = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
+        self.feed_forward = int(next(filter(None, (getattr(config, n, None) for n in names)), 4 * self.hidden))
+        self._measure_block(base)
+
+    def _measure_block(self, base: Any) -> None:
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        lists = [list(m) for m in base.base_model.modules() if isinstance(m, nn.ModuleList)]
+        block = max(lists, key=len, default=[nn.Identity()])[0]
+        self.layer_bytes = _bytes(block.parameters())
+        self.gated = any("gate" in name for name, _ in block.named_modules())
+        linear = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D) and m.weight.requires_grad]
+        self.cast_inputs = sum(m.in_features if isinstance(m, nn.Linear) else m.weight.shape[0] for m in linear)
+        self.rms = any(
+            "rms" in type(m).__name__.lower() and "norm" in type(m).__name__.lower() for m in block.modules()
+        )
+
+    def block_activations(self, *, autocast: bool) -> float:
+        """Bytes that a block keeps for one token: numbers of products have the weights' size, or 2, those of norms 4.
+
+        What goes into linear layers (the outputs of two norms, the attention's, the F of the feed-forward part; under
+        autocast every trained layer has a cast copy of its own, frozen ones none); queries, keys and values; what goes
+        into the feed-forward's activation function, and with a gate also what comes out of it and what it is multiplied
+        with; the inputs of the norms (an RMS norm's normed numbers too); the attention's log-sum-exp.
+        """
+        shared = 2 * self.hidden + self.heads * self.head_size + self.feed_forward
+        inputs, size = (self.cast_inputs, 2) if autocast else (shared, self.element_size)
+        attention = (self.heads + 2 * self.key_heads) * self.head_size
+        products = inputs + attention + (3 if self.gated else 1) * self.feed_forward
+        return size * products + 4 * 2 * self.hidden * (2 if self.rms else 1) + 4 * self.heads
+
+
+@lru_cache(maxsize=32)
+def _architecture(settings_json: str, kind: Kind, vocabulary: int | None) -> Architecture:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from exalign.models.loading import with_lora
+
+    settings = ModelSettings.model_validate_json(settings_json)
+    config, origin = _configuration(settings, vocabulary)
+    labels = _LABELS[kind]
+    if labels is not None:
+        config.num_labels = labels
+    auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in a way that will go
+            model = auto_class.from_config(
+                config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+            )
+            model = with_lora(model, settings.lora, task="CAUSAL_LM" if labels is None else "SEQ_CLS")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"No {kind} can be made of {settings.source or 'this config'} ({error}).") from None
+    return Architecture(settings.source or str(config.model_type), model, origin)
+
+
+def _configuration(settings: ModelSettings, vocabulary: int | None) -> tuple[PreTrainedConfig, str]:
+    from transformers import AutoConfig
+
+    if settings.source is None:
+        values = dict(settings.config or {})
+        if vocabulary is not None:
+            values.setdefault("vocab_size", vocabulary)
+        return _from_values(values), "the recipe's config"
+    if settings.source.startswith("runs/") and not Path(settings.source).is_dir():
+        raise InputError(
+            f"There is no folder {settings.source} yet: carry out the run that makes it, then plan with it."
+        )
+    for local in (True, False):
+        try:
+            found = AutoConfig.from_pretrained(
+                settings.source, trust_remote_code=settings.trust_remote_code, local_files_only=local
+            )
+            return found, "its own configuration"
+        except (OSError, ValueError, KeyError) as error:
+            if settings.source in PUBLIC_CONFIGURATIONS:  # without waiting for a hub that may not be reachable
+                return _from_values(PUBLIC_CONFIGURATIONS[settings.source]), "its published configuration, built in"
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise InputError(
+        f"The configuration of {settings.source} cannot be read ({reason}); plan with a local folder of it, or with "
+        f"one of {', '.join(PUBLIC_CONFIGURATIONS)}."
+    )
+
+
+def _from_values(values: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        rest = {name: value for name, value in values.items() if name != "model_type"}
+        return AutoConfig.for_model(str(values.get("model_type")), **rest)
+    except Exception as error:  # transformers raises many kinds here, all of them about the given values
+        raise InputError(f"The model config is not valid ({str(error).splitlines()[0]}).") from error
+
+
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def architecture_of(settings: ModelSettings, kind: Kind, vocabulary: int | None) -> Architecture:
+    """The model that these settings load. `vocabulary` is the size of the tokenizer of a model from a config.
+
+    A source whose configuration is neither readable nor built in, or a config that is not valid, is an `InputError`.
+    """
+    return _architecture(settings.model_dump_json(), kind, vocabulary if settings.source is None else None)
+
+
+# ---- Prompts and completions
+
+PUBLISHED_ROWS = {
+    ("stanfordnlp/imdb", "train"): 25_000,
+    ("stanfordnlp/imdb", "test"): 25_000,
+    ("trl-lib/tldr", "train"): 116_722,
+    ("trl-lib/tldr", "validation"): 6_447,
+    ("trl-lib/tldr", "test"): 6_553,
+    ("trl-lib/tldr-preference", "train"): 92_858,
+    ("trl-lib/tldr-preference", "validation"): 86_086,
+    ("hh-rlhf/helpful-base/train.jsonl.gz", ""): 43_835,
+    ("hh-rlhf/helpful-base/test.jsonl.gz", ""): 2_354,
+}
+"""Rows of the data sets that the shipped recipes name, by hub name (or the file's last folders) and split."""
+UNKNOWN_ROWS = 10_000
+"""Taken for a data set that is neither here nor in the table; the plan says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`prompts` groups of `completions` completions (K), all of the mean lengths; no group is over the longest ones."""
+
+    prompts: int
+    completions: int
+    prompt_tokens: int
+    completion_tokens: int
+    longest_prompt: int
+    longest_completion: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them, each prompt once."""
+        return self.prompts * self.group_tokens
+
+    @property
+    def group_tokens(self) -> int:
+        return self.prompt_tokens + self.completions * self.completion_tokens
+
+    @property
+    def longest_group(self) -> int:
+        return self.longest_prompt + self.completions * self.longest_completion
+
+    def group(self) -> Group:
+        """One group of the mean lengths, whose ids mean nothing: what `models.flops` counts."""
+        import torch
+
+        from exalign.data.batching import Group
+
+        completion = torch.zeros(self.completion_tokens, dtype=torch.long)
+        return Group(0, torch.zeros(self.prompt_tokens, dtype=torch.long), (completion,) * self.completions)
+
+
+@dataclass
+class Loads:
+    """The loads of a recipe's stages; `said` collects what had to be assumed, each sentence once."""
+
+    recipe: Recipe
+    assumed: Assumptions
+    said: dict[str, None] = field(default_factory=dict)
+    _known: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # each file is read once
+
+    def supervised(self) -> Load:
+        """Texts, K = 1: of data.sft, or the preferred completions of the preferences."""
+        load = self.given("sft" if self.recipe.data.sft is not None else "preferences", 1)
+        if self.recipe.sft is None or not self.recipe.sft.train_on_prompts:
+            return load
+        whole, longest = load.group_tokens - 1, load.longest_group - 1  # every token but the first is a target
+        return replace(load, prompt_tokens=1, completion_tokens=whole, longest_prompt=1, longest_completion=longest)
+
+    def labelled(self, longest: int) -> Load:
+        """Labelled texts, of which a classifier reads `longest` tokens at most."""
+        load = self.given("labelled", 1)
+        completion = min(self.assumed.completion_tokens or max(1, longest // 2), longest)
+        short = replace(load, longest_prompt=min(load.longest_prompt, longest))
+        return replace(short, completion_tokens=completion, longest_completion=longest)
+
+    def pairs(self) -> Load:
+        """The preferences: given, or two samples of the supervised model for each prompt."""
+        return self.given("preferences", 2) if self.recipe.data.preferences is not None else self.sampled(2)
+
+    def rewarded(self) -> Load:
+        """What has rewards: given, or sampled and scored. Given rows are taken to have as many completions."""
+        completions = self.recipe.sample.num_completions
+        return self.given("rewards", completions) if self.recipe.data.rewards is not None else self.sampled(completions)
+
+    def given(self, name: str, completions: int) -> Load:
+        """Rows of `data.NAME` with their completions."""
+        return self._load(name, completions, self.recipe.data.max_completion_tokens)
+
+    def sampled(self, completions: int) -> Load:
+        """Samples for the prompts of the recipe."""
+        name = "prompts" if self.recipe.data.prompts else "preferences"
+        return self._load(name, completions, self.recipe.sample.max_new_tokens)
+
+    def evaluation(self, prompts: int, samples: int) -> Load:
+        """Samples for evaluation prompts, of which there may be fewer."""
+        name = "evaluation" if self.recipe.data.evaluation is not None else "preferences"
+        load = self._load(name, samples, self.recipe.sample.max_new_tokens)
+        return replace(load, prompts=min(prompts, load.prompts))
+
+    def _load(self, name: str, completions: int, longest: int) -> Load:
+        sources = each(getattr(self.recipe.data, name))
+        longest_prompt, given = self.recipe.data.max_prompt_tokens, self.assumed.prompt_tokens
+        if given is not None and given > longest_prompt:
+            raise InputError(f"--prompt-tokens {given} is above data.max_prompt_tokens = {longest_prompt}; lower it.")
+        prompt = given or min(sources[0].prompt_tokens or max(1, longest_prompt // 2), longest_prompt)
+        completion = min(self.assumed.completion_tokens or max(1, longest // 2), longest)
+        return Load(self._rows(sources, name), completions, prompt, completion, longest_prompt, longest)
+
+    def _rows(self, sources: list[DataSettings], name: str) -> int:
+        if self.assumed.prompts is not None and name != "evaluation":
+            found = [(self.assumed.prompts, "--prompts")]
+        else:
+            found = self._known[name] = self._known.get(name) or [rows_of(source) for source in sources]
+        for rows, how in found:
+            self.said[f"data.{name}: {rows:,} rows ({how})"] = None
+        return sum(rows for rows, _ in found)
+
+
+def rows_of(source: DataSettings) -> tuple[int, str]:
+    """How many rows a source has after `skip` and `limit`, and how that is known. Local data is read to its end."""
+    from exalign.data.reading import read_source
+
+    if Path(source.source).expanduser().exists():
+        counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
+        return counted, f"counted in {source.source}"
+    for (name, split), rows in PUBLISHED_ROWS.items():
+        if (source.source == name and (source.split or "train") == split) or source.source.endswith("/" + name):
+            left = round(source.share * max(0, rows - source.skip))
+            return min(left, source.limit or left), f"published size of {source.source}"
+    if source.limit is not None:
+        return source.limit, f"limit; {source.source} is not here to be counted"
+    return UNKNOWN_ROWS, f"assumed, {source.source} is not here to be counted: give --prompts"
+
+
+# ---- Bytes on one device
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by what they are for; `copies` are autocast's, `exchange` what several devices need to work together."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    copies: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0
+    exchange: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+
+def training_state(model: Architecture) -> Memory:
+    """Weights, gradients and AdamW's two moments, each of the type of the weight it belongs to."""
+    return Memory(weights=model.weight_bytes, gradients=model.trained_bytes, optimizer=2 * model.trained_bytes)
+
+
+def training_memory(models: Sequence[Architecture], settings: TrainSettings, load: Load, count: int) -> Memory:
+    """One of `count` devices that train these models together; from two on, buckets of the gradients' size (DDP)."""
+    whole_step = min(settings.batch_prompts, load.prompts) * load.longest_group
+    tokens = min(max(settings.token_budget, load.longest_group), whole_step)  # of the fullest micro-batch
+    whole = Memory()
+    for model in models:
+        copies = model.half_copies if settings.precision == "bf16" else 0
+        activations = training_activations(model, settings, tokens)
+        buckets = model.trained_bytes if count > 1 else 0
+        whole += replace(training_state(model), copies=copies, activations=activations, exchange=buckets)
+    return whole
+
+
+def sharded_memory(memory: Memory, models: Sequence[Architecture], settings: TrainSettings, count: int) -> Memory:
+    """The same under a full shard (FSDP2) over `count` devices.
+
+    Gathered at a time: the embeddings and the head, the block that works and the one that comes next, in the type of
+    the products, and the gradient of the largest of these before it is scattered.
+    """
+    exchange = 0.0
+    for model in models:
+        factor = 0.5 if settings.precision == "bf16" and model.element_size == 4 else 1.0
+        root = model.weight_bytes - model.layers * model.layer_bytes
+        trained_share = model.trained_bytes / model.weight_bytes
+        exchange += factor * (root + 2 * model.layer_bytes) + max(root, model.layer_bytes) * trained_share
+    divided = {name: getattr(memory, name) / count for name in ("weights", "gradients", "optimizer")}
+    return replace(memory, **divided, copies=0.0, exchange=exchange)  # what is gathered has the products' type
+
+
+def training_activations(model: Architecture, settings: TrainSettings, tokens: int) -> float:
+    """Bytes that `tokens` tokens keep for the backward pass, and the tiles of logits.
+
+    With gradient checkpointing a block keeps its input alone (4 bytes a number), and one block at a time all it needs.
+    """
+    from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
+
+    block = model.block_activations(autocast=settings.precision == "bf16")
+    checkpointed = settings.gradient_checkpointing
+    blocks = model.layers * 4 * model.hidden + block if checkpointed else model.layers * block
+    ends = 4 * 5 * model.hidden  # embedding, final norm in and out, hidden states of the head and their gradient
+    return tokens * (blocks + ends) + KEPT_BYTES + TILE_BYTES
+
+
+def inference_memory(model: Architecture, tokens: int) -> Memory:
+    """One device that computes `tokens` tokens at a time without gradients: one block's numbers are alive at a time."""
+    from exalign.models.lm_head import TILE_BYTES
+
+    activations = tokens * (model.block_activations(autocast=False) + 4 * 3 * model.hidden) + 2 * TILE_BYTES
+    return Memory(weights=model.weight_bytes, activations=activations)
+
+
+_FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
+
+
+def sampling_memory(model: Architecture, load: Load, batch_completions: int) -> Memory:
+    """One device that samples: weights, the cache of all groups in flight at their longest, and the logits of a step.
+
+    A prompt's keys and values are kept once per group, a completion's in rows that grow by doubling from 32.
+    """
+    groups = groups_in_flight(load, batch_completions)
+    rows = groups * load.completions
+    logits = rows * model.vocabulary * (4 + model.element_size)
+    working = inference_memory(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows)
+    cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
+    return replace(working, cache=cache, activations=working.activations + logits)
+
+
+def groups_in_flight(load: Load, batch_completions: int) -> int:
+    """Prompts that are decoded at the same time: whole groups, at least one."""
+    return max(1, min(batch_completions // load.completions, load.prompts))
+
+
+def cache_tokens(load: Load) -> int:
+    """Tokens for which one group's cache has room when its completions are as long as they may be.
+
+    The last token of a completion is never read, so T − 1 are cached.
+    """
+    room, read = _FIRST_CAPACITY, load.longest_completion - 1
+    while room < read:
+        room *= 2
+    return load.longest_prompt + (load.completions * room if read else 0)
+
+
+# ---- The work of a stage, and its cost
+
+
+@dataclass(frozen=True)
+class Draw:
+    """K completions for each prompt of `load`, of which `together` prompts (None: all) are at hand at a time."""
+
+    model: Architecture
+    load: Load
+    settings: SampleSettings
+    together: int | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """Groups computed without gradients: scores, and log-probabilities of a policy. `bf16` is autocast."""
+
+    model: Architecture
+    load: Load
+    token_budget: int
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Train:
+    """`models` trained together on every group, `passes` times."""
+
+    models: Sequence[Architecture]
+    settings: TrainSettings
+    load: Load
+    passes: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes, part after part, `times`; 0: a search before it has done so.
+
+    `on_one_device`: its models stand side by side on a device, and `beside` are those that are only read there.
+    """
+
+    parts: tuple[Draw | Read | Train | Work, ...]
+    times: int = 1
+    on_one_device: bool = False
+    beside: tuple[Architecture, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A stage, or a part of one. `tokens` counts each prompt once; `stored` are bytes of models and checkpoints.
+
+    `replicated` is the memory of a device that holds everything, `sharded` that of one under a full shard (training on
+    all devices only). `bound`: `operations`, `batch` where a step has fewer micro-batches than devices, or `search`.
+    """
+
+    stage: str
+    parameters: int
+    trained: int
+    tokens: int
+    flops: float
+    seconds: float
+    bound: str
+    replicated: Memory
+    sharded: Memory | None = None
+    stored: float = 0.0
+
+    def fits(self, usable: float) -> str:
+        """`yes`, `sharded` where only a full shard fits, or `no`."""
+        if self.replicated.total <= usable:
+            return "yes"
+        return "sharded" if self.sharded is not None and self.sharded.total <= usable else "no"
+
+
+def cost_of(stage: str, work: Work, machine: Machine) -> Cost:
+    """The parts of a stage follow one another; the longest gives its bound, the fullest its memory."""
+    alone = replace(machine, count=1) if work.on_one_device else machine
+    parts = [_PRICE[type(part)](part, alone) for part in work.parts]
+    fullest = max(parts, key=lambda part: part.replicated.total)
+    return Cost(
+        stage,
+        parts[0].parameters,
+        max(part.trained for part in parts),
+        work.times * sum(part.tokens for part in parts),
+        work.times * sum(part.flops for part in parts),
+        work.times * sum(part.seconds for part in parts),
+        max(parts, key=lambda part: part.seconds).bound if work.times else "search",
+        _side_by_side(work, parts) if work.on_one_device else fullest.replicated,
+        None if work.on_one_device else fullest.sharded,
+        sum(part.stored for part in parts),  # each of several trainings writes over the one before it
+    )
+
+
+def _side_by_side(work: Work, parts: Sequence[Cost]) -> Memory:
+    """Training or drawing, whichever needs more. Gradients are gone while completions are drawn, moments are not."""
+    memory = {type(part): cost.replicated for part, cost in zip(work.parts, parts, strict=True)}
+    drawing = replace(memory[Draw], weights=memory[Train].weights, optimizer=memory[Train].optimizer)
+    largest = max(memory[Train], drawing, key=lambda one: one.total)
+    return largest + Memory(weights=sum(model.weight_bytes for model in work.beside))
+
+
+def _train_cost(part: Train, machine: Machine) -> Cost:
+    from exalign.models.flops import forward_flops, training_flops
+
+    models, settings, load, group = part.models, part.settings, part.load, [part.load.group()]
+    groups, trained = part.passes * load.prompts, sum(model.trained_bytes for model in models)
+    necessary = groups * sum(training_flops(model.module, group) for model in models)
+    again = settings.gradient_checkpointing * groups * sum(forward_flops(model.module, group) for model in models)
+    in_budget = max(1, settings.token_budget // load.group_tokens)
+    micro = -(-min(settings.batch_prompts, load.prompts) // in_budget)  # of a step: what devices can share
+    policies = min(settings.save_policies, part.passes * -(-load.prompts // settings.batch_prompts)) + 1
+    whole = training_memory(models, settings, load, machine.count)
+    return Cost(
+        "",
+        sum(model.parameters for model in models),
+        sum(model.trained for model in models),
+        part.passes * load.tokens,
+        necessary,
+        (necessary + again) * -(-micro // machine.count) / micro / machine.rate(settings.precision),
+        "batch" if micro < machine.count else "operations",
+        whole,
+        sharded_memory(whole, models, settings, machine.count),
+        # The checkpoint under way is written beside the last.
+        float(policies * models[0].weight_bytes + 2 * (models[0].weight_bytes + 2 * trained)),
+    )
+
+
+def _read_cost(part: Read, machine: Machine) -> Cost:
+    half, load = part.precision == "bf16", part.load
+    if not part.model.shares_prompts:
+        load = replace(load, prompts=load.prompts * load.completions, completions=1)
+    memory = inference_memory(part.model, max(part.token_budget, load.longest_group))
+    memory = replace(memory, copies=part.model.half_copies if half else 0.0)
+    return _dealt_out(part.model, load, machine, machine.rate("bf16" if half else part.model.precision), memory)
+
+
+def _draw_cost(part: Draw, machine: Machine) -> Cost:
+    from exalign.run.materials import SHARD
+
+    share = -(-part.load.prompts // min(machine.count, part.load.prompts))  # of the device that has most
+    at_hand = replace(part.load, prompts=min(share, SHARD, part.together or SHARD))
+    memory = sampling_memory(part.model, at_hand, part.settings.batch_completions)
+    return _dealt_out(part.model, part.load, machine, machine.rate(part.model.precision, sampling=True), memory)
+
+
+def _dealt_out(model: Architecture, load: Load, machine: Machine, rate: float, memory: Memory) -> Cost:
+    from exalign.models.flops import forward_flops
+
+    flops = load.prompts * forward_flops(model.module, [load.group()])
+    seconds = flops / rate / min(machine.count, load.prompts)
+    return Cost("", model.parameters, 0, load.tokens, flops, seconds, "operations", memory)
+
+
+_PRICE: dict[type, Callable[[Any, Machine], Cost]] = {
+    Draw: _draw_cost,
+    Read: _read_cost,
+    Train: _train_cost,
+    Work: lambda work, machine: cost_of("", work, machine),
+}
+
+
+# ---- The stages of a recipe
+
+SCORER_TOKENS = 4096
+"""Tokens that a scorer computes at a time."""
+
+
+@dataclass(frozen=True)
+class MethodWork:
+    """How a method trains, in numbers.
+
+    On pairs, or on completions that have rewards; or on completions that it samples itself, `draws` times for each
+    prompt, and scores: `together` prompts at a time, or all in `rounds` parts. Every group is trained on `passes`
+    times. A `critic` is trained beside the policy, and then both read the samples too.
+    """
+
+    settings: TrainSettings
+    on: Literal["pairs", "rewarded", "sampled"]
+    passes: int
+    draws: int = 0
+    together: int | None = None
+    rounds: int = 1
+    critic: ModelSettings | None = None
+
+
+def method_work(recipe: Recipe, name: str) -> MethodWork:
+    """How the method NAME of the recipe trains, by what it says of itself and the settings that it has."""
+    # for the lead: to become `method.work(recipe)`, where a method of one's own says what it computes.
+    method = recipe.align[name]
+    passes = method.epochs * getattr(method, "passes", 1)
+    if method.trains_on != "prompts":
+        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", passes)
+    rounds = getattr(method, "rounds", 1)
+    draws = method.epochs if rounds == 1 else 1
+    critic = (method.critic or recipe.model) if hasattr(method, "critic") else None
+    return MethodWork(method, "sampled", passes, draws, getattr(method, "rollout_prompts", None), rounds, critic)
+
+
+class Planner:
+    """The work of every stage of a recipe. `said` are the assumptions that it called for, as sentences."""
+
+    def __init__(self, recipe: Recipe, assumed: Assumptions) -> None:
+        self.recipe = recipe
+        self.loads = Loads(recipe, assumed)
+        self.said: dict[str, None] = {}
+        self._kinds: dict[str, Callable[[str], Work | None]] = {
+            "sft": self._sft,
+            "oracle": self._oracle,
+            "preferences": self._preferences,
+            "reward": self._reward,
+            "rollouts": self._rollouts,
+            "scored": self._scored,
+            "reference": self._reference,
+            "search": self._search,
+            "align": self._align,
+            "validation": self._validation,
+            "evaluation": self._evaluation,
+        }
+
+    def work(self, stage: str) -> Work | None:
+        """The work of a stage, which one function for each kind knows; None where it computes with no model."""
+        kind, _, rest = stage.partition("/")
+        return self._kinds[kind](rest) if kind in self._kinds else None
+
+    def _sft(self, _: str) -> Work:
+        assert self.recipe.sft is not None
+        return self._trained(self.policy(), self.recipe.sft, self.loads.supervised())
+
+    def _oracle(self, _: str) -> Work:
+        oracle = self.recipe.oracle
+        assert oracle is not None
+        return self._trained(self.model(oracle.model, "classifier"), oracle, self.loads.labelled(oracle.max_tokens))
+
+    def _reward(self, _: str) -> Work:
+        settings = self.recipe.reward
+        assert settings is not None
+        model = self.model(settings.model or self.recipe.model, "reward model")
+        return self._trained(model, settings, self.loads.pairs())
+
+    @staticmethod
+    def _trained(model: Architecture, settings: TrainSettings, load: Load) -> Work:
+        return Work((Train([model], settings, load, settings.epochs),))
+
+    def _preferences(self, _: str) -> Work | None:
+        settings = self.recipe.preferences
+        return None if settings is None else self._drawn(self.loads.sampled(2), settings.scorer)
+
+    def _rollouts(self, _: str) -> Work:
+        return Work((Draw(self.supervised(), self.loads.rewarded(), self.recipe.sample),))
+
+    def _scored(self, _: str) -> Work | None:
+        if self.recipe.data.rewards is not None:
+            return None
+        load = self.loads.rewarded()
+        scores = tuple(Read(scorer, load, SCORER_TOKENS) for scorer in self.scorers(self.recipe.scoring))
+        return Work(scores) if scores else None
+
+    def _reference(self, rest: str) -> Work:
+        """log π_sft of what methods align on that share it: by their target and precision."""
+        from exalign.run.stages import reference_of
+
+        name = next(n for n, method in self.recipe.align.items() if reference_of(method) == f"reference/{rest}")
+        work = method_work(self.recipe, name)
+        load = self.load_of(work)
+        settings = work.settings
+        return Work((Read(self.supervised(), load, settings.token_budget, settings.precision),))
+
+    def _align(self, name: str) -> Work:
+        """The method's training, which is done where a search comes before it."""
+        searched = self.recipe.search is not None and name in self.recipe.search.methods
+        return replace(self.method(name), times=0 if searched else 1)
+
+    def _search(self, name: str) -> Work:
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
+        assert self.recipe.search is not None
+        tried = self._validation("").parts * self.policies(name)
+        return Work((self.method(name), *tried), times=self.recipe.search.trials)
+
+    def method(self, name: str) -> Work:
+        """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
+        work = method_work(self.recipe, name)
+        settings, load = work.settings, self.load_of(work)
+        policies = [self.policy()] + ([] if work.critic is None else [self.model(work.critic, "reward model")])
+        trained = Train(policies, settings, load, work.passes)
+        if work.on != "sampled":
+            return Work((trained,))
+        reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
+        every = replace(load, prompts=load.prompts * work.draws)
+        together = work.together or -(-load.prompts // work.rounds)
+        reading = [reference, *(policies if work.critic is not None else [])]
+        return Work(
+            (
+                trained,
+                Draw(reference, every, self.recipe.sample, together),
+                *(Read(model, every, settings.token_budget, settings.precision) for model in reading),
+                *(Read(scorer, every, SCORER_TOKENS) for scorer in scorers),
+            ),
+            on_one_device=True,
+            beside=(reference, *scorers),
+        )
+
+    def _validation(self, _: str) -> Work:
+        search = self.recipe.search
+        assert search is not None
+        return self._drawn(self.loads.evaluation(search.prompts, search.samples), self.recipe.judging, reference=True)
+
+    def _evaluation(self, rest: str) -> Work | None:
+        """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them.
+
+        For density ratios π_sft and a method's last policy read the pool's samples of a few prompts; held-out pairs are
+        read by π_sft and by every policy saved.
+        """
+        from exalign.rollout.rollout import SCORING_TOKENS
+
+        settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
+        pool = self.loads.evaluation(min(settings.pool_prompts, settings.prompts), settings.pool_samples)
+        if what == "prompts":
+            return None
+        if what == "pool":
+            return self._drawn(pool, self.recipe.judging)
+        if what == "density":
+            few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
+            return Work((Read(self.supervised(), few, SCORING_TOKENS),), times=2)
+        if what == "pairs":
+            pairs = Read(self.supervised(), self.loads.evaluation(settings.prompts, 2), SCORING_TOKENS)
+            return Work((pairs,), times=self.policies(name) if name else 1)
+        once = self._drawn(
+            self.loads.evaluation(settings.prompts, settings.samples), self.recipe.judging, reference=True
+        )
+        return once if what == "sft" else replace(once, times=self.policies(what))
+
+    def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Work:
+        """Samples for a load, their rewards, and log π_sft of them."""
+        from exalign.rollout.rollout import SCORING_TOKENS
+
+        policy = self.supervised()
+        scores = [Read(scorer, load, SCORER_TOKENS) for scorer in self.scorers(settings)]
+        read = [Read(policy, load, SCORING_TOKENS)] if reference else []
+        return Work((Draw(policy, load, self.recipe.sample), *scores, *read))
+
+    def load_of(self, work: MethodWork) -> Load:
+        if work.on == "sampled":
+            return self.loads.sampled(self.recipe.sample.num_completions)
+        return self.loads.pairs() if work.on == "pairs" else self.loads.rewarded()
+
+    def policies(self, name: str) -> int:
+        """How many policies a method saves."""
+        from exalign.training.batches import saved_steps
+
+        work = method_work(self.recipe, name)
+        steps = work.passes * -(-self.load_of(work).prompts // work.settings.batch_prompts)
+        return len(saved_steps(steps, work.settings.save_policies, idle=work.settings.idle_steps))
+
+    def scorers(self, settings: ScorerSettings | None) -> list[Architecture]:
+        """The models behind a scorer, or behind each part of a sum."""
+        if settings is None:
+            return []
+        return [model for part in settings.sum or (settings,) if (model := self._scorer(part)) is not None]
+
+    def _scorer(self, settings: OneScorer) -> Architecture | None:
+        """The model behind a scorer, as it is loaded: adapters merged, in float32; a function has none."""
+        recipe = self.recipe
+        if settings.function is not None:
+            self.said[f"{settings.function} costs nothing"] = None
+            return None
+        loaded = {"lora": None, "dtype": "float32"}
+        if settings.stage == "reward":
+            assert recipe.reward is not None
+            return self.model((recipe.reward.model or recipe.model).model_copy(update=loaded), "reward model")
+        if settings.stage == "oracle":
+            assert recipe.oracle is not None
+            return self.model(recipe.oracle.model.model_copy(update=loaded), "classifier")
+        source = settings.reward_model or settings.classifier
+        return self.model(ModelSettings(source=source), "reward model" if settings.reward_model else "classifier")
+
+    def policy(self) -> Architecture:
+        return self.model(self.recipe.model, "policy")
+
+    def supervised(self) -> Architecture:
+        """π_sft, its adapters merged, in the type of the recipe's model."""
+        return self.model(self.recipe.model.model_copy(update={"lora": None}), "policy")
+
+    def model(self, settings: ModelSettings, kind: Kind) -> Architecture:
+        found = architecture_of(settings, kind, self._vocabulary() if settings.source is None else None)
+        adapters = "" if settings.lora is None else f" with adapters, of which {found.trained:,} are trained,"
+        self.said[f"{kind}: {found.name}, {found.parameters:,} parameters{adapters or ','} from {found.origin}"] = None
+        return found
+
+    def _vocabulary(self) -> int | None:
+        """The size of the run's tokenizer, for models from a config; None where it is not here yet."""
+        from exalign.models.loading import load_tokenizer
+
+        tokenizer = self.recipe.tokenizer
+        if tokenizer.vocab_size is not None:
+            return tokenizer.vocab_size
+        if tokenizer.source is not None and Path(tokenizer.source).is_dir():
+            return len(load_tokenizer(tokenizer.source))
+        if tokenizer.source is not None:
+            self.said[f"{tokenizer.source} is not here: the vocabulary is that of the model's kind"] = None
+        return None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A recipe's costs on a machine. `said` are the assumptions that this recipe called for, as sentences."""
+
+    recipe: Recipe
+    machine: Machine
+    costs: tuple[Cost, ...]
+    said: tuple[str, ...]
+
+    def total(self, name: Literal["tokens", "flops", "seconds", "stored"]) -> float:
+        """Of all stages, one after the other."""
+        return sum(getattr(cost, name) for cost in self.costs)
+
+
+def budget_of(recipe: Recipe, machine: Machine) -> Budget:
+    """The costs of all stages that compute with a model, and what was assumed about data and models."""
+    from exalign.run.stages import plan as stages_of
+
+    planner = Planner(recipe, machine.assumed)
+    works = [(stage.name, work) for stage in stages_of(recipe) if (work := planner.work(stage.name)) is not None]
+    costs = tuple(cost_of(name, work, machine) for name, work in works)
+    return Budget(recipe, machine, costs, (*planner.loads.said, *planner.said))
+
+
+# ---- Printing
+
+_FITS = {"yes": "[green]yes[/]", "sharded": "[yellow]sharded[/]", "no": "[bold red]no[/]"}
+
+
+def print_budget(budget: Budget, console: Console) -> None:
+    """Work and hours, memory by what it is for, the totals, and every assumption."""
+    machine = budget.machine
+    about = f" on {machine.count} × {machine.device.name}. Nothing here was measured: every number follows from the "
+    about += "recipe, formulas and the assumptions below."
+    console.print(Text.assemble(shown(budget.recipe.name, "bold"), about))
+    console.print(_table(budget))
+    console.print("[bold]Assumed[/]")
+    for sentence in assumptions(budget):
+        console.print(Text.assemble("  • ", shown(sentence)))
+
+
+def _table(budget: Budget) -> Table:
+    """A row for each stage, and the totals of stages that follow one another. GB of memory are those of one device."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0))
+    for name in ("stage", "tokens", "PFLOP", "time", "bound", "GB", "sharded", "fits", "disk"):
+        table.add_column(name, justify="left" if name in ("stage", "bound") else "right", no_wrap=True)
+    for cost in budget.costs:
+        memory = (_gigabytes(cost.replicated.total), _gigabytes(cost.sharded.total) if cost.sharded else "–")
+        table.add_row(
+            shown(cost.stage),
+            quantity(cost.tokens),
+            _petaflop(cost.flops),
+            duration(cost.seconds),
+            "" if cost.bound == "operations" else cost.bound,
+            *memory,
+            _FITS[cost.fits(budget.machine.usable)],
+            _gigabytes(cost.stored),
+        )
+    table.add_section()
+    tokens, flops, seconds = (budget.total(name) for name in ("tokens", "flops", "seconds"))
+    done = (quantity(tokens), _petaflop(flops), duration(seconds), "", "", "", "")
+    table.add_row("all", *done, _gigabytes(budget.total("stored")))
+    return table
+
+
+def assumptions(budget: Budget) -> list[str]:
+    """Every assumption as a sentence: the device's specification, the shares, the lengths, the data and the models."""
+    device, assumed = budget.machine.device, budget.machine.assumed
+    prompt = assumed.prompt_tokens or "half the longest, or data.*.prompt_tokens where set"
+    return [
+        f"{device.name}: {device.memory / 1e9:,.0f} GB, dense products {device.bf16 / 1e12:,.3g} TFLOP/s in bf16 and "
+        f"{device.fp32 / 1e12:,.3g} in fp32 ({device.specification})",
+        f"{assumed.training_share:.0%} of that rate for necessary work (--training-share), "
+        f"{assumed.sampling_share:.0%} in sampling (--sampling-share), {assumed.memory_share:.0%} of the memory "
+        "(--memory-share); what devices exchange is not in the time",
+        f"tokens: mean prompt {prompt}; mean completion {assumed.completion_tokens or 'half the longest'} "
+        "(--prompt-tokens, --completion-tokens). Memory is for the longest",
+        "GB: of one device, then of one under a full shard in the manner of FSDP2; disk: GB of models and checkpoints",
+        "bound by operations, or: batch, with fewer micro-batches than devices; search, which has done it",
+        "methods that sample while they train: one device",
+        *budget.said,
+    ]
+
+
+def as_values(budget: Budget) -> dict[str, Any]:
+    """The same in seconds, bytes and operations, for JSON."""
+
+    usable = budget.machine.usable
+    return {
+        "recipe": budget.recipe.name,
+        "device": asdict(budget.machine.device),
+        "count": budget.machine.count,
+        "assumed": budget.machine.assumed.model_dump(),
+        "said": assumptions(budget),
+        "usable_bytes": usable,
+        "stages": [{**asdict(cost), "fits": cost.fits(usable)} for cost in budget.costs],
+        "total": {name: budget.total(name) for name in ("tokens", "flops", "seconds", "stored")},
+    }
+
+
+def quantity(number: float) -> str:
+    """A count in at most five characters.
+
+    >>> quantity(950), quantity(124_439_808), quantity(7_615_616_512), quantity(4e13)
+    ('950', '124M', '7.62B', '40T')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, below one hour minutes, below one minute seconds.
+
+    >>> duration(7.25), duration(150), duration(5400), duration(3.6e6)
+    ('7.2 s', '2.5 min', '1.5 h', '1,000 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.2g} min" if seconds < 600 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
+
+
+def _gigabytes(size: float) -> str:
+    """One decimal below 1,000; a dash for nothing."""
+    gigabytes = size / 1e9
+    return "–" if not size else "<0.1" if gigabytes < 0.05 else f"{gigabytes:,.{1 if gigabytes < 1000 else 0}f}"
+
+
+def _petaflop(flops: float) -> str:
+    petaflop = flops / 1e15
+    return "<0.01" if petaflop < 0.01 else f"{petaflop:.3g}" if petaflop < 1000 else f"{petaflop:,.0f}"
