@@ -22,9 +22,11 @@ Beside the divergences stand the on-policy gradients of RLOO and PPO, written as
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +35,12 @@ from exalign.exact.alignment import AlignmentProblem
 from exalign.objectives import log_policy_distribution, log_reward_target
 
 Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Gradient = Callable[[Tensor, int], Tensor]
-"""A K-sample estimate: how often each of N completions was drawn, over K, `[R, N]`, and K → the gradients `[R, D]`."""
+
+
+class Gradient(Protocol):
+    """A K-sample estimate: how often each of N completions was drawn, over K, `[R, N]`, to gradients `[R, D]`."""
+
+    def __call__(self, frequencies: Tensor, size: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,7 @@ def estimator_errors(
     for size in num_completions:
         frequencies = draw_counts(proposal_logp, size, replicates=replicates, generator=generator) / size
         errors = gradient(frequencies, size) - exact.flatten()
-        linear = _derivative(lambda drawn, size=size: gradient(drawn, size), probs)
+        linear = _derivative(functools.partial(gradient, size=size), probs)
         rest = errors - (frequencies - probs) @ linear
         rows.append((*length_of_mean(rest), *root_mean_square(errors)))
     bias, bias_error, rms, rms_error = torch.tensor(rows, dtype=exact.dtype).unbind(dim=1)
@@ -166,7 +172,11 @@ def ppo_gradient(problem: AlignmentProblem, logits: Tensor, *, lam: float) -> Gr
     of a prefix is the expectation of what is to come under π_θ itself, so that the estimate has no bias whatever λ is.
     """
     each = _advantage_scores(problem, logits, lam)
-    return lambda frequencies, size: -(frequencies @ each) / problem.beta_r
+
+    def gradient(frequencies: Tensor, size: int) -> Tensor:
+        return -(frequencies @ each) / problem.beta_r
+
+    return gradient
 
 
 def penalised(problem: AlignmentProblem, logits: Tensor) -> Tensor:
