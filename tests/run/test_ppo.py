@@ -42,5 +42,5 @@ def test_the_critic_starts_from_the_reward_model_where_both_read_the_same_tokens
 
     assert needs() == ("sft", "reward")
     assert needs("reward.model={source: elsewhere}") == ("sft",)
-    assert needs("ppo.ppo.critic={source: elsewhere}") == ("sft",)
+    assert needs("align.ppo.critic={source: elsewhere}") == ("sft",)
     assert needs("reward=null") == ("sft",)

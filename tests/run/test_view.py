@@ -16,6 +16,7 @@ from exalign.run.runner import Run
 from exalign.run.stages import plan
 from exalign.run.view import Contents, ReadPastViewError, Stage, View, key, step_sizes
 from exalign.settings import NO_RESULT, STEP_SIZE, Settings
+from exalign.storage import read_json
 from run.conftest import ALIGN, tiny_overrides
 from run.searched_run import ALONE, SEARCH
 
@@ -158,5 +159,6 @@ def test_a_method_from_outside_trains_is_searched_evaluated_and_reported(world: 
     run = Watched(recipe, tmp_path)
     run.carry_out(plan(recipe))
     check_that_all_is_read(run)
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "best of K" in page and "Learns the best of the K completions" in page
+    assert "Learns the best of the K completions" in (tmp_path / "report" / "index.html").read_text()
+    (method,) = read_json(tmp_path / "evaluation" / "evidence.json")["methods"]
+    assert (method["label"], method["family"], method["settings"]["least"]) == ("best of K", "other", -1e9)

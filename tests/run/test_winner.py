@@ -69,7 +69,7 @@ def test_the_weights_are_those_of_a_training_without_search(
     assert counts[0] == counts[1]
 
     # The stage took no time to train; what it says of the training is what the trial took.
-    (curve,) = (curve for curve in RunFolder(tmp_path / "run").read_curves(Counter()) if curve.stage == "align/exo-rw")
+    (curve,) = (curve for curve in RunFolder(tmp_path / "run").curves(Counter()) if curve.stage == "align/exo-rw")
     assert curve.total("seconds") == pytest.approx(
         read_json(place / best["folder"] / "result.json")["seconds"], abs=0.01
     )
@@ -82,7 +82,7 @@ def test_damaged_weights_are_trained_again(world: Path, tmp_path: Path) -> None:
     files = {path: path.read_bytes() for path in trial.glob("policies/*/model.safetensors")}
     file = next(iter(files))
     file.write_bytes(files[file][:-1] + bytes([files[file][-1] ^ 1]))
-    run_recipe(recipe, "align", folder=tmp_path, redo=True)
+    run_recipe(recipe, "align", folder=tmp_path)
     for path, expected in files.items():
         assert (tmp_path / "align/exo-rw" / path.relative_to(trial)).read_bytes() == expected
 

@@ -177,13 +177,13 @@ def agreement_with(ours: Iterable[Comparison], theirs: Iterable[Comparison]) -> 
         return None
     both = [(one, other.oriented(one.first, one.second)) for one in shared for other in others[one.pair]]
     matched = [other for _, other in both]
-    decided = [[one for one in side if one.verdict != "tie"] for side in (shared, matched)]
+    decided, theirs_decided = ([one for one in side if one.verdict != "tie"] for side in (shared, matched))
     return {
         "with": sorted({other.judge for other in matched}),
         "pairs": len(shared),
         "verdicts": len(both),
         "raw": agreement_between(shared, matched),
-        "without_ties": agreement_between(*decided),
+        "without_ties": agreement_between(decided, theirs_decided),
         "kappa": cohen_kappa([(one.verdict, other.verdict) for one, other in both]),
         "alpha": agreement([*shared, *matched]).alpha,
         "theirs_among_themselves": agreement(matched).pairwise,

@@ -28,7 +28,7 @@ VERDICTS: tuple[Verdict, ...] = ("first", "tie", "second", "unreadable")
 CRITERIA = ("instruction", "correct", "fluent", "safe", "helpful")
 """Follows the instruction, correct, fluent, safe, helpful: what people are asked besides the overall verdict."""
 OTHER: dict[Side, Side] = {"first": "second", "second": "first"}
-_FLIPPED: dict[Verdict, Verdict] = {**OTHER, "tie": "tie", "unreadable": "unreadable"}
+_FLIPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie", "unreadable": "unreadable"}
 
 
 @dataclass(frozen=True, slots=True)

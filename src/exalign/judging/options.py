@@ -42,7 +42,8 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     is_mapping = get_origin(field.annotation) is dict
     if field.default is PydanticUndefined and not is_mapping:
         raise TypeError(f"{name} needs a default to be an option")
-    annotation = Annotated[str if is_mapping else field.annotation, typer.Option(help=field.description)]
+    kind: Any = str if is_mapping else field.annotation
+    annotation = Annotated[kind, typer.Option(help=field.description)]
     default = "{}" if is_mapping else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

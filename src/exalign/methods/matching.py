@@ -77,8 +77,9 @@ class Matching(Method):
 
     @property
     def line(self) -> str:
-        rounds = f" in {self.rounds} rounds" if self.rounds > 1 else ""
-        return f"{self.label}: {self.divergence.replace('_', ' ')} to a target from the {self.target}s{rounds}."
+        last = f"β_r {self.beta_r:g}" if self.target == "reward" else f"ε {self.epsilon:g}"
+        rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
+        return f"{self.label}, {self.target} target, β_π {self.beta_pi:g}, {last}{rounds}"
 
     def problems(self) -> Iterator[str]:
         usual = type(self).model_fields
@@ -94,7 +95,7 @@ class Matching(Method):
         if self.rounds > 1:
             return train_rounds(material, self, folder)
         how = (material.policy, material.tokenizer, material.groups, self, folder)
-        return train_matching(*how, temperature=material.temperature)  # type: ignore[arg-type]  # a model is a module
+        return train_matching(*how, temperature=material.temperature)
 
 
 def distance_of(settings: Matching) -> Callable[..., Tensor]:

@@ -102,7 +102,8 @@ class PPO(Method):
 
     @property
     def line(self) -> str:
-        return "PPO: clipped steps on rollouts of the policy, with a critic and a KL penalty per token."
+        aim = "" if self.target_kl is None else f", adapted to a KL of {self.target_kl:g} nats"
+        return f"PPO, β {self.beta:g}{aim}"
 
     @property
     def wants_critic(self) -> bool:

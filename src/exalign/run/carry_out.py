@@ -113,7 +113,7 @@ def scorers(recipe: Recipe) -> list[ScorerSettings]:
 
 def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
     """Every model that the recipe names to start from, by the place where it stands."""
-    sections = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
+    sections: dict[str, Any] = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
     sections |= {f"align.{name}": method for name, method in recipe.align.items()}
     return {
         f"{where}.{name}".lstrip("."): value

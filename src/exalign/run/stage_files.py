@@ -37,7 +37,8 @@ def stage_checksums(folder: Path) -> dict[str, Stamp]:
     sums: dict[Path, dict[str, str]] = {}
     for path in sorted(_files(folder)):
         owner = _owner(path, folder)
-        known = owner and sums.setdefault(owner, checksums.read_sums(owner)).get(path.relative_to(owner).as_posix())
+        sums_of = {} if owner is None else sums.setdefault(owner, checksums.read_sums(owner))
+        known = None if owner is None else sums_of.get(path.relative_to(owner).as_posix())
         found[path.relative_to(folder).as_posix()] = stamp(path, known=known)
     return found
 
@@ -55,9 +56,9 @@ def check_complete(stage: str, folder: Path, wanted: Mapping[str, Sequence[Any]]
         moved = moved or path.stat().st_mtime_ns != written.time
     if moved:
         done = folder / "done.json"
-        values, before = read_sealed(done), done.stat()
-        values["files"] = {name: stamp(folder / name, known=digest) for name, (*_, digest) in wanted.items()}
-        write_sealed(done, values)
+        whole, before = read_sealed(done), done.stat()
+        whole["files"] = {name: stamp(folder / name, known=digest) for name, (*_, digest) in wanted.items()}
+        write_sealed(done, whole)
         os.utime(done, ns=(before.st_atime_ns, before.st_mtime_ns))  # it tells the order in which stages ended
 
 
