@@ -21,8 +21,8 @@ WALL_TIME = {
 """Fields that depend on a clock: durations and speeds, and checksums over what holds them."""
 DRAWN = "report/"
 """The page and its figures print durations and draw speeds; they are made from evidence.json, which is compared."""
-LOCK = ".lock"
-"""Holds the number of the process that has the run."""
+OF_THE_START = {".lock", ".holder", "inputs.json"}
+"""Of the process that has the run its number, and when the files that the recipe names were changed last."""
 
 
 def artefacts(folder: Path) -> dict[str, str]:
@@ -30,7 +30,7 @@ def artefacts(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != LOCK:
+        if path.is_file() and name not in OF_THE_START:
             drawn = name.startswith(DRAWN)
             found[name] = "" if drawn else hashlib.sha256(_without_wall_time(path)).hexdigest()
     return found

@@ -40,9 +40,8 @@ align:
     {{learning_rate: 1e-3, batch_prompts: 32, beta_pi: 0.5, divergence: forward_kl, target: preference,
      checkpoint_every: 2}}
   rounds: {{learning_rate: 1e-3, batch_prompts: 64, beta_pi: 0.5, rounds: 2, checkpoint_every: 1}}
-ppo:
   ppo:
-    {{learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 32, rollout_prompts: 64, passes: 1,
+    {{method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 32, rollout_prompts: 64, passes: 1,
      save_policies: 1, checkpoint_every: 1}}
 evaluate:
   {{scorer: {{function: "exalign.data.synthetic:reward"}}, prompts: 8, samples: 2, pool_prompts: 4, pool_samples: 8}}

@@ -40,10 +40,12 @@ from exalign.errors import InputError
 from exalign.rollout.settings import VLLMSettings
 from exalign.run.carry_out import check_inputs
 from exalign.run.cluster import ShardWork, connected, map_shards
+from exalign.run.materials import offline_sampling
 from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
-from exalign.run.workers import _check_logprobs, _sampling
+from exalign.run.view import Contents, View, key
+from exalign.run.workers import _check_logprobs, _for_workers, _sampling
 
 # Looked for, not imported: what closes a cluster to others is read with the first import.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install "exalign[ray]"')
@@ -149,8 +151,14 @@ def rollout_prompts(plain: Path, folder: Path) -> Path:
     return folder
 
 
-def sampling(recipe: Recipe, plain: Path) -> ShardWork:
-    return _sampling(recipe, plain, recipe.sample, "rollouts")
+def rollouts_of(recipe: Recipe, folder: Path, console: Console | None = None) -> View:
+    """What the stage that samples gets."""
+    stage = next(stage for stage in plan(recipe) if stage.name == "rollouts")
+    return Run(recipe, folder, console or Console(quiet=True)).view(stage)
+
+
+def sampling(view: View) -> ShardWork:
+    return _sampling(view, offline_sampling(view, 3), "rollouts")
 
 
 def suicidal(begin: Callable[[], ShardWork], marks: Path, times: int) -> ShardWork:
@@ -173,7 +181,8 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(
 ) -> None:
     source, target, marks = rollout_prompts(plain, tmp_path / "prompts"), tmp_path / "records", tmp_path / "marks"
     marks.mkdir()
-    map_shards(source, target, partial(suicidal, partial(sampling, make(), plain), marks, 1), TWO)
+    view = _for_workers(rollouts_of(make(cluster={"workers": 2}), plain))
+    map_shards(source, target, partial(suicidal, partial(sampling, view), marks, 1), TWO)
     assert len(list(marks.glob("kill-*"))) == 1
     assert Counter(path.name.split("-")[1] for path in marks.glob("done-*")) == Counter(
         next(iter_shard(shard)).id for shard in shards_of(source)
@@ -244,12 +253,15 @@ def test_what_is_not_installed_is_told_before_any_work(make: Callable[..., Recip
         check_inputs(make(cluster={"vllm": {}}))
 
 
-def test_vllm_makes_the_samples_again_and_the_number_of_workers_does_not(make: Callable[..., Recipe]) -> None:
-    def inputs(**cluster: Any) -> Any:
-        return next(stage for stage in plan(make(cluster=cluster or None)) if stage.name == "rollouts").inputs()
+def test_vllm_makes_the_samples_again_and_the_number_of_workers_does_not(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def key_with(**cluster: Any) -> Any:
+        recipe = make(cluster=cluster or None)
+        return key(recipe, rollouts_of(recipe, tmp_path).stage.reads, Contents(tmp_path / "inputs.json"))
 
-    assert inputs() == inputs(workers=8, cpus_per_worker=2, tries=1) != inputs(vllm={})
-    assert inputs(vllm={}) == inputs(vllm={"memory_share": 0.5, "logprob_limit": 0.1})
+    assert key_with() == key_with(workers=8, cpus_per_worker=2, tries=1) != key_with(vllm={})
+    assert key_with(vllm={}) == key_with(vllm={"memory_share": 0.5, "logprob_limit": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -259,17 +271,19 @@ def test_logprobs_of_another_temperature_are_told(
     top_p: float | None, temperature: float, differ: bool, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """The comparison that vLLM's samples pass, on samples of τ = 1 in runs of that τ and of others."""
-    settings = make().sample.model_copy(update={"top_p": top_p})
-    records, _ = _sampling(make(), tmp_path, settings, "rollouts")([Record(str(i), f"Film {i}: a") for i in range(9)])
+    pool = {"workers": 1}
+    view = rollouts_of(make(cluster=pool), tmp_path)
+    settings = offline_sampling(view, 3).model_copy(update={"top_p": top_p})
+    records, _ = _sampling(view, settings, "rollouts")([Record(str(i), f"Film {i}: a") for i in range(9)])
     write_records(tmp_path / "records", records, Header())
     printed, counts = io.StringIO(), Counter[str]()
-    run = Run(make(temperature=temperature), tmp_path, Console(file=printed, width=500))
-    _check_logprobs(run, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e-4), counts)
+    other = rollouts_of(make(cluster=pool, temperature=temperature), tmp_path, Console(file=printed, width=500))
+    _check_logprobs(other, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e-4), counts)
     assert counts["logprobs_checked"] == 8 * 3
     assert (counts["logprobs_that_differ"] > 0) == differ
     assert ("differ from the training path" in printed.getvalue()) == differ
     lenient = Counter[str]()
-    _check_logprobs(run, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e3), lenient)
+    _check_logprobs(other, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e3), lenient)
     assert lenient["logprobs_that_differ"] == 0
 
 

@@ -107,15 +107,23 @@ def aligned_offline(world: World, method: str, seed: int, folder: Path) -> PreTr
 
 def aligned_on_policy(world: World, method: str, seed: int, folder: Path) -> PreTrainedModel:
     policy = world.policy()
-    surroundings = Material(world.prompts, SAMPLING, world.scorer, world.policy().eval(), 1.0)
+    material = Material(
+        policy,
+        world.tokenizer,
+        temperature=1.0,
+        prompts=world.prompts,
+        sampling=SAMPLING,
+        scorer=world.scorer,
+        reference=world.policy().eval(),
+    )
     if method == "rounds":
         settings = Matching(**STEPS, rounds=3, beta_pi=0.3, beta_r=0.3, seed=seed)
-        train_rounds(policy, world.tokenizer, surroundings, settings, folder)
+        train_rounds(material, settings, folder)
         return policy
     torch.manual_seed(seed)
     critic = load_reward_model(ModelSettings(source=str(world.supervised)), world.tokenizer)
     ppo = PPO(**STEPS, critic_learning_rate=5e-3, rollout_prompts=32, passes=2, critic_steps=2, seed=seed)
-    train_ppo(ActorCritic(policy, critic), world.tokenizer, surroundings, ppo, folder)
+    train_ppo(ActorCritic(policy, critic), world.tokenizer, material, ppo, folder)
     return policy
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.methods.ppo import PPO, PPOTask, rollout_plan, train_ppo
+from exalign.methods.ppo import PPO, PPOTask, rollout_plan
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
@@ -31,10 +31,12 @@ from training.tiny_world import (
     assert_same_outcome,
     by_formula,
     make_actor_critic,
+    make_material,
+    make_policy,
     make_prompts,
-    make_surroundings,
     make_tokenizer,
     read_metrics,
+    run_ppo,
     small_ppo_run,
 )
 
@@ -68,7 +70,7 @@ def test_the_reward_of_fresh_samples_rises_by_more_than_chance(seed: int, tmp_pa
         critic_steps=4,
         seed=seed,
     )
-    train_ppo(module, make_tokenizer(), make_surroundings(count=16), settings, tmp_path)
+    run_ppo(module, settings, tmp_path, count=16)
     gain = rewards_of_fresh_samples(module.model) - before
     assert float(gain.mean()) > 5 * float(gain.std()) / len(gain) ** 0.5
     assert float(gain.mean()) > 0.5 * float(before.mean())
@@ -81,20 +83,20 @@ def test_the_reward_of_fresh_samples_rises_by_more_than_chance(seed: int, tmp_pa
 def test_before_the_policy_moves_every_ratio_is_one(precision: str, tmp_path: Path) -> None:
     """Over a whole rollout the loss is then minus the mean of whitened advantages, which is 0; so is the KL."""
     settings = PPO(rollout_prompts=8, batch_prompts=8, precision=precision, token_budget=10**6)
-    world = make_surroundings()
-    train_ppo(make_actor_critic(), make_tokenizer(), world, settings, tmp_path)
+    counts = run_ppo(make_actor_critic(), settings, tmp_path).counts
     row = read_metrics(tmp_path)[0]
     assert row["policy_loss"] == pytest.approx(0, abs=1e-6)
     assert row["kl"] == pytest.approx(0, abs=1e-5)
     assert row["clip_fraction"] == 0
     assert row["loss"] == pytest.approx(row["value_loss"], abs=1e-6)
-    assert world.counts["completions"] == 8 * 4
-    assert row["completion_tokens"] == pytest.approx(world.counts["completion_tokens"] / 32)
+    assert counts["completions"] == 8 * 4
+    assert row["completion_tokens"] == pytest.approx(counts["completion_tokens"] / 32)
 
 
 def test_metrics_of_a_rollout_by_hand() -> None:
     """With λ = 1 the returns are the rewards to come less β times the log-ratios to come, whatever the critic."""
-    module, world = make_actor_critic(), make_surroundings()
+    module = make_actor_critic()
+    world = make_material(module.model)
     with torch.no_grad():
         for parameter in module.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
@@ -160,7 +162,7 @@ def test_only_adapters_and_the_critic_are_trained_under_lora(tmp_path: Path) -> 
     module = make_actor_critic(settings=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2)))
     before = {name: parameter.clone() for name, parameter in module.model.named_parameters()}
     settings = PPO(learning_rate=1e-2, rollout_prompts=8, batch_prompts=4, gradient_checkpointing=True)
-    train_ppo(module, make_tokenizer(), make_surroundings(), settings, tmp_path)
+    run_ppo(module, settings, tmp_path)
     changed = {name for name, parameter in module.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
 
@@ -242,9 +244,7 @@ def test_a_rollout_is_drawn_again_from_the_weights_it_was_drawn_from(
     )  # fmt: skip
     folder = tmp_path / "ppo"
     with pytest.raises(Stopped):
-        train_ppo(
-            make_actor_critic(), make_tokenizer(), make_surroundings(scorer=DyingScorer(rollouts)), settings, folder
-        )
+        run_ppo(make_actor_critic(), settings, folder, scorer=DyingScorer(rollouts))
     assert (folder / "checkpoints" / f"step-{4 * rollouts:06d}").is_dir()
     torch.manual_seed(5)
     small_ppo_run(folder)
@@ -266,7 +266,7 @@ def test_an_adapted_coefficient_survives_an_interruption_bit_for_bit(tmp_path: P
     )  # fmt: skip
     folder = tmp_path / "ppo"
     with pytest.raises(Stopped):
-        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(scorer=DyingScorer(3)), settings, folder)
+        run_ppo(make_actor_critic(), settings, folder, scorer=DyingScorer(3))
     small_ppo_run(folder, **target)
     assert_same_outcome(folder, tmp_path / "undisturbed")
 
@@ -280,7 +280,7 @@ def test_the_kl_ends_nearer_the_target_than_under_a_fixed_coefficient(tmp_path: 
             learning_rate=2e-3, critic_learning_rate=1e-2, schedule="constant", beta=0.05, rollout_prompts=16,
             batch_prompts=8, passes=1, epochs=44, **changes,
         )  # fmt: skip
-        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(count=16), settings, tmp_path / name)
+        run_ppo(make_actor_critic(), settings, tmp_path / name, count=16)
         kls = [row["kl"] for row in read_metrics(tmp_path / name)[::2]]
         assert len(kls) == 44
         distance[name] = abs(sum(kls[-8:]) / 8 - target)
@@ -326,11 +326,10 @@ def test_checkpoints_are_placed_between_rollouts() -> None:
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     def run(**changes: Any) -> None:
-        train_ppo(make_actor_critic(), make_tokenizer(), make_surroundings(**changes), PPO(), tmp_path / "run")
+        run_ppo(make_actor_critic(), PPO(), tmp_path / "run", **changes)
 
-    sampling = make_surroundings().sampling
-    with pytest.raises(InputError, match="remove top_p"):
-        run(sampling=sampling.model_copy(update={"top_p": 0.9}))
+    with pytest.raises(InputError, match="remove sample"):
+        run(sampling=SampleSettings(top_p=0.9))
     with pytest.raises(InputError, match="no prompt was left"):
         run(prompts=[])
     assert not (tmp_path / "run").exists()
@@ -338,13 +337,13 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
 
 def test_golden_trace(tmp_path: Path) -> None:
     """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
-    module, world = make_actor_critic(), make_surroundings()
-    for part in (module.model, module.critic, world.reference):
+    module, reference = make_actor_critic(), make_policy().eval()
+    for part in (module.model, module.critic, reference):
         by_formula(part)
     settings = PPO(
         learning_rate=1e-3, critic_learning_rate=2e-3, rollout_prompts=4, batch_prompts=2, passes=2, critic_steps=2
     )
-    train_ppo(module, make_tokenizer(), world, settings, tmp_path)
+    run_ppo(module, settings, tmp_path, reference=reference)
     rows, expected = read_metrics(tmp_path), json.loads(GOLDEN.read_text())
     for name in ("loss", "reward", "kl", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx(expected[name], rel=1e-6, abs=1e-7)

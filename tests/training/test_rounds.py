@@ -21,8 +21,8 @@ from exalign.models.logprobs import completion_logprobs
 from training.tiny_world import (
     assert_same_outcome,
     by_formula,
+    make_material,
     make_policy,
-    make_surroundings,
     make_tokenizer,
     read_metrics,
     small_rounds_run,
@@ -70,7 +70,7 @@ def test_one_round_is_alignment_on_samples_of_the_supervised_policy(tmp_path: Pa
     """The samples of the only round, given to `train_matching`, lead to the same losses and weights."""
     policy: Any = make_policy()
     settings = Matching(learning_rate=1e-3, batch_prompts=8, epochs=3)
-    train_rounds(policy, make_tokenizer(), make_surroundings(), settings, tmp_path / "rounds")
+    train_rounds(make_material(policy), settings, tmp_path / "rounds")
     (drawn,) = rounds_of(tmp_path / "rounds")
     groups = [replace(group_of(r, i), reference_logp=None) for i, r in enumerate(read_records(drawn))]
     groups = with_reference_logp(make_policy(), groups, settings, temperature=TEMPERATURE)
@@ -108,14 +108,14 @@ def test_what_rounds_cannot_do_is_one_sentence(changes: dict[str, Any], sentence
     settings = Matching(**{"rounds": 2} | changes)
     policy: Any = make_policy()
     with pytest.raises(InputError, match=sentence):
-        train_rounds(policy, make_tokenizer(), make_surroundings(), settings, tmp_path)
+        train_rounds(make_material(policy), settings, tmp_path)
 
 
 def test_golden_trace(tmp_path: Path) -> None:
     """A refactor reproduces these losses. To change them on purpose, write the new ones here and say why."""
     policy, reference = (by_formula(make_policy()) for _ in range(2))
     settings = Matching(learning_rate=1e-3, batch_prompts=2, epochs=2, rounds=2)
-    train_rounds(policy, make_tokenizer(), make_surroundings(reference=reference.eval()), settings, tmp_path)  # type: ignore[arg-type]
+    train_rounds(make_material(policy, reference=reference.eval()), settings, tmp_path)
     rows, expected = read_metrics(tmp_path), json.loads(GOLDEN.read_text())
     for name in ("loss", "kl", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx(expected[name], rel=1e-6, abs=1e-7)

@@ -12,11 +12,12 @@ from torch import nn
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.methods.oracle import Oracle, train_classifier
-from exalign.methods.reward_model import RewardModel, preference_accuracy, train_reward_model
+from exalign.methods.reward_model import RewardModel, train_reward_model
 from exalign.methods.sft import SFT, nats_per_token, train_sft
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_classifier, load_reward_model
 from exalign.models.model_settings import ModelSettings
+from exalign.objectives import preference_accuracy
 from training.tiny_world import CONFIG, GOOD_WORD, make_groups, make_policy, make_tokenizer, read_metrics
 
 

@@ -120,11 +120,18 @@ def make_actor_critic(*, settings: ModelSettings | None = None) -> ActorCritic:
     return ActorCritic(policy, load_reward_model(ModelSettings(config=CONFIG), make_tokenizer()))
 
 
-def make_surroundings(*, count: int = 8, **changes: Any) -> Material:
-    """The policy of `make_policy()` as reference, prompts of three words, four completions each."""
-    policy: Any = make_policy().eval()
-    sampling = SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8)
-    return replace(Material(make_prompts(count), sampling, GoodWords(), policy, 0.8), **changes)
+def make_material(policy: Any, *, count: int = 8, **changes: Any) -> Material:
+    """With the policy of `make_policy()` as reference, prompts of three words, four completions each."""
+    found = Material(
+        policy,
+        make_tokenizer(),
+        temperature=0.8,
+        prompts=make_prompts(count),
+        sampling=SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8),
+        scorer=GoodWords(),
+        reference=make_policy().eval(),  # type: ignore[arg-type]  # a model is a module
+    )
+    return replace(found, **changes)
 
 
 def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
@@ -134,8 +141,15 @@ def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
     chosen |= {"rollout_prompts": 4, "batch_prompts": 2, "passes": 2, "epochs": 2, "checkpoint_every": 3}
     module = make_actor_critic()
     settings = PPO(**({"save_policies": 4} | chosen | changes))
-    train_ppo(module, make_tokenizer(), make_surroundings(), settings, folder)
+    run_ppo(module, settings, folder)
     return module
+
+
+def run_ppo(module: ActorCritic, settings: PPO, folder: Path, **changes: Any) -> Material:
+    """What it was trained with, by then with its counts."""
+    material = make_material(module.model, **changes)
+    train_ppo(module, material.tokenizer, material, settings, folder)
+    return material
 
 
 def outcome(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
@@ -159,5 +173,5 @@ def small_rounds_run(folder: Path) -> nn.Module:
     torch.set_num_threads(1)
     settings = Matching(learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=8)
     policy: Any = make_policy()
-    train_rounds(policy, make_tokenizer(), make_surroundings(), settings, folder)
+    train_rounds(make_material(policy), settings, folder)
     return policy

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from exalign.errors import InputError
 from exalign.judging.comparisons import read_comparisons
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}judge: "
@@ -78,6 +79,12 @@ def run(make_run) -> Path:
     return make_run("demo", prompts, {}, sft=dict.fromkeys(prompts, ("one",)), exo=dict.fromkeys(prompts, ("two",)))
 
 
+def assert_unreadable(result) -> None:
+    """The judge asked everything and answered: six tokens of random weights, in which there is no verdict."""
+    assert isinstance(result.exception, InputError), (result.output, result.exception)
+    assert "no pair has a readable verdict" in str(result.exception)
+
+
 def answers(folder: Path) -> dict[tuple[str, str | None], str | None]:
     return {(c.prompt_id, c.left): c.answer for c in read_comparisons(folder / "comparisons.jsonl")}
 
@@ -85,9 +92,9 @@ def answers(folder: Path) -> dict[tuple[str, str | None], str | None]:
 def test_a_served_model_and_the_same_model_in_this_process_say_the_same(run, served, model_folder, invoke):
     arguments = ("judge", run, "--against", "sft", *OPTIONS)
     remote = invoke(*arguments, "--endpoint", f"{served}/v1", "--model", model_folder)
-    assert remote.exit_code == 0, (remote.output, remote.exception)
+    assert_unreadable(remote)
     local = invoke(*arguments, "--model-path", model_folder)
-    assert local.exit_code == 0, (local.output, local.exception)
+    assert_unreadable(local)
     here = run / "judging" / "llm" / "tiny-judge-instruction" / "exo-vs-sft"
     (there,) = [path.parent for path in run.rglob("comparisons.jsonl") if path.parent != here]
     # Six greedy answers of random weights: the same text, and nothing that could be read as a verdict.
@@ -102,12 +109,12 @@ def test_a_served_model_and_the_same_model_in_this_process_say_the_same(run, ser
 
 def test_a_served_model_behind_a_faulty_proxy(run, served, model_folder, running, invoke):
     arguments = ("judge", run, "--against", "sft", *OPTIONS)
-    assert invoke(*arguments, "--model-path", model_folder).exit_code == 0
+    assert_unreadable(invoke(*arguments, "--model-path", model_folder))
     patient = ("--timeout", 3, "--retry-wait", 0.01)
     with running("faults", UPSTREAM=served, SLOW="60") as proxy:
         result = invoke(*arguments, "--endpoint", f"{proxy}/v1", "--model", model_folder, *patient)
         injected = sum(httpx.get(f"{proxy}/counts").json()["injected"].values())
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert_unreadable(result)
     assert injected == 12
     here = run / "judging" / "llm" / "tiny-judge-instruction" / "exo-vs-sft"
     (there,) = [path.parent for path in run.rglob("comparisons.jsonl") if path.parent != here]
@@ -119,14 +126,14 @@ def test_a_served_model_behind_a_faulty_proxy(run, served, model_folder, running
 def test_a_local_model_is_known_by_its_weights(run, model_folder, invoke):
     arguments = ("judge", run, "--against", "sft", *OPTIONS, "--model-path", model_folder)
     folder = run / "judging" / "llm" / "tiny-judge-instruction" / "exo-vs-sft"
-    assert invoke(*arguments, "--prompts", 1).exit_code == 0
-    assert invoke(*arguments, "--prompts", 1).exit_code == 0
+    assert_unreadable(invoke(*arguments, "--prompts", 1))
+    assert_unreadable(invoke(*arguments, "--prompts", 1))
     assert len((folder / "exchanges.jsonl").read_text().splitlines()) == 2
     weights = model_folder / "model.safetensors"
     before = weights.read_bytes()
     try:
         weights.write_bytes(before[:-4] + b"\x00\x00\x00\x3f")
-        assert invoke(*arguments, "--prompts", 1).exit_code == 0
+        assert_unreadable(invoke(*arguments, "--prompts", 1))
     finally:
         weights.write_bytes(before)
     assert len((folder / "exchanges.jsonl").read_text().splitlines()) == 4
