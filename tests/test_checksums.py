@@ -24,7 +24,7 @@ from exalign.checksums import (
     write_sums,
 )
 from exalign.errors import InputError
-from exalign.storage import LARGE, fingerprint_path, read_sealed, write_sealed
+from exalign.storage import read_sealed, write_sealed
 
 
 def test_any_changed_bit_of_a_sealed_file_is_noticed(tmp_path: Path) -> None:
@@ -123,23 +123,3 @@ def test_sha256sum_reads_them(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
     (tmp_path / "a").write_text("b")
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 1
-
-
-def test_a_large_file_that_a_recipe_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While size and time stay; one that changed a moment ago is read again, since its time might be the same."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    path, long_ago = tmp_path / "model.safetensors", 10**18
-    path.write_bytes(b"a" * LARGE)
-    first = fingerprint_path(path, remember=True)
-    assert first == fingerprint_path(path)
-    assert not (tmp_path / "caches").exists()
-    os.utime(path, ns=(long_ago, long_ago))
-    assert fingerprint_path(path, remember=True) == first
-    path.write_bytes(b"b" * LARGE)
-    second = fingerprint_path(path, remember=True)
-    assert second == fingerprint_path(path) != first
-    os.utime(path, ns=(long_ago, long_ago))
-    assert fingerprint_path(path, remember=True) == first  # as it was known at that time
-    (kept,) = (tmp_path / "caches" / "exalign" / "sha256").iterdir()
-    kept.write_bytes(b"damaged")
-    assert fingerprint_path(path, remember=True) == second

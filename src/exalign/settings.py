@@ -32,3 +32,7 @@ class Settings(BaseModel):
     def marked(cls, mark: dict[str, Any]) -> set[str]:
         """The names of the fields with this mark."""
         return {name for name, field in cls.model_fields.items() if field.json_schema_extra == mark}
+
+    def step_sizes(self) -> dict[str, Any]:
+        """How far a step goes, not what it is made from: what the recovery of a training may change."""
+        return {name: getattr(self, name) for name in sorted(self.marked(STEP_SIZE))}

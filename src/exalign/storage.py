@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +16,6 @@ from typing import Any
 
 from exalign.errors import InputError
 
-LARGE = 2**24
-"""Bytes of a file whose hash is worth remembering."""
-SETTLED = 10 * 10**9
-"""Nanoseconds since a file changed: within fewer it might change again without another time."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -146,36 +141,16 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def fingerprint_path(path: Path, *, remember: bool = False) -> str:
-    """A short content hash (16 hex digits) of a file, or of every file of a folder with its relative name.
-
-    With `remember` a large file is read once: while its size and time of change stay, its hash is taken from
-    `exalign/sha256` in the user's folder of caches (XDG_CACHE_HOME, ~/.cache).
-    """
+def fingerprint_path(path: Path) -> str:
+    """A short content hash (16 hex digits) of a file, or of every file of a folder with its relative name."""
     path = Path(path)
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        digest.update(str(file.relative_to(path)).encode() + b"\0" + _content_hash(file, remember=remember))
+        digest.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def _content_hash(file: Path, *, remember: bool) -> bytes:
-    found = file.stat()
-    kept = None
-    if remember and found.st_size >= LARGE:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = fingerprint([str(file.resolve()), found.st_ino, found.st_size, found.st_mtime_ns])
-        kept = caches / "exalign" / "sha256" / name
-        with suppress(OSError):
-            if len(known := kept.read_bytes()) == 32:
-                return known
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").digest()
-    if kept is not None and time.time_ns() - found.st_mtime_ns > SETTLED:
-        with suppress(OSError, InputError), atomic_path(kept) as temporary:
-            temporary.write_bytes(digest)
-    return digest
 
 
 def finite(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,11 +130,23 @@ def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_
 
 
 def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> None:
-    data, known = tmp_path / "rows.jsonl", tmp_path / "inputs.json"
+    data, known, long_ago = tmp_path / "rows.jsonl", tmp_path / "inputs.json", 10**18
     data.write_text("one")
-    first = Contents(known).of(str(data))
+    contents = Contents(known)
+    first = contents.of(str(data))
+    contents.remember()
+    assert not known.exists()  # it changed a moment ago and might change again without another time
+    os.utime(data, ns=(long_ago, long_ago))
+    contents = Contents(known)
+    assert contents.of(str(data)) == first
+    contents.remember()
     data.write_text("two")
-    assert Contents(known).of(str(data)) != first
+    second = Contents(known).of(str(data))
+    assert second != first
+    os.utime(data, ns=(long_ago, long_ago))
+    assert Contents(known).of(str(data)) == first  # as it was known at that time: it is not read
+    known.write_bytes(b"damaged")
+    assert Contents(known).of(str(data)) == second
     assert Contents(known).of("a-name/on-a-hub") is None
     assert Contents(known).of_function("exalign.data.synthetic:reward") is not None
     assert Contents(known).of_function("no.such:thing") is None

@@ -239,8 +239,8 @@ def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_l
     with pytest.raises(InputError, match="other settings or data"):
         diverging_run(tmp_path, learning_rate=lower)
     with pytest.raises(InputError, match="stopped with these very settings, and would again; lower learning_rate or"):
-        recover(tmp_path, {"learning_rate": RATE, "max_grad_norm": 1.0})
-    recover(tmp_path, SFT(learning_rate=lower).model_dump())
+        recover(tmp_path, SFT(learning_rate=RATE))
+    recover(tmp_path, SFT(learning_rate=lower))
     for change in ({"learning_rate": other}, {"learning_rate": lower, "weight_decay": 1.0}):
         with pytest.raises(InputError, match="other settings or data"):  # than those that were asked for
             diverging_run(tmp_path, **change)
@@ -258,13 +258,13 @@ def test_a_training_that_diverged_goes_on_from_its_last_good_checkpoint_with_a_l
     told = f"Training went on after step {good} with learning_rate {lower} (was {RATE}), because loss or gradient"
     assert told in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(InputError, match="no training stopped here"):
-        recover(tmp_path, {"learning_rate": lower})
+        recover(tmp_path, SFT(learning_rate=lower))
 
 
 def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     lower = {"learning_rate": LOWER}
     good = stopped_run(tmp_path / "whole")
-    recover(tmp_path / "whole", SFT(**lower).model_dump())
+    recover(tmp_path / "whole", SFT(**lower))
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     diverging_run(tmp_path / "whole", **lower)
     for dies_after in (good, good + 3):  # before and after the first checkpoint of its own
@@ -277,7 +277,7 @@ def test_a_recovered_training_that_is_interrupted_ends_as_if_it_had_not_been(tmp
 def test_where_no_good_checkpoint_is_left_a_recovery_starts_over(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="--recover starts over"):
         diverging_run(tmp_path / "run", checkpoint_every=100)
-    recover(tmp_path / "run", SFT(learning_rate=LOWER).model_dump())
+    recover(tmp_path / "run", SFT(learning_rate=LOWER))
     for name in ("run", "new"):
         diverging_run(tmp_path / name, learning_rate=LOWER, checkpoint_every=100)
     assert_same_outcome(tmp_path / "run", tmp_path / "new")

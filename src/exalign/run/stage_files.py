@@ -21,8 +21,6 @@ from exalign.errors import InputError
 from exalign.storage import fingerprint_path, read_sealed, write_sealed
 
 MARKERS = ("done.json", "started.json")
-HANDED_OVER = "handed-over"
-"""A folder in a stage's that a later stage takes away, so that it is no part of what stays."""
 _NO_INPUT = ("checkpoints", "skipped")
 """Folders of a training that no later stage reads."""
 
@@ -78,15 +76,12 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
     """Before an interrupted stage continues: files of finished records that are damaged, removed to be made again.
 
     With a shard goes the header of its folder, which says that the folder is complete. A damaged model, which only
-    training anew could make again, is an `InputError`, and so is a speed that may not be measured again. What is
-    handed over is looked at by the stage that takes it. Files from before their SHA256SUMS was written are not read.
+    training anew could make again, is an `InputError`, and so is a speed that may not be measured again. Files from
+    before their SHA256SUMS was written are not read.
     """
     for path in folder.rglob("speed.json"):
-        if HANDED_OVER not in path.relative_to(folder).parts:
-            read_sealed(path)
+        read_sealed(path)
     for path in list(checksums.damaged_files(folder, newer=True)):
-        if HANDED_OVER in path.relative_to(folder).parts:
-            continue
         header = path.parent / "header.json"
         if not header.exists():
             if path.suffix == ".parquet" or (path.name == checksums.NAME and any(path.parent.glob("part-*.parquet"))):
@@ -172,7 +167,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files of a stage, but not those of stages whose folders lie below it."""
     for path in folder.iterdir():
         if path.is_dir():
-            if path.name != HANDED_OVER and not any((path / marker).exists() for marker in MARKERS):
+            if not any((path / marker).exists() for marker in MARKERS):
                 yield from _files(path)
         elif path.name not in MARKERS:
             yield path

@@ -152,7 +152,7 @@ class Contents:
 
     def remember(self) -> None:
         """Write what was found; of a file that changed within the last seconds it could be another by now."""
-        settled = {k: v for k, v in self._found.items() if v[1] < (time.time() - 5) * 1e9}
+        settled = self._known | {k: v for k, v in self._found.items() if v[1] < (time.time() - 5) * 1e9}
         if settled != self._known:
             write_sealed(self._path, settled)
 
@@ -198,8 +198,8 @@ def identity(
 def step_sizes(recipe: Recipe, reads: Collection[str]) -> dict[str, Any]:
     """The settings of a step's size among those that are read."""
     values = (_inner(*_place(recipe, path)) for path in reads)
-    sections = [value for value in values if isinstance(value, Settings)]
-    return {name: getattr(section, name) for section in sections for name in sorted(type(section).marked(STEP_SIZE))}
+    sections = (value for value in values if isinstance(value, Settings))
+    return {name: value for section in sections for name, value in section.step_sizes().items()}
 
 
 def _place(recipe: Recipe, path: str) -> tuple[Any, str]:

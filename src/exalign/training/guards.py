@@ -5,8 +5,8 @@ group with its row, texts, token ids, rewards, log-probabilities and its own los
 under the weights of that step. A group whose own loss is not finite is to blame; where there is none, the gradient is.
 
 How a training that stopped goes on: everything in a step is a function of (seed, step), so it would come to the same
-end under the same settings. What helps is a lower learning rate or clipping: `ADJUSTABLE`. Skipped steps move no
-weight: all of them failed on the weights that the last step before them made. The last good checkpoint is one from
+end under the same settings. What helps is a lower learning rate or clipping, `Settings.step_sizes`. Skipped steps move
+no weight: all of them failed on the weights that the last step before them made. The last good checkpoint is one from
 before that step, when a loss was still finite.
 
 `stopped.json` says where and why a training stopped. `recover` enters it in `recoveries.json`, which lists every
@@ -32,7 +32,7 @@ from exalign.models.memory import TooLargeError
 from exalign.processes import gathered, number
 from exalign.storage import read_json, read_object, write_json
 from exalign.training.checkpoint import METRICS, drop_checkpoints, rows_up_to
-from exalign.training.train_settings import ADJUSTABLE
+from exalign.training.train_settings import TrainSettings
 
 KEEP_SKIPPED = 20
 """Batches of skipped steps that are kept. What a sick run skips is much of the same; `metrics.jsonl` counts it all."""
@@ -139,14 +139,9 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def adjustable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among these that a recovery may change."""
-    return {name: settings[name] for name in ADJUSTABLE if name in settings}
-
-
-def record_stop(folder: Path, reason: str, settings: Mapping[str, Any], *, after_step: int) -> None:
+def record_stop(folder: Path, reason: str, settings: TrainSettings, *, after_step: int) -> None:
     """Write `stopped.json`."""
-    values = {"after_step": after_step, "reason": reason, "settings": adjustable(settings)}
+    values = {"after_step": after_step, "reason": reason, "settings": settings.step_sizes()}
     write_json(folder / "stopped.json", values)
 
 
@@ -164,30 +159,29 @@ def recoveries(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def next_recovery(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `recover` would add with these settings; None where no training stopped. `InputError` if nothing differs."""
+def next_recovery(folder: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `recover` would add with these `step_sizes`; None where none stopped. `InputError` where nothing differs."""
     path = folder / "stopped.json"
     if not path.exists():
         return None
     stopped = read_object(path)
-    now = adjustable(settings)
     entry = {name: stopped.get(name) for name in ("after_step", "reason")}
-    entry |= {"were": stopped.get("settings"), "settings": now}
+    entry |= {"were": stopped.get("settings"), "settings": dict(now)}
     if not _is_recovery(entry):
         raise InputError(f"{path} is damaged; delete it and run the stage again.")
-    if now == entry["were"]:
+    if entry["settings"] == entry["were"]:
         raise InputError(f"{folder} stopped with these very settings, and would again; lower {' or '.join(now)}.")
     return entry
 
 
-def recover(folder: Path, settings: Mapping[str, Any]) -> None:
+def recover(folder: Path, settings: TrainSettings) -> None:
     """Let the training that stopped in `folder` go on from its last checkpoint with these settings.
 
-    `settings` are those that it is then called with, `settings.model_dump()`. Nothing else than `ADJUSTABLE` may
-    differ, which the training itself checks. `InputError` where it did not stop, or where nothing differs.
+    `settings` are those that it is then called with. Nothing else than their `step_sizes` may differ, which the
+    training itself checks. `InputError` where it did not stop, or where nothing differs.
     """
     folder = Path(folder)
-    entry = next_recovery(folder, settings)
+    entry = next_recovery(folder, settings.step_sizes())
     if entry is None:
         raise InputError(f"{folder}: no training stopped here, so there is nothing to recover.")
     add_recovery(folder, entry)
@@ -208,10 +202,10 @@ def extended(before: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[s
     return before if before[-1:] == [entry] else [*before, entry]
 
 
-def recovered_after(folder: Path, settings: Mapping[str, Any]) -> int:
-    """Up to which step a checkpoint may have been made with other `ADJUSTABLE` settings than these; 0: none may."""
+def recovered_after(folder: Path, settings: TrainSettings) -> int:
+    """Up to which step a checkpoint may have been made with other `step_sizes` than these; 0: none may."""
     last = recoveries(folder)[-1:]
-    return max((entry["after_step"] for entry in last if entry["settings"] == adjustable(settings)), default=0)
+    return max((entry["after_step"] for entry in last if entry["settings"] == settings.step_sizes()), default=0)
 
 
 def with_recoveries(card: str, folder: Path) -> str:

@@ -31,7 +31,7 @@ from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
 from exalign.redaction import redact_values
-from exalign.settings import NO_RESULT, Settings
+from exalign.settings import NO_RESULT, STEP_SIZE, Settings
 from exalign.storage import fingerprint, remove_leftovers
 from exalign.terminal import escape_controls, shown
 from exalign.training.batches import Batches, saved_steps
@@ -54,7 +54,7 @@ from exalign.training.guards import (
     smaller_budget,
     with_recoveries,
 )
-from exalign.training.train_settings import ADJUSTABLE, TrainSettings
+from exalign.training.train_settings import TrainSettings
 
 LINE_SECONDS = 30.0
 """Between two lines about a training where there is no terminal for a bar."""
@@ -271,7 +271,7 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
         good = last_checkpoint(trainer.folder / "checkpoints", before=row["step"] - in_a_row)
         error = not_finite(row["step"], in_a_row, skipped, last_good=good, all_steps=all_steps)
         if writes:
-            record_stop(trainer.folder, str(error), trainer.settings.model_dump(), after_step=good)
+            record_stop(trainer.folder, str(error), trainer.settings, after_step=good)
         raise error
 
 
@@ -279,7 +279,7 @@ def _start(trainer: _Trainer) -> Position:
     """Where the last checkpoint left model and optimizer."""
     folder, batches = trainer.folder, trainer.task.batches
     deciding = trainer.settings.model_dump(exclude=trainer.settings.marked(NO_RESULT))
-    settled = {name: value for name, value in deciding.items() if name not in ADJUSTABLE}
+    settled = {name: value for name, value in deciding.items() if name not in trainer.settings.marked(STEP_SIZE)}
     made_from = {"batches": batches.fingerprint, "steps": len(batches)}
     position = load_checkpoint(
         folder / "checkpoints",
@@ -287,7 +287,7 @@ def _start(trainer: _Trainer) -> Position:
         trainer.model,
         trainer.optimizer,
         settled=fingerprint({"settings": settled, **made_from}),
-        recovered_after=recovered_after(folder, deciding),
+        recovered_after=recovered_after(folder, trainer.settings),
     )
     trainer.saved_at = position.step
     if trainer.accelerator.is_main_process:

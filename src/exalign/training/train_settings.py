@@ -8,9 +8,6 @@ from pydantic import Field
 
 from exalign.settings import NO_RESULT, STEP_SIZE, Settings
 
-ADJUSTABLE = ("learning_rate", "critic_learning_rate", "max_grad_norm")
-"""Settings that a recovery may change: how far a step goes, not what it is made from."""
-
 
 class TrainSettings(Settings):
     """How a model is trained, whatever the task."""
