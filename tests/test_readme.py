@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from exalign.cli import app
+from exalign.data.reading import each
 from exalign.data.synthetic import write_world
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
 from exalign.run.demo import RECIPE
+from exalign.run.recipe import Recipe, load_recipe
 from run.conftest import tiny_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +78,34 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def sources(recipe: Recipe) -> list[str]:
+    kinds = [getattr(recipe.data, name) for name in type(recipe.data).model_fields]
+    return [
+        source.source
+        for kind in kinds
+        if kind is not None and not isinstance(kind, int | float)
+        for source in each(kind)
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_name_data_sets_of_the_hub(path: Path) -> None:
+    if path.name != "demo.yaml":  # which writes its own
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+", name) for name in sources(load_recipe(path)))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/results").glob("*-cpu*.md")), ids=lambda path: path.name)
+def test_the_commands_of_the_results_take_the_files_that_they_were_made_from(page: Path) -> None:
+    """The shell expands the commands as they are printed; the recipes that come of it read files alone."""
+    data = re.findall(r"```sh\n(FILES=.*?)```", (ROOT / "docs/results/README.md").read_text(), flags=re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    script = f'exalign() {{ printf "%s\\t" "$@"; echo; }}\n{data[0]}\n{commands}'
+    printed = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
+    runs = [line.split("\t")[1:-1] for line in printed.splitlines() if "recipes/" in line]
+    assert runs
+    for recipe, *rest in runs:
+        overrides = rest[: rest.index("--run")] if "--run" in rest else rest
+        read = sources(load_recipe(ROOT / recipe, overrides))
+        assert read and all(name.startswith("../shared/data/") for name in read)

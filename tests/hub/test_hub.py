@@ -126,6 +126,10 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(2):
         rows = {"prompt": [f"p{number}"], "chosen": ["yes"], "rejected": ["no"]}
         pq.write_table(pa.table(rows), shards / f"train-0000{number}-of-00002.parquet")
+    for part in ("first-base", "second-base"):
+        (root / "datasets" / "someone" / "parts" / part).mkdir(parents=True)
+        line = json.dumps({"prompt": part, "chosen": "yes", "rejected": "no"})
+        (root / "datasets" / "someone" / "parts" / part / "train.jsonl").write_text(line + "\n")
     return root
 
 
@@ -165,6 +169,17 @@ def test_a_data_set_of_two_shards_is_loaded_once_and_then_without_the_hub(hub: H
     assert load(DATA, "someone/pairs", hub.address, tmp_path) == "['p0', 'p1']"
     hub.close()
     assert load(DATA, "someone/pairs", hub.address, tmp_path) == "['p0', 'p1']"
+
+
+def test_one_folder_of_a_data_set_is_read(hub: Hub, tmp_path: Path) -> None:
+    code = DATA.replace('source="{name}"', 'source="{name}", data_dir="second-base"')
+    assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
+    other = code.replace("second-base", "third-base")
+    assert load(other, "someone/parts", hub.address, tmp_path) == (
+        "refused: The data set someone/parts has no folder third-base; correct `data_dir`."
+    )
+    hub.close()
+    assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
 
 
 def test_what_is_gated_or_missing_is_one_sentence_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
     assert rows_of(DataSettings(source=str(file), skip=7))[0] == 2
     assert rows_of(DataSettings(source="trl-lib/tldr", split="test"))[0] == 6_553
     assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=24_000, limit=5_000))[0] == 1_000
-    assert rows_of(DataSettings(source="data/hh-rlhf/helpful-base/train.jsonl.gz"))[0] == 43_835
+    assert rows_of(DataSettings(source="Anthropic/hh-rlhf", data_dir="helpful-base"))[0] == 43_835
     assert rows_of(DataSettings(source="no/such-data", limit=7))[0] == 7
     rows, how = rows_of(DataSettings(source="no/such-data"))
     assert rows == UNKNOWN_ROWS and "assumed" in how

@@ -70,6 +70,10 @@ class DataSettings(Settings):
         json_schema_extra=CONTENT,
     )
     name: str | None = Field(None, description="The configuration of a hub data set that has several.")
+    data_dir: str | None = Field(
+        None,
+        description="The folder of a hub data set that is read, e.g. helpful-base; None: all of it.",
+    )
     split: str | None = Field(
         None, description="The split: of a hub data set (default `train`), or of a folder whose file names carry one."
     )
@@ -220,7 +224,7 @@ def _read_one(
 def _own_records(folder: Path, settings: DataSettings, counts: Counter[str]) -> Iterator[Record]:
     if not (folder / "header.json").exists():
         raise InputError(f"{folder} was not finished (it has no header.json): run the stage that writes it again.")
-    for name in ("name", "split", "columns", "labels", "prompt_tokens", "shuffle_seed"):
+    for name in ("name", "data_dir", "split", "columns", "labels", "prompt_tokens", "shuffle_seed"):
         if getattr(settings, name):
             raise InputError(f"`{name}` cannot take effect on {folder}, which already holds records.")
     return _window(iter_records(folder), settings, counts)
@@ -359,8 +363,9 @@ def _nearest(path: Path) -> str:
 def _check_settings(settings: DataSettings, path: Path | None) -> None:
     if settings.streaming and settings.shuffle_seed is not None:
         raise InputError("`shuffle_seed` needs all rows at once: turn `streaming` off, or leave the order as it is.")
-    if path is not None and settings.name is not None:
-        raise InputError(f"`name` applies to hub data sets only, but {path} is local.")
+    for name in ("name", "data_dir"):
+        if path is not None and getattr(settings, name) is not None:
+            raise InputError(f"`{name}` applies to hub data sets only, but {path} is local.")
     if path is not None and path.is_file() and settings.split is not None:
         raise InputError(f"`split` applies to folders and hub data sets, but {path} is one file.")
 
@@ -370,7 +375,7 @@ def _check_settings(settings: DataSettings, path: Path | None) -> None:
 
 def _all_rows(settings: DataSettings, path: Path | None, counts: Counter[str]) -> Iterator[SourceRow]:
     if path is None:
-        yield from _hub_rows(settings)
+        yield from _hub_rows(settings, counts)
     elif path.is_file():
         yield from _file_rows(path, path.name, settings, counts)
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -459,12 +464,15 @@ def _saved_rows(folder: Path, settings: DataSettings) -> Iterator[SourceRow]:
         yield SourceRow(str(folder), number, f"{folder.name}:{number}", dict(values))
 
 
-def _hub_rows(settings: DataSettings) -> Iterator[SourceRow]:
+def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
     import datasets
 
     split = settings.split or "train"
     where = f"{settings.source} ({split})"
     try:
+        if settings.data_dir is not None:
+            yield from _hub_folder_rows(settings, settings.data_dir, split, counts)
+            return
         data = datasets.load_dataset(settings.source, settings.name, split=split, streaming=settings.streaming)
         for number, values in enumerate(data, start=1):
             yield SourceRow(where, number, f"{split}:{number}", dict(values))
@@ -478,6 +486,21 @@ def _hub_rows(settings: DataSettings) -> Iterator[SourceRow]:
             f"{settings.source!r} is no local file{near}, and reading it from the Hugging Face hub failed: "
             f"{_first_line(error)}"
         ) from None
+
+
+def _hub_folder_rows(settings: DataSettings, below: str, split: str, counts: Counter[str]) -> Iterator[SourceRow]:
+    """One folder of a hub data set, as its files stand there; `datasets` would not find it again without the hub."""
+    from huggingface_hub import snapshot_download
+
+    if settings.name is not None:
+        raise InputError("`name` chooses a configuration and `data_dir` a folder of a hub data set: give one of them.")
+    folder = (
+        Path(snapshot_download(settings.source, repo_type="dataset", allow_patterns=f"{below.strip('/')}/*")) / below
+    )
+    if not folder.is_dir():
+        raise InputError(f"The data set {settings.source} has no folder {below}; correct `data_dir`.")
+    for file in _split_files(folder, split):
+        yield from _file_rows(file, file.relative_to(folder).as_posix(), settings, counts)
 
 
 def _first_line(error: BaseException) -> str:

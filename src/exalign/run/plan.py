@@ -266,10 +266,10 @@ PUBLISHED_ROWS = {
     ("trl-lib/tldr", "test"): 6_553,
     ("trl-lib/tldr-preference", "train"): 92_858,
     ("trl-lib/tldr-preference", "validation"): 86_086,
-    ("hh-rlhf/helpful-base/train.jsonl.gz", ""): 43_835,
-    ("hh-rlhf/helpful-base/test.jsonl.gz", ""): 2_354,
+    ("Anthropic/hh-rlhf/helpful-base", "train"): 43_835,
+    ("Anthropic/hh-rlhf/helpful-base", "test"): 2_354,
 }
-"""Rows of the data sets that the shipped recipes name, by hub name (or the file's last folders) and split."""
+"""Rows of the data sets that the shipped recipes name, by hub name (with its folder) and split."""
 UNKNOWN_ROWS = 10_000
 """Taken for a data set that is neither here nor in the table; the plan says so."""
 
@@ -382,10 +382,10 @@ def rows_of(source: DataSettings) -> tuple[int, str]:
     if Path(source.source).expanduser().exists():
         counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
         return counted, f"counted in {source.source}"
-    for (name, split), rows in PUBLISHED_ROWS.items():
-        if (source.source == name and (source.split or "train") == split) or source.source.endswith("/" + name):
-            left = round(source.share * max(0, rows - source.skip))
-            return min(left, source.limit or left), f"published size of {source.source}"
+    published = "/".join(filter(None, (source.source, source.data_dir)))
+    if (rows := PUBLISHED_ROWS.get((published, source.split or "train"))) is not None:
+        left = round(source.share * max(0, rows - source.skip))
+        return min(left, source.limit or left), f"published size of {published}"
     if source.limit is not None:
         return source.limit, f"limit; {source.source} is not here to be counted"
     return UNKNOWN_ROWS, f"assumed, {source.source} is not here to be counted: give --prompts"
