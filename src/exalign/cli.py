@@ -54,7 +54,6 @@ STAGES = {
     "sample": ("rollouts", "Sample K completions per prompt from the supervised policy."),
     "score": ("scored", "Score the samples."),
     "search": ("search", "Search for the settings of the methods that the recipe's search names."),
-    "align": ("align", "Align the policy with every method of the recipe."),
     "evaluate": ("evaluation", "Sample and score every aligned policy on held-out prompts."),
     "report": ("report", "Write the evidence and the report."),
 }
@@ -95,6 +94,54 @@ def _add_stage(name: str, target: str, text: str) -> None:
 
 for _name, (_target, _text) in STAGES.items():
     _add_stage(_name, _target, _text)
+
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a chat model.")]
+Data = Annotated[
+    str, typer.Argument(help="Preference pairs, scored completions, or prompts: a file, folder or hub name.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The folder of the result (default: runs/MODEL-DATA).")]
+Reward = Annotated[str | None, typer.Option(help="For prompts: module:function that gives completions their rewards.")]
+RewardModel = Annotated[str | None, typer.Option(help="For prompts: a reward model that does.")]
+
+
+@app.command("align")
+def align_(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A chat model, or a recipe (.yaml).")],
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="Its data; settings to change.")
+    ] = None,
+    out: Out = None,
+    reward: Reward = None,
+    reward_model: RewardModel = None,
+    run: Folder = None,
+    redo: Redo = False,
+    recover: Recover = False,
+) -> None:
+    """Align a model on a data file: choose a recipe, train, evaluate, report. Or every method of a RECIPE.yaml."""
+    given = data or []
+    if Path(model).suffix in (".yaml", ".yml"):
+        if out is not None or reward is not None or reward_model is not None:
+            raise InputError("--out, --reward and --reward-model are for a model and its data; a recipe says it all.")
+        _carry_out(Path(model), given, {"folder": run, "redo": redo, "recover": recover}, "align")
+        return
+    if not given:
+        raise InputError(f"Give the data too: exalign align {model} DATA, or a recipe that ends in .yaml.")
+    if run is not None or redo or recover:
+        raise InputError("--run, --redo and --recover are for a recipe (exalign run RECIPE); --out names the folder.")
+    from exalign.run.begin import align
+
+    _quiet_libraries()
+    align(model, given[0], out=out, reward=reward, reward_model=reward_model, overrides=given[1:], console=console)
+
+
+@app.command("new")
+def new(model: Model, data: Data, out: Out = None, reward: Reward = None, reward_model: RewardModel = None) -> None:
+    """Write the recipe that `exalign align MODEL DATA` would carry out, and nothing else."""
+    from exalign.run.begin import begin, write_down
+
+    _quiet_libraries()
+    write_down(begin(model, data, out=out, reward=reward, reward_model=reward_model), console)
 
 
 @app.command()

@@ -125,6 +125,14 @@ def load_scoring_model(
     )
 
 
+def policy_skeleton(source: str) -> PreTrainedModel:
+    """The language model that a folder or hub name describes, without its weights: only the configuration is read."""
+    settings = ModelSettings(source=source)
+    config = _read_config(settings, None)
+    with torch.device("meta"):
+        return _from_config(AutoModelForCausalLM, settings, config, torch.float32)
+
+
 def scoring_skeleton(source: str, *, num_labels: int | None = None) -> PreTrainedModel:
     """A sequence classifier without its weights, from its configuration alone: its labels, and whether it is causal."""
     _refuse_code(source)

@@ -1,0 +1,196 @@
+"""The first recipe for a model and a data file: what `exalign align MODEL DATA` chooses, writes down and says."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exalign.data.reading import DataSettings, read_source
+from exalign.data.record import Record
+from exalign.data.tokenization import tokenize_records
+from exalign.device import device
+from exalign.errors import InputError
+from exalign.models.loading import load_tokenizer, policy_skeleton
+from exalign.run.carry_out import carry_out
+from exalign.run.recipe import load_recipe, make_recipe
+from exalign.run.runner import Run
+from exalign.storage import exists, write_text
+from exalign.strict_yaml import dump_yaml
+from exalign.terminal import shown
+
+LOOKED_AT = 2000
+"""Rows that are read to see what the data is, and of these as many as are tokenised to choose lengths."""
+TOKENISED = 500
+BYTES_PER_PARAMETER = 16
+"""Weights, gradients and AdamW's two moments in float32, where all weights are trained."""
+EVALUATED = 64
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A recipe as a mapping, the file it stands in, and why it is what it is, in a line for each choice."""
+
+    values: dict[str, Any]
+    file: Path
+    folder: Path
+    reasons: list[str]
+
+
+def align(
+    model: str,
+    data: str,
+    *,
+    out: str | Path | None = None,
+    reward: str | None = None,
+    reward_model: str | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """Align `model` on `data` without a recipe: choose one, write it beside the result, carry it out.
+
+    `model` is a folder or hub name, `data` a file, folder or hub name of preference pairs, scored completions, or
+    prompts; with the last, `reward` (module:function) or `reward_model` says what is good. The result is in `out`
+    (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be edited for the next time.
+    """
+    console = console or Console()
+    begun = begin(model, data, out=out, reward=reward, reward_model=reward_model)
+    write_down(begun, console)
+    run = Run(load_recipe(begun.file, overrides), begun.folder, console)
+    carry_out(run)
+    return run
+
+
+def begin(
+    model: str, data: str, *, out: str | Path | None = None, reward: str | None = None, reward_model: str | None = None
+) -> Begun:
+    """Look at the data and the model, and choose; nothing is written."""
+    if reward is not None and reward_model is not None:
+        raise InputError("Give --reward or --reward-model, not both.")
+    model, data = os.path.expanduser(model), os.path.expanduser(data)
+    scorer = {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
+    counts: Counter[str] = Counter()
+    records = list(islice(read_source(DataSettings(source=data), counts), LOOKED_AT))
+    if not records:
+        raise InputError(f"{data} has no usable rows; exalign inspect {data} --model {model} shows what is in each.")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{_stem(model)}-{_stem(data)}").strip("-._")[:90] or "aligned"
+    folder = Path(out).expanduser() if out is not None else Path("runs") / name
+    values: dict[str, Any] = {"name": name, "model": {"source": model}}
+    kind, reasons = _sources(values, data, records, scorer)
+    reasons.append(_lengths(values, model, records))
+    reasons.append(_weights(values, model))
+    steps = _method(values, kind, len(records))
+    reasons.append(steps)
+    _evaluation(values, scorer)
+    make_recipe(values, "the recipe chosen")
+    return Begun(values, folder.with_name(f"{folder.name}.yaml"), folder, reasons)
+
+
+def write_down(begun: Begun, console: Console) -> None:
+    """Write the recipe and say what was chosen; one that stands there and was edited is an `InputError`."""
+    text = "# Chosen by exalign; every setting may be changed: exalign recipe --explain\n" + dump_yaml(begun.values)
+    if exists(begun.file) and begun.file.read_text(encoding="utf-8", errors="replace") != text:
+        raise InputError(
+            f"{begun.file} was edited since it was written, or is for other data: carry it out with "
+            f"exalign run {begun.file}, or choose another place with --out."
+        )
+    begun.file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(begun.file, text)
+    for reason in begun.reasons:
+        console.print(shown(f"• {reason}"), soft_wrap=True)
+    again = f"exalign run {begun.file}" + ("" if begun.folder.parent == Path("runs") else f" --run {begun.folder}")
+    console.print(shown(f"• recipe: {begun.file}; edit it and carry it out with {again}"), soft_wrap=True)
+
+
+def _stem(name: str) -> str:
+    return Path(name).name.split(".")[0] or Path(name).absolute().name
+
+
+def _sources(
+    values: dict[str, Any], data: str, records: Sequence[Record], scorer: dict[str, Any] | None
+) -> tuple[str, list[str]]:
+    """What the data is and how it is used; `preference` or `reward` is what the method's target is made from."""
+    pairs = sum(record.preferred is not None for record in records)
+    ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
+    some = f"{len(records):,}" + ("+" if len(records) == LOOKED_AT else "")
+    if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
+        values["data"] = {"preferences": {"source": data}}
+        what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
+        held = "5 % of the prompts are held out and never trained on"
+        return "preference", [f"data: {some} {what}; {held}"]
+    if scorer is None:
+        raise InputError(
+            f"{data} has {some} rows without a preference or rewards: say what is good with --reward module:function "
+            "or --reward-model MODEL, or give rows with prompt, chosen and rejected."
+        )
+    kept = max(min(len(records) // 20, EVALUATED), 1)
+    used = "rewards" if ranked else "prompts"
+    values["data"] = {used: {"source": data, "skip": kept}, "evaluation": {"source": data, "limit": kept}}
+    values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
+    what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
+    return "reward", [f"data: {some} {what}; the first {kept} rows are held out for the evidence"]
+
+
+def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:
+    """Limits that leave 99 of 100 texts whole, as far as the model's positions allow."""
+    tokenizer = load_tokenizer(model)
+    positions = getattr(policy_skeleton(model).config.get_text_config(), "max_position_embeddings", None) or 4096
+    some = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED]
+    whole: dict[str, Any] = {"max_prompt_tokens": positions, "max_completion_tokens": positions}
+    groups = list(tokenize_records(some, tokenizer, counts=Counter(), **whole))
+    if not groups:
+        raise InputError("No row can be tokenised; exalign inspect DATA --model MODEL shows what happens to each.")
+    prompts = sorted(len(group.prompt_ids) for group in groups)
+    completions = sorted(len(ids) for group in groups for ids in group.completion_ids)
+    longest = [lengths[int(0.99 * (len(lengths) - 1))] if lengths else 256 for lengths in (prompts, completions)]
+    prompt, completion = (min(_rounded(length), positions // 2) for length in longest)
+    values["data"] |= {"max_prompt_tokens": prompt, "max_completion_tokens": completion}
+    values["sample"] = {"max_new_tokens": min(completion, 128)}
+    return f"lengths: prompts up to {prompt} tokens, answers up to {completion} (99 of 100 rows are shorter)"
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // 32) * 32
+
+
+def _weights(values: dict[str, Any], model: str) -> str:
+    """All weights where they, their gradients and AdamW's moments take at most half of the memory, else LoRA."""
+    parameters = sum(parameter.numel() for parameter in policy_skeleton(model).parameters())
+    here = device()
+    if here.type == "cuda":
+        import torch
+
+        memory = torch.cuda.get_device_properties(here).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = BYTES_PER_PARAMETER * parameters <= memory / 2
+    if not fits:
+        values["model"] |= {"lora": {"rank": 16}, **({} if 4 * parameters <= memory / 2 else {"dtype": "bfloat16"})}
+    where = "GPU" if here.type == "cuda" else here.type.upper()
+    size = f"{parameters / 1e6:,.0f} million parameters, {memory / 2**30:,.0f} GiB on the {where}"
+    return f"weights: {'all are trained' if fits else 'LoRA of rank 16'} ({size})"
+
+
+def _method(values: dict[str, Any], kind: str, rows: int) -> str:
+    lora = "lora" in values["model"]
+    batch = next(size for size in (64, 32, 16, 8, 4) if size == 4 or rows >= 24 * size)
+    on_cpu = device().type == "cpu"
+    method: dict[str, Any] = {"divergence": "reverse_kl", "target": kind, "beta_pi": 0.5}
+    method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
+    method |= {"token_budget": 2048} if on_cpu else {"precision": "bf16"}
+    values["align"] = {f"exo-{'pref' if kind == 'preference' else 'rw'}": method}
+    source = "the preferences" if kind == "preference" else "the rewards"
+    return f"method: EXO on {source}, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
+
+
+def _evaluation(values: dict[str, Any], scorer: dict[str, Any] | None) -> None:
+    values.setdefault("evaluate", {}).update({"prompts": EVALUATED, "samples": 2})
+    if scorer is not None and device().type == "cpu":
+        values["evaluate"] |= {"pool_prompts": 16, "pool_samples": 32, "density_prompts": 2}

@@ -1,0 +1,100 @@
+"""A model and a data file and nothing else: what is chosen, written down and carried out."""
+
+from __future__ import annotations
+
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from exalign.data.store import read_records
+from exalign.errors import InputError
+from exalign.models.loading import load_policy, load_tokenizer, save_model
+from exalign.models.model_settings import ModelSettings
+from exalign.run.begin import align, begin, write_down
+from exalign.run.recipe import load_recipe
+from exalign.storage import read_json
+
+CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
+
+
+@pytest.fixture(scope="module")
+def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "small"
+    tokenizer = load_tokenizer(str(world / "tokenizer"))
+    save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, folder, card="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preference file as people have it: the text of the next row is worse."""
+    rows = [json.loads(line) for line in (world / "sft.jsonl").read_text().splitlines()]
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    given = [
+        {"prompt": f"{row['prompt']} {i}", "chosen": row["completion"], "rejected": other["completion"][:5] or "x"}
+        for i, (row, other) in enumerate(pairwise(rows))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return file
+
+
+def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, pairs: Path, tmp_path: Path) -> None:
+    printed, out = io.StringIO(), tmp_path / "first"
+    run = align(str(model), str(pairs), out=out, console=Console(file=printed, width=200))
+    (name,) = run.recipe.align
+    assert (out / "align" / name / "model" / "model.safetensors").exists()
+    assert (out / "report" / "index.html").exists()
+    text = printed.getvalue()
+    for said in (
+        "data: 63 preference pairs",
+        "lengths: prompts up to",
+        "weights: all are trained",
+        "method: EXO on the",
+    ):
+        assert said in text
+    assert "3 of 63 pairs are held out" in text and str(tmp_path / "first.yaml") in text
+
+    # The pairs that were held out were not trained on, and are what the evidence is about.
+    trained, kept = (read_records(out / "preferences" / part) for part in ("records", "held-out"))
+    assert (len(trained), len(kept)) == (60, 3)
+    assert not {record.prompt for record in trained} & {record.prompt for record in kept}
+    (method,) = read_json(out / "evaluation" / "evidence.json")["methods"]
+    held_out: dict[str, Any] = method["points"][-1]["held_out"]
+    assert 0 <= held_out["accuracy"]["value"] <= 1
+
+    # The same command again does nothing but the report; a recipe that was edited is not written over.
+    again = io.StringIO()
+    align(str(model), str(pairs), out=out, console=Console(file=again, width=200))
+    assert "▸ sft" not in again.getvalue() and f"align/{name}: done before, skipped" in again.getvalue()
+    edited = tmp_path / "first.yaml"
+    edited.write_text(edited.read_text().replace("beta_pi: 0.5", "beta_pi: 0.25"))
+    with pytest.raises(InputError, match=r"first\.yaml was edited.*exalign run"):
+        align(str(model), str(pairs), out=out)
+
+
+def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: Path) -> None:
+    prompts = str(world / "prompts.jsonl")
+    with pytest.raises(InputError, match=r"24 rows without a preference or rewards: say what is good with --reward"):
+        begin(str(model), prompts)
+    with pytest.raises(InputError, match="not both"):
+        begin(str(model), prompts, reward="a:b", reward_model="c")
+    begun = begin(str(model), prompts, reward="exalign.data.synthetic:reward", out=tmp_path / "it")
+    write_down(begun, Console(quiet=True))
+    recipe = load_recipe(tmp_path / "it.yaml")
+    assert recipe.scoring is not None and recipe.scoring.function == "exalign.data.synthetic:reward"
+    assert [method.trains_on for method in recipe.align.values()] == ["rewards"]
+    assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 1  # type: ignore[union-attr]
+
+
+def test_scored_completions_are_pairs_unless_something_can_score_the_samples(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scored.jsonl"
+    rows = [{"prompt": f"p {i}", "completions": ["a b", "c"], "rewards": [1.0, 0.0]} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(begin(str(model), str(file)).values["align"]) == ["exo-pref"]
+    values = begin(str(model), str(file), reward="exalign.data.synthetic:reward").values
+    assert list(values["align"]) == ["exo-rw"] and values["data"]["rewards"]["skip"] == 2
