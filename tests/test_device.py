@@ -13,27 +13,26 @@ from exalign import device as subject
 from exalign.device import choose_threads
 
 NO_DRIVER = """
+import sys
+from pathlib import Path
 import torch
 torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")  # what a build for CUDA says on any machine
 assert torch.accelerator.current_accelerator().type == "cuda" and not torch.cuda.is_available()
 
-from exalign.data.batching import Group
 from exalign.data.record import Record
-from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import release_memory
 from exalign.processes import on_cpu
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.run.materials import ready
-from training.tiny_world import make_groups, make_policy, make_tokenizer
+from training.tiny_world import make_tokenizer, small_align_run
 
-model = ready(make_policy())
+model = ready(small_align_run(Path(sys.argv[1])))
 assert on_cpu()
-completion_logprobs(model, make_groups(2), temperature=1.0).sum().backward()
 release_memory()
 settings = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=8)
 drawn = list(GroupedSampler(model, make_tokenizer(), settings, temperature=1.0, seed=0).sample([Record("a", "x")]))
-print(len(drawn[0].completions), model.device)
+print("drawn", len(drawn[0].completions), model.device)
 """
 
 
@@ -45,11 +44,12 @@ def _threads_as_they_were():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a driver here")
-def test_a_build_for_gpus_without_a_driver_computes_on_the_cpu_and_says_so_once() -> None:
+def test_a_build_for_gpus_without_a_driver_trains_and_samples_on_the_cpu_and_says_so_once(tmp_path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.run([sys.executable, "-c", NO_DRIVER], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", NO_DRIVER, str(tmp_path / "run")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["2", "cpu"]
+    assert run.stdout.splitlines()[-1] == "drawn 2 cpu"
     assert run.stderr.count("There is no usable GPU driver; running on the CPU.") == 1
 
 

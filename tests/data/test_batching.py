@@ -12,6 +12,7 @@ from exalign.data.batching import (
     microbatches,
     stack_preferred,
     stack_values,
+    stack_weights,
 )
 
 
@@ -64,6 +65,17 @@ def test_missing_values_name_the_group():
         stack_values([group(7, rewards=torch.zeros(2))], "rewards")
     with pytest.raises(ValueError, match="group 7"):
         stack_preferred([group(7)])
+
+
+def test_weights_are_one_unless_given_and_never_negative():
+    """A mean over rows weighted 2 and 1 is the mean over three rows of which two are alike."""
+    losses = torch.tensor([3.0, 6.0])
+    weights = stack_weights([group(0, weight=2.0), group(1)])
+    assert weights.dtype == torch.float32
+    assert float((weights * losses).sum() / weights.sum()) == (3.0 + 3.0 + 6.0) / 3
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="group 7 has the weight"):
+            stack_weights([group(7, weight=wrong)])
 
 
 @given(st.integers(0, 200), st.integers(0, 2**40), st.integers(0, 1000))

@@ -2,17 +2,33 @@
 
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import split_text, tokenize_record, tokenize_records
+from exalign.data.tokenization import (
+    UnfitError,
+    answer_lead,
+    as_conversation,
+    completion_text,
+    end_ids,
+    pin_date,
+    render_chat,
+    split_text,
+    tokenize_record,
+    tokenize_records,
+)
 from exalign.errors import InputError
+from exalign.models.loading import load_tokenizer
 
 same_tokenizer = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -179,6 +195,228 @@ def test_a_template_that_refuses_the_messages_is_named(chat_tokenizer):
 def test_a_conversation_needs_a_chat_template(tokenizer):
     with pytest.raises(InputError, match="no chat template"):
         tokenize(record_of((USER,), "x"), tokenizer)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMS = CHATML.replace("m.content", "m.content | trim")
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == "
+    "'assistant' %} {{ m.content + eos_token }}{% else %}{{ raise_exception('No such role!') }}{% endif %}{% endfor %}"
+)
+HEADERS = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+CUTS = CHATML.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+OPENS = CUTS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+EMPTY = CHATML.replace(
+    "\n{{ m.content",
+    "\n{{ '<think></think>' if m.role == 'assistant' and '</think>' not in m.content else '' }}{{ m.content",
+)
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Alternate!') }}"
+    "{% endif %}{% endfor %}" + CHATML
+)
+TEMPLATES = {"chatml": CHATML, "trims": TRIMS, "inst": INST, "headers": HEADERS, "cuts": CUTS, "opens": OPENS}
+TEMPLATES |= {"empty": EMPTY, "alternates": ALTERNATES}
+ANSWERS = ("42", "Yes.\n", " Oui, \u00e7a.", "<think>\nSix sevens.\n</think>\n\n42", "")
+
+
+def byte_level(*, space=False):
+    """Byte-level BPE, which may put a space in front of every text."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=space), decoders.ByteLevel()
+    return trained(inner, pre_tokenizers.ByteLevel.alphabet(), "<|end|>", "<|im_start|>", "<|im_end|>")
+
+
+def sentencepiece(*, every_segment=True):
+    """BPE on words with `\u2581` in front, as Llama 2 has it (in each segment between special tokens) or Mistral 3."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    scheme = "always" if every_segment else "first"
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    strip = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(strip)
+    made = trained(
+        inner, list("aeimnorst42+=:?.,#[]/IN\u2581"), "</s>", "<unk>", "<s>", *map("<0x{:02X}>".format, range(256))
+    )
+    if every_segment:
+        prepend = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        made.backend_tokenizer.normalizer, made.backend_tokenizer.pre_tokenizer = normalizers.Sequence(prepend), None
+    begin = made.convert_tokens_to_ids("<s>")
+    made.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
+    made.bos_token = "<s>"
+    return made
+
+
+def trained(inner, alphabet, *special):
+    texts = ["What is six times seven? Yes, it is 42. The answer is said.", "def f():\n    return 1", "Paris is it."]
+    made = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(texts * 4, made)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special[0], clean_up_tokenization_spaces=False)
+
+
+TOKENIZERS = {
+    "byte level": byte_level,
+    "byte level, space in front": lambda: byte_level(space=True),
+    "SentencePiece, each segment": sentencepiece,
+    "SentencePiece, first segment": lambda: sentencepiece(every_segment=False),
+}
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("The answer is", " 42."),
+        ("2+2=", "4"),
+        ("def f():\n", "    return 1"),
+        ("It is ", "\u00e9\U0001f642"),
+        ("", "Yes"),
+    ],
+)
+def test_prompt_and_completion_decode_to_the_whole_text(kind, prompt, answer):
+    """And what the ids of the completion add to the prompt's is its text, as a sampler would say."""
+    tokenizer = TOKENIZERS[kind]()
+    group = tokenize(record_of(prompt, answer), tokenizer)
+    prompt_ids, ids = group.prompt_ids.tolist(), group.completion_ids[0].tolist()
+    assert ids[-1] == tokenizer.eos_token_id
+    whole = text_of(tokenizer, prompt_ids + ids[:-1])
+    assert whole.removeprefix("<s>").removeprefix("<|end|>").lstrip() == (prompt + answer).lstrip()
+    if prompt and "<0x0A>" not in tokenizer.get_vocab():  # there the bytes are special tokens, which have no text
+        assert completion_text(tokenizer, prompt_ids, ids[:-1]) == answer
+    assert prompt_ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_every_template_s_answer_is_said_once_and_ended_once(kind, template, answer):
+    """The law, for the product of tokenizers, templates and answers; a template that opens reasoning needs it."""
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.chat_template = TEMPLATES[template]
+    record = record_of(({"role": "user", "content": "What is six times seven?"},), answer)
+    counts = Counter()
+    if template == "opens" and "</think>" not in answer:
+        with pytest.raises(UnfitError, match="opens the answer with <think>"):
+            tokenize(record, tokenizer)
+        return
+    group = tokenize(record, tokenizer, counts=counts)
+    prompt_ids, ids = group.prompt_ids.tolist(), group.completion_ids[0].tolist()
+    assert ids[-1] in end_ids(tokenizer)
+    assert not end_ids(tokenizer) & set(ids[:-1])
+    whole = text_of(tokenizer, prompt_ids + ids[:-1])
+    joint = tokenizer(whole.removeprefix("<s>"), add_special_tokens=False)["input_ids"]
+    assert text_of(tokenizer, joint).split() == whole.removeprefix("<s>").split()
+    assert answer.strip() in whole
+    assert whole.count("<think>") == max(answer.count("<think>"), template == "empty")
+    assert counts["answers_changed_by_template"] == (template in ("cuts", "opens") and "<think>" in answer)
+    if "byte" in kind:
+        said = completion_text(tokenizer, prompt_ids, ids[:-1], answer_lead(record, tokenizer))
+        assert said.strip() in answer
+        assert said.strip() == answer.strip() or template == "opens"
+
+
+def test_the_template_s_end_of_turn_ends_an_answer():
+    """Qwen's base models: the end of a turn is not the end of sequence. Nothing but it is learnt behind the answer."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    ids = tokenize(record_of((USER,), "Yes"), tokenizer).completion_ids[0]
+    assert text_of(tokenizer, ids) == "Yes<|im_end|>"
+    assert end_ids(tokenizer) == set(tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"]))
+    for written in ("Yes<|im_end|>", "Yes<|im_end|>\n", "Yes<|end|>"):
+        assert tokenize(record_of((USER,), written), tokenizer).completion_ids[0].tolist() == ids.tolist()
+    assert tokenize(record_of("p", "Yes"), tokenizer).completion_ids[0][-1] == tokenizer.eos_token_id
+
+
+def test_a_template_without_a_generation_prompt_puts_the_answer_s_header_into_the_prompt():
+    tokenizer = byte_level()
+    tokenizer.chat_template = HEADERS
+    group = tokenize(record_of((USER,), "Yes"), tokenizer)
+    assert text_of(tokenizer, group.prompt_ids) == "### user:\nThis comedy?\n\n### assistant:\n"
+    assert text_of(tokenizer, group.completion_ids[0]) == "Yes<|end|>"
+
+
+@pytest.mark.parametrize("template", ["chatml", "trims", "inst", "headers", "cuts", "opens", "alternates"])
+def test_a_prompt_that_begins_the_answer_is_continued(template):
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATES[template]
+    prompt = ({"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "It is"})
+    group = tokenize(record_of(prompt, " blue.", " no."), tokenizer)
+    start = text_of(tokenizer, group.prompt_ids)
+    assert start.endswith("It is")
+    assert start.count("assistant") <= 1
+    assert [text_of(tokenizer, ids[:-1]) for ids in group.completion_ids] == [" blue.", " no."]
+    only = tokenize(record_of(prompt), tokenizer)
+    assert only.prompt_ids.tolist() == group.prompt_ids.tolist()
+
+
+def test_what_a_template_leaves_out_of_the_prompt_is_counted():
+    tokenizer, counts = byte_level(), Counter()
+    tokenizer.chat_template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    tokenize(record_of(({"role": "system", "content": "Be kind."}, USER), "Yes"), tokenizer, counts=counts)
+    assert counts["messages_left_out_by_template"] == 1
+
+
+def test_broken_rows_are_dropped_and_counted_and_all_broken_ones_refused():
+    tokenizer, counts = byte_level(), Counter()
+    tokenizer.chat_template = INST
+    records = [record_of(({"role": "system", "content": "Be kind."}, USER), "Yes"), record_of((USER,), "Yes")]
+    limits = {"max_prompt_tokens": 99, "max_completion_tokens": 99}
+    assert [g.index for g in tokenize_records(records, tokenizer, counts=counts, **limits)] == [1]
+    assert counts["records_refused_by_template"] == 1
+    with pytest.raises(InputError, match=r"^None of the 1 records can be used .* refuses it \(No such role!\)\.$"):
+        list(tokenize_records(records[:1], tokenizer, counts=counts, **limits))
+
+
+def test_who_only_reads_gets_the_template_s_own_conversation():
+    tokenizer = byte_level()
+    tokenizer.chat_template = OPENS
+    record = as_conversation(record_of((USER,), "Yes", "No"), tokenizer)
+    prompt = text_of(tokenizer, record.prompt_ids)
+    assert prompt == "<|im_start|>user\nThis comedy?<|im_end|>\n<|im_start|>assistant\n"
+    assert [text_of(tokenizer, c.token_ids) for c in record.completions] == ["Yes<|im_end|>\n", "No<|im_end|>\n"]
+
+
+def test_the_tokenizer_of_mistral_writes_answers_as_they_are():
+    folder = Path(__file__).parents[2] / "../shared/field/mat/mistral-v1-fast"
+    if not folder.is_dir():
+        pytest.skip("the inputs from the field are not on this machine")
+    tokenizer = load_tokenizer(str(folder))
+    for prompt, answer, words in [
+        ("The capital of France is", " Paris.", ["▁Paris", "."]),
+        ("2+2=", "4", ["4"]),
+        ("def f():\n", "    return 1", ["▁▁▁▁", "return", "▁", "1"]),
+    ]:
+        group = tokenize(record_of(prompt, answer), tokenizer)
+        ids = group.completion_ids[0].tolist()
+        assert tokenizer.convert_ids_to_tokens(ids) == [*words, "</s>"]
+        assert completion_text(tokenizer, group.prompt_ids.tolist(), ids[:-1]) == answer
+
+
+def test_a_text_that_is_split_joins_again_whatever_the_tokenizer():
+    for make in TOKENIZERS.values():
+        tokenizer, text = make(), "The answer is \U0001f642 42."
+        for n in range(1, 8):
+            record = split_text(record_of("", text), tokenizer, prompt_tokens=n, counts=Counter())
+            assert (record.prompt + record.completions[0].text).lstrip() == text
+
+
+def test_a_run_s_date_is_the_template_s_and_settings_reach_it():
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y, %H:%M') }}{{ 'dull' if dull }}" + CHATML
+    tokenizer.chat_template_kwargs = {"dull": True}
+    pin_date(datetime(2024, 7, 26, 9, 5))
+    try:
+        assert render_chat(tokenizer, [USER]).startswith("26 Jul 2024, 09:05dull<|im_start|>")
+    finally:
+        pin_date(None)
+    assert datetime.now().strftime("%Y") in render_chat(tokenizer, [USER])
 
 
 # --- plain text ---

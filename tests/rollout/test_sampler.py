@@ -183,7 +183,7 @@ def test_the_end_is_recorded_exactly_when_it_was_drawn(make_model, tokenizer):
     assert len(stopped) + len(cut) == len(completions)
     assert all(c.token_ids[-1] == 0 and 0 not in c.token_ids[:-1] for c in stopped)
     assert all(0 not in c.token_ids and len(c.token_ids) == 10 for c in cut)
-    assert all(c.text == " ".join(f"w{i}" for i in c.token_ids if i) for c in completions)
+    assert all(c.text == "".join(f" w{i}" for i in c.token_ids if i) for c in completions)
     assert drawn.counts["completions_stopped"] == len(stopped)
     assert drawn.counts["completion_tokens"] == sum(len(c.token_ids) for c in completions)
 
@@ -196,9 +196,8 @@ def test_any_end_of_the_generation_settings_ends(make_model, tokenizer):
             ends = [token in (0, 5, 7) for token in completion.token_ids]
             assert not any(ends[:-1])
             assert (completion.finish_reason == "stop") == ends[-1]
-            assert completion.text == tokenizer.decode(
-                completion.token_ids[: -1 if ends[-1] else None], skip_special_tokens=True
-            )
+            kept = record.prompt_ids + completion.token_ids[: -1 if ends[-1] else None]
+            assert record.prompt + completion.text == tokenizer.decode(kept, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, None), (None, 0.6), (4, 0.5)])

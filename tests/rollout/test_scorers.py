@@ -135,7 +135,7 @@ def test_the_same_alone_and_in_a_batch(records, model_type, token_budget):
 def test_a_prompt_is_cut_once_for_all_its_completions():
     model, tokenizer = tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)
     words = [f"w{i % 30}" for i in range(100)]
-    record = Record("long", " ".join(words), (Completion("w1 w2 w3"), Completion("w5")))
+    record = Record("long", " ".join(words), (Completion("w1 w2 w3"), Completion(" w5")))
     scorer = RewardModelScorer(model, tokenizer)
     (rewards,) = scorer.score([record])
     kept = " ".join(words[-(64 - 4) :])
@@ -145,9 +145,9 @@ def test_a_prompt_is_cut_once_for_all_its_completions():
 
 def test_limits_are_those_of_training():
     model, tokenizer = tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)
-    record = Record("a", "w1 w2 w3 w4", (Completion("w5 w6 w7 w8"),))
+    record = Record("a", "w1 w2 w3 w4", (Completion(" w5 w6 w7 w8"),))
     scorer = RewardModelScorer(model, tokenizer, limits=TokenLimits(max_prompt_tokens=2, max_completion_tokens=3))
-    cut = Completion("w5 w6 w7", finish_reason="length")
+    cut = Completion(" w5 w6 w7", finish_reason="length")
     assert scorer.score([record])[0][0] == pytest.approx(by_hand(model, tokenizer, "w3 w4", cut), abs=1e-9)
     assert scorer.counts == {"prompts_cut": 1, "completions_cut": 1}
 
@@ -155,8 +155,8 @@ def test_limits_are_those_of_training():
 def test_what_is_cut_in_scoring_is_counted():
     limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
     scorer = RewardModelScorer(tiny_classifier("gpt2", 1), word_tokenizer(encoder=False), limits=limits)
-    long = Record("a", "w1 w2 w3", (Completion("w5 w6 w7 w8"), Completion("w5")))
-    short = Record("b", "w1", (Completion("w5"), Completion("w6")))
+    long = Record("a", "w1 w2 w3", (Completion(" w5 w6 w7 w8"), Completion(" w5")))
+    short = Record("b", "w1", (Completion(" w5"), Completion(" w6")))
     counts = Counter({"prompts": 2})
     records = scored(scorer, [long, short], counts)
     assert counts == {"prompts": 2, "prompts_cut_in_scoring": 1, "completions_cut_in_scoring": 1}
@@ -170,7 +170,7 @@ def test_what_is_cut_in_scoring_is_counted():
 def test_a_model_carries_the_limits_of_its_training(tmp_path):
     """Saved and loaded, it cuts as it was trained, and as `limits` say where they are given."""
     model, tokenizer = tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)
-    record = Record("a", "w1 w2 w3 w4", (Completion("w5 w6 w7 w8"),))
+    record = Record("a", "w1 w2 w3 w4", (Completion(" w5 w6 w7 w8"),))
     limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
     expected = RewardModelScorer(model, tokenizer, limits=limits).score([record])
     whole = RewardModelScorer(model, tokenizer).score([record])

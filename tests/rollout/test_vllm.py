@@ -50,7 +50,7 @@ def test_completions_keep_the_drawn_ids_and_the_sum_of_their_own_logprobs(tokeni
     found = completions_of(PROMPT, [output(1, [5, 6, 7], "length", more=3), output(0, [4, EOS], "stop")], TWO, {EOS},
                            tokenizer)  # fmt: skip
     assert [c.token_ids for c in found] == [(4, EOS), (5, 6, 7)]
-    assert [c.text for c in found] == ["w4", "w5 w6 w7"]
+    assert [c.text for c in found] == [" w4", " w5 w6 w7"]
     assert [c.finish_reason for c in found] == ["stop", "length"]
     assert [c.logprob for c in found] == [-0.25 - 0.5, -0.25 - 0.5 - 0.75]
 

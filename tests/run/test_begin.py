@@ -65,7 +65,7 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
     assert not {record.prompt for record in trained} & {record.prompt for record in kept}
     (method,) = read_json(out / "evaluation" / "evidence.json")["methods"]
     held_out: dict[str, Any] = method["points"][-1]["held_out"]
-    assert 0 <= held_out["accuracy"]["value"] <= 1
+    assert 0 <= held_out["accuracy"]["estimate"] <= 1
 
     # The same command again does nothing but the report; a recipe that was edited is not written over.
     again = io.StringIO()

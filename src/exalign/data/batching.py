@@ -22,7 +22,8 @@ class Group:
 
     Shapes: `prompt_ids` int64 `[P]`, P ≥ 1; `completion_ids` K tensors int64 `[T_i]`, T_i ≥ 1; the optional
     per-completion values float32 `[K]`, in nats where they are log-probabilities. `index` is the position in the
-    source that the group came from: it addresses caches and labels, and names the row in messages.
+    source that the group came from: it addresses caches and labels, and names the row in messages. `weight` ≥ 0
+    says how often the row counts in a loss.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Group:
     preferred: int | None = None
     reference_logp: Tensor | None = None
     proposal_logp: Tensor | None = None
+    weight: float = 1.0
 
     @property
     def num_completions(self) -> int:
@@ -62,6 +64,7 @@ def group_of(record: Record, index: int, *, from_proposal: bool = False) -> Grou
         preferred=record.preferred,
         reference_logp=values("reference_logprob"),
         proposal_logp=values("logprob") if from_proposal else None,
+        weight=1.0 if record.weight is None else record.weight,
     )
 
 
@@ -136,6 +139,22 @@ def stack_values(groups: Sequence[Group], name: Literal["rewards", "reference_lo
             raise ValueError(f"group {group.index} has {group.num_completions} completions but {name} {values.shape}")
         stacked[row, : group.num_completions] = values
     return stacked
+
+
+def stack_weights(groups: Sequence[Group]) -> Tensor:
+    """The weight of every group: float32 `[B]`.
+
+    A loss per group `[B]` is multiplied by them, and the weight of a step's loss is their sum (for a loss per token, of
+    weight times tokens), so that a row of weight 2 counts as that row twice. A negative or infinite weight is a
+    `ValueError`.
+
+    >>> stack_weights([Group(0, torch.ones(1), ()), Group(1, torch.ones(1), (), weight=0.5)]).tolist()
+    [1.0, 0.5]
+    """
+    for group in groups:
+        if not 0 <= group.weight < float("inf"):
+            raise ValueError(f"group {group.index} has the weight {group.weight}, which is no number from 0 upwards")
+    return torch.tensor([group.weight for group in groups], dtype=torch.float32)
 
 
 def stack_preferred(groups: Sequence[Group]) -> Tensor:

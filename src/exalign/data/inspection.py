@@ -19,10 +19,12 @@ from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
 from exalign.data.tokenization import (
     TokenLimits,
-    completion_token_ids,
+    UnfitError,
+    end_ids,
     has_equal_rival,
-    prompt_token_ids,
+    token_text,
     tokenize_record,
+    with_token_ids,
 )
 from exalign.terminal import escape_controls
 
@@ -51,12 +53,12 @@ class InspectedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class InspectedRow:
-    """One record as the models will see it. `dropped` says that its preferred side equals another in tokens."""
+    """One record as the models will see it; `dropped` says why they will not, or nothing."""
 
     id: str
     prompt: tuple[Token, ...]
     completions: tuple[InspectedCompletion, ...]
-    dropped: bool
+    dropped: str
     weight: float | None
     tools: str | None
 
@@ -96,19 +98,25 @@ def inspect_records(
     rows: list[InspectedRow] = []
     prompt_lengths: list[int] = []
     completion_lengths: list[int] = []
-    for index, record in enumerate(records):
-        prompt = prompt_token_ids(record, tokenizer)
-        completions = [completion_token_ids(record, c, tokenizer) for c in record.completions]
+    for index, given in enumerate(records):
+        try:
+            record = with_token_ids(given, tokenizer, counts)
+            group = tokenize_record(
+                record,
+                tokenizer,
+                index=index,
+                max_prompt_tokens=limits.max_prompt_tokens,
+                max_completion_tokens=limits.max_completion_tokens,
+                counts=counts,
+            )
+        except UnfitError as error:
+            counts[error.reason] += 1
+            if index < num_rows:
+                rows.append(InspectedRow(given.id, (), (), str(error), given.weight, given.tools))
+            continue
+        prompt, completions = list(record.prompt_ids or ()), [list(c.token_ids or ()) for c in record.completions]
         prompt_lengths.append(len(prompt))
         completion_lengths.extend(map(len, completions))
-        group = tokenize_record(
-            record,
-            tokenizer,
-            index=index,
-            max_prompt_tokens=limits.max_prompt_tokens,
-            max_completion_tokens=limits.max_completion_tokens,
-            counts=counts,
-        )
         dropped = has_equal_rival(group)
         counts["pairs_equal_as_tokens"] += dropped
         if index < num_rows:
@@ -119,7 +127,7 @@ def inspect_records(
                     record.id,
                     _prompt_tokens(prompt, kept_prompt, tokenizer),
                     tuple(_completions(record, completions, kept, tokenizer)),
-                    dropped,
+                    "both sides have the same tokens" if dropped else "",
                     record.weight,
                     record.tools,
                 )
@@ -144,26 +152,27 @@ def inspect_source(
 
 
 def _prompt_tokens(ids: list[int], kept: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Token, ...]:
-    """The uncut prompt; a begin-of-sequence token in front survives the cut behind it."""
+    """The uncut prompt; special tokens in front survive the cut behind them."""
     number_cut = len(ids) - len(kept)
-    head = 1 if number_cut and kept[0] == ids[0] == tokenizer.bos_token_id else 0
+    head = next(n for n in range(len(kept) + 1) if ids[n + number_cut :] == kept[n:])
     return tuple(_token(i, tokenizer, cut=head <= n < head + number_cut) for n, i in enumerate(ids))
 
 
 def _completions(
     record: Record, completions: list[list[int]], kept: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterable[InspectedCompletion]:
+    ends = end_ids(tokenizer)
     for position, (ids, used) in enumerate(zip(completions, kept, strict=True)):
         yield InspectedCompletion(
             tokens=tuple(_token(i, tokenizer, cut=n >= len(used)) for n, i in enumerate(ids)),
-            ended=used[-1] == tokenizer.eos_token_id,
+            ended=used[-1] in ends,
             preferred=record.preferred == position,
             reward=record.completions[position].reward,
         )
 
 
 def _token(token_id: int, tokenizer: PreTrainedTokenizerBase, *, cut: bool) -> Token:
-    text = str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    text = token_text(tokenizer, token_id)
     if not text or "\ufffd" in text:  # a part of a character, or nothing to see: its name in the vocabulary says more
         text = str(tokenizer.convert_ids_to_tokens(token_id))
     return Token(token_id, escape_controls(text), cut)
@@ -180,7 +189,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
 
 
 def _row_panel(row: InspectedRow) -> Panel:
-    parts = [_line("prompt", row.prompt, "cyan")]
+    parts = [_line("prompt", row.prompt, "cyan")] if row.prompt else [Text(escape_controls(row.dropped))]
     for number, completion in enumerate(row.completions, start=1):
         name = f"completion {number}" if len(row.completions) > 1 else "completion"
         name += " (preferred)" if completion.preferred else ""
@@ -189,7 +198,7 @@ def _row_panel(row: InspectedRow) -> Panel:
         parts.append(_line(name, completion.tokens, "green"))
     title = escape_controls(row.id) + ("" if row.weight is None else f", weight {row.weight:g}")
     title += ", with tools" if row.tools else ""
-    title += ": dropped, both sides have the same tokens" if row.dropped else ""
+    title += f": dropped, {escape_controls(row.dropped)}" if row.dropped else ""
     return Panel(Renderables(*parts), title=Text(title), title_align="left", box=box.ROUNDED)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from exalign.device import device
 from exalign.errors import InputError
 from exalign.judging.exchanges import Body, Reply, parse_completion, request_key
 from exalign.redaction import redact
@@ -326,13 +327,10 @@ class LocalModel:
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            import torch
-
             from exalign.models.loading import load_policy, load_tokenizer
             from exalign.models.model_settings import ModelSettings
 
             tokenizer = load_tokenizer(self._source)
             model = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._loaded = model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+            self._loaded = model.to(device()).eval(), tokenizer  # type: ignore[arg-type]
         return self._loaded

@@ -110,18 +110,18 @@ def distance_of(settings: Matching) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class MatchingTask:
-    """D(p_f, p_r) per prompt, in nats; the weight is the prompts."""
+    """D(p_f, p_r) per prompt, in nats; the weight is the prompts, each times that of its row."""
 
     batches: Batches
     settings: Matching
     temperature: float
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return len(groups)
+        return sum(group.weight for group in groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign import objectives
-        from exalign.data.batching import completion_mask, stack_values
+        from exalign.data.batching import completion_mask, stack_values, stack_weights
         from exalign.models.logprobs import completion_logprobs
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
@@ -136,7 +136,8 @@ class MatchingTask:
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
         metrics = self._metrics(groups, policy_logp.detach(), reference_logp, proposal_logp, mask)
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
-        return loss.sum(), {name: value.sum() for name, value in metrics.items()}
+        weights = stack_weights(groups).to(loss)
+        return (loss * weights).sum(), {name: (value * weights).sum() for name, value in metrics.items()}
 
     def _metrics(
         self,

@@ -29,7 +29,8 @@ class SFT(TrainSettings):
 
 @dataclass(frozen=True, slots=True)
 class MaximumLikelihood:
-    """−Σ log π(y|x) over completions; the weight is their tokens, so the loss is in nats per completion token.
+    """−Σ log π(y|x) over completions; the weight is their tokens, so the loss is in nats per completion token, each
+    times the weight of its row.
 
     The temperature is 1: a τ of sampling belongs to the policy that is sampled from, not to the likelihood.
     """
@@ -37,12 +38,14 @@ class MaximumLikelihood:
     batches: Batches
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return completion_tokens(groups)
+        return sum(group.weight * completion_tokens([group]) for group in groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign.data.batching import stack_weights
         from exalign.models.logprobs import completion_logprobs
 
-        return -completion_logprobs(model, groups, temperature=1.0).sum(), {}
+        logp = completion_logprobs(model, groups, temperature=1.0)  # 0 where there is no completion
+        return -(logp.sum(dim=1) * stack_weights(groups).to(logp)).sum(), {}
 
 
 def train_sft(

@@ -125,9 +125,8 @@ def load_scoring_model(
     )
 
 
-def policy_skeleton(source: str) -> PreTrainedModel:
+def policy_skeleton(settings: ModelSettings) -> PreTrainedModel:
     """The language model that a folder or hub name describes, without its weights: only the configuration is read."""
-    settings = ModelSettings(source=source)
     config = _read_config(settings, None)
     with torch.device("meta"):
         return _from_config(AutoModelForCausalLM, settings, config, torch.float32)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exalign.data import tokenization
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import cut_prompt, eos_id, prompt_token_ids
+from exalign.data.tokenization import answer_lead, completion_text, cut_prompt, prompt_token_ids
 from exalign.errors import InputError
 from exalign.models.attention import SharedCache, StepLayout, laid_out, share_prompts
 from exalign.models.capability import base_of, check_causal, check_positions, evaluating, in_short, unsupported
@@ -241,14 +242,14 @@ class _Waiting:
 
 
 def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a completion: the tokenizer's, and `more`, the model's generation settings' (an id, ids, None).
+    """The ids that end a completion: those that end one in data, and `more` (an id, ids, None), the model's settings'.
 
     >>> from types import SimpleNamespace
-    >>> sorted(end_ids([7, 2], SimpleNamespace(eos_token_id=2)))
+    >>> sorted(end_ids([7, 2], SimpleNamespace(eos_token_id=2, chat_template=None)))
     [2, 7]
     """
     more = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return frozenset([eos_id(tokenizer), *more])
+    return tokenization.end_ids(tokenizer).union(more)
 
 
 def saved_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -270,12 +271,12 @@ def with_prompt_ids(
 def completion_of(
     record: Record, ids: Sequence[int], logprob: float, ends: Collection[int], tokenizer: PreTrainedTokenizerBase
 ) -> Completion:
-    """The completion of ids that were drawn: one that ended keeps the id that ended it, and its text goes without."""
-    stopped = ids[-1] in ends
-    text = tokenizer.decode(
-        list(ids[:-1] if stopped else ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
+    """The completion of ids that were drawn behind `record.prompt_ids`: one that ended keeps the id that ended it.
+
+    Its text goes without that, and is what data would hold (see `completion_text` and `answer_lead`).
+    """
+    stopped, lead = ids[-1] in ends, answer_lead(record, tokenizer)
+    text = completion_text(tokenizer, record.prompt_ids or (), ids[:-1] if stopped else ids, lead)
     return Completion(text, tuple(ids), "stop" if stopped else "length", logprob)
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from exalign.data.batching import Group
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import TokenLimits, completion_token_ids, tokenize_record
+from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, tokenize_record, with_token_ids
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
@@ -528,18 +528,24 @@ def retokenize(
 
     A completion that ended has its end-of-sequence id, one that was cut by a limit has none. Without `limits`, texts
     are cut only to the model's `positions`: the prompt on its left, once for all K completions. Cuts are counted in
-    `counts` (`prompts_cut`, `completions_cut`).
+    `counts` (`prompts_cut`, `completions_cut`). What cannot stand behind a prompt of this tokenizer's chat template
+    (`conversations_read_whole`) is read as the template writes the whole conversation.
     """
     bare = tuple(
         replace(completion, token_ids=None, logprob=None, reference_logprob=None) for completion in record.completions
     )
     record = replace(record, prompt_ids=None, completions=bare)
+    try:
+        record = with_token_ids(record, tokenizer, counts)
+    except UnfitError:
+        record = as_conversation(record, tokenizer)
+        counts["conversations_read_whole"] += 1
     longest_completion = longest_prompt = positions or 2**62
     if limits is not None:
         longest_prompt, longest_completion = limits.max_prompt_tokens, limits.max_completion_tokens
     elif positions is not None:
         longest_completion = positions - 1
-        tokens = max(len(completion_token_ids(record, completion, tokenizer)) for completion in bare)
+        tokens = max(len(completion.token_ids or ()) for completion in record.completions)
         longest_prompt = positions - min(tokens, longest_completion)
     return tokenize_record(
         record,

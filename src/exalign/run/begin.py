@@ -19,6 +19,7 @@ from exalign.data.tokenization import tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.loading import load_tokenizer, policy_skeleton
+from exalign.models.model_settings import ModelSettings
 from exalign.run.carry_out import carry_out
 from exalign.run.recipe import load_recipe, make_recipe
 from exalign.run.runner import Run
@@ -141,7 +142,10 @@ def _sources(
 def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:
     """Limits that leave 99 of 100 texts whole, as far as the model's positions allow."""
     tokenizer = load_tokenizer(model)
-    positions = getattr(policy_skeleton(model).config.get_text_config(), "max_position_embeddings", None) or 4096
+    positions = (
+        getattr(policy_skeleton(ModelSettings(source=model)).config.get_text_config(), "max_position_embeddings", None)
+        or 4096
+    )
     some = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED]
     whole: dict[str, Any] = {"max_prompt_tokens": positions, "max_completion_tokens": positions}
     groups = list(tokenize_records(some, tokenizer, counts=Counter(), **whole))
@@ -162,7 +166,7 @@ def _rounded(tokens: int) -> int:
 
 def _weights(values: dict[str, Any], model: str) -> str:
     """All weights where they, their gradients and AdamW's moments take at most half of the memory, else LoRA."""
-    parameters = sum(parameter.numel() for parameter in policy_skeleton(model).parameters())
+    parameters = sum(parameter.numel() for parameter in policy_skeleton(ModelSettings(source=model)).parameters())
     here = device()
     if here.type == "cuda":
         import torch

@@ -9,20 +9,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from exalign.data.reading import DataSettings, Sources, each, read_source
+from exalign.data.reading import DataSettings, Sources, each, read_source, shared_prompts
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.models.loading import check_trainable, is_folder, load_tokenizer
+from exalign.models.capability import check_positions
+from exalign.models.loading import check_trainable, is_folder, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
 from exalign.rollout.scorers import check_scorer
 from exalign.rollout.settings import ScorerSettings
 from exalign.run.cluster import check_installed
 from exalign.run.recipe import Recipe
-from exalign.run.runner import Run
+from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import Proposer, validation_prompts
 from exalign.run.stages import plan
 from exalign.storage import exists
+from exalign.terminal import shown
 
 
 def run_recipe(
@@ -44,11 +46,14 @@ def carry_out(run: Run, *targets: str) -> None:
     if not leads():
         by_name = {stage.name: stage for stage in stages}
         for name in calls():
+            pin_to_run(run.folder)
             by_name[name].work(run.view(by_name[name]))
         return
     with leading():
         if not run.is_complete(stages):
             check_inputs(run.recipe)
+            if (sentence := shared_with_training(run.recipe)) is not None:
+                run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
         run.carry_out(stages, targets)
 
 
@@ -59,7 +64,7 @@ def check_inputs(recipe: Recipe) -> None:
     """
     for name, sources in local_sources(recipe).items():
         for settings in each(sources):
-            for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
+            for record in read_source(whole(settings), Counter()):
                 _check_record(name, settings, record)
     kinds = _kinds(recipe) if scorers(recipe) else []
     for scorer in scorers(recipe):
@@ -72,10 +77,41 @@ def check_inputs(recipe: Recipe) -> None:
         check_model(model)
         if where != "model" or recipe.sft is not None or recipe.align:
             check_trainable(model, where)
+    if recipe.model.source is not None and (recipe.sft is not None or recipe.align):
+        _check_lengths(recipe)
     if recipe.search is not None:
         _check_search(recipe)
     if recipe.cluster is not None:
         check_installed(recipe.cluster)
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """The longest text that a stage may sample must have a position in the model."""
+    settings = ModelSettings(source=recipe.model.source, trust_remote_code=recipe.model.trust_remote_code)
+    longest = recipe.data.max_prompt_tokens + recipe.sample.max_new_tokens
+    names = "data.max_prompt_tokens + sample.max_new_tokens"
+    check_positions(policy_skeleton(settings).config, longest, settings=names, samples=True)
+
+
+def shared_with_training(recipe: Recipe) -> str | None:
+    """A sentence where prompts of the evaluation are among those that are trained on, as far as the data is local."""
+    local = local_sources(recipe)
+    rows = {
+        name: [record for one in each(local[name]) for record in read_source(whole(one), Counter())]
+        for name in ("data.evaluation", "data.preferences", "data.prompts", "data.rewards")
+        if name in local
+    }
+    held_out = rows.pop("data.evaluation", None)
+    for name, trained in rows.items() if held_out else ():
+        shared, asked = shared_prompts(trained, held_out or ())
+        if shared:
+            return f"{shared:,} of the {asked:,} prompts of data.evaluation are in {name} too, and may be trained on."
+    return None
+
+
+def whole(settings: DataSettings) -> DataSettings:
+    """The source with its texts not cut into prompt and completion, which takes a tokenizer."""
+    return settings.model_copy(update={"prompt_tokens": None})
 
 
 def _check_search(recipe: Recipe) -> None:
@@ -149,7 +185,7 @@ def _kinds(recipe: Recipe) -> list[Record]:
         if name not in ("data.prompts", "data.preferences", "data.evaluation"):
             continue
         for settings in each(sources):
-            for record in read_source(settings.model_copy(update={"prompt_tokens": None}), Counter()):
+            for record in read_source(whole(settings), Counter()):
                 said = record.prompt
                 found.setdefault("text" if isinstance(said, str) else tuple(m["role"] for m in said), record)
     return list(found.values())

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
+from exalign.data.tokenization import pin_date
+from exalign.device import choose_threads
 from exalign.errors import InputError
 from exalign.processes import call, leads
 from exalign.run.recipe import Recipe, dump_recipe
@@ -33,6 +36,7 @@ from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forge
 from exalign.run.view import Contents, Stage, View, key, step_sizes
 from exalign.storage import (
     fingerprint,
+    read_object,
     read_sealed,
     remove_leftovers,
     write_json,
@@ -108,7 +112,10 @@ class Run:
                 made[stage.name] = self._made_from(stage, found[stage.name], needs, contents)
             self._check(wanted, made, found)
             contents.remember()
+            if (sentence := choose_threads(self._recorded().get("threads"))) is not None:
+                self.console.print(shown(f"  {sentence}", "dim"), soft_wrap=True)
             self._describe()
+            pin_to_run(self.folder)
             for stage in wanted:
                 self._carry_out(stage, made[stage.name], found[stage.name])
 
@@ -173,9 +180,15 @@ class Run:
         shown = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed[:3]]
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
+    def _recorded(self) -> dict[str, Any]:
+        """What the run began with, where it did: numbers of threads decide how sums are rounded."""
+        path = self.path("environment.json")
+        return read_object(path) if path.exists() else {}
+
     def _describe(self) -> None:
+        begun = self._recorded().get("begun", datetime.now().replace(microsecond=0).isoformat())
         write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
-        write_json(self.path("environment.json"), environment())
+        write_json(self.path("environment.json"), {"begun": begun, **environment()})
 
     def _carry_out(self, stage: Stage, made: MadeFrom, found: dict[str, Any]) -> None:
         folder, view = self.path(stage.name), self.view(stage, made.key)
@@ -231,6 +244,13 @@ class Run:
             with writing(self.folder):
                 holder.write_text(f"{os.getpid()}\n")
             yield
+
+
+def pin_to_run(folder: Path) -> None:
+    """Let chat templates that write the date write that of the run's beginning, in this process."""
+    path = folder / "environment.json"
+    begun = read_object(path).get("begun") if path.exists() else None
+    pin_date(None if begun is None else datetime.fromisoformat(str(begun)))
 
 
 def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:

@@ -37,6 +37,7 @@ from exalign.run.materials import (
     supervised_settings,
 )
 from exalign.run.recipe import ClusterSettings
+from exalign.run.runner import pin_to_run
 from exalign.run.view import View
 from exalign.terminal import shown
 
@@ -93,6 +94,7 @@ def _write_prompts(view: View, folder: Path) -> None:
 def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
     """What a worker holds to sample: the model with its sampler."""
     view = replace(view, console=Console(quiet=True))
+    pin_to_run(view.run)
     recipe, tokenizer, cluster = view.recipe, run_tokenizer(view), _cluster(view)
     numbers = {"temperature": recipe.temperature, "seed": purpose_seed(view, purpose)}
     sampler: GroupedSampler | VLLMSampler
