@@ -775,4 +775,4 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path):
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert all("'somebody/some-data' is no local file" in line and "hub failed" in line for line in lines)
+    assert all("hub did not deliver the data set somebody/some-data" in line for line in lines)
