@@ -123,7 +123,7 @@ def labelled(count: int) -> tuple[list[Group], list[int]]:
 def test_classifier_learns_labels_addressed_by_index(tmp_path: Path) -> None:
     groups, labels = labelled(64)
     assert 16 < sum(labels) < 48
-    settings = Oracle(learning_rate=1e-2, batch_prompts=16, epochs=6)
+    settings = Oracle(model=ModelSettings(config=CONFIG), learning_rate=1e-2, batch_prompts=16, epochs=6)
     train_classifier(small_scorer(labels=2), make_tokenizer(), groups, labels, settings, tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[-1]["accuracy"] > 0.95
@@ -144,4 +144,6 @@ def test_first_loss_of_the_classifier_by_hand(tmp_path: Path) -> None:
 def test_classifier_refuses_other_labels(bad: list[int], tmp_path: Path) -> None:
     groups, _ = labelled(3)
     with pytest.raises(InputError, match="Row 2 is not one text with a label 0 or 1"):
-        train_classifier(small_scorer(labels=2), make_tokenizer(), groups, bad, Oracle(), tmp_path)
+        train_classifier(
+            small_scorer(labels=2), make_tokenizer(), groups, bad, Oracle(model=ModelSettings(config=CONFIG)), tmp_path
+        )
