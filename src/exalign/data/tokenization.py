@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -264,7 +264,7 @@ def cut_prompt(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_to
 
 # --- what the chat template writes ---
 
-_RUN = {"date": datetime.now}
+_RUN: dict[str, Callable[[], datetime]] = {"date": datetime.now}
 _PLACE = "Zq7answer7qZ"
 
 
