@@ -136,7 +136,9 @@ def test_first_loss_of_the_classifier_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         log_p = completion_outputs(model, groups)[:, 0].log_softmax(dim=1)
     expected = -sum(float(row[labels[group.index]]) for row, group in zip(log_p, groups, strict=True)) / 5
-    train_classifier(model, make_tokenizer(), groups, labels, Oracle(batch_prompts=5), tmp_path)
+    train_classifier(
+        model, make_tokenizer(), groups, labels, Oracle(model=ModelSettings(config=CONFIG), batch_prompts=5), tmp_path
+    )
     assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
