@@ -10,11 +10,13 @@ import hashlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -494,22 +496,31 @@ class SharedDecoder:
         group.cache.keep(list(rows))
 
 
+_TRIED: WeakKeyDictionary[Any, Callable[[Any], Decoder]] = WeakKeyDictionary()
+"""Which decoder serves a model, so that every model is tried once."""
+
+
 def decoder_for(model: Any) -> Decoder:
     """The fastest decoder that gives this model's logits of whole texts, found by trying; a slower one is said."""
+    if model not in _TRIED:
+        _TRIED[model] = _found(model)
+    return _TRIED[model](model)
+
+
+def _found(model: Any) -> Callable[[Any], Decoder]:
     name, reason = type(model).__name__, unsupported(model)
     if reason is None and not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
         reason = "its forward does not take position_ids and logits_to_keep"
     reason = reason or why_not(SharedDecoder(model), model)
     if reason is None:
-        return SharedDecoder(model)
-    plain = PlainDecoder(model)
-    slower = why_not(plain, model)
+        return SharedDecoder
+    slower = why_not(PlainDecoder(model), model)
     if slower is None:
         _log.warning("%s is sampled without shared prompts, which is slower: %s.", name, reason)
-        return plain
+        return PlainDecoder
     check_causal(model)
     _log.warning("%s is sampled by reading whole texts for each token, which is far slower: %s.", name, slower)
-    return PlainDecoder(model, cached=False)
+    return partial(PlainDecoder, cached=False)
 
 
 @torch.inference_mode()
