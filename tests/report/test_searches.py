@@ -10,7 +10,7 @@ from evaluation.synthetic_run import World, write_run
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Search, Trial, read_evidence
 from exalign.report import write_report
-from exalign.storage import write_json
+from exalign.storage import write_json, write_sealed
 
 TRIALS = [
     Trial(0, {"learning_rate": 1e-4, "divergence": "reverse_kl"}, {}, 0.25, 1.5, [], 61.0),
@@ -23,8 +23,7 @@ TRIALS = [
 def searched(folder: Path) -> Path:
     world = World({"exo-rw": (0.9, (1.0,)), "dpo-rw": (0.5, (1.0,))}, num_prompts=8, pool=0, steps=4)
     run = write_run(folder / "run", world)
-    for trial in TRIALS:
-        write_json(run / f"search/exo-rw/trial-{trial.number:03d}/result.json", asdict(trial))
+    write_sealed(run / "search/exo-rw/trials.json", {"trials": [asdict(trial) for trial in TRIALS]})
     write_json(
         run / "search/exo-rw/best.json", {"trial": 2, "value": 0.75, "kl": 1.25, "ranked_at": 2.0, "settings": {}}
     )

@@ -121,7 +121,7 @@ def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:
     (0.2, 0.0)
     """
     grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def render_prompt(prompt: Prompt) -> str:

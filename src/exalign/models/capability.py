@@ -226,7 +226,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def check_causal(base: Any) -> None:
     """An `InputError` for a language model whose states of a text's beginning depend on what follows."""
-    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().num_embeddings
+    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
     with evaluating(base):
         try:
             whole, begun = (row_hidden(base, part[None].to(device_of(base)))[0, :3] for part in (ids, ids[:3]))

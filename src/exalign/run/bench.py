@@ -180,7 +180,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 def _groups(model: Any, shape: BenchShape) -> list[Group]:
     draw = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def ids(length: int) -> torch.Tensor:
         return torch.randint(vocabulary, (length,), generator=draw)
