@@ -116,7 +116,7 @@ def test_an_error_is_one_line(text: str) -> None:
 class Letters:
     """A tokenizer whose tokens are the characters of its texts."""
 
-    bos_token_id, eos_token_id, chat_template = None, 0, None
+    bos_token_id, eos_token_id, unk_token_id, chat_template = None, 0, None, None
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) + 1 for character in text]}
@@ -152,7 +152,7 @@ def test_progress_and_stages_show_names_only(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         console = Console(file=io.StringIO(), width=200, force_terminal=True)
         recipe: Any = SimpleNamespace(name="x", model_dump_json=lambda **_: "{}")
-        odd = RunStage("a", (), lambda: None, lambda run, folder, counts: counts.update({name: 1}))
+        odd = RunStage("a", (), (), lambda view: view.counts.update({name: 1}))
         run = Run(recipe, Path(folder), console)
         run.carry_out([odd])
         run.carry_out([odd])
