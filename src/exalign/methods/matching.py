@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from pydantic import Field
 
 from exalign.errors import InputError
-from exalign.methods.method import Material, Method, TrainsOn
+from exalign.methods.method import Amount, Material, Method, TrainsOn
 from exalign.processes import several
 from exalign.storage import fingerprint
 
@@ -80,6 +80,10 @@ class Matching(Method):
         last = f"β_r {self.beta_r:g}" if self.target == "reward" else f"ε {self.epsilon:g}"
         rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
         return f"{self.label}, {self.target} target, β_π {self.beta_pi:g}, {last}{rounds}"
+
+    @property
+    def amount(self) -> Amount:
+        return Amount(passes=self.epochs, rounds=self.rounds)
 
     def problems(self) -> Iterator[str]:
         usual = type(self).model_fields

@@ -55,6 +55,21 @@ class Material:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much a method computes, for a plan: every group is trained on `passes` times.
+
+    One that trains on prompts draws completions for each prompt `draws` times, `together` prompts at a time (None: all
+    of them), or all prompts in `rounds` parts. A `critic` is trained beside the policy; `policy` is one that starts from it.
+    """
+
+    passes: int
+    draws: int = 1
+    together: int | None = None
+    rounds: int = 1
+    critic: ModelSettings | Literal["policy"] | None = None
+
+
 class Method(TrainSettings):
     """A way to align a policy. A subclass adds its settings, `train`, and what others need to know of it."""
 
@@ -90,6 +105,11 @@ class Method(TrainSettings):
         """What a report knows of it, as JSON."""
         values = {"label": self.label, "family": self.family, "target": getattr(self, "target", None)}
         return values | {"beta": self.optimum_beta, "line": self.line, "settings": self.model_dump(mode="json")}
+
+    @property
+    def amount(self) -> Amount:
+        """How much it computes."""
+        return Amount(passes=self.epochs)
 
     @property
     def wants_critic(self) -> bool:

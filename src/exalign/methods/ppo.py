@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from exalign.errors import InputError
-from exalign.methods.method import Material, Method, TrainsOn
+from exalign.methods.method import Amount, Material, Method, TrainsOn
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import gathered, in_order, share_of
 from exalign.rollout.settings import SampleSettings
@@ -108,6 +108,11 @@ class PPO(Method):
     @property
     def wants_critic(self) -> bool:
         return self.critic is None
+
+    @property
+    def amount(self) -> Amount:
+        passes = self.epochs * self.passes
+        return Amount(passes, draws=self.epochs, together=self.rollout_prompts, critic=self.critic or "policy")
 
     def problems(self) -> Iterator[str]:
         if self.target_kl is None and self.kl_rate != type(self).model_fields["kl_rate"].default:

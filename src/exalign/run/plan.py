@@ -686,16 +686,12 @@ class MethodWork:
 
 
 def method_work(recipe: Recipe, name: str) -> MethodWork:
-    """How the method NAME of the recipe trains, by what it says of itself and the settings that it has."""
-    # for the lead: to become `method.work(recipe)`, where a method of one's own says what it computes.
-    method = recipe.align[name]
-    passes = method.epochs * getattr(method, "passes", 1)
+    """How the method NAME of the recipe trains, as it says itself."""
+    method, amount = recipe.align[name], recipe.align[name].amount
     if method.trains_on != "prompts":
-        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", passes)
-    rounds = getattr(method, "rounds", 1)
-    draws = method.epochs if rounds == 1 else 1
-    critic = (method.critic or recipe.model) if hasattr(method, "critic") else None
-    return MethodWork(method, "sampled", passes, draws, getattr(method, "rollout_prompts", None), rounds, critic)
+        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", amount.passes)
+    critic = recipe.model if amount.critic == "policy" else amount.critic
+    return MethodWork(method, "sampled", amount.passes, amount.draws, amount.together, amount.rounds, critic)
 
 
 class Planner:

@@ -241,8 +241,13 @@ def _sft(view: View, *, source: str) -> None:
     if view.has("preferences"):
         kept = {fingerprint(record.prompt) for record in read_records(view.path("preferences", "held-out"))}
         records = (record for record in records if fingerprint(record.prompt) not in kept)
-    tokenizer = run_tokenizer(view)
-    groups = tokenize(view, [preferred_only(record) for record in records], tokenizer)
+    tokenizer, best = run_tokenizer(view), []
+    for record in records:
+        if record.preferred is None and len(record.completions) > 1 and len({*(record.rewards or ())}) == 1:
+            view.counts["ties"] += 1  # none of them is better than another
+        else:
+            best.append(preferred_only(record))
+    groups = tokenize(view, best, tokenizer)
     torch.manual_seed(recipe.seed)
     model = load_policy(recipe.model, tokenizer)
     assert recipe.sft is not None
