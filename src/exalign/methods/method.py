@@ -60,7 +60,8 @@ class Amount:
     """How much a method computes, for a plan: every group is trained on `passes` times.
 
     One that trains on prompts draws completions for each prompt `draws` times, `together` prompts at a time (None: all
-    of them), or all prompts in `rounds` parts. A `critic` is trained beside the policy; `policy` is one that starts from it.
+    of them), or all prompts in `rounds` parts. A `critic` is trained beside the policy, from a model of its own or from
+    the policy.
     """
 
     passes: int
