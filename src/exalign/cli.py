@@ -71,31 +71,6 @@ def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *
     carry_out(Run(loaded, console=console, **run), *targets)
 
 
-@app.command("run")
-def run_all(
-    recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False, recover: Recover = False
-) -> None:
-    """Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues."""
-    _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover})
-
-
-def _add_stage(name: str, target: str, text: str) -> None:
-    def command(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        run: Folder = None,
-        redo: Redo = False,
-        recover: Recover = False,
-    ) -> None:
-        _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, target)
-
-    app.command(name, help=f"{text} Stages it needs run first unless they are done.")(command)
-
-
-for _name, (_target, _text) in STAGES.items():
-    _add_stage(_name, _target, _text)
-
-
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a chat model.")]
 Data = Annotated[
     str, typer.Argument(help="Preference pairs, scored completions, or prompts: a file, folder or hub name.")
@@ -142,6 +117,31 @@ def new(model: Model, data: Data, out: Out = None, reward: Reward = None, reward
 
     _quiet_libraries()
     write_down(begin(model, data, out=out, reward=reward, reward_model=reward_model), console)
+
+
+@app.command("run")
+def run_all(
+    recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False, recover: Recover = False
+) -> None:
+    """Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues."""
+    _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover})
+
+
+def _add_stage(name: str, target: str, text: str) -> None:
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        run: Folder = None,
+        redo: Redo = False,
+        recover: Recover = False,
+    ) -> None:
+        _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, target)
+
+    app.command(name, help=f"{text} Stages it needs run first unless they are done.")(command)
+
+
+for _name, (_target, _text) in STAGES.items():
+    _add_stage(_name, _target, _text)
 
 
 @app.command()
