@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer, save_model
@@ -57,11 +59,11 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
         "method: EXO on the",
     ):
         assert said in text
-    assert "3 of 63 pairs are held out" in text and str(tmp_path / "first.yaml") in text
+    assert "13 of 63 pairs are held out" in text and str(tmp_path / "first.yaml") in text
 
     # The pairs that were held out were not trained on, and are what the evidence is about.
     trained, kept = (read_records(out / "preferences" / part) for part in ("records", "held-out"))
-    assert (len(trained), len(kept)) == (60, 3)
+    assert (len(trained), len(kept)) == (50, 13)
     assert not {record.prompt for record in trained} & {record.prompt for record in kept}
     (method,) = read_json(out / "evaluation" / "evidence.json")["methods"]
     held_out: dict[str, Any] = method["points"][-1]["held_out"]
@@ -98,3 +100,26 @@ def test_scored_completions_are_pairs_unless_something_can_score_the_samples(mod
     assert list(begin(str(model), str(file)).values["align"]) == ["exo-pref"]
     values = begin(str(model), str(file), reward="exalign.data.synthetic:reward").values
     assert list(values["align"]) == ["exo-rw"] and values["data"]["rewards"]["skip"] == 2
+
+
+def test_dialogues_as_text_go_through_the_template_of_a_model_that_has_one(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "hh.jsonl"
+    past = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go on {}.\n\nAssistant:"
+    rows = [{"chosen": f"{past.format(i)} Well.", "rejected": f"{past.format(i)} No."} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "dialogues" not in begin(str(model), str(file)).values["data"]["preferences"]
+    chat = tmp_path / "chat"
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, chat, card="")
+    begun = begin(str(chat), str(file))
+    assert begun.values["data"]["preferences"] == {"source": str(file), "dialogues": True}
+    assert "through the model's chat template" in begun.reasons[0]
+    counts: Counter[str] = Counter()
+    (first, *_) = read_source(DataSettings(source=str(file), dialogues=True), counts)
+    assert [message["content"] for message in first.prompt] == ["Hi", "Yes?", "Go on 0."]  # type: ignore[index]
+    assert [completion.text for completion in first.completions] == ["Well.", "No."]
+    assert counts["texts_read_as_dialogues"] == 40

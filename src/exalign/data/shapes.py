@@ -26,6 +26,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import jmespath
@@ -635,6 +636,34 @@ def shared_prompt(texts: Sequence[str]) -> tuple[str, list[str]]:
     if position < 0 or any(HUMAN in answer for answer in answers):
         raise Dropped("pairs_without_common_prompt")
     return texts[0][:end], answers
+
+
+def as_dialogue(record: Record, counts: Counter[str]) -> Record:
+    """A text that turns of `\\n\\nHuman:` and `\\n\\nAssistant:` make up, as chat messages; another as it is; counted.
+
+    >>> record = Record("0", "\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Go on.\\n\\nAssistant:")
+    >>> [f"{message['role']}: {message['content']}" for message in as_dialogue(record, Counter()).prompt]
+    ['user: Hi', 'assistant: Yes?', 'user: Go on.']
+    """
+    if not isinstance(record.prompt, str):
+        return record
+    start, *turns = re.split(f"({HUMAN}|{ASSISTANT})", record.prompt)
+    said = list(zip(turns[::2], turns[1::2], strict=True))
+    roles = [HUMAN if place % 2 == 0 else ASSISTANT for place in range(len(said))]
+    if (
+        start.strip()
+        or not said
+        or [marker for marker, _ in said] != roles
+        or roles[-1] is HUMAN
+        or said[-1][1].strip()
+    ):
+        counts["texts_that_are_no_dialogue"] += 1
+        return record
+    counts["texts_read_as_dialogues"] += 1
+    names = {HUMAN: "user", ASSISTANT: "assistant"}
+    prompt = tuple({"role": names[marker], "content": text.strip()} for marker, text in said[:-1])
+    answers = tuple(replace(completion, text=completion.text.strip()) for completion in record.completions)
+    return replace(record, prompt=prompt, completions=answers)
 
 
 def _tree(root: Any) -> Iterator[Values]:

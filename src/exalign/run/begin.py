@@ -15,6 +15,7 @@ from rich.console import Console
 
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
+from exalign.data.shapes import as_dialogue
 from exalign.data.tokenization import tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
@@ -85,6 +86,14 @@ def begin(
     folder = Path(out).expanduser() if out is not None else Path("runs") / name
     values: dict[str, Any] = {"name": name, "model": {"source": model}}
     kind, reasons = _sources(values, data, records, scorer)
+    turns: Counter[str] = Counter()
+    read = [as_dialogue(record, turns) for record in records]
+    if load_tokenizer(model).chat_template and turns["texts_read_as_dialogues"] > len(records) / 2:
+        records = read
+        for sources in values["data"].values():
+            if isinstance(sources, dict):
+                sources["dialogues"] = True
+        reasons[0] += "; turns of Human and Assistant go through the model's chat template"
     reasons.append(_lengths(values, model, records))
     reasons.append(_weights(values, model))
     steps = _method(values, kind, len(records))
@@ -124,7 +133,9 @@ def _sources(
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
         values["data"] = {"preferences": {"source": data}}
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
-        held = "5 % of the prompts are held out and never trained on"
+        share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
+        values["data"]["held_out"] = share
+        held = f"{share:.0%} of the prompts are held out and never trained on"
         return "preference", [f"data: {some} {what}; {held}"]
     if scorer is None:
         raise InputError(
