@@ -480,7 +480,7 @@ def _adapted(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizer
         cached_file(source, "adapter_model.safetensors")  # a pickle is never opened
         config = PeftConfig.from_pretrained(source)
         config.megatron_config = None  # which names a module to import
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         targets = getattr(config, "target_modules", None) or ()
         untie(model, [targets] if isinstance(targets, str) else targets)
