@@ -329,15 +329,14 @@ class _Rounds:
         return groups
 
     def _drawn(self, records: Sequence[Record], number: int, counts: Counter[str]) -> list[Record]:
-        from exalign.rollout.rollout import Numerics, rollout
-        from exalign.rollout.sampler import GroupedSampler
+        from exalign.rollout.rollout import Numerics, open_sampler, rollout
 
         material, settings, sampling = self.material, self.settings, self.material.sampling
         seed = int(fingerprint([settings.seed, "round", number]), 16) >> 1
         policy, reference = material.policy, material.reference
         assert reference is not None
         reference.to(policy.device)  # type: ignore[arg-type]  # a stub's overloads
-        sampler = GroupedSampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
+        sampler = open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
         # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
         whole = sampling.top_p is None and sampling.top_k is None
         return rollout(

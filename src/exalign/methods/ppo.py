@@ -274,14 +274,13 @@ class PPOTask:
         from exalign.models.capability import device_of
         from exalign.models.logprobs import completion_token_logprobs
         from exalign.models.memory import computed
-        from exalign.rollout.rollout import Numerics, rollout
-        from exalign.rollout.sampler import GroupedSampler
+        from exalign.rollout.rollout import Numerics, open_sampler, rollout
 
         world, settings, policy = self.world, self.settings, module.model
         counts: Counter[str] = Counter()
         if not records:
             return [], counts
-        sampler = GroupedSampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
+        sampler = open_sampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
         drawn = rollout(records, sampler, counts, Numerics(world.temperature), scorer=world.scorer)
         groups, device = [group_of(record, index) for index, record in enumerate(drawn)], device_of(policy)
         reference = world.reference

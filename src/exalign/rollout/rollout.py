@@ -13,12 +13,14 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
 from exalign.data.record import Record
 from exalign.models.logprobs import reference_logprobs
-from exalign.rollout.sampler import Sampler
+from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.scorers import Scorer, scored
+from exalign.rollout.settings import SampleSettings
 
 SCORING_TOKENS = 8192
 """Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
@@ -31,6 +33,18 @@ class Numerics:
     temperature: float
     token_budget: int = SCORING_TOKENS
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+def open_sampler(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SampleSettings,
+    *,
+    temperature: float,
+    seed: int,
+) -> Sampler:
+    """What draws from the policy as it is now: everything that draws opens it here, anew when the weights change."""
+    return GroupedSampler(policy, tokenizer, settings, temperature=temperature, seed=seed)
 
 
 def rollout(

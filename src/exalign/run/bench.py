@@ -22,7 +22,7 @@ from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.sampler import GroupedSampler
+from exalign.rollout.rollout import open_sampler
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
@@ -135,7 +135,7 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
     )
     rates = []
     for seed in range(shape.repeats):
-        sampler = GroupedSampler(model, tokenizer, settings, temperature=1.0, seed=seed)
+        sampler = open_sampler(model, tokenizer, settings, temperature=1.0, seed=seed)
         drawn: list[Record] = []
         seconds = _timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
         groups = [group_of(record, index) for index, record in enumerate(drawn)]

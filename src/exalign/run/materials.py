@@ -29,8 +29,8 @@ from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import leads, number
 from exalign.redaction import redact
-from exalign.rollout.rollout import Numerics, rollout
-from exalign.rollout.sampler import GroupedSampler, Sampler
+from exalign.rollout.rollout import Numerics, open_sampler, rollout
+from exalign.rollout.sampler import Sampler
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.run.recipe import Recipe
@@ -260,7 +260,7 @@ def evaluation_sampling(view: View, num_completions: int) -> SampleSettings:
     )
 
 
-def samples_header(view: View, settings: SampleSettings, sampler: type[Sampler], purpose: str) -> Header:
+def samples_header(view: View, settings: SampleSettings, purpose: str) -> Header:
     """Where samples of a policy of the run came from."""
     recipe = view.recipe
     source = recipe.model.source
@@ -269,7 +269,7 @@ def samples_header(view: View, settings: SampleSettings, sampler: type[Sampler],
         tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
         temperature=recipe.temperature,
         seed=recipe.seed,
-        sampler=sampler.__name__,
+        sampler="GroupedSampler",
         fingerprint=fingerprint([settings.model_dump(exclude={"batch_completions"}), purpose, recipe.seed]),
     )
 
@@ -296,7 +296,7 @@ def draw(
     """Write samples of the policy at τ to `folder`, continuing what stands there: scored, with log π_sft, as asked."""
     policy, temperature = drawing.policy, view.recipe.temperature
     seed = purpose_seed(view, drawing.purpose)
-    sampler = _Timed(policy, drawing.tokenizer, drawing.settings, temperature=temperature, seed=seed)
+    sampler = _Timed(open_sampler(policy, drawing.tokenizer, drawing.settings, temperature=temperature, seed=seed))
     work, peak = 0.0, 0.0
     with RecordWriter(folder) as writer:
         left = prompts[writer.written :]
@@ -309,19 +309,20 @@ def draw(
             # Before the shard: a kill cannot come between.
             record_speed(view.folder, sampler.counts["completion_tokens"], sampler.seconds, work, peak)
             writer.write_shard(records, counts)
-        header = samples_header(view, drawing.settings, GroupedSampler, drawing.purpose)
+        header = samples_header(view, drawing.settings, drawing.purpose)
         writer.close(header.with_counts(writer.counts))
     view.counts.update(writer.counts)
 
 
-class _Timed(GroupedSampler):
+class _Timed:
     """A sampler that says for how many seconds it drew."""
 
-    seconds = 0.0
+    def __init__(self, sampler: Sampler) -> None:
+        self.counts, self.seconds, self._sampler = sampler.counts, 0.0, sampler
 
     def sample(self, records: Iterable[Record]) -> Iterator[Record]:
         started = time.perf_counter()
-        drawn = list(super().sample(records))
+        drawn = list(self._sampler.sample(records))
         self.seconds += time.perf_counter() - started
         yield from drawn
 

@@ -20,8 +20,8 @@ from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, counted_in, iter_shard, read_header, shards_of
 from exalign.data.store import write_header as close
 from exalign.models.model_settings import ModelSettings
-from exalign.rollout.rollout import Numerics, rollout, with_logprobs
-from exalign.rollout.sampler import GroupedSampler
+from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
+from exalign.rollout.sampler import Sampler
 from exalign.rollout.scorers import scored
 from exalign.rollout.settings import SampleSettings, VLLMSettings
 from exalign.rollout.vllm import VLLMSampler, engine_arguments
@@ -53,8 +53,7 @@ def sample_by_workers(view: View, settings: SampleSettings, *, folder: Path, pur
     drawn = counted_in(folder)
     if cluster.vllm is not None:
         _check_logprobs(view, folder, settings, cluster.vllm, drawn)
-    sampler = GroupedSampler if cluster.vllm is None else VLLMSampler
-    close(folder, samples_header(view, settings, sampler, purpose).with_counts(drawn))
+    close(folder, samples_header(view, settings, purpose).with_counts(drawn))
     view.counts.update(drawn)
     shutil.rmtree(prompts)
 
@@ -97,13 +96,13 @@ def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
     pin_to_run(view.run)
     recipe, tokenizer, cluster = view.recipe, run_tokenizer(view), _cluster(view)
     numbers = {"temperature": recipe.temperature, "seed": purpose_seed(view, purpose)}
-    sampler: GroupedSampler | VLLMSampler
+    sampler: Sampler
     if cluster.vllm is not None:
         started: ModelSettings = supervised_settings(view)
         engine = engine_arguments(cluster.vllm, settings, dtype=started.dtype, gpus=cluster.gpus_per_worker or 1)
         sampler = VLLMSampler(Path(str(started.source)), tokenizer, settings, engine=engine, **numbers)  # type: ignore[arg-type]
     else:
-        sampler = GroupedSampler(supervised(view, tokenizer), tokenizer, settings, **numbers)  # type: ignore[arg-type]
+        sampler = open_sampler(supervised(view, tokenizer), tokenizer, settings, **numbers)  # type: ignore[arg-type]
 
     def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         counts: Counter[str] = Counter()
