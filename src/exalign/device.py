@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
 _SIDES, _PRODUCTS, _ROUNDS = (192, 256, 1024), 6, 5  # rows × inner × columns of a trial product: some 10 ms a round
+_ALIGNED = 16  # bytes: what vectorised loads ask of the beginning of a tensor
 _WORTHWHILE = 0.85  # of the seconds that torch's own number of threads takes; less is noise
 
 
@@ -36,6 +38,27 @@ def device() -> torch.device:
         reason = f" ({str(said[0].message).splitlines()[0].rstrip('.')})" if said else ""
         _log.warning("There is no usable GPU driver%s; running on the CPU.", reason)
     return usable or cpu
+
+
+def to_device(target: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """CPU tensors on `target`, in one copy for all of them; on a CPU they are themselves.
+
+    A copy costs a launch, and one from ordinary memory makes the host wait; to CUDA they go from pinned memory.
+    """
+    import torch
+
+    if target.type == "cpu":
+        return list(tensors)
+    ends, total = [], 0
+    for tensor in tensors:
+        total += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        ends.append(total)
+    packed = torch.empty(total, dtype=torch.uint8, pin_memory=target.type == "cuda")
+    spans = [slice(end, end + tensor.nbytes) for end, tensor in zip([0, *ends], tensors, strict=False)]
+    for span, tensor in zip(spans, tensors, strict=True):
+        packed[span].view(tensor.dtype).copy_(tensor.flatten())
+    there = packed.to(target, non_blocking=True)
+    return [there[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
 
 
 def choose_threads(wanted: int | None = None) -> str | None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from exalign.data.batching import Group
-from exalign.models.attention import dense_tree_attention, merged_tree_attention, repeat_heads, tree_mask_mod
-from exalign.models.prefix_tree import TreeLayout, policy_stream, predictions, whole_stream
+from exalign.models.attention import dense_tree_attention, merged_tree_attention, repeat_heads
+from exalign.models.prefix_tree import TreeLayout, policy_stream, whole_stream
 
 SHAPES = [
     [(1, [1])],
@@ -27,13 +27,13 @@ def groups_of(shape: list[tuple[int, list[int]]], vocab: int = 47) -> list[Group
 
 
 def layout_of(shape: list[tuple[int, list[int]]]) -> TreeLayout:
-    return policy_stream(groups_of(shape), torch.device("cpu")).layout
+    return policy_stream(groups_of(shape), torch.device("cpu"))[0].layout
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_dense_mask_shows_each_path_exactly_itself(shape, window) -> None:
-    stream = whole_stream(groups_of(shape), torch.device("cpu"))
+    stream = whole_stream(groups_of(shape), torch.device("cpu"))[0]
     layout = stream.layout.with_window(window)
     mask, positions = layout.dense_mask(torch.device("cpu")), layout.positions()
     for tree in layout.trees:
@@ -44,16 +44,6 @@ def test_the_dense_mask_shows_each_path_exactly_itself(shape, window) -> None:
                 kept = seen if window is None else seen[-window:]
                 assert mask[query].nonzero().flatten().tolist() == kept
             assert positions[path].tolist() == list(range(len(path)))
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_flex_mask_is_the_dense_mask(shape, window) -> None:
-    layout = layout_of(shape).with_window(window)
-    mask_mod = tree_mask_mod(layout, torch.device("cpu"))
-    index = torch.arange(layout.num_tokens)
-    zero = torch.tensor(0)
-    assert torch.equal(mask_mod(zero, zero, index[:, None], index[None]), layout.dense_mask(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,16 +80,18 @@ def test_repeated_heads_stand_beside_their_source() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_predictions_name_each_completion_token_once_with_the_position_before_it(shape) -> None:
     groups = groups_of(shape)
-    stream = policy_stream(groups, torch.device("cpu"))
-    found = predictions(groups, stream.layout, torch.device("cpu"))
+    stream, found = policy_stream(groups, torch.device("cpu"))
     assert (found.rows.diff() >= 0).all()
-    predicting = torch.cat([torch.arange(begin, end) for begin, end in found.spans])[found.rows]
-    sequence = 0
-    for group, tree in zip(groups, stream.layout.trees, strict=True):
-        for ids, (begin, end) in zip(group.completion_ids, tree.leaf_spans, strict=True):
-            of_this = found.sequences == sequence
-            order = predicting[of_this].argsort()
+    predicting = found.positions[found.rows]
+    width, longest = max(g.num_completions for g in groups), max(len(y) for g in groups for y in g.completion_ids)
+    seen = 0
+    for index, (group, tree) in enumerate(zip(groups, stream.layout.trees, strict=True)):
+        for k, (ids, (begin, end)) in enumerate(zip(group.completion_ids, tree.leaf_spans, strict=True)):
+            of_this = found.places == index * width + k
+            order = found.cells[of_this].argsort()
             assert torch.equal(found.targets[of_this][order], ids)
+            first = (index * width + k) * longest
+            assert found.cells[of_this][order].tolist() == list(range(first, first + len(ids)))
             assert predicting[of_this][order].tolist() == [tree.start + tree.prompt_length - 1, *range(begin, end)]
-            sequence += 1
-    assert sequence == found.num_sequences
+            seen += len(ids)
+    assert seen == len(found.targets)

@@ -39,7 +39,7 @@ def test_pairs_are_the_ones_of_the_dense_mask() -> None:
 
     ids = torch.arange(40)
     groups = [Group(0, ids[:7], (ids[:4], ids[:1], ids[:6])), Group(1, ids[:1], (ids[:3],))]
-    layout = policy_stream(groups, torch.device("cpu")).layout
+    layout = policy_stream(groups, torch.device("cpu"))[0].layout
     positions = necessary_positions(groups)
     assert positions.tokens == layout.num_tokens
     assert positions.pairs == int(layout.dense_mask(torch.device("cpu")).sum())

@@ -131,7 +131,7 @@ def test_actor_and_critic_together_are_each_alone() -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_tokens_are_put_in_their_places_whatever_stands_between_them() -> None:
+def test_tokens_are_put_in_their_cells() -> None:
     groups = [Group(0, torch.ones(1), (torch.ones(2), torch.ones(1))), Group(1, torch.ones(1), (torch.ones(3),))]
-    values, sequences = torch.tensor([1.0, 2, 3, 4, 5, 6]), torch.tensor([0, 1, 0, 2, 2, 2])
-    assert unflatten_tokens(values, sequences, groups).tolist() == [[[1, 3, 0], [2, 0, 0]], [[4, 5, 6], [0, 0, 0]]]
+    values, cells = torch.tensor([1.0, 2, 3, 4, 5, 6]), torch.tensor([0, 3, 1, 6, 7, 8])
+    assert unflatten_tokens(values, cells, groups).tolist() == [[[1, 3, 0], [2, 0, 0]], [[4, 5, 6], [0, 0, 0]]]

@@ -6,7 +6,7 @@ Letters: `B` groups (prompts), `K` completions of one prompt (ragged: the larges
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exalign.data.record import Record
+from exalign.device import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,6 +164,38 @@ def stack_preferred(groups: Sequence[Group]) -> Tensor:
         if group.preferred is None:
             raise ValueError(f"group {group.index} has no preferred completion")
     return torch.tensor([group.preferred for group in groups], dtype=torch.long)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupValues:
+    """What groups say of their completions, on one device: see the functions above; None what not every group has.
+
+    `tokens` is the mean length of a group's completions, float32 `[B]`. `proposal_logp` is log π_sft where a group
+    names no other proposal, and None where none does.
+    """
+
+    mask: Tensor
+    weights: Tensor
+    tokens: Tensor
+    rewards: Tensor | None = None
+    preferred: Tensor | None = None
+    reference_logp: Tensor | None = None
+    proposal_logp: Tensor | None = None
+
+
+def values_of(groups: Sequence[Group], target: torch.device) -> GroupValues:
+    """All of it in one copy to `target`."""
+    lengths = [sum(map(len, group.completion_ids)) / max(1, group.num_completions) for group in groups]
+    found = {"mask": completion_mask(groups), "weights": stack_weights(groups), "tokens": torch.tensor(lengths)}
+    for name in ("rewards", "reference_logp"):
+        if all(getattr(group, name) is not None for group in groups):
+            found[name] = stack_values(groups, name)  # type: ignore[arg-type]
+    if all(group.preferred is not None for group in groups):
+        found["preferred"] = stack_preferred(groups)
+    if any(group.proposal_logp is not None for group in groups):
+        own = [g if g.proposal_logp is not None else replace(g, proposal_logp=g.reference_logp) for g in groups]
+        found["proposal_logp"] = stack_values(own, "proposal_logp")
+    return GroupValues(**dict(zip(found, to_device(target, *found.values()), strict=True)))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

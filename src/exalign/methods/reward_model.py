@@ -37,15 +37,15 @@ class BradleyTerry:
         return len(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-        from exalign.data.batching import completion_mask, stack_preferred
+        from exalign.data.batching import values_of
         from exalign.models.heads import completion_outputs
         from exalign.objectives import bradley_terry_loss, preference_accuracy
 
         rewards = completion_outputs(model, groups)[..., 0]
-        mask = completion_mask(groups).to(rewards.device)
-        preferred = stack_preferred(groups).to(rewards.device)
-        accuracy, margin = preference_accuracy(rewards.detach(), preferred, mask)
-        loss = bradley_terry_loss(rewards, preferred, mask)
+        given = values_of(groups, rewards.device)
+        assert given.preferred is not None
+        accuracy, margin = preference_accuracy(rewards.detach(), given.preferred, given.mask)
+        loss = bradley_terry_loss(rewards, given.preferred, given.mask)
         return loss.sum(), {"accuracy": accuracy.sum(), "margin": margin.sum()}
 
 

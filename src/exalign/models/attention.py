@@ -15,25 +15,29 @@ its own completion's, merged in the same way.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from exalign.models.prefix_tree import Tree, TreeLayout
+from exalign.device import to_device
+from exalign.models.prefix_tree import BLOCK, Tree, TreeLayout, mask_parts
 
 _PREFIX = "sharing_over_"
 _FIRST_CAPACITY = 32
+_NARROWEST = 16  # the smallest head that FlexAttention takes
+_log = logging.getLogger(__name__)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -166,8 +170,8 @@ def _attention(
     layout, softcap = attention_mask.with_window(kwargs.get("sliding_window")), kwargs.get("softcap")
     if isinstance(layout, StepLayout):
         return _step_attention(module, query, key, value, layout, scale, softcap), None
-    if query.device.type != "cpu":
-        return flex_tree_attention(module, query, key, value, layout, scale=scale, softcap=softcap), None
+    if query.device.type != "cpu" and _is_wide_enough(query, value):
+        return flex_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
     key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
     if layout.window is None and softcap is None and value.shape[-1] == query.shape[-1]:
         return merged_tree_attention(query, key, value, layout, scale=scale), None
@@ -206,41 +210,76 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> 
 
 
 def flex_tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TreeLayout,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Tree attention by FlexAttention, with transformers' own wrapper around its compilation."""
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    mask = block_mask(layout, query.device)
-    return flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)[0]
-
-
-def block_mask(layout: TreeLayout, device: torch.device) -> BlockMask:
-    """The layout as FlexAttention's block mask, built once per layout and device."""
-    cached = layout.__dict__.setdefault("_block_masks", {})
-    if device not in cached:
-        mask_mod = tree_mask_mod(layout, device)
-        cached[device] = create_block_mask(mask_mod, None, None, layout.num_tokens, layout.num_tokens, str(device))
-    return cached[device]
+    """Tree attention by FlexAttention: `[1, H, N, D]` and as many or fewer heads of keys → `[1, N, H, D]`."""
+    mask = layout.masks.get(layout.window)
+    if not isinstance(mask, BlockMask):
+        parts = to_device(query.device, *mask_parts(layout)) if mask is None else mask
+        mask = layout.masks[layout.window] = block_mask(parts[:3], parts[0:3:2], parts[3:], layout.window)
+    return fused(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2)
 
 
-def tree_mask_mod(layout: TreeLayout, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The layout as FlexAttention's `mask_mod`: the same rule as `TreeLayout.dense_mask`, elementwise."""
-    tree, leaf, position = (ids.to(device) for ids in (layout.tree_ids(), layout.leaf_ids(), layout.positions()))
-    window = layout.num_tokens if layout.window is None else layout.window
+def block_mask(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], lists: Sequence[Tensor], window: int | None
+) -> BlockMask:
+    """FlexAttention's mask: from the segment, prompt and position of the queries, the segment and position of the keys
+    (see `Lineage`), and their `block_lists`."""
+    q_segment, q_prompt, q_position = queries
+    k_segment, k_position = keys
 
-    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_path = (tree[q] == tree[k]) & ((leaf[k] == 0) | (leaf[q] == leaf[k]))
-        return same_path & (q >= k) & (position[q] - position[k] < window)
+    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        related = (k_segment[k] == q_segment[q]) | (k_segment[k] == q_prompt[q])
+        return related & (k_position[k] <= q_position[q])
 
-    return mask_mod
+    def seen_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return seen(batch, head, q, k) & (q_position[q] - k_position[k] < window)
+
+    return BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen if window is None else seen_near,
+        seq_lengths=(len(q_segment), len(k_segment)),
+        compute_q_blocks=torch.is_grad_enabled(),
+    )
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float, softcap: float | None) -> Tensor:
+    """FlexAttention, compiled once for all lengths: `[1, H, Q, D]` and as many or fewer heads of keys."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    heads = query.shape[1]
+    if heads & (heads - 1):  # its kernels divide query heads among key heads by powers of two only
+        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    return _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=key.shape[1] != heads,
+    )
+
+
+def _is_wide_enough(query: Tensor, value: Tensor) -> bool:
+    """Whether FlexAttention can take heads of this size; a sentence, once, where it cannot."""
+    width = min(query.shape[-1], value.shape[-1])
+    if width < _NARROWEST:
+        _say_narrow(width)
+    return width >= _NARROWEST
+
+
+@lru_cache(maxsize=1)
+def _say_narrow(width: int) -> None:
+    _log.warning("Heads of size %d are too narrow for FlexAttention, which takes %d; a slower way.", width, _NARROWEST)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
 
 
 def _step_attention(

@@ -23,7 +23,7 @@ from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.attention import current_layout, laid_out, share_prompts, use_own_attention
 from exalign.models.lm_head import LogitMap, is_plain_embedding
-from exalign.models.prefix_tree import TreeLayout, TreeStream, whole_stream
+from exalign.models.prefix_tree import TreeLayout, TreeStream, places_of, whole_stream
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +45,23 @@ class Plan:
     """`tree`: prompts are computed once per group. `logit_map`: what the head does; None where only the model knows.
 
     `embeds`: the body takes the rows of its plain embedding in the place of ids. `rope`: None for most models.
+    `windows`: those of the layers, None that of a layer that sees everything.
     """
 
     tree: bool
     logit_map: LogitMap | None
     embeds: bool = False
     rope: RopeSwitch | None = None
+    windows: tuple[int | None, ...] = (None,)
 
-    def sides(self, groups: Sequence[Group]) -> tuple[Sequence[Group], Tensor | None]:
+    def sides(self, groups: Sequence[Group]) -> tuple[Sequence[Group], Tensor]:
         """The groups, those divided whose completions lie on both sides of the rotary embedding's limit.
 
-        And, where any was, the number that each completion had before, counted through the groups, int64.
+        And where in `[B, K]` of the groups as they were, laid flat, each completion stands, see `places_of`.
         """
+        places = places_of(groups)
         if self.rope is None or max(map(_longest, groups)) <= self.rope.limit:
-            return groups, None
+            return groups, places
         parts: list[Group] = []
         numbers: list[int] = []
         first = 0
@@ -70,7 +73,7 @@ class Plan:
                 parts.append(replace(group, completion_ids=tuple(group.completion_ids[i] for i in side)))
                 numbers += [first + i for i in side]
             first += group.num_completions
-        return parts, torch.tensor(numbers)
+        return parts, places[torch.tensor(numbers)]
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -190,7 +193,9 @@ def _make_plan(base: Any) -> Plan:
         logit_map = None
     if reason is not None:
         logger.warning("%s: prompts are repeated for each completion, because %s.", type(base).__name__, reason)
-    return Plan(reason is None, logit_map, embeds=reason is None and testable and _takes_embeddings(base), rope=rope)
+    embeds = reason is None and testable and _takes_embeddings(base)
+    window = getattr(base.config.get_text_config(), "sliding_window", None)
+    return Plan(reason is None, logit_map, embeds=embeds, rope=rope, windows=(None, window))
 
 
 def unsupported(base: Any) -> str | None:
@@ -245,7 +250,7 @@ def _tree_trial(base: Any) -> str | None:
     device, vocabulary = device_of(base), base.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(24) * 7 + 3) % vocabulary
     groups = [Group(0, ids[:5], (ids[5:7], ids[7:12], ids[12:13])), Group(1, ids[13:14], (ids[14:18], ids[18:24]))]
-    stream = whole_stream(groups, device)
+    stream = whole_stream(groups, device)[0]
     try:
         together = stream_hidden(base, stream)
         for group, tree in zip(groups, stream.layout.trees, strict=True):
@@ -264,7 +269,7 @@ def _takes_embeddings(base: Any) -> bool:
     if not is_plain_embedding(embedding):
         return False
     ids = (torch.arange(6) * 7 + 3) % len(embedding.weight)
-    stream = whole_stream([Group(0, ids[:2], (ids[2:4], ids[4:]))], device_of(base))
+    stream = whole_stream([Group(0, ids[:2], (ids[2:4], ids[4:]))], device_of(base))[0]
     try:
         return torch.equal(stream_hidden(base, stream), stream_hidden(base, stream, embedding(stream.input_ids)))
     except Exception:  # any architecture may run here; one that wants its ids as well keeps the ordinary way

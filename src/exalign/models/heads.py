@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from exalign.data.batching import Group
 from exalign.models.capability import base_of, device_of, plan_for, row_hidden, stream_hidden
 from exalign.models.logprobs import holds, packed_token_logprobs
-from exalign.models.prefix_tree import (
-    padded_rows,
-    policy_stream,
-    predicted_tokens,
-    predictions,
-    unflatten,
-    unflatten_tokens,
-    whole_stream,
-)
+from exalign.models.prefix_tree import padded_rows, policy_stream, unflatten, unflatten_tokens, whole_stream
 
 
 class PackedScorer(nn.Module):
@@ -85,17 +77,13 @@ def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """
     plan, base, device = plan_for(model), _critic(model), device_of(model)
     if plan.tree:
-        parts, numbers = plan.sides(groups)
-        stream = policy_stream(parts, device)
-        wanted = predictions(parts, stream.layout, device)
-        hidden = stream_hidden(base, stream)
-        values = base.score(torch.cat([hidden[begin:end] for begin, end in wanted.spans]))[wanted.rows, 0]
-        sequences = wanted.sequences if numbers is None else numbers.to(device)[wanted.sequences]
-        return unflatten_tokens(_accurate(values), sequences, groups)
-    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device)
-    predicted = predicted_tokens(attention_mask, prompt_lengths)
-    values = base.score(row_hidden(base, input_ids, attention_mask)[:, :-1][predicted])[:, 0]
-    return unflatten_tokens(_accurate(values), predicted.nonzero()[:, 0], groups)
+        parts, places = plan.sides(groups)
+        stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)
+        hidden = stream_hidden(base, stream).index_select(0, wanted.positions)
+        return unflatten_tokens(_accurate(base.score(hidden)[wanted.rows, 0]), wanted.cells, groups)
+    rows = padded_rows(groups, device)
+    hidden = row_hidden(base, rows.input_ids, rows.attention_mask).flatten(0, 1).index_select(0, rows.positions)
+    return unflatten_tokens(_accurate(base.score(hidden)[:, 0]), rows.cells, groups)
 
 
 def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -106,8 +94,8 @@ def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor
             path = torch.cat([group.prompt_ids, ids]).to(device)
             ends = range(len(group.prompt_ids), len(path))
             values.append(torch.cat([_row_output(base, path[None, :end])[:, 0] for end in ends]))
-    sequences = torch.repeat_interleave(torch.arange(len(values)), torch.tensor([len(row) for row in values]))
-    return unflatten_tokens(_accurate(torch.cat(values)), sequences.to(device), groups)
+    tokens = nn.utils.rnn.pad_sequence(values, batch_first=True)
+    return unflatten(_accurate(tokens), groups)
 
 
 def plain_completion_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -138,16 +126,13 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     if not hasattr(base, "score"):
         return plain_completion_outputs(model, groups)
     if plan.tree:
-        parts, numbers = plan.sides(groups)
-        stream = whole_stream(parts, device)
-        last = torch.tensor([end - 1 for tree in stream.layout.trees for _, end in tree.leaf_spans])
-        last = last if numbers is None else last[numbers.argsort()]
-        hidden = stream_hidden(base, stream)[last.to(device)]
-    else:
-        input_ids, attention_mask, _ = padded_rows(groups, device)
-        last_of_row = attention_mask.sum(dim=1) - 1
-        hidden = row_hidden(base, input_ids, attention_mask)[torch.arange(len(input_ids), device=device), last_of_row]
-    return unflatten(_accurate(base.score(hidden)), groups)
+        parts, places = plan.sides(groups)
+        stream, last, there = whole_stream(parts, device, places=places, windows=plan.windows)
+        return unflatten(_accurate(base.score(stream_hidden(base, stream).index_select(0, last))), groups, there)
+    rows = padded_rows(groups, device)
+    last = rows.attention_mask.sum(dim=1) - 1
+    hidden = row_hidden(base, rows.input_ids, rows.attention_mask)
+    return unflatten(_accurate(base.score(hidden[torch.arange(len(hidden), device=device), last])), groups)
 
 
 def _accurate(values: Tensor) -> Tensor:

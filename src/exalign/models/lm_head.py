@@ -65,16 +65,18 @@ def token_logprobs(
     *,
     logit_map: LogitMap = LogitMap(),
     add_in_place: bool = False,
+    host_rows: Tensor | None = None,
 ) -> Tensor:
     """log softmax(z)[target] in nats `[T]`, float32 (float64 for float64), differentiable in hidden and the head.
 
     `hidden` `[R, H]`; token t is `targets[t]`, predicted by `hidden[rows[t]]`; `rows` does not decrease. A plain
     linear head takes the fast way; any other module (an adapter on the head, a quantised head) is called on a few
     rows at a time under activation checkpointing. With `add_in_place` the weight's gradient is added to its `.grad`
-    directly where that is safe.
+    directly where that is safe. `host_rows`: the rows on the CPU, where the caller has them, to wait for no device.
     """
+    host_rows = rows.cpu() if host_rows is None else host_rows
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        return _through_module(hidden, head, rows, targets, logit_map)
+        return _through_module(hidden, head, rows, host_rows, targets, logit_map)
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
     device = hidden.device.type
@@ -85,15 +87,20 @@ def token_logprobs(
     differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     into = weight if add_in_place and may_add_in_place(weight) else None
     with torch.autocast(device, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, bias, rows, targets, logit_map, _Backward(differentiate, into))
+        how = _Backward(differentiate, into, host_rows)
+        return _TokenLogprobs.apply(hidden, weight, bias, rows, targets, logit_map, how)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Backward:
-    """Whether there will be a backward pass, and the parameter whose `.grad` takes the weight's gradient, if any."""
+    """Whether there will be a backward pass, and the parameter whose `.grad` takes the weight's gradient, if any.
+
+    And the rows on the CPU.
+    """
 
     wanted: bool
     into: Tensor | None
+    rows: Tensor
 
 
 def _tile_rows(vocabulary: int) -> int:
@@ -101,15 +108,17 @@ def _tile_rows(vocabulary: int) -> int:
     return max(_MIN_ROWS, min(_MAX_ROWS, TILE_BYTES // (4 * vocabulary)))
 
 
-def _tiles(rows: Tensor, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(host_rows: Tensor, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Slices of at most `size` hidden rows, each with the slice of the tokens that they predict."""
     begins = [*range(0, num_rows, size), num_rows]
-    ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
+    ends = torch.searchsorted(host_rows, torch.tensor(begins)).tolist()
     for i in range(len(begins) - 1):
         yield slice(begins[i], begins[i + 1]), slice(ends[i], ends[i + 1])
 
 
-def _through_module(hidden: Tensor, head: nn.Module, rows: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
+def _through_module(
+    hidden: Tensor, head: nn.Module, rows: Tensor, host_rows: Tensor, targets: Tensor, logit_map: LogitMap
+) -> Tensor:
     def tile(part: Tensor, local_rows: Tensor, wanted: Tensor) -> Tensor:
         logits = head(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_map.scale
@@ -119,7 +128,7 @@ def _through_module(hidden: Tensor, head: nn.Module, rows: Tensor, targets: Tens
 
     parts = [
         checkpoint(tile, hidden[span], rows[tokens] - span.start, targets[tokens], use_reentrant=False)
-        for span, tokens in _tiles(rows, len(hidden), _MIN_ROWS)
+        for span, tokens in _tiles(host_rows, len(hidden), _MIN_ROWS)
     ]
     return torch.cat(parts)
 
@@ -147,7 +156,7 @@ class _TokenLogprobs(torch.autograd.Function):
         expected = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)  # (p ∘ d) W, for unit weight
         kept: list[Tensor] = []
         scratch = hidden.new_empty(size if len(hidden) > rows_kept else 0, vocabulary, dtype=accurate)
-        for span, tokens in _tiles(rows, len(hidden), size):
+        for span, tokens in _tiles(backward.rows, len(hidden), size):
             tile = scratch[: span.stop - span.start]
             if span.stop <= rows_kept:
                 tile = hidden.new_empty(span.stop - span.start, vocabulary, dtype=accurate)
@@ -164,7 +173,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(tile.to(weight.dtype), weight, out=expected[span])
                 expected[span] *= scales[span].to(expected.dtype)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, slopes, peaks, scales, expected, *kept)
-        ctx.logit_map, ctx.size, ctx.into = logit_map, size, backward.into
+        ctx.logit_map, ctx.size, ctx.backward = logit_map, size, backward
         return logp
 
     @staticmethod
@@ -207,12 +216,12 @@ def _exponentials_(tile: Tensor, peaks: Tensor, logit_map: LogitMap) -> Tensor:
 
 def _head_gradient(ctx: Any, per_row: Tensor, at_target: Tensor) -> tuple[Tensor | None, Tensor | None]:
     hidden, weight, bias, rows, targets, _, peaks, scales, _, *kept = ctx.saved_tensors
-    row_weight = -per_row * scales
+    into, row_weight = ctx.backward.into, -per_row * scales
     weighted = hidden * row_weight.to(hidden.dtype)
-    grad_weight = torch.zeros_like(weight) if ctx.into is None else gradient_of(ctx.into)
+    grad_weight = torch.zeros_like(weight) if into is None else gradient_of(into)
     grad_bias = None if bias is None else torch.zeros_like(bias)
     scratch = peaks.new_empty(ctx.size if len(kept) * ctx.size < len(hidden) else 0, len(weight))
-    for number, (span, _) in enumerate(_tiles(rows, len(hidden), ctx.size)):
+    for number, (span, _) in enumerate(_tiles(ctx.backward.rows, len(hidden), ctx.size)):
         if number < len(kept):
             tile = kept[number]
         else:
@@ -225,7 +234,7 @@ def _head_gradient(ctx: Any, per_row: Tensor, at_target: Tensor) -> tuple[Tensor
     grad_weight.index_add_(0, targets, hidden[rows] * at_target)
     if grad_bias is not None:
         grad_bias.index_add_(0, targets, at_target[:, 0])
-    return (grad_weight if ctx.into is None else None), grad_bias
+    return (grad_weight if into is None else None), grad_bias
 
 
 def may_add_in_place(parameter: Tensor | None) -> bool:

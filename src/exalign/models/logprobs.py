@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.models.capability import base_of, device_of, plan_for, row_hidden, row_logits, stream_hidden
-from exalign.models.lm_head import LogitMap, embed, may_add_in_place, token_logprobs
+from exalign.models.lm_head import embed, may_add_in_place, token_logprobs
 from exalign.models.memory import computed
-from exalign.models.prefix_tree import (
-    padded_rows,
-    policy_stream,
-    predicted_tokens,
-    predictions,
-    unflatten,
-    unflatten_tokens,
-)
+from exalign.models.prefix_tree import PaddedRows, padded_rows, policy_stream, unflatten_tokens
 
 
 class PackedPolicy(nn.Module):
@@ -77,26 +70,28 @@ def completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temp
     The terms of the sum that `completion_logprobs` returns, by the same code; `model` is a bare transformers model.
     """
     _check(temperature)
-    return unflatten_tokens(*_token_logprobs(model, groups, temperature, add_in_place=False), groups)
+    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=False)
+    return unflatten_tokens(logp, cells, groups)
 
 
 def packed_token_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> Tensor:
     """`completion_token_logprobs` for the forward of a module: vocabulary gradients are added to `.grad` in place."""
-    return unflatten_tokens(*_token_logprobs(model, groups, temperature, add_in_place=True), groups)
+    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=True)
+    return unflatten_tokens(logp, cells, groups)
 
 
 def plain_completion_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
     """The slow twin of `completion_logprobs`: one padded row per completion, full logits. For tests and comparison."""
     _check(temperature)
-    logp, predicted = _plain_logprobs(model, groups, temperature)
-    return unflatten((logp * predicted).sum(dim=1), groups)
+    logp, places, _ = _plain_logprobs(model, groups, temperature)
+    return _summed(logp, places, groups)
 
 
 def plain_completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
     """The slow twin of `completion_token_logprobs`."""
     _check(temperature)
-    logp, predicted = _plain_logprobs(model, groups, temperature)
-    return unflatten_tokens(logp[predicted], predicted.nonzero()[:, 0], groups)
+    logp, _, cells = _plain_logprobs(model, groups, temperature)
+    return unflatten_tokens(logp, cells, groups)
 
 
 def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
@@ -110,49 +105,59 @@ def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _packed_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool) -> Tensor:
-    logp, sequences = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
-    num_sequences = sum(group.num_completions for group in groups)
-    return unflatten(logp.new_zeros(num_sequences).index_add(0, sequences, logp), groups)
+    logp, places, _ = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
+    return _summed(logp, places, groups)
+
+
+def _summed(logp: Tensor, places: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Sums over the tokens of each completion, `[B, K]`."""
+    width = max(group.num_completions for group in groups)
+    return logp.new_zeros(len(groups) * width).index_add(0, places, logp).view(len(groups), width)
 
 
 def _token_logprobs(
     model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool
-) -> tuple[Tensor, Tensor]:
-    """log π of every completion token `[N]`, and the completion it belongs to `[N]`, counted through the groups."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log π of every completion token `[T]`, and its `places` and `cells` `[T]`, see `Predictions`."""
     plan, base, device = plan_for(model), base_of(model), device_of(model)
     if plan.logit_map is None:
-        logp, predicted = _plain_logprobs(model, groups, temperature)
-        return logp[predicted], predicted.nonzero()[:, 0]
+        return _plain_logprobs(model, groups, temperature)
     logit_map = replace(plan.logit_map, temperature=temperature)
+    head = base.get_output_embeddings()
     if not plan.tree:
-        return _padded_logprobs(base, groups, logit_map)
-    parts, numbers = plan.sides(groups)
-    stream = policy_stream(parts, device)
-    wanted = predictions(parts, stream.layout, device)
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        rows = padded_rows(groups, device)
+        hidden = _predicting(row_hidden(base, rows.input_ids, rows.attention_mask), rows)
+        order = torch.arange(len(hidden))
+        logp = token_logprobs(hidden, head, order.to(device), rows.targets, logit_map=logit_map, host_rows=order)
+        return logp, rows.places, rows.cells
+    parts, places = plan.sides(groups)
+    stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)
+    embedding = base.get_input_embeddings()
     direct = add_in_place and plan.embeds and torch.is_grad_enabled() and may_add_in_place(embedding.weight)
     hidden = stream_hidden(base, stream, embed(stream.input_ids, embedding) if direct else None)
-    hidden = torch.cat([hidden[begin:end] for begin, end in wanted.spans])
-    logp = token_logprobs(hidden, head, wanted.rows, wanted.targets, logit_map=logit_map, add_in_place=add_in_place)
-    return logp, wanted.sequences if numbers is None else numbers.to(device)[wanted.sequences]
+    logp = token_logprobs(
+        hidden.index_select(0, wanted.positions),
+        head,
+        wanted.rows,
+        wanted.targets,
+        logit_map=logit_map,
+        add_in_place=add_in_place,
+        host_rows=wanted.host_rows,
+    )
+    return logp, wanted.places, wanted.cells
 
 
-def _padded_logprobs(base: Any, groups: Sequence[Group], logit_map: LogitMap) -> tuple[Tensor, Tensor]:
-    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(base))
-    predicted = predicted_tokens(attention_mask, prompt_lengths)
-    hidden = row_hidden(base, input_ids, attention_mask)[:, :-1][predicted]
-    rows = torch.arange(len(hidden), device=hidden.device)
-    head, targets = base.get_output_embeddings(), input_ids[:, 1:][predicted]
-    return token_logprobs(hidden, head, rows, targets, logit_map=logit_map), predicted.nonzero()[:, 0]
-
-
-def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Tensor]:
-    """log π of the tokens at positions 1 … L − 1 of padded rows, and which of them are completion tokens."""
-    input_ids, attention_mask, prompt_lengths = padded_rows(groups, device_of(model))
-    logits = row_logits(model, input_ids, attention_mask)
+def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the model's own logits of padded rows."""
+    rows = padded_rows(groups, device_of(model))
+    logits = _predicting(row_logits(model, rows.input_ids, rows.attention_mask), rows)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # before the softmax and the sum, never after
-    logp = torch.log_softmax(logits[:, :-1] / temperature, dim=-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
-    return logp, predicted_tokens(attention_mask, prompt_lengths)
+    logp = torch.log_softmax(logits / temperature, dim=-1).gather(1, rows.targets[:, None]).squeeze(1)
+    return logp, rows.places, rows.cells
+
+
+def _predicting(states: Tensor, rows: PaddedRows) -> Tensor:
+    return states.flatten(0, 1).index_select(0, rows.positions)
 
 
 def _check(temperature: float) -> None:

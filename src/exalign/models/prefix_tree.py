@@ -3,17 +3,24 @@
 A tree is `[prompt | leaf_1 | … | leaf_K]`. The prompt attends to itself causally; each leaf attends to the whole prompt
 and causally to itself; the positions of every leaf restart at the prompt's length. So each path prompt + leaf computes
 what it would compute alone in a row. The slower way, a padded row for each completion, stands below.
+
+All that a micro-batch's tensors hold is known on the CPU, so it is built there, and goes to a device in one copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
+from exalign.device import to_device
+
+BLOCK = 128  # tokens of a block of queries or keys, as FlexAttention divides them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +50,34 @@ class Tree:
         return spans
 
 
+class Lineage(NamedTuple):
+    """Of each token the number of its segment, the number of the prompt before that, and its position in its path.
+
+    Segments are prompts and completions. A token sees those of its own segment and of its prompt whose position is not
+    beyond its own. No token has the segment −1, so a place with that is seen by none.
+    """
+
+    segment: np.ndarray
+    prompt: np.ndarray
+    position: np.ndarray
+
+    def tensors(self) -> list[Tensor]:
+        return [torch.from_numpy(part.astype(np.int32)) for part in self]
+
+
 @dataclass(frozen=True, eq=False)
 class TreeLayout:
     """What attention must know of a stream of `num_tokens` tokens; it travels in the place of the attention mask.
 
     `window` limits how far back a token sees along its own path: itself and the `window − 1` tokens before it. Each
-    leaf is `unread` tokens shorter than its completion.
+    leaf is `unread` tokens shorter than its completion. `masks` holds what a device needs of it, by window.
     """
 
     trees: tuple[Tree, ...]
     num_tokens: int
     window: int | None = None
     unread: int = 0
+    masks: dict[int | None, Any] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -66,35 +89,71 @@ class TreeLayout:
         unchanged = window is None or window >= self.longest or window == self.window
         return self if unchanged else replace(self, window=window)
 
+    def lineage(self) -> Lineage:
+        """Of each token of the stream."""
+        lengths = [length for tree in self.trees for length in (tree.prompt_length, *tree.leaf_lengths)]
+        segments = np.repeat(np.arange(len(lengths)), lengths)
+        numbers, first = [], 0
+        for tree in self.trees:
+            numbers += [first] * (1 + len(tree.leaf_lengths))
+            first = len(numbers)
+        before = [n for tree in self.trees for n in (0, *[tree.prompt_length] * len(tree.leaf_lengths))]
+        begins = np.cumsum([0, *lengths])[:-1]
+        positions = np.arange(self.num_tokens) - (begins - np.array(before))[segments]
+        return Lineage(segments, np.array(numbers)[segments], positions)
+
     def positions(self) -> Tensor:
         """Position of each token in its own path, int64 `[N]`."""
-        parts = []
-        for tree in self.trees:
-            parts.append(torch.arange(tree.prompt_length))
-            parts += [torch.arange(tree.prompt_length, tree.prompt_length + length) for length in tree.leaf_lengths]
-        return torch.cat(parts)
-
-    def tree_ids(self) -> Tensor:
-        """Number of the tree of each token, int64 `[N]`."""
-        sizes = torch.tensor([tree.end - tree.start for tree in self.trees])
-        return torch.repeat_interleave(torch.arange(len(self.trees)), sizes)
-
-    def leaf_ids(self) -> Tensor:
-        """0 for a prompt token, i for a token of the tree's i-th leaf (from 1), int64 `[N]`."""
-        sizes = [length for tree in self.trees for length in (tree.prompt_length, *tree.leaf_lengths)]
-        numbers = [i for tree in self.trees for i in range(len(tree.leaf_lengths) + 1)]
-        return torch.repeat_interleave(torch.tensor(numbers), torch.tensor(sizes))
+        return torch.from_numpy(self.lineage().position)
 
     def dense_mask(self, device: torch.device) -> Tensor:
         """Which query sees which key, bool `[N, N]`: the definition that every fast path is tested against."""
-        tree, leaf, position = (ids.to(device) for ids in (self.tree_ids(), self.leaf_ids(), self.positions()))
-        index = torch.arange(self.num_tokens, device=device)
-        seen = (tree[:, None] == tree) & (index[:, None] >= index) & ((leaf == 0) | (leaf[:, None] == leaf))
+        segment, prompt, position = to_device(device, *self.lineage().tensors())
+        seen = ((segment[:, None] == segment) | (prompt[:, None] == segment)) & (position[:, None] >= position)
         return seen if self.window is None else seen & (position[:, None] - position < self.window)
 
     def alone(self, tree: Tree) -> TreeLayout:
         """The layout of one of the trees as if nothing else were in the stream."""
         return TreeLayout((replace(tree, start=0),), tree.end - tree.start, self.window)
+
+
+def block_lists(queries: Lineage, keys: Lineage, window: int | None = None) -> list[Tensor]:
+    """Which blocks of `BLOCK` keys each block of queries sees in part, and which it sees whole, as FlexAttention's
+    `BlockMask` has them: `kv_num_blocks [1, 1, Q]` and `kv_indices [1, 1, Q, L]`, int32, for either.
+
+    From the runs of tokens of one segment and consecutive positions, of which there are few.
+    """
+    q, q_starts = _runs(queries, unseen=-2)
+    k, k_starts = _runs(keys, unseen=-1)
+    far = np.iinfo(np.int32).max if window is None else window
+    related = (q.segment[:, None] == k.segment) | (q.prompt[:, None] == k.segment)
+    part = related & (q.last[:, None] >= k.first) & (q.first[:, None] - k.last < far)
+    whole = related & (q.first[:, None] >= k.last) & (q.last[:, None] - k.first < far)
+    part = np.logical_or.reduceat(np.logical_or.reduceat(part, q_starts, axis=0), k_starts, axis=1)
+    whole = np.logical_and.reduceat(np.logical_and.reduceat(whole, q_starts, axis=0), k_starts, axis=1)
+    lists = []
+    for chosen in (part & ~whole, whole):
+        lists += [chosen.sum(axis=1), np.argsort(~chosen, axis=1, kind="stable")]
+    return [torch.from_numpy(found.astype(np.int32))[None, None] for found in lists]
+
+
+class _Runs(NamedTuple):
+    segment: np.ndarray
+    prompt: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def _runs(tokens: Lineage, *, unseen: int) -> tuple[_Runs, np.ndarray]:
+    """The runs, filled up to whole blocks by places that see nothing and are not seen; where each block's begin."""
+    missing = -len(tokens.segment) % BLOCK
+    segment, prompt, position = (np.pad(part, (0, missing), constant_values=unseen) for part in tokens)
+    ends = np.diff(segment, append=unseen - 1) != 0
+    ends[BLOCK - 1 :: BLOCK] = True
+    last = np.flatnonzero(ends)
+    first = np.concatenate([[0], last[:-1] + 1])
+    runs = _Runs(segment[last], prompt[last], position[first], position[last])
+    return runs, np.flatnonzero(first % BLOCK == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,95 +167,156 @@ class TreeStream:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Which hidden states predict which completion tokens.
+    """Which hidden states of a `policy_stream` predict which completion tokens.
 
-    `spans`: begin and end in the stream of the `R` predicting positions, one span per tree (the last prompt token and
-    the leaves, which is all that follows it). Of `T` completion tokens: `rows` `[T]` the predicting position, counted
-    through the spans and not decreasing; `targets` `[T]` the token's id; `sequences` `[T]` the completion it belongs
-    to, counted through the groups. The K first tokens of a group share one position, and so one row of the vocabulary.
+    `positions` `[R]`: the predicting positions in the stream, of each tree the last prompt token and the leaves. Of `T`
+    completion tokens: `rows` `[T]` the number of the predicting position, not decreasing, and the same on the CPU;
+    `targets` `[T]` the token's id; `places` `[T]` where in `[B, K]`, laid flat, its completion stands, and `cells`
+    `[T]` where in `[B, K, L]` it stands itself, L the longest completion. The K first tokens of a group share one
+    position, and so one row of the vocabulary.
     """
 
-    spans: tuple[tuple[int, int], ...]
+    positions: Tensor
     rows: Tensor
     targets: Tensor
-    sequences: Tensor
-    num_sequences: int
+    places: Tensor
+    cells: Tensor
+    host_rows: Tensor
 
 
-def policy_stream(groups: Sequence[Group], device: torch.device) -> TreeStream:
-    """The stream whose leaves are the completions without their last token, which is only ever a target."""
-    return _stream(groups, 1, device)
+def policy_stream(
+    groups: Sequence[Group],
+    target: torch.device,
+    *,
+    places: Tensor | None = None,
+    windows: Sequence[int | None] = (None,),
+) -> tuple[TreeStream, Predictions]:
+    """The stream whose leaves are the completions without their last token, which is only ever a target.
+
+    `places` says where in `[B, K]`, laid flat, the completions of `groups` stand (see `places_of`); `windows` are those
+    of the model's layers.
+    """
+    tokens, layout = _stream(groups, unread=1)
+    known = _predictions(groups, layout, places_of(groups) if places is None else places)
+    stream, (positions, *found) = _on_device(tokens, layout, target, windows, known)
+    return stream, Predictions(positions, *found, host_rows=known[1])
 
 
-def whole_stream(groups: Sequence[Group], device: torch.device) -> TreeStream:
-    """The stream whose leaves are whole completions, for a head that reads their last token."""
-    return _stream(groups, 0, device)
+def whole_stream(
+    groups: Sequence[Group],
+    target: torch.device,
+    *,
+    places: Tensor | None = None,
+    windows: Sequence[int | None] = (None,),
+) -> tuple[TreeStream, Tensor, Tensor]:
+    """The stream whose leaves are whole completions; the positions `[S]` of their last tokens, and their `places`."""
+    tokens, layout = _stream(groups, unread=0)
+    ends = torch.tensor([end - 1 for tree in layout.trees for _, end in tree.leaf_spans])
+    known = (ends, places_of(groups) if places is None else places)
+    stream, (last, there) = _on_device(tokens, layout, target, windows, known)
+    return stream, last, there
 
 
-def _stream(groups: Sequence[Group], unread: int, device: torch.device) -> TreeStream:
+def _stream(groups: Sequence[Group], *, unread: int) -> tuple[Tensor, TreeLayout]:
     leaves = [[ids[: len(ids) - unread] for ids in group.completion_ids] for group in groups]
     trees, start = [], 0
     for group, parts in zip(groups, leaves, strict=True):
         trees.append(Tree(start, len(group.prompt_ids), tuple(len(part) for part in parts)))
         start = trees[-1].end
-    layout = TreeLayout(tuple(trees), start, unread=unread)
     tokens = [part for group, parts in zip(groups, leaves, strict=True) for part in (group.prompt_ids, *parts)]
-    return TreeStream(torch.cat(tokens)[None].to(device), layout.positions()[None].to(device), layout)
+    return torch.cat(tokens), TreeLayout(tuple(trees), start, unread=unread)
 
 
-def predictions(groups: Sequence[Group], layout: TreeLayout, device: torch.device) -> Predictions:
-    """The completion tokens of `groups` and the positions of `policy_stream(groups)` that predict them."""
-    spans, rows, targets, sequences = [], [], [], []
+def _on_device(
+    tokens: Tensor, layout: TreeLayout, target: torch.device, windows: Sequence[int | None], known: Sequence[Tensor]
+) -> tuple[TreeStream, list[Tensor]]:
+    """The stream and what else is `known` of it, in one copy; with the masks, where the device works with them."""
+    masks = {} if target.type == "cpu" else {w: mask_parts(layout.with_window(w)) for w in {None, *windows}}
+    flat = [tokens[None], layout.positions()[None], *known, *(part for parts in masks.values() for part in parts)]
+    input_ids, position_ids, *found = to_device(target, *flat)
+    rest = iter(found[len(known) :])
+    for window, parts in masks.items():
+        layout.masks[layout.with_window(window).window] = [next(rest) for _ in parts]
+    return TreeStream(input_ids, position_ids, layout), found[: len(known)]
+
+
+def mask_parts(layout: TreeLayout) -> list[Tensor]:
+    """What a device needs to attend by this layout: the lineage of its tokens, and its `block_lists`."""
+    tokens = layout.lineage()
+    return [*tokens.tensors(), *block_lists(tokens, tokens, layout.window)]
+
+
+def _predictions(groups: Sequence[Group], layout: TreeLayout, places: Tensor) -> list[Tensor]:
+    """`positions`, `rows`, `targets`, `places` and `cells` of `Predictions`."""
+    positions, rows, targets, sequences, numbers = [], [], [], [], []
     row = sequence = 0
     for group, tree in zip(groups, layout.trees, strict=True):
-        spans.append((tree.start + tree.prompt_length - 1, tree.end))
-        count, lengths = group.num_completions, torch.tensor(tree.leaf_lengths)
-        rows += [torch.full((count,), row), torch.arange(row + 1, row + 1 + int(lengths.sum()))]
+        first, count = tree.start + tree.prompt_length - 1, group.num_completions
+        positions.append(torch.arange(first, tree.end))
+        rows += [torch.full((count,), row), torch.arange(row + 1, row + tree.end - first)]
         targets += [ids[:1] for ids in group.completion_ids] + [ids[1:] for ids in group.completion_ids]
-        numbers = torch.arange(sequence, sequence + count)
-        sequences += [numbers, torch.repeat_interleave(numbers, lengths)]
-        row += spans[-1][1] - spans[-1][0]
+        members = torch.arange(sequence, sequence + count)
+        sequences += [members, torch.repeat_interleave(members, torch.tensor(tree.leaf_lengths))]
+        numbers += [torch.zeros(count, dtype=torch.long), *(torch.arange(1, n + 1) for n in tree.leaf_lengths)]
+        row += tree.end - first
         sequence += count
-    return Predictions(
-        tuple(spans),
-        torch.cat(rows).to(device),
-        torch.cat(targets).to(device),
-        torch.cat(sequences).to(device),
-        sequence,
-    )
+    where = places[torch.cat(sequences)]
+    longest = max(len(ids) for group in groups for ids in group.completion_ids)
+    return [torch.cat(positions), torch.cat(rows), torch.cat(targets), where, where * longest + torch.cat(numbers)]
 
 
-def padded_rows(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """One row `prompt + completion` per completion, padded on the right: ids, mask `[N, L]`; prompt lengths `[N]`."""
-    rows = [torch.cat([group.prompt_ids, ids]) for group in groups for ids in group.completion_ids]
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    prompts = torch.tensor([len(group.prompt_ids) for group in groups for _ in group.completion_ids], device=device)
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
-    return input_ids, attention_mask, prompts
-
-
-def predicted_tokens(attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Which of the positions 1 … L − 1 of padded rows hold completion tokens, bool `[N, L − 1]`."""
-    positions = torch.arange(1, attention_mask.shape[1], device=attention_mask.device)
-    return (positions >= prompt_lengths[:, None]) & attention_mask[:, 1:].bool()
-
-
-def unflatten(values: Tensor, groups: Sequence[Group]) -> Tensor:
-    """One row of `values [N, …]` per completion, in order → `[B, K, …]`, 0 where a group has no i-th completion."""
+def places_of(groups: Sequence[Group]) -> Tensor:
+    """Where in `[B, K]`, laid flat, each completion stands, counted through the groups: int64 `[S]`."""
     width = max(group.num_completions for group in groups)
-    rows = [index * width + i for index, group in enumerate(groups) for i in range(group.num_completions)]
-    flat = values.new_zeros(len(groups) * width, *values.shape[1:])
-    flat = flat.index_copy(0, torch.tensor(rows, device=values.device), values)
+    return torch.tensor([i * width + k for i, group in enumerate(groups) for k in range(group.num_completions)])
+
+
+class PaddedRows(NamedTuple):
+    """A row `prompt + completion` for each completion, padded on the right: `input_ids`, `attention_mask` `[S, L]`.
+
+    Of `T` completion tokens, one completion after the other: `positions` `[T]` where in the rows, laid flat, the one
+    before it stands; `targets`, `places` and `cells` as `Predictions` has them.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    places: Tensor
+    cells: Tensor
+
+
+def padded_rows(groups: Sequence[Group], target: torch.device) -> PaddedRows:
+    """The slower way: each prompt as often as it has completions."""
+    rows = [torch.cat([group.prompt_ids, ids]) for group in groups for ids in group.completion_ids]
+    lengths = torch.tensor([len(row) for row in rows])
+    prompts = torch.tensor([len(group.prompt_ids) for group in groups for _ in group.completion_ids])
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    index = torch.arange(input_ids.shape[1])
+    there = index < lengths[:, None]
+    row, token = (there & (index >= prompts[:, None])).nonzero(as_tuple=True)
+    longest = max(len(ids) for group in groups for ids in group.completion_ids)
+    places = places_of(groups)[row]
+    cells = places * longest + token - prompts[row]
+    positions = row * input_ids.shape[1] + token - 1
+    return PaddedRows(*to_device(target, input_ids, there.long(), positions, input_ids[row, token], places, cells))
+
+
+def unflatten(values: Tensor, groups: Sequence[Group], places: Tensor | None = None) -> Tensor:
+    """One row of `values [S, …]` per completion, in order → `[B, K, …]`, 0 where a group has no i-th completion.
+
+    `places` are those of `places_of(groups)` on the device of the values, where the caller has them there.
+    """
+    width = max(group.num_completions for group in groups)
+    if places is None:
+        (places,) = to_device(values.device, places_of(groups))
+    flat = values.new_zeros(len(groups) * width, *values.shape[1:]).index_copy(0, places, values)
     return flat.unflatten(0, (len(groups), width))
 
 
-def unflatten_tokens(values: Tensor, sequences: Tensor, groups: Sequence[Group]) -> Tensor:
-    """One value per completion token → `[B, K, T]`, padded with 0 on the right; T is the longest completion.
-
-    `values` `[N]`; `sequences` `[N]` the completion that a token belongs to, counted through the groups; the tokens of
-    one completion come in their order, whatever stands between them.
-    """
-    lengths = [len(ids) for group in groups for ids in group.completion_ids]
-    rows = values[sequences.argsort(stable=True)].split(lengths)
-    return unflatten(nn.utils.rnn.pad_sequence(rows, batch_first=True), groups)
+def unflatten_tokens(values: Tensor, cells: Tensor, groups: Sequence[Group]) -> Tensor:
+    """One value per completion token → `[B, K, L]`, 0 where no token is; `cells` as `Predictions` has them."""
+    width = max(group.num_completions for group in groups)
+    longest = max(len(ids) for group in groups for ids in group.completion_ids)
+    flat = values.new_zeros(len(groups) * width * longest).index_copy(0, cells, values)
+    return flat.view(len(groups), width, longest)
