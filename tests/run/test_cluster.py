@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import shutil
@@ -37,15 +36,13 @@ from exalign.data.store import (
     write_records,
 )
 from exalign.errors import InputError
-from exalign.rollout.settings import VLLMSettings
-from exalign.run.carry_out import check_inputs
 from exalign.run.cluster import ShardWork, connected, map_shards
 from exalign.run.materials import offline_sampling
 from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
 from exalign.run.view import Contents, View, key
-from exalign.run.workers import _check_logprobs, _for_workers, _sampling
+from exalign.run.workers import _for_workers, _sampling
 
 # Looked for, not imported: what closes a cluster to others is read with the first import.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install "exalign[ray]"')
@@ -247,44 +244,17 @@ def test_a_pool_that_has_no_place_is_refused(ray: Any, plain: Path, tmp_path: Pa
             map_shards(source, tmp_path / "records", _echo, settings)
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_what_is_not_installed_is_told_before_any_work(make: Callable[..., Recipe]) -> None:
-    with pytest.raises(InputError, match=r'pip install "exalign\[vllm\]"'):
-        check_inputs(make(cluster={"vllm": {}}))
-
-
-def test_vllm_makes_the_samples_again_and_the_number_of_workers_does_not(
+def test_another_engine_makes_the_samples_again_and_workers_and_memory_do_not(
     make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    def key_with(**cluster: Any) -> Any:
-        recipe = make(cluster=cluster or None)
+    def key_with(cluster: dict[str, Any] | None = None, **sample: Any) -> Any:
+        drawn = {"num_completions": 3, "max_new_tokens": 6, "top_p": 0.9}
+        recipe = make(cluster=cluster, sample={**drawn, **sample})
         return key(recipe, rollouts_of(recipe, tmp_path).stage.reads, Contents(tmp_path / "inputs.json"))
 
-    assert key_with() == key_with(workers=8, cpus_per_worker=2, tries=1) != key_with(vllm={})
-    assert key_with(vllm={}) == key_with(vllm={"memory_share": 0.5, "logprob_limit": 0.1})
-
-
-@pytest.mark.parametrize(
-    ("top_p", "temperature", "differ"), [(None, 1.0, False), (0.8, 1.0, False), (None, 3.0, True), (None, 0.3, True)]
-)
-def test_logprobs_of_another_temperature_are_told(
-    top_p: float | None, temperature: float, differ: bool, make: Callable[..., Recipe], tmp_path: Path
-) -> None:
-    """The comparison that vLLM's samples pass, on samples of τ = 1 in runs of that τ and of others."""
-    pool = {"workers": 1}
-    view = rollouts_of(make(cluster=pool), tmp_path)
-    settings = offline_sampling(view, 3).model_copy(update={"top_p": top_p})
-    records, _ = _sampling(view, settings, "rollouts")([Record(str(i), f"Film {i}: a") for i in range(9)])
-    write_records(tmp_path / "records", records, Header())
-    printed, counts = io.StringIO(), Counter[str]()
-    other = rollouts_of(make(cluster=pool, temperature=temperature), tmp_path, Console(file=printed, width=500))
-    _check_logprobs(other, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e-4), counts)
-    assert counts["logprobs_checked"] == 8 * 3
-    assert (counts["logprobs_that_differ"] > 0) == differ
-    assert ("differ from the training path" in printed.getvalue()) == differ
-    lenient = Counter[str]()
-    _check_logprobs(other, tmp_path / "records", settings, VLLMSettings(logprob_limit=1e3), lenient)
-    assert lenient["logprobs_that_differ"] == 0
+    own, other = key_with(), key_with(engine="vllm")
+    assert own == key_with({"workers": 8, "cpus_per_worker": 2, "tries": 1}) != other
+    assert other == key_with({}, engine="vllm", vllm={"cache_gib": 9, "gpus": 2, "logprob_limit": 0.1})
 
 
 def command(recipe: Recipe, folder: Path, home: Path) -> list[str]:

@@ -279,7 +279,7 @@ def train_rounds(material: Material, settings: Matching, folder: Path) -> Path:
     part = -(-len(prompts) // settings.rounds)
     plan = RolloutPlan(part, settings.batch_prompts, passes=settings.epochs, epochs=1, seed=settings.seed)
     rounds = _Rounds(material, settings, Path(folder) / "rollouts")
-    how = fingerprint([material.sampling.model_dump(exclude={"batch_completions"}), material.temperature])
+    how = fingerprint([material.sampling.deciding(), material.temperature])
     batches = RolloutBatches(prompts, plan, rounds.draw, sampled_how=how)
     card = _card(settings, f"by {settings.divergence} in {settings.rounds} rounds at τ = {material.temperature}")
     task = MatchingTask(batches, settings, material.temperature)

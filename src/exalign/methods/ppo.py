@@ -195,7 +195,7 @@ class PPOTask:
         module.kl_coefficient.fill_(settings.beta)
         self._note_counts = note_counts
         self._experience: Experience | None = None
-        how = fingerprint([world.sampling.model_dump(exclude={"batch_completions"}), world.temperature])
+        how = fingerprint([world.sampling.deciding(), world.temperature])
         self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
 
     def weight(self, groups: Sequence[Group]) -> float:

@@ -48,7 +48,7 @@ from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.models.prefix_tree import unflatten
 from exalign.processes import leads
-from exalign.storage import atomic_path, exists
+from exalign.storage import atomic_path, exists, read_object, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,23 @@ def save_model(
         if rows:
             verify_saved(temporary, model, rows)
         write_sums(temporary)
+
+
+def save_apart(model: Any, folder: Path) -> None:
+    """Write weights and configuration for a program that reads them again and again: adapters merged, nothing tied.
+
+    Where head and embedding are one matrix, such a program may renew one of the two only.
+    """
+    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
+    state, head = plain.state_dict(), plain.get_output_embeddings()
+    name = next(f"{name}.weight" for name, module in plain.named_modules() if module is head)
+    state[name] = state[name].clone()
+    plain.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    config = read_object(folder / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config | {"tie_word_embeddings": False})
 
 
 def _merged(model: Any) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from exalign.models.logprobs import reference_logprobs
 from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
+from exalign.rollout.vllm import VLLMSampler
 
 SCORING_TOKENS = 8192
 """Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
@@ -44,7 +45,8 @@ def open_sampler(
     seed: int,
 ) -> Sampler:
     """What draws from the policy as it is now: everything that draws opens it here, anew when the weights change."""
-    return GroupedSampler(policy, tokenizer, settings, temperature=temperature, seed=seed)
+    engine = VLLMSampler if settings.engine == "vllm" else GroupedSampler
+    return engine(policy, tokenizer, settings, temperature=temperature, seed=seed)
 
 
 def rollout(

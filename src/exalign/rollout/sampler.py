@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -31,7 +30,6 @@ from exalign.models.attention import SharedCache, StepLayout, laid_out, share_pr
 from exalign.models.capability import base_of, check_causal, check_positions, evaluating, in_short, unsupported
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.rollout.settings import SampleSettings
-from exalign.storage import read_object
 
 _ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold
 _BLOCK = 256  # tokens whose weights are summed before the search: the float64 running sum is over V / 256 blocks
@@ -83,14 +81,7 @@ class GroupedSampler:
         self._room = settings.batch_completions
         self._temperature = temperature
         self._seed = seed
-        settings_of_model = getattr(self._model, "generation_config", None)
-        self._eos_ids = end_ids(getattr(settings_of_model, "eos_token_id", None), tokenizer)
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"The temperature must be a positive number, not {temperature}.")
-        longest, limits = settings.max_prompt_tokens + settings.max_new_tokens, "max_prompt_tokens + max_new_tokens"
-        warning = check_positions(self._model.config, longest, settings=limits, samples=True)
-        if warning is not None:
-            _log.warning(warning)
+        self._eos_ids = check_drawing(self._model, tokenizer, settings, temperature)
         with evaluating(self._model):
             self._decoder = decoder_for(self._model)
 
@@ -254,10 +245,17 @@ def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return tokenization.end_ids(tokenizer).union(more)
 
 
-def saved_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The same for a model that lies in a folder."""
-    path = folder / "generation_config.json"
-    return end_ids(read_object(path).get("eos_token_id") if path.exists() else None, tokenizer)
+def check_drawing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, temperature: float
+) -> frozenset[int]:
+    """The ids that end a completion of the model, which is able to draw as the settings ask; else an `InputError`."""
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"The temperature must be a positive number, not {temperature}.")
+    longest, limits = settings.max_prompt_tokens + settings.max_new_tokens, "max_prompt_tokens + max_new_tokens"
+    warning = check_positions(model.config, longest, settings=limits, samples=True)
+    if warning is not None:
+        _log.warning(warning)
+    return end_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
 
 
 def with_prompt_ids(

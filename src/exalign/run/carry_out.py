@@ -16,9 +16,10 @@ from exalign.models.capability import check_positions
 from exalign.models.loading import check_trainable, is_folder, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
+from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.rollout.settings import ScorerSettings
-from exalign.run.cluster import check_installed
+from exalign.run import cluster
 from exalign.run.recipe import Recipe
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import Proposer, validation_prompts
@@ -42,6 +43,13 @@ def carry_out(run: Run, *targets: str) -> None:
 
     Of several processes the first one does so, and calls the others to the stages that train.
     """
+    try:
+        _carry_out(run, targets)
+    finally:
+        vllm.close_engine()
+
+
+def _carry_out(run: Run, targets: tuple[str, ...]) -> None:
     stages = plan(run.recipe)
     if not leads():
         by_name = {stage.name: stage for stage in stages}
@@ -82,7 +90,9 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.search is not None:
         _check_search(recipe)
     if recipe.cluster is not None:
-        check_installed(recipe.cluster)
+        cluster.check_installed(recipe.cluster)
+    if recipe.sample.engine == "vllm":
+        vllm.check_installed()
 
 
 def _check_lengths(recipe: Recipe) -> None:

@@ -39,11 +39,9 @@ _BLOCKS = 16
 
 
 def check_installed(settings: ClusterSettings) -> None:
-    """Raise the `InputError` that names the extra which is missing."""
+    """Raise the `InputError` that names the extra where it is missing."""
     if find_spec("ray") is None:
         raise InputError('cluster needs Ray Data: pip install "exalign[ray]".')
-    if settings.vllm is not None and find_spec("vllm") is None:
-        raise InputError('cluster.vllm needs vLLM and a GPU: pip install "exalign[vllm]".')
 
 
 def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settings: ClusterSettings) -> None:
@@ -233,7 +231,7 @@ def _closing() -> dict[str, str]:
 def _gpus(ray: Any, settings: ClusterSettings) -> int:
     if settings.gpus_per_worker is not None:
         return settings.gpus_per_worker
-    return 1 if settings.vllm is not None or ray.cluster_resources().get("GPU") else 0
+    return 1 if ray.cluster_resources().get("GPU") else 0
 
 
 def _check_size(ray: Any, settings: ClusterSettings) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from exalign.rollout.rollout import Numerics, open_sampler, rollout
 from exalign.rollout.sampler import Sampler
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
+from exalign.rollout.vllm import close_engine
 from exalign.run.recipe import Recipe
 from exalign.run.view import Stage, View
 from exalign.storage import fingerprint, read_sealed, write_sealed
@@ -42,7 +44,15 @@ SHARD = 256
 """Prompts that are sampled and written together: a kill costs one shard, and nothing is repeated."""
 
 LIMITS = ("data.max_prompt_tokens", "data.max_completion_tokens")
-SAMPLED = ("seed", "temperature", "sample.max_new_tokens", "sample.batch_completions", "data.max_prompt_tokens")
+SAMPLED = (
+    "seed",
+    "temperature",
+    "sample.engine",
+    "sample.vllm",
+    "sample.max_new_tokens",
+    "sample.batch_completions",
+    "data.max_prompt_tokens",
+)
 """What every sample of a policy depends on, besides the policy."""
 
 
@@ -59,7 +69,15 @@ class Takes:
     def stage(self, name: str, work: Callable[[View], None], **how: Any) -> Stage:
         """The stage that takes this; a setting is named once, a section without its parts."""
         reads = tuple(path for path in dict.fromkeys(self.reads) if not {*sections_of(path)} & {*self.reads})
+        if how.get("together"):
+            work = partial(_with_room, work)
         return Stage(name, reads, tuple(dict.fromkeys(self.needs)), work, **how)
+
+
+def _with_room(work: Callable[[View], None], view: View) -> None:
+    """The work of a stage that trains: an engine that an earlier stage drew with holds no memory meanwhile."""
+    close_engine()
+    work(view)
 
 
 def sections_of(path: str) -> list[str]:
@@ -257,6 +275,8 @@ def evaluation_sampling(view: View, num_completions: int) -> SampleSettings:
         max_new_tokens=sample.max_new_tokens,
         max_prompt_tokens=view.recipe.data.max_prompt_tokens,
         batch_completions=sample.batch_completions,
+        engine=sample.engine,
+        vllm=sample.vllm,
     )
 
 
@@ -269,8 +289,8 @@ def samples_header(view: View, settings: SampleSettings, purpose: str) -> Header
         tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
         temperature=recipe.temperature,
         seed=recipe.seed,
-        sampler="GroupedSampler",
-        fingerprint=fingerprint([settings.model_dump(exclude={"batch_completions"}), purpose, recipe.seed]),
+        sampler="GroupedSampler" if settings.engine is None else settings.engine,
+        fingerprint=fingerprint([settings.deciding(), purpose, recipe.seed]),
     )
 
 

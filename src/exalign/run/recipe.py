@@ -154,9 +154,6 @@ class ClusterSettings(Settings):
         description="how often a shard is begun anew because its worker died, before the stage fails",
         json_schema_extra=NO_RESULT,
     )
-    vllm: VLLMSettings | None = Field(
-        None, description="sample with vLLM, which draws other completions; None: by transformers, as without a cluster"
-    )
 
 
 def as_method(value: Any) -> Method:
@@ -287,17 +284,17 @@ def _missing_inputs(recipe: Recipe) -> Iterator[str]:
             f"sample.max_new_tokens = {recipe.sample.max_new_tokens} is above data.max_completion_tokens = "
             f"{recipe.data.max_completion_tokens}, and sampled completions are never cut; raise the latter"
         )
+    if recipe.sample.engine is None and recipe.sample.vllm != VLLMSettings():
+        yield "sample.vllm has no effect without sample.engine: vllm"
     if recipe.sample.max_prompt_tokens != SampleSettings.model_fields["max_prompt_tokens"].default:
         yield "sample.max_prompt_tokens has no effect in a recipe; set data.max_prompt_tokens"
     if drawn and recipe.data.prompts is None and recipe.data.preferences is None:
         yield "data.prompts is missing: it says which prompts to sample from"
     if recipe.data.rewards is not None and recipe.score != ScoreSettings() and "prompts" not in wanted:
         yield "score has no effect beside data.rewards, which brings its own rewards; remove one of them"
-    if recipe.cluster is not None:
-        if recipe.preferences is None and not ("rewards" in wanted and recipe.data.rewards is None):
-            yield "cluster has no effect: no stage of this recipe samples or scores for the alignment; remove it"
-        if recipe.cluster.vllm is not None and recipe.cluster.gpus_per_worker == 0:
-            yield "cluster.vllm needs a GPU; remove cluster.gpus_per_worker = 0"
+    pooled = recipe.preferences is not None or ("rewards" in wanted and recipe.data.rewards is None)
+    if recipe.cluster is not None and not pooled:
+        yield "cluster has no effect: no stage of this recipe samples or scores for the alignment; remove it"
 
 
 def _scorer_problems(recipe: Recipe) -> Iterator[str]:
