@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +78,22 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert "align" in result.stderr
 
 
+def test_ctrl_c_ends_in_one_sentence(world: Path) -> None:
+    places = [f"tokenizer.source={world}/tokenizer", f"data.sft.source={world}/sft.jsonl", "sft.epochs=2000"]
+    places += [
+        f"data.{name}.source={world}/{file}.jsonl" for name, file in (("prompts", "prompts"), ("evaluation", "test"))
+    ]
+    command = [sys.executable, "-m", "exalign", "sft", str(RECIPE), "--run", str(world / "stopped"), *places]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background does not hear it
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heard, **pipes)
+    assert process.stderr is not None and process.stderr.readline().startswith("sft: step 1/")
+    process.send_signal(signal.SIGINT)
+    *_, line = process.stderr.read().splitlines()
+    assert process.wait() == 130
+    assert re.fullmatch(r"error: Interrupted: sft after step \d+ of 2000\. The same command .*\.", line)
+
+
 def test_help_lists_every_stage() -> None:
     result = exalign("--help")
     assert result.returncode == 0
@@ -104,6 +124,8 @@ def test_explain_prints_every_setting() -> None:
     printed = exalign("recipe", "--explain").stdout
     assert "align.NAME.beta_pi" in printed
     assert "sample.num_completions" in printed
+    assert printed.count("shuffle_seed integer") == printed.count("adam_betas list") == 1  # what sections share, once
+    assert "as above: data.sft.source to data.sft.streaming" in printed and "label_smoothing: epsilon" in printed
     lines = exalign("recipe", "data.sft", "--explain").stdout.splitlines()
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert names[0] == "data.sft" and all(name.startswith("data.sft.") for name in names[1:]) and len(names) > 5

@@ -8,9 +8,13 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from exalign import device as subject
 from exalign.device import choose_threads
+from exalign.run.recipe import make_recipe
+from exalign.run.runner import Run
+from exalign.storage import read_json
 
 NO_DRIVER = """
 import sys
@@ -68,6 +72,15 @@ def test_threads_are_measured_unless_the_environment_or_a_setting_says_how_many(
     else:
         assert choose_threads() == "1 thread of the CPU: 9.0 times as fast now as 3 threads."
         assert torch.get_num_threads() == 1
+
+
+def test_a_recipe_says_how_many(tmp_path) -> None:
+    values = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {"source": "p"}}}
+    Run(make_recipe({**values, "threads": 3}), tmp_path, Console(quiet=True)).carry_out([])
+    assert torch.get_num_threads() == read_json(tmp_path / "environment.json")["threads"] == 3
+    Run(make_recipe(values), tmp_path, Console(quiet=True)).carry_out([])  # as it began
+    Run(make_recipe({**values, "threads": 2}), tmp_path, Console(quiet=True)).carry_out([])
+    assert torch.get_num_threads() == 2
 
 
 def test_a_number_that_is_hardly_faster_is_not_taken(monkeypatch) -> None:

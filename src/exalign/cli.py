@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from exalign.errors import InputError
 from exalign.judging.grading import grade_judge
@@ -25,8 +26,22 @@ from exalign.terminal import shown
 if TYPE_CHECKING:
     from exalign.report.paper_figures import Written
 
+
+class Interrupted(Exception):  # noqa: N818 - Ctrl-C is no error
+    """Ctrl-C, with the sentence that says what stands; of KeyboardInterrupt Typer would make a bare status."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error) or "Interrupted; the same command continues where it was.") from None
+
+
 app = typer.Typer(
     name="exalign",
+    cls=_Commands,
     help="Align language models with human preferences, exactly and efficiently, and prove what was achieved.",
     no_args_is_help=True,
     add_completion=False,
@@ -381,12 +396,12 @@ def verify(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
     add_help_option=False,
     help="Judge by people: a blind study on a web page (new, serve, export, agreement; see assess --help).",
 )
-def assess(context: typer.Context) -> None:
+def assess(context: typer.Context) -> Any:
     try:
         from exalign.judging.assess import app as people
     except ModuleNotFoundError as error:
         raise InputError(f"assess needs {error.name}: pip install 'exalign[people]'.") from None
-    people(args=context.args, prog_name="exalign assess", standalone_mode=False)
+    return people(args=context.args, prog_name="exalign assess", standalone_mode=False)
 
 
 app.command("plan")(plan)
@@ -397,13 +412,11 @@ app.command("grade-judge")(grade_judge)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: an `InputError` is one sentence and status 2, Ctrl-C one sentence and status 130."""
     try:
-        app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "Interrupted; the same command continues where it was.", 130)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
+    except Interrupted as error:
+        _fail(str(error), 130)
     except Exception as error:
         usage = hasattr(error, "show")  # Typer carries its own copy of click, whose usage errors show themselves
         if not usage and not several():
@@ -411,7 +424,9 @@ def main(arguments: list[str] | None = None) -> None:
         with failing() as first:
             if first:
                 error.show() if usage else traceback.print_exc()  # type: ignore[attr-defined]
-        sys.exit(2 if usage else 1)
+        status = 2 if usage else 1
+    if status:  # what a command that ends with typer.Exit returns
+        sys.exit(status)
 
 
 def _quiet_libraries() -> None:

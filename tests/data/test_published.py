@@ -244,7 +244,7 @@ def test_the_table_names_each_layout():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_block_of_the_table_reads_its_layout(name, write_jsonl):
     rows, expected = PUBLISHED[name]
-    local = {"source": str(write_jsonl(rows)), "name": None, "split": None}
+    local = {"source": str(write_jsonl(rows)), "name": None, "data_dir": None, "split": None}
     counts = Counter()
     records = list(read_source(DataSettings.model_validate({**blocks()[name], **local}), counts))
     found = [(r.prompt, [c.text for c in r.completions], r.rewards, r.preferred) for r in records]

@@ -182,7 +182,7 @@ def test_a_cut_chat_completion_has_no_end(chat_tokenizer):
 
 def test_a_template_that_changes_the_prompt_is_refused(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ messages | length }}" + chat_tokenizer.chat_template
-    with pytest.raises(InputError, match=r"Record r: .*chat template changes the prompt"):
+    with pytest.raises(InputError, match=r"Record r: the chat template of .* changes the prompt"):
         tokenize(record_of((USER,), "was good."), chat_tokenizer)
 
 

@@ -126,10 +126,10 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(2):
         rows = {"prompt": [f"p{number}"], "chosen": ["yes"], "rejected": ["no"]}
         pq.write_table(pa.table(rows), shards / f"train-0000{number}-of-00002.parquet")
-    for part in ("first-base", "second-base"):
+    for part, file in (("first-base", "train"), ("second-base", "train"), ("whole", "preference")):
         (root / "datasets" / "someone" / "parts" / part).mkdir(parents=True)
         line = json.dumps({"prompt": part, "chosen": "yes", "rejected": "no"})
-        (root / "datasets" / "someone" / "parts" / part / "train.jsonl").write_text(line + "\n")
+        (root / "datasets" / "someone" / "parts" / part / f"{file}.jsonl").write_text(line + "\n")
     return root
 
 
@@ -174,6 +174,8 @@ def test_a_data_set_of_two_shards_is_loaded_once_and_then_without_the_hub(hub: H
 def test_one_folder_of_a_data_set_is_read(hub: Hub, tmp_path: Path) -> None:
     code = DATA.replace('source="{name}"', 'source="{name}", data_dir="second-base"')
     assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
+    whole = code.replace("second-base", "whole")  # no word of it names a split
+    assert load(whole, "someone/parts", hub.address, tmp_path) == "['whole']"
     other = code.replace("second-base", "third-base")
     assert load(other, "someone/parts", hub.address, tmp_path) == (
         "refused: The data set someone/parts has no folder third-base; correct `data_dir`."

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -280,3 +282,38 @@ def test_half_precision_is_refused_before_anything_is_loaded() -> None:
     check_trainable(ModelSettings(source="x", dtype="bfloat16", lora=LoraSettings()), "model")
     with pytest.raises(InputError, match=r"reward.model.dtype = float16: .* float32"):
         check_trainable(ModelSettings(source="x", dtype="float16"), "reward.model")
+
+
+def test_transformers_alone_stops_where_the_chat_template_ends_answers(tmp_path: Path, tokenizer) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <|turn|> \n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    model = load_policy(ModelSettings(config=CONFIG), tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|turn|>")
+    save_model(model, tokenizer, tmp_path / "chat", card="")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "chat").eval()
+    assert plain.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
+    plain.lm_head.weight = nn.Parameter(torch.zeros_like(plain.lm_head.weight))
+    plain.lm_head.bias = nn.Parameter(torch.eye(len(tokenizer))[end])  # whatever is asked, the turn ends
+    assert plain.generate(torch.tensor([[3, 4]]), max_new_tokens=9, do_sample=False)[0].tolist() == [3, 4, end]
+    again = load_policy(ModelSettings(source=str(tmp_path / "chat")), tokenizer)
+    assert again.generation_config.eos_token_id == [tokenizer.eos_token_id, end]  # nothing twice
+
+
+def test_the_tokenizer_files_that_openai_published_are_a_tokenizer(tmp_path: Path) -> None:
+    core = Tokenizer(tokenizer_models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["the film was the best of the films"], trainer)
+    core.model.save(str(tmp_path))
+    (tmp_path / "vocab.json").rename(tmp_path / "encoder.json")
+    (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
+    loaded = load_tokenizer(str(tmp_path))
+    text = " the film, best é\n"
+    assert loaded(text)["input_ids"] == core.encode(text).ids and loaded.decode(core.encode(text).ids) == text
+    assert loaded.eos_token == "<|endoftext|>"

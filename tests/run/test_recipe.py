@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from exalign.errors import InputError
 from exalign.run.demo import RECIPE
-from exalign.run.explain import explain
+from exalign.run.explain import LEAST, explain
+from exalign.run.familiar import SETTINGS
 from exalign.run.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -146,3 +149,42 @@ def test_every_setting_is_explained() -> None:
     names = {setting.name for setting in settings}
     assert {"temperature", "align.NAME.beta_pi", "data.sft.source", "model.lora.rank"} <= names
     assert "search.methods.NAME.NAME.log" in names
+
+
+LEAST_RECIPE = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {"source": "p.jsonl"}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"beta": 0.1}, "align.a.beta is not a setting; here: beta_pi (β_π), or beta of method: ppo."),
+        ({"label_smoothing": 0.1}, "here: epsilon (ε)"),
+        ({"loss_type": "simpo"}, "loss_type is not a setting; here: simpo is not offered; nearest is divergence: forw"),
+        ({"loss_type": ["sigmoid"]}, "here: sigmoid is divergence: forward_kl, target: preference."),
+        ({"loss_type": "unheard"}, "here: divergence and target"),
+        ({"method": "exo"}, "align.a.method: 'exo' is none; there are matching, ppo"),
+        ({"method": "exo"}, "exo is divergence: reverse_kl, target: preference."),
+        ({"num_train_epochs": 3}, "here: epochs."),
+    ],
+)
+def test_a_familiar_name_says_what_it_is_here(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make_recipe({**LEAST_RECIPE, "align": {"a": settings}})
+    assert sentence in str(caught.value)
+
+
+def test_familiar_names_lead_to_settings_that_exist() -> None:
+    names = {setting.name for setting in explain(Recipe)}
+    known = names | {name.removeprefix("align.NAME.") for name in names} | {"metrics.jsonl"}
+    for here in SETTINGS.values():
+        first = re.match(r"[a-z_.]+", here.removeprefix("none").removeprefix("; nearest is ").lstrip(": "))
+        words = re.findall(r"\b[a-z]+(?:[._][a-z_]+)+\b", here)
+        assert {word for word in words if word not in known} <= {"forward_kl", "reverse_kl"}, here
+        assert first is None or here.startswith(("none", "each", "the option")) or first[0] in known, here
+    with pytest.raises(InputError, match="dpo is not a setting; here: each method is a section of align"):
+        make_recipe({**LEAST_RECIPE, "dpo": {}})
+
+
+def test_the_least_recipe_is_one() -> None:
+    recipe = make_recipe(parse_yaml(LEAST, "least"))
+    assert [method.trains_on for method in recipe.align.values()] == ["preferences"]

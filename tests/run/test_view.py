@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,22 @@ def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> 
     assert Contents(known).of("a-name/on-a-hub") is None
     assert Contents(known).of_function("exalign.data.synthetic:reward") is not None
     assert Contents(known).of_function("no.such:thing") is None
+
+
+def test_an_adapter_is_what_it_is_on_its_base(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = Contents(tmp_path / "inputs.json").of(str(adapter))
+    (base / "model.safetensors").write_bytes(b"other weights")
+    after = Contents(tmp_path / "inputs.json").of(str(adapter))
+    assert before is not None and before != after
+    (adapter / "config.json").write_text("{}")  # a whole model beside it needs no base
+    whole = Contents(tmp_path / "inputs.json").of(str(adapter))
+    (base / "model.safetensors").write_bytes(b"weights")
+    assert Contents(tmp_path / "inputs.json").of(str(adapter)) == whole
 
 
 def test_step_sizes_are_those_of_the_sections_that_are_read(tiny: MakeRecipe) -> None:

@@ -151,7 +151,7 @@ def test_progress_and_stages_show_names_only(name: str) -> None:
     assert escape_controls(name) in checked(console.file.getvalue())  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         console = Console(file=io.StringIO(), width=200, force_terminal=True)
-        recipe: Any = SimpleNamespace(name="x", model_dump_json=lambda **_: "{}")
+        recipe: Any = SimpleNamespace(name="x", threads=None, model_dump_json=lambda **_: "{}")
         odd = RunStage("a", (), (), lambda view: view.counts.update({name: 1}))
         run = Run(recipe, Path(folder), console)
         run.carry_out([odd])

@@ -322,20 +322,15 @@ def read_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
     return _window(_shuffled(_all_rows(settings, path, counts), settings.shuffle_seed), settings, counts)
 
 
-def shared_prompts(first: Iterable[Record], second: Iterable[Record]) -> tuple[int, int]:
-    """How many different prompts of `second` are also prompts of `first`, and how many different ones it has.
+def prompt_digest(record: Record) -> bytes:
+    """A hash of a record's prompt, or of a whole text that is still to be cut into prompt and completion.
 
     White space around a text, or a message, makes no difference.
 
-    >>> shared_prompts([Record("0", "Hi"), Record("1", "Bye")], [Record("2", "Hi "), Record("3", "Why?")])
-    (1, 2)
+    >>> prompt_digest(Record("0", "Hi")) == prompt_digest(Record("1", "Hi "))
+    True
     """
-    known, asked = ({_digest(record) for record in records} for records in (first, second))
-    return len(known & asked), len(asked)
-
-
-def _digest(record: Record) -> bytes:
-    said = record.prompt
+    said = record.prompt or "".join(completion.text for completion in record.completions)
     parts = said.strip() if isinstance(said, str) else [{**part, "content": part["content"].strip()} for part in said]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
@@ -478,7 +473,7 @@ def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
     where = f"{settings.source} ({split})"
     try:
         if settings.data_dir is not None:
-            yield from _hub_folder_rows(settings, settings.data_dir, split, counts)
+            yield from _hub_folder_rows(settings, settings.data_dir, counts)
             return
         data = datasets.load_dataset(settings.source, settings.name, split=split, streaming=settings.streaming)
         for number, values in enumerate(data, start=1):
@@ -495,7 +490,7 @@ def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
         ) from None
 
 
-def _hub_folder_rows(settings: DataSettings, below: str, split: str, counts: Counter[str]) -> Iterator[SourceRow]:
+def _hub_folder_rows(settings: DataSettings, below: str, counts: Counter[str]) -> Iterator[SourceRow]:
     """One folder of a hub data set, as its files stand there; `datasets` would not find it again without the hub."""
     from huggingface_hub import snapshot_download
 
@@ -506,7 +501,8 @@ def _hub_folder_rows(settings: DataSettings, below: str, split: str, counts: Cou
     )
     if not folder.is_dir():
         raise InputError(f"The data set {settings.source} has no folder {below}; correct `data_dir`.")
-    for file in _split_files(folder, split):
+    named = any(_split_of(file.relative_to(folder)) for file in _data_files(folder))  # else all of it is `train`
+    for file in _split_files(folder, settings.split or ("train" if named else None)):
         yield from _file_rows(file, file.relative_to(folder).as_posix(), settings, counts)
 
 

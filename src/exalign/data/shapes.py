@@ -673,7 +673,7 @@ def _tree(root: Any) -> Iterator[Values]:
         node, past = open_turns.pop(0)
         if not isinstance(node, Mapping) or not isinstance(node.get("replies") or [], list):
             raise ValueError(f"`prompt` must be a tree of messages with `replies`, but holds {_said(node)}.")
-        replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+        replies = [r for r in node.get("replies") or [] if isinstance(r, Mapping) and not r.get("deleted")]
         past = [*past, {"role": node.get("role"), "content": node.get("text")}]
         if replies and node.get("role") != "assistant":
             ranks = [reply.get("rank") for reply in replies]

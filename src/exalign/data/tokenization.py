@@ -332,7 +332,11 @@ def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter
     start = _render(record, tokenizer, messages)
     before, found, behind = _render(record, tokenizer, messages, answer=opening + _PLACE).rpartition(_PLACE)
     if not found:
-        raise UnfitError(record, "records_refused_by_template", "the tokenizer's chat template writes no answers.")
+        raise UnfitError(
+            record,
+            "records_refused_by_template",
+            f"{_template_of(tokenizer)} writes no answers.",
+        )
     if counts is not None:
         _count_left_out(record, tokenizer, messages, start, counts)
     lead = opened = ""
@@ -349,10 +353,18 @@ def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter
         raise UnfitError(
             record,
             "prompts_changed_by_template",
-            "the tokenizer's chat template changes the prompt once the answer follows, "
+            f"{_template_of(tokenizer)} changes the prompt once the answer follows, "
             "so the two have no boundary; use a template whose prompt stays as it is.",
         )
     return _Turn(start, lead=lead, opened=opened, behind=behind, **_end_of(behind, tokenizer))
+
+
+def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return getattr(tokenizer, "name_or_path", None) or "given"
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the chat template of the tokenizer {_name_of(tokenizer)}"
 
 
 def _messages(record: Record) -> tuple[list[Any], str]:
@@ -396,7 +408,7 @@ def _render(
         raise UnfitError(
             record,
             "records_without_template",
-            "it is a conversation, but the tokenizer has no chat template: "
+            f"it is a conversation, but the tokenizer {_name_of(tokenizer)} has no chat template: "
             "use a chat model's tokenizer, or data with plain text.",
         )
     if answer is not None:
@@ -406,7 +418,9 @@ def _render(
         return render_chat(tokenizer, messages, tools=tools, answering=answering and answer is None)
     except (TemplateError, ValueError, TypeError, LookupError) as error:
         raise UnfitError(
-            record, "records_refused_by_template", f"the tokenizer's chat template refuses it ({error})."
+            record,
+            "records_refused_by_template",
+            f"{_template_of(tokenizer)} refuses it ({error}).",
         ) from None
 
 
@@ -461,7 +475,7 @@ def _answer(record: Record, text: str, turn: _Turn, tokenizer: PreTrainedTokeniz
         raise UnfitError(
             record,
             "answers_without_reasoning",
-            f"the tokenizer's chat template opens the answer with {tag}, and this one does not close it; give answers "
+            f"{_template_of(tokenizer)} opens the answer with {tag}, and this one does not close it; give answers "
             "with their reasoning, or a tokenizer (tokenizer.source) or tokenizer.chat_template_kwargs without it.",
         )
     counts["answers_changed_by_template"] += 1

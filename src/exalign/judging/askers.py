@@ -20,6 +20,7 @@ from pydantic import Field
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.judging.exchanges import Body, Reply, parse_completion, request_key
+from exalign.models.model_settings import adapter_base
 from exalign.redaction import redact
 from exalign.settings import Settings
 from exalign.storage import fingerprint_path
@@ -272,7 +273,9 @@ class LocalModel:
         self.judge = Path(source).resolve().name if Path(source).is_dir() else source
         self._source = source
         self._settings = settings
-        self._weights = fingerprint_path(Path(source)) if Path(source).is_dir() else None
+        base = adapter_base(Path(source) / "adapter_config.json") if Path(source).is_dir() else None
+        folders = [Path(name) for name in (source, base) if name and Path(name).is_dir()]
+        self._weights = "-".join(map(fingerprint_path, folders)) or None
         self._loaded: tuple[Any, Any] | None = None
 
     def body(self, question: str) -> Body:
@@ -296,13 +299,13 @@ class LocalModel:
         import torch
 
         start = time.monotonic()
+        from exalign.data.tokenization import completion_text, render_chat
+
         model, tokenizer = self._load()
-        text = body["messages"][0]["content"]
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
-        # A rendered chat template carries its own special tokens.
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-        prompt_tokens = ids["input_ids"].shape[1]
+        chat, text = tokenizer.chat_template is not None, body["messages"][0]["content"]
+        text = render_chat(tokenizer, body["messages"]) if chat else text
+        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes its own special tokens
+        prompt_tokens = len(ids)
         room = getattr(model.config, "max_position_embeddings", None)
         if room is not None and prompt_tokens >= room:
             return Reply("refused", error=f"the question has {prompt_tokens} tokens, the model reads {room}")
@@ -311,13 +314,15 @@ class LocalModel:
         limit = body["max_tokens"] if room is None else min(body["max_tokens"], room - prompt_tokens)
         torch.manual_seed(int(request_key(body)[:15], 16))
         with torch.inference_mode():
-            output = model.generate(**ids, max_new_tokens=limit, pad_token_id=tokenizer.pad_token_id, **sampling)
-        answer = output[0, prompt_tokens:]
+            asking = torch.tensor([ids], device=model.device)
+            more = {"max_new_tokens": limit, "pad_token_id": tokenizer.pad_token_id, **sampling}
+            output = model.generate(asking, attention_mask=torch.ones_like(asking), **more)
+        answer = output[0, prompt_tokens:].tolist()
         completion = {
             "model": body["model"],
             "choices": [
                 {
-                    "message": {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)},
+                    "message": {"role": "assistant", "content": completion_text(tokenizer, ids, answer)},
                     "finish_reason": "length" if len(answer) >= limit else "stop",
                 }
             ],

@@ -94,6 +94,14 @@ class Matching(Method):
         if self.rounds > 1 and self.target == "preference":
             yield "rounds needs target: reward; preferences are not made while training"
 
+    def problem_with(self, num_completions: int) -> str | None:
+        if self.target == "reward" or self.epsilon < 1 - 1 / num_completions:
+            return None
+        return (
+            f"of {num_completions} completions the preferred one would get no more than the others with epsilon = "
+            f"{self.epsilon:g}; choose one below {1 - 1 / num_completions:g}."
+        )
+
     def train(self, material: Material, folder: Path) -> Path:
         if self.rounds > 1:
             return train_rounds(material, self, folder)
@@ -245,11 +253,8 @@ def check_groups(groups: Sequence[Group], settings: Matching) -> None:
             )
         if settings.target == "preference" and group.preferred is None:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
-        if settings.target == "preference" and settings.epsilon >= 1 - 1 / group.num_completions:
-            raise InputError(
-                f"Row {group.index} has {group.num_completions} completions; with epsilon = {settings.epsilon:g} the "
-                f"preferred one would get no more than the others. Choose one below {1 - 1 / group.num_completions:g}."
-            )
+        if (problem := settings.problem_with(group.num_completions)) is not None:
+            raise InputError(f"Row {group.index}: {problem}")
         if settings.target == "reward" and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):

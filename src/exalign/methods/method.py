@@ -125,6 +125,10 @@ class Method(TrainSettings):
         """Sentences about a recipe's `sample` with which it cannot train, where it draws its own samples."""
         yield from ()
 
+    def problem_with(self, num_completions: int) -> str | None:
+        """A sentence about prompts with this number of completions, where it cannot train on them."""
+        return None
+
     def train(self, material: Material, folder: Path) -> Path:
         """Train `material.policy` in `folder`, continuing what stands there; `loop.train` says what is written."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -39,13 +39,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
 from exalign.data.hub import hub_sentence
-from exalign.data.tokenization import eos_id
+from exalign.data.tokenization import end_ids, eos_id
 from exalign.errors import InputError
 from exalign.models.capability import base_of, device_of
 from exalign.models.heads import completion_outputs
 from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import is_out_of_memory, release_memory
-from exalign.models.model_settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings, adapter_base
 from exalign.models.prefix_tree import unflatten
 from exalign.processes import leads
 from exalign.storage import atomic_path, exists, read_object, write_json
@@ -125,9 +125,9 @@ def load_scoring_model(
     )
 
 
-def policy_skeleton(settings: ModelSettings) -> PreTrainedModel:
-    """The language model that a folder or hub name describes, without its weights: only the configuration is read."""
-    config = _read_config(settings, None)
+def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The language model that a source or a config (with its tokenizer) describes, without its weights."""
+    config = read_config(settings, tokenizer)
     with torch.device("meta"):
         return _from_config(AutoModelForCausalLM, settings, config, torch.float32)
 
@@ -135,7 +135,7 @@ def policy_skeleton(settings: ModelSettings) -> PreTrainedModel:
 def scoring_skeleton(source: str, *, num_labels: int | None = None) -> PreTrainedModel:
     """A sequence classifier without its weights, from its configuration alone: its labels, and whether it is causal."""
     _refuse_code(source)
-    config = _read_config(ModelSettings(source=source), None)
+    config = read_config(ModelSettings(source=source), None)
     if num_labels is not None and _adapter_base(source) is not None:
         config.num_labels = num_labels
     try:
@@ -145,6 +145,26 @@ def scoring_skeleton(source: str, *, num_labels: int | None = None) -> PreTraine
         raise InputError(f"{source} is no model to score with ({first_line(error)[:200]}).") from error
     model.config.name_or_path = source
     return model
+
+
+def check_weights(source: str) -> None:
+    """Raise what loading the weights of a folder, or of the base of its adapter, would raise, as their heads tell."""
+    base = _adapter_base(source)
+    if base is not None:
+        check_weights(base)
+    if not is_folder(source):
+        return
+    folder, name = Path(source), "model" if base is None else "adapter_model"
+    index = folder / f"{name}.safetensors.index.json"
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values()) if exists(index) else ()
+        for file in sorted(files) or [f"{name}.safetensors"]:
+            if not exists(folder / file):
+                raise InputError(f"{source} has no {file}; weights that are pickled are not opened.")
+            with safe_open(folder / file, framework="pt"):
+                pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise _unreadable("model", source, error) from error
 
 
 def check_trainable(settings: ModelSettings, where: str) -> None:
@@ -340,7 +360,7 @@ def _load(
     """`new_head`: a sequence classifier may be made of a language model."""
     if (settings.source is None) == (settings.config is None):
         raise InputError("A model needs either source (a folder or hub name) or config (to train from scratch).")
-    config = _read_config(settings, tokenizer)
+    config = read_config(settings, tokenizer)
     _check_code(config, settings)
     if num_labels is not None:
         _check_labels(config, settings, num_labels)
@@ -369,18 +389,22 @@ def _load(
 
 
 def _know_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, *, trained: bool) -> None:
-    """Give a model the special tokens of its tokenizer that it does not know.
+    """Give a model the special tokens of its tokenizer that it does not know, with those that end its answers.
 
     A scalar head that is to be trained has no padding where that is what ends a text, see `_own_padding`.
     """
-    scores = hasattr(model, "score")
+    scores, held = hasattr(model, "score"), getattr(model, "generation_config", None)
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         known = getattr(tokenizer, name)
         if known is None or (scores and not trained and name == "pad_token_id"):
             continue
-        for holder in (model.config, getattr(model, "generation_config", None)):
+        for holder in (model.config, held):
             if holder is not None and getattr(holder, name, None) is None:
                 setattr(holder, name, known)
+    if held is not None:
+        ends = held.eos_token_id if isinstance(held.eos_token_id, list) else [held.eos_token_id]
+        more = sorted(end_ids(tokenizer).difference(ends))
+        held.eos_token_id = [*ends, *more] if more else held.eos_token_id
     text = model.config.get_text_config()
     if scores and trained and text.pad_token_id == tokenizer.eos_token_id:
         model.config.pad_token_id = text.pad_token_id = None
@@ -410,7 +434,8 @@ def _make_savable(model: Any) -> None:
     logger.warning("generation_config.json contradicts itself; of it, only the ids of special tokens are kept.")
 
 
-def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+def read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The configuration of a source, of an adapter's base, or of a model from scratch, which needs its tokenizer."""
     if settings.config is not None:
         assert tokenizer is not None
         values = dict(settings.config)
@@ -433,7 +458,15 @@ def _read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | N
         raise _unreadable("model", source, error) from error
 
 
+def _check_kind(auto_class: Any, config: PreTrainedConfig) -> None:
+    own_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto_class._model_mapping and not own_code:
+        kind = "causal language model" if auto_class is AutoModelForCausalLM else "model that can score texts"
+        raise InputError(f"A {config.model_type} is no {kind}; name one that is (gpt2, llama, qwen3, …).")
+
+
 def _from_config(auto_class: Any, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    _check_kind(auto_class, config)
     try:
         return auto_class.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # an architecture without such a head, or numbers that do not fit each other
@@ -444,6 +477,7 @@ def _from_pretrained(
     auto_class: Any, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype, *, new_head: bool
 ) -> PreTrainedModel:
     _check_files(str(settings.source))
+    _check_kind(auto_class, config)
     try:
         model, report = auto_class.from_pretrained(
             settings.source,
@@ -470,12 +504,7 @@ def _adapter_base(source: str) -> str | None:
         path = None if whole else str(Path(source) / "adapter_config.json")
     else:
         path = None if exists(Path(source)) else _hub_adapter(source)
-    if path is None or not Path(path).is_file():
-        return None
-    try:
-        return str(json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not name the model that the adapter was trained on.") from error
+    return None if path is None else adapter_base(Path(path))
 
 
 @cache

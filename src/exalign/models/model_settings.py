@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from exalign.errors import InputError
 from exalign.settings import CONTENT, Settings, Source
 
 
@@ -31,3 +34,13 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the weights in memory.")
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model; off for safety.")
+
+
+def adapter_base(path: Path) -> str | None:
+    """The model that a LoRA adapter was trained on, as its adapter_config.json says; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not name the model that the adapter was trained on.") from error

@@ -29,7 +29,7 @@ from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, 
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
-from exalign.models.loading import first_line, load_scoring_model, load_tokenizer, scoring_skeleton
+from exalign.models.loading import check_weights, first_line, load_scoring_model, load_tokenizer, scoring_skeleton
 from exalign.models.memory import computed
 from exalign.rollout.settings import OneScorer, ScorerSettings
 
@@ -115,6 +115,7 @@ def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
             FunctionScorer(part.function).score(records)
         if source is None:
             continue
+        check_weights(source)
         model = scoring_skeleton(source, num_labels=1 if part.reward_model else None)
         tokenizer = load_tokenizer(source)
         if part.classifier is not None:

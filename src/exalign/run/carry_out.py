@@ -6,14 +6,27 @@ By one process, or by the first of several, which the others join where all trai
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exalign.data.reading import DataSettings, Sources, each, read_source, shared_prompts
+from transformers import PreTrainedTokenizerBase
+
+from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
 from exalign.data.record import Record
+from exalign.data.tokenization import UnfitError, with_token_ids
+from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
 from exalign.models.capability import check_positions
-from exalign.models.loading import check_trainable, is_folder, load_tokenizer, policy_skeleton
+from exalign.models.loading import (
+    check_trainable,
+    check_weights,
+    is_folder,
+    load_tokenizer,
+    policy_skeleton,
+    read_config,
+)
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
 from exalign.rollout import vllm
@@ -23,7 +36,8 @@ from exalign.run import cluster
 from exalign.run.recipe import Recipe
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import Proposer, validation_prompts
-from exalign.run.stages import plan
+from exalign.run.search_settings import changed
+from exalign.run.stages import plan, texts_of
 from exalign.storage import exists
 from exalign.terminal import shown
 
@@ -59,64 +73,139 @@ def _carry_out(run: Run, targets: tuple[str, ...]) -> None:
         return
     with leading():
         if not run.is_complete(stages):
-            check_inputs(run.recipe)
-            if (sentence := shared_with_training(run.recipe)) is not None:
+            for sentence in check_inputs(run.recipe):
                 run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
         run.carry_out(stages, targets)
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe) -> list[str]:
     """Raise the `InputError` that a stage would raise hours later: bad rows, missing files, models and functions.
 
-    Local data is read to its end, row by row; hub data is left to the stage that downloads it.
+    Local data is read to its end, row by row; hub data is left to the stage that downloads it. Returned is what should
+    be said before the work.
     """
-    for name, sources in local_sources(recipe).items():
-        for settings in each(sources):
-            for record in read_source(whole(settings), Counter()):
-                _check_record(name, settings, record)
-    kinds = _kinds(recipe) if scorers(recipe) else []
+    looked = {name: _look(name, sources) for name, sources in local_sources(recipe).items()}
+    sampled = [looked[name] for name in ("prompts", "preferences", "evaluation", "validation") if name in looked]
     for scorer in scorers(recipe):
-        check_scorer(scorer, kinds)
-    source = recipe.tokenizer.source or recipe.model.source
-    if recipe.tokenizer.vocab_size is None and source is not None:
-        kwargs = recipe.tokenizer.chat_template_kwargs
-        load_tokenizer(source, trust_remote_code=recipe.model.trust_remote_code, chat_template_kwargs=kwargs)
-    for where, model in models_of(recipe).items():
-        check_model(model)
-        if where != "model" or recipe.sft is not None or recipe.align:
-            check_trainable(model, where)
-    if recipe.model.source is not None and (recipe.sft is not None or recipe.align):
-        _check_lengths(recipe)
+        check_scorer(scorer, [record for found in sampled for record in found.patterns.values()])
+    tokenizer = _tokenizer(recipe, looked)
+    said = [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
+    _check_methods(recipe, looked)
     if recipe.search is not None:
         _check_search(recipe)
     if recipe.cluster is not None:
         cluster.check_installed(recipe.cluster)
     if recipe.sample.engine == "vllm":
         vllm.check_installed()
+    held_out = looked.get("evaluation")
+    for name in ("preferences", "prompts", "rewards") if held_out else ():
+        if name in looked and (shared := len(looked[name].prompts & held_out.prompts)):
+            asked = len(held_out.prompts)
+            said.append(
+                f"{shared:,} of the {asked:,} prompts of data.evaluation are in data.{name} too, and may be trained on."
+            )
+    return said
 
 
-def _check_lengths(recipe: Recipe) -> None:
-    """The longest text that a stage may sample must have a position in the model."""
-    settings = ModelSettings(source=recipe.model.source, trust_remote_code=recipe.model.trust_remote_code)
-    longest = recipe.data.max_prompt_tokens + recipe.sample.max_new_tokens
-    names = "data.max_prompt_tokens + sample.max_new_tokens"
-    check_positions(policy_skeleton(settings).config, longest, settings=names, samples=True)
+@dataclass
+class _Looked:
+    """A local data source: the first record of every pattern of roles, its prompts, its completions at the least."""
+
+    patterns: dict[Any, Record] = field(default_factory=dict)
+    prompts: set[bytes] = field(default_factory=set)
+    fewest: int | None = None
 
 
-def shared_with_training(recipe: Recipe) -> str | None:
-    """A sentence where prompts of the evaluation are among those that are trained on, as far as the data is local."""
-    local = local_sources(recipe)
-    rows = {
-        name: [record for one in each(local[name]) for record in read_source(whole(one), Counter())]
-        for name in ("data.evaluation", "data.preferences", "data.prompts", "data.rewards")
-        if name in local
+def _look(name: str, sources: Sources) -> _Looked:
+    found = _Looked()
+    for settings in each(sources):
+        for record in read_source(whole(settings), Counter()):
+            _check_record(f"data.{name}", settings, record)
+            said = record.prompt
+            roles = "text" if isinstance(said, str) else tuple((m["role"], "tool_calls" in m) for m in said)
+            found.patterns.setdefault((roles, bool(record.tools), bool(record.completions)), record)
+            found.prompts.add(prompt_digest(record))
+            number = 2 if record.preferred is None else len(record.completions)  # of rewards pairs are made
+            found.fewest = min(number, found.fewest or number)
+    return found
+
+
+def _tokenizer(recipe: Recipe, looked: Mapping[str, _Looked]) -> PreTrainedTokenizerBase | None:
+    """The policy's tokenizer; one that the run trains, from the few rows that are at hand."""
+    settings, model = recipe.tokenizer, recipe.model
+    if settings.vocab_size is None:
+        source, kwargs = settings.source or model.source, settings.chat_template_kwargs
+        return load_tokenizer(str(source), trust_remote_code=model.trust_remote_code, chat_template_kwargs=kwargs)
+    if "sft" not in looked:
+        return None
+    texts = (text for record in looked["sft"].patterns.values() for text in texts_of(record))
+    return build_tokenizer(texts, vocab_size=settings.vocab_size)
+
+
+def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Every model that training starts from: its folder, weights, kind and positions."""
+    data, trains = recipe.data, any((recipe.sft, recipe.reward, recipe.align))
+    given = any((data.sft, data.preferences, data.rewards))
+    texts = (data.max_prompt_tokens + data.max_completion_tokens, "data.max_prompt_tokens + data.max_completion_tokens")
+    drawn = (data.max_prompt_tokens + recipe.sample.max_new_tokens, "data.max_prompt_tokens + sample.max_new_tokens")
+    for where, model in models_of(recipe).items():
+        check_model(model)
+        if where != "model" or trains:
+            check_trainable(model, where)
+        if model.config is not None and tokenizer is None:
+            continue
+        config = policy_skeleton(model, tokenizer).config if where == "model" else read_config(model, tokenizer)
+        sums = [texts] if given and (where == "reward.model" or (where == "model" and trains)) else []
+        if where == "oracle.model" and recipe.oracle is not None:
+            sums = [(1 + recipe.oracle.max_tokens, "1 + oracle.max_tokens")]
+        for longest, names in sums:
+            if (sentence := check_positions(config, longest, settings=names, samples=False)) is not None:
+                yield sentence
+        if where == "model" and (recipe.align or recipe.preferences is not None):
+            check_positions(config, drawn[0], settings=drawn[1], samples=True)
+
+
+def _check_templates(
+    recipe: Recipe, looked: Mapping[str, _Looked], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    """A row of every pattern of roles through every template that will write it."""
+    own = {"oracle": recipe.oracle, "reward": recipe.reward}
+    other = {
+        name: load_tokenizer(section.model.source, trust_remote_code=section.model.trust_remote_code)
+        for name, section in own.items()
+        if section is not None and section.model is not None and section.model.source is not None
     }
-    held_out = rows.pop("data.evaluation", None)
-    for name, trained in rows.items() if held_out else ():
-        shared, asked = shared_prompts(trained, held_out or ())
-        if shared:
-            return f"{shared:,} of the {asked:,} prompts of data.evaluation are in {name} too, and may be trained on."
-    return None
+    for name, found in looked.items():
+        used = [other.get("oracle", tokenizer)] if name == "labelled" else [tokenizer]
+        used += [other["reward"]] if name == "preferences" and "reward" in other else []
+        for writer in used:
+            if writer is not None:
+                yield from _unfit(f"data.{name}", list(found.patterns.values()), writer)
+
+
+def _unfit(where: str, records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A sentence for every record that no template writes, whatever it says; an `InputError` where that is all."""
+    refused = []
+    for record in records:
+        try:
+            with_token_ids(record, tokenizer, Counter())
+        except UnfitError as error:
+            if error.reason.startswith(("records_", "prompts_")):  # of its roles, not of its texts
+                refused.append(error)
+    if refused and len(refused) == len(records):
+        raise InputError(f"{where}: no row can be used. {refused[0]}")
+    yield from (f"{where}: {error} Rows like it are left out and counted." for error in refused)
+
+
+def _check_methods(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
+    """Methods, and the ends of what is searched over, against the number of completions that are compared."""
+    given = looked.get("preferences")
+    for name, method in recipe.align.items():
+        ranges = recipe.search.methods.get(name, {}) if recipe.search is not None else {}
+        tried = [changed(method, {setting: value}) for setting, v in ranges.items() for value in v.extremes]
+        for one in [method, *tried]:
+            if one.trains_on == "preferences" and (problem := one.problem_with((given and given.fewest) or 2)):
+                raise InputError(f"align.{name}: {problem}")
 
 
 def whole(settings: DataSettings) -> DataSettings:
@@ -129,7 +218,7 @@ def _check_search(recipe: Recipe) -> None:
     assert recipe.search is not None
     for method, ranges in recipe.search.methods.items():
         Proposer(ranges, type(recipe.align[method]), trials=recipe.search.trials, seed=0).propose([])
-    names = ("data.evaluation",) if recipe.data.validation is None else ("data.evaluation", "data.validation")
+    names = ("evaluation",) if recipe.data.validation is None else ("evaluation", "validation")
     local = local_sources(recipe)
     if all(name in local and all(one.prompt_tokens is None for one in each(local[name])) for name in names):
         rows = [read_source(local[name], Counter()) for name in names]
@@ -143,7 +232,7 @@ def local_sources(recipe: Recipe) -> dict[str, Sources]:
     for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
         sources = getattr(recipe.data, name)
         if sources is not None and all(exists(Path(one.source)) or _looks_local(one.source) for one in each(sources)):
-            found[f"data.{name}"] = sources
+            found[name] = sources
     return found
 
 
@@ -183,19 +272,8 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
 
 
 def check_model(settings: ModelSettings) -> None:
-    """A local model folder must be there and have a configuration."""
+    """A local model folder must be there, with weights that can be read."""
     if settings.source is not None and _looks_local(settings.source) and not is_folder(settings.source):
         raise InputError(f"The model folder {settings.source} does not exist.")
-
-
-def _kinds(recipe: Recipe) -> list[Record]:
-    """A record of each kind of prompt that may be sampled and scored, as far as the data is local."""
-    found: dict[Any, Record] = {}
-    for name, sources in local_sources(recipe).items():
-        if name not in ("data.prompts", "data.preferences", "data.evaluation"):
-            continue
-        for settings in each(sources):
-            for record in read_source(whole(settings), Counter()):
-                said = record.prompt
-                found.setdefault("text" if isinstance(said, str) else tuple(m["role"] for m in said), record)
-    return list(found.values())
+    if settings.source is not None:
+        check_weights(settings.source)

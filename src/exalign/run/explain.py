@@ -6,7 +6,7 @@ import difflib
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from exalign.errors import InputError
 from exalign.methods.method import Method, available, method_class
+from exalign.run.familiar import LOSSES, SETTINGS
 from exalign.run.recipe import Recipe, dump_recipe, unwrap_optional
 from exalign.strict_yaml import dump_yaml
 
@@ -30,6 +31,8 @@ class Explained:
     type: str
     default: str
     meaning: str
+    owner: type[BaseModel]
+    """The class that defines it, whose settings may stand in several places."""
 
 
 def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
@@ -37,7 +40,8 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         inner = unwrap_optional(field.annotation)
-        yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "")
+        owner = next(c for c in model.__mro__ if name in vars(c).get("__annotations__", {}))
+        yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "", owner)
         while typing.get_origin(inner) is dict:
             inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
         if _is_settings(inner):
@@ -72,10 +76,21 @@ def type_name(annotation: Any) -> str:
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
+LEAST = """\
+name: first
+model: {source: HuggingFaceTB/SmolLM2-135M-Instruct}
+data: {preferences: {source: pairs.jsonl}}
+align:
+  exo: {target: preference}
+"""
+"""A whole recipe: the rest has defaults."""
+
+
 def print_settings(console: Console, below: str | None = None) -> None:
     """Print every setting of a recipe, or those of one section (`align`, `data.sft`); sections in bold.
 
-    `InputError` where `below` is none of them.
+    Settings that several sections share are printed in the first of them. Before them stands the least recipe, behind
+    them what other trainers call the settings. `InputError` where `below` is none of them.
     """
     settings = known = list(explain(Recipe))
     if below is not None:
@@ -85,13 +100,37 @@ def print_settings(console: Console, below: str | None = None) -> None:
             close = difflib.get_close_matches(below, sorted(names), n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
             raise InputError(f"{below} is no setting of a recipe; {hint}")
-    for setting in settings:
+    else:
+        console.print(Text(f"A whole recipe; what it does not say has a default:\n\n{LEAST}"), soft_wrap=True)
+    for setting in _once(settings):
         section = setting.type.startswith(("section", "mapping of"))
         style = "bold cyan" if section else "cyan"
         default = f" = {setting.default}" if setting.default not in ("", "required") else f" {setting.default}"
         console.print(Text.assemble((setting.name, style), (f" {setting.type}{default}", "dim")), soft_wrap=True)
         meaning = textwrap.fill(setting.meaning, console.width, initial_indent="    ", subsequent_indent="    ")
         console.print(Text(meaning), soft_wrap=True)
+
+    for title, table in (("Names of other trainers, and what they are here", SETTINGS), ("Their losses", LOSSES)):
+        if below is None:
+            console.print(Text(f"\n{title}", style="bold"))
+            for names, here in table.items():
+                console.print(Text.assemble((", ".join(names.split()), "cyan"), f": {here}"), soft_wrap=True)
+
+
+def _once(settings: Sequence[Explained]) -> Iterator[Explained]:
+    """The settings, those that several sections share only in the first one, and a line in the others that says so."""
+    first: dict[type[BaseModel], str] = {}
+    told: list[tuple[str, str]] = []
+    for setting in settings:
+        section = setting.name.rpartition(".")[0]
+        place = first.setdefault(setting.owner, section)
+        if place == section:
+            yield setting
+        elif not any(f"{section}.".startswith(f"{one}.") and f"{place}.".startswith(f"{as_}.") for one, as_ in told):
+            told.append((section, place))
+            names = [s.name for s in settings if s.owner is setting.owner and s.name.rpartition(".")[0] == place]
+            meaning = f"as above: {names[0]} to {names[-1]}"
+            yield replace(setting, name=f"{section}.…", type="", default="", meaning=meaning)
 
 
 def _prefixes(name: str) -> Iterator[str]:

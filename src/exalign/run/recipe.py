@@ -26,6 +26,7 @@ from exalign.methods.sft import SFT
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values
 from exalign.rollout.settings import SampleSettings, ScorerSettings, VLLMSettings
+from exalign.run.familiar import loss_meaning, meaning
 from exalign.run.search_settings import Range, SearchSettings, changed, fixed_settings
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
@@ -179,6 +180,12 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="seeds weights, data order and every sample")
     temperature: float = Field(
         1.0, gt=0, description="τ: one temperature for sampling, training log-probabilities, KL and evaluation"
+    )
+    threads: int | None = Field(
+        None,
+        gt=0,
+        description="of the CPU; None: as many as are fastest when the run begins, or as OMP_NUM_THREADS says",
+        json_schema_extra=NO_RESULT,
     )
     model: ModelSettings = Field(description="the policy to start from")
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="the policy's tokenizer")
@@ -432,7 +439,8 @@ def _check_method(name: str, settings: Any, where: str) -> None:
     except ValidationError as error:
         raise InputError(f"{where}: {explain_validation_error(error, chosen, f'align.{name}')}") from None
     except InputError as error:
-        raise InputError(f"{where}: align.{name}.{error}") from None
+        known = loss_meaning(settings.get("method"))
+        raise InputError(f"{where}: align.{name}.{error}" + (f" {known}." if known else "")) from None
 
 
 def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
@@ -457,7 +465,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target[name]
         if not isinstance(target, dict):
             raise InputError(f"{override[:200]!r}: {name} is a single value and has no settings below it.")
-    target[last] = parse_yaml(text, key[:200])
+    value = parse_yaml(text, key[:200])
+    if value is None and parents == ["align"] and last not in target:
+        raise InputError(f"{override[:200]!r}: align has no {last} to take away; {nearest(last, list(target))}")
+    target[last] = value
 
 
 def nearest(name: str, candidates: list[str]) -> str:
@@ -478,6 +489,8 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
     where = ".".join([*([prefix] if prefix else []), *location]) or "recipe"
     if problem["type"] == "extra_forbidden":
         owner = settings_at(model, location[:-1])
+        if (here := meaning(location[-1], problem["input"])) is not None:
+            return f"{where} is not a setting; here: {here}."
         return f"{where} is not a setting; {nearest(location[-1], list(owner.model_fields) if owner else [])}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default."

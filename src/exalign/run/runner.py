@@ -112,7 +112,7 @@ class Run:
                 made[stage.name] = self._made_from(stage, found[stage.name], needs, contents)
             self._check(wanted, made, found)
             contents.remember()
-            if (sentence := choose_threads(self._recorded().get("threads"))) is not None:
+            if (sentence := choose_threads(self.recipe.threads or self._recorded().get("threads"))) is not None:
                 self.console.print(shown(f"  {sentence}", "dim"), soft_wrap=True)
             self._describe()
             pin_to_run(self.folder)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from exalign.checksums import checksum
 from exalign.errors import InputError
+from exalign.models.model_settings import adapter_base
 from exalign.run.recipe import Recipe
 from exalign.settings import CONTENT, FUNCTION, NO_RESULT, STEP_SIZE, Settings
 from exalign.storage import exists, read_sealed, write_sealed
@@ -124,7 +125,7 @@ class Contents:
         self._found: dict[str, Any] = {}
 
     def of(self, name: str) -> str | None:
-        """The hash of a local file or folder; None where the name is that of something on a hub."""
+        """The hash of a local file or folder, of an adapter with its base; None where the name is a hub's."""
         path = Path(name)
         if not exists(path):
             return None
@@ -132,6 +133,9 @@ class Contents:
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.relative_to(path)}\0{self._of_file(file)}\0".encode())
+        if path.is_dir() and not (path / "config.json").exists():
+            base = adapter_base(path / "adapter_config.json")
+            digest.update(f"{base}\0{self.of(base)}".encode() if base else b"")
         return digest.hexdigest()[:16]
 
     def of_function(self, name: str) -> str | None:

@@ -1,0 +1,133 @@
+"""What is found out before any work, and what is only said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exalign.errors import InputError
+from exalign.models.loading import load_policy, load_tokenizer, save_model
+from exalign.models.model_settings import ModelSettings
+from exalign.run.carry_out import check_inputs
+from exalign.run.recipe import Recipe, make_recipe
+
+CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
+USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture(scope="module")
+def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "chat"
+    tokenizer = load_tokenizer(str(world / "tokenizer"))
+    tokenizer.chat_template = NO_SYSTEM
+    save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, folder, card="")
+    return folder
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Any:
+    """A recipe of preferences, these rows, with other settings changed."""
+
+    def make(rows: list[Any], **changed: Any) -> Recipe:
+        file = tmp_path / "pairs.jsonl"
+        sides = {"chosen": "yes", "rejected": "no"}
+        file.write_text("".join(json.dumps({"prompt": prompt, **sides}) + "\n" for prompt in rows))
+        values = {
+            "name": "it",
+            "model": {"source": str(model)},
+            "data": {"preferences": {"source": str(file)}, "max_prompt_tokens": 32, "max_completion_tokens": 32},
+            "sample": {"max_new_tokens": 8},
+            "align": {"dpo": {"target": "preference"}},
+        }
+        for path, value in changed.items():
+            *parents, last = path.split("__")
+            section: Any = values
+            for name in parents:
+                section = section.setdefault(name, {})
+            section[last] = value
+        return make_recipe(values)
+
+    return make
+
+
+def test_roles_that_a_template_refuses_are_told_and_where_nothing_else_is_refused(recipe: Any) -> None:
+    (said,) = check_inputs(recipe([[USER], [SYSTEM, USER], [USER], [SYSTEM, {**USER, "content": "Why?"}]]))
+    assert "data.preferences: Record pairs.jsonl:2: the chat template of" in said
+    assert "no system role" in said and "left out and counted" in said
+    with pytest.raises(InputError, match=r"data\.preferences: no row can be used\. .*no system role"):
+        check_inputs(recipe([[SYSTEM, USER]]))
+    assert check_inputs(recipe([[USER], "Hi"])) == []
+
+
+def test_lengths_are_held_against_positions(recipe: Any) -> None:
+    for name, part in (("data__max_completion_tokens", "data"), ("sample__max_new_tokens", "sample")):
+        with pytest.raises(InputError, match=rf"max_prompt_tokens \+ {part}.* is 97, but the model has 96 positions"):
+            check_inputs(recipe(["Hi"], **{name: 65}))
+    with pytest.raises(InputError, match="is 64, but the model has 63 positions"):
+        check_inputs(recipe(["Hi"], reward__model={"config": {**CONFIG, "n_positions": 63}}))
+
+
+def test_weights_are_looked_at(recipe: Any, model: Path, tmp_path: Path) -> None:
+    def broken(name: str, content: bytes | None) -> str:
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        (folder / "SHA256SUMS").unlink()
+        (folder / "model.safetensors").unlink()
+        if content is not None:
+            (folder / "model.safetensors").write_bytes(content)
+        return str(folder)
+
+    whole = (model / "model.safetensors").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name, content, sentence in (
+        ("pointer", pointer, "is a Git LFS pointer, not the file: run `git lfs pull`"),
+        ("half", whole[: len(whole) // 2], "Cannot load the model .*half: "),
+        ("none", None, "none has no model.safetensors"),
+    ):
+        source = broken(name, content)
+        with pytest.raises(InputError, match=sentence):
+            check_inputs(recipe(["Hi"], model__source=source))
+        with pytest.raises(InputError, match=sentence):
+            check_inputs(recipe(["Hi"], evaluate__scorer={"classifier": source}))
+        adapter = tmp_path / f"{name}-adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": source}))
+        with pytest.raises(InputError, match=sentence):
+            check_inputs(recipe(["Hi"], model__source=str(adapter), tokenizer__source=str(model)))
+    with pytest.raises(InputError, match=r"model\.dtype = bfloat16: weights in half precision cannot take small steps"):
+        check_inputs(recipe(["Hi"], model__dtype="bfloat16"))
+    with pytest.raises(InputError, match="A t5 is no causal language model"):
+        check_inputs(recipe(["Hi"], model={"config": {"model_type": "t5"}}, tokenizer__source=str(model), sft={}))
+
+
+def test_epsilon_leaves_the_preferred_completion_the_most(recipe: Any) -> None:
+    with pytest.raises(InputError, match=r"align\.dpo: of 2 completions .* epsilon = 0\.5; choose one below 0\.5"):
+        check_inputs(recipe(["Hi"], align__dpo__epsilon=0.5))
+    ranges = {"trials": 2, "kl": 1.0, "methods": {"dpo": {"epsilon": {"low": 0.01, "high": 0.6}}}}
+    scored = {"evaluate__scorer": {"function": "exalign.data.synthetic:reward"}}
+    with pytest.raises(InputError, match=r"epsilon = 0\.6"):
+        check_inputs(recipe(["Hi"], search=ranges, data__validation={"source": "x"}, **scored))
+
+
+def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Hi ", "Why?", "Hi")))
+    said = check_inputs(recipe(["Hi", "Ho"], data__evaluation={"source": str(held)}))
+    assert said == ["1 of the 2 prompts of data.evaluation are in data.preferences too, and may be trained on."]
+    # Texts that are yet to be cut are told apart too.
+    files = {"prompts": ("one text", "two texts"), "evaluation": ("two texts", "three texts", "four texts")}
+    changed: dict[str, Any] = {}
+    for name, texts in files.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        changed[f"data__{name}"] = {"source": str(file), "prompt_tokens": 1}
+    said = check_inputs(recipe(["Hi"], score__scorer={"function": "exalign.data.synthetic:reward"}, **changed))
+    assert said == ["1 of the 3 prompts of data.evaluation are in data.prompts too, and may be trained on."]
