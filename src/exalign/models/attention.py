@@ -173,7 +173,8 @@ def _attention(
     if query.device.type != "cpu" and _is_wide_enough(query, value):
         return flex_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
     key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
-    if layout.window is None and softcap is None and value.shape[-1] == query.shape[-1]:
+    flash = query.device.type == "cpu" and softcap is None and value.shape[-1] == query.shape[-1]
+    if flash and layout.window is None:
         return merged_tree_attention(query, key, value, layout, scale=scale), None
     return dense_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
 

@@ -110,7 +110,9 @@ def stream_hidden(base: Any, stream: TreeStream, embedded: Tensor | None = None)
     """Final hidden states `[N, H]` of a stream of trees, from its ids or from their embeddings `[1, N, H]`."""
     tokens = {"input_ids": stream.input_ids} if embedded is None else {"inputs_embeds": embedded}
     with laid_out(stream.layout):
-        states = body_of(base)(**tokens, position_ids=stream.position_ids, use_cache=False)
+        # Given any mask, transformers does not look for packed texts in the positions, which waits for the device.
+        ones = torch.ones_like(stream.position_ids)
+        states = body_of(base)(**tokens, attention_mask=ones, position_ids=stream.position_ids, use_cache=False)
     return states.last_hidden_state[0]
 
 

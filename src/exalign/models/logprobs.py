@@ -127,8 +127,8 @@ def _token_logprobs(
     if not plan.tree:
         rows = padded_rows(groups, device)
         hidden = _predicting(row_hidden(base, rows.input_ids, rows.attention_mask), rows)
-        order = torch.arange(len(hidden))
-        logp = token_logprobs(hidden, head, order.to(device), rows.targets, logit_map=logit_map, host_rows=order)
+        order, host_rows = torch.arange(len(hidden), device=device), torch.arange(len(hidden))
+        logp = token_logprobs(hidden, head, order, rows.targets, logit_map=logit_map, host_rows=host_rows)
         return logp, rows.places, rows.cells
     parts, places = plan.sides(groups)
     stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)

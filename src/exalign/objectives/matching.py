@@ -164,14 +164,12 @@ def preferred_column(preferred: Tensor, mask: Tensor) -> Tensor:
     """
     num_completions = mask.shape[1]
     outside = (preferred < 0) | (preferred >= num_completions)
-    if outside.any():
-        row = int(outside.nonzero()[0, 0])
-        raise ValueError(f"preferred[{row}] is {int(preferred[row])}, outside 0 … {num_completions - 1}")
     won = torch.arange(num_completions, device=preferred.device) == preferred[:, None]
-    masked = mask.any(dim=-1) & ~(won & mask).any(dim=-1)
-    if masked.any():
-        row = int(masked.nonzero()[0, 0])
-        raise ValueError(f"preferred[{row}] is {int(preferred[row])}, a masked completion")
+    wrong = outside | (mask.any(dim=-1) & ~(won & mask).any(dim=-1))
+    if wrong.any():  # asked once: each question makes the host wait for a device
+        row = int((outside if outside.any() else wrong).nonzero()[0, 0])
+        what = f"outside 0 … {num_completions - 1}" if outside[row] else "a masked completion"
+        raise ValueError(f"preferred[{row}] is {int(preferred[row])}, {what}")
     return won & mask
 
 

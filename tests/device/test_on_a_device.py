@@ -1,0 +1,39 @@
+"""Every stage on a pretend accelerator: no tensors of two devices meet, the numbers are the CPU's, and few waits.
+
+What a GPU alone can show, its kernels and its speed, is not tested here.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from device import work
+from device.pretend import apart
+
+
+@pytest.mark.parametrize("stage", work.STAGES)
+def test_a_stage_gives_the_numbers_of_the_cpu(stage, workers, tmp_path) -> None:
+    ours = apart(workers, work.numbers_of, stage, tmp_path / "device")
+    assert ours == pytest.approx(work.numbers_of(stage, tmp_path / "cpu"), abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", work.HALF)
+def test_half_precision_gives_the_numbers_of_the_cpu_to_its_rounding(stage, workers, tmp_path) -> None:
+    ours = apart(workers, work.numbers_of, stage, tmp_path / "device")
+    assert ours == pytest.approx(work.numbers_of(stage, tmp_path / "cpu"), abs=0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", work.TRAINED)
+def test_a_micro_batch_waits_once_and_uploads_twice_whatever_the_number_of_trees(kind, workers) -> None:
+    for count in (1, 4, 12):
+        cost = apart(workers, work.cost_of_micro_batch, kind, count)
+        assert cost.get("waits", 0) <= 1, cost
+        assert cost["uploads"] <= 2, cost
+
+
+@pytest.mark.parametrize("kind", ["exo", "reward model"])
+def test_a_step_waits_twice_more(kind, workers, tmp_path) -> None:
+    micro, cost = apart(workers, work.cost_of_step, kind, 12, 64, tmp_path)
+    assert micro > 3
+    assert cost["waits"] <= micro + 2, cost
+    assert cost["uploads"] <= 2 * micro, cost
