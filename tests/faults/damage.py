@@ -40,7 +40,7 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (flip, truncate)
 INTERRUPTED = {
     "SFT": "sft/policies/step-000006",
     "sample": "rollouts/records/part-000000.parquet",
-    "align": "align/rounds/rollouts/round-000/header.json",
+    "align": "align/fresh/rollouts.json",
     "evaluate": "evaluation/exo-rw/step-000002/samples/header.json",
 }
 """Where each stage is killed before its files are damaged: as soon as this one stands."""

@@ -39,7 +39,7 @@ align:
   dpo-pref:
     {{learning_rate: 1e-3, batch_prompts: 32, beta_pi: 0.5, divergence: forward_kl, target: preference,
      checkpoint_every: 2}}
-  rounds: {{learning_rate: 1e-3, batch_prompts: 64, beta_pi: 0.5, rounds: 2, checkpoint_every: 1}}
+  fresh: {{learning_rate: 1e-3, batch_prompts: 64, fresh_every: 2, passes: 2, checkpoint_every: 1}}
   ppo:
     {{method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 32, rollout_prompts: 64, passes: 1,
      save_policies: 1, checkpoint_every: 1}}
@@ -52,7 +52,7 @@ STAGES = {
     "reward": ("reward", ("preferences", "reward")),
     "sample": ("sample", ("rollouts",)),
     "score": ("score", ("scored",)),
-    "align": ("align", ("reference", "align/exo-rw", "align/dpo-pref", "align/rounds")),
+    "align": ("align", ("reference", "align/exo-rw", "align/dpo-pref", "align/fresh")),
     "PPO": ("align", ("align/ppo",)),
     "evaluate": ("evaluate", ("evaluation",)),
     "whole run": ("run", ("",)),

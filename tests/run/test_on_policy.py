@@ -1,4 +1,4 @@
-"""Alignment in rounds as an entry of a recipe, and preferences from K completions with rewards."""
+"""Alignment on own samples as an entry of a recipe, and preferences from K completions with rewards."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from exalign.run.recipe import Recipe
 from exalign.run.stages import plan, preferences_of, preferred_only
 from exalign.storage import read_json
 
-ROUNDS = "align={again: {learning_rate: 1e-3, batch_prompts: 8, save_policies: 2, rounds: 2}}"
+OWN = (
+    "align={again: {learning_rate: 1e-3, batch_prompts: 8, save_policies: 2, fresh_every: 2, beta_pi: 0.5}, "
+    "grpo: {method: grpo, learning_rate: 1e-3, batch_prompts: 8, epochs: 2}}"
+)
 
 
-def test_a_recipe_with_rounds_alone_needs_no_rollouts_and_ends_in_evidence(
-    tiny: Callable[..., Recipe], tmp_path: Path
+def test_a_recipe_of_own_samples_needs_no_rollouts_and_ends_in_evidence(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny(ROUNDS)
+    recipe = tiny(OWN)
     assert [stage.name for stage in plan(recipe)] == [
-        "sft", "preferences", "reward", "align/again",
-        "evaluation/prompts", "evaluation/sft", "evaluation/pool", "evaluation/again", "evaluation/density/again",
-        "report",
+        "sft", "preferences", "reward", "align/again", "align/grpo",
+        "evaluation/prompts", "evaluation/sft", "evaluation/pool", "evaluation/again", "evaluation/grpo",
+        "evaluation/density/again", "evaluation/density/grpo", "report",
     ]  # fmt: skip
     run_recipe(recipe, folder=tmp_path)
     folder = tmp_path / "align" / "again"
     assert read_json(folder / "done.json")["counts"]["completions"] == 24 * 3
-    assert [len(read_records(path)) for path in sorted((folder / "rollouts").iterdir())] == [12, 12]
-    (method,) = read_json(tmp_path / "evaluation" / "evidence.json")["methods"]
-    assert (method["name"], method["family"], method["settings"]["rounds"]) == ("again", "exo", 2)
+    assert read_json(tmp_path / "align" / "grpo" / "done.json")["counts"]["completions"] == 2 * 24 * 3
+    methods = read_json(tmp_path / "evaluation" / "evidence.json")["methods"]
+    assert [(m["name"], m["family"], m["settings"]["fresh_every"]) for m in methods] == [
+        ("again", "exo", 2), ("grpo", "other", 1),
+    ]  # fmt: skip
+    assert "align.again: β_π = 0.5 sends the policy's own samples back" in " ".join(capsys.readouterr().out.split())
 
 
 def test_alpha_acts(tiny: Callable[..., Recipe]) -> None:

@@ -58,17 +58,17 @@ def test_a_recipe_that_goes_on_from_another_run_says_so(
         planned(path)
 
 
-def test_a_search_costs_its_trials_and_rounds_cost_their_samples() -> None:
+def test_a_search_costs_its_trials_and_own_samples_cost_their_drawing() -> None:
     search = "search={trials: 3, kl: 1.0, prompts: 20, samples: 2, methods: {exo-rw: {beta_pi: {low: 0.1, high: 1.0}}}}"
-    costs = {cost.stage: cost for cost in planned(RECIPE, search, "align.dpo-rw.rounds=2").costs}
+    costs = {cost.stage: cost for cost in planned(RECIPE, search, "align.dpo-rw.fresh_every=24").costs}
     alone = {cost.stage: cost for cost in planned(RECIPE).costs}
     once, tried, after = alone["align/exo-rw"], costs["validation"], costs["align/exo-rw"]
     assert costs["search/exo-rw"].flops == pytest.approx(3 * (once.flops + 4 * tried.flops))  # four policies are saved
     assert (after.flops, after.seconds, after.tokens, after.bound) == (0, 0, 0, "search")  # the best trial's weights
     assert after.stored == costs["search/exo-rw"].stored == once.stored and after.replicated == once.replicated
     assert tried.tokens == 2 * 20 * (12 + 2 * 28)  # drawn, scored by a function, and log π_sft of them
-    rounds = costs["align/dpo-rw"]
-    assert rounds.sharded is None and rounds.flops > once.flops
+    fresh = costs["align/dpo-rw"]
+    assert fresh.sharded is None and fresh.flops > once.flops
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)

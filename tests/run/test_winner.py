@@ -49,7 +49,7 @@ PPO = (
 """Under the other's name, so that the rest of the test is the same."""
 
 
-@pytest.mark.parametrize("extra", [(), ("align.exo-rw.rounds=2",), PPO], ids=["one round", "two rounds", "PPO"])
+@pytest.mark.parametrize("extra", [(), ("align.exo-rw.fresh_every=2",), PPO], ids=["given", "own samples", "PPO"])
 def test_the_weights_are_those_of_a_training_without_search(
     extra: tuple[str, ...], world: Path, tmp_path: Path
 ) -> None:

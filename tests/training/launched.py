@@ -31,7 +31,7 @@ from exalign.processes import failing
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import train
 from exalign.training.train_settings import TrainSettings
-from training.tiny_world import CONFIG, make_groups, make_policy, make_tokenizer, small_ppo_run
+from training.tiny_world import CONFIG, make_groups, make_policy, make_tokenizer, small_fresh_run, small_ppo_run
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -112,6 +112,7 @@ TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
     "poisoned-loss": lambda folder, budget: poisoned(folder, budget, gradient=False),
     "ppo": lambda folder, budget: ppo(folder, budget, weight_decay=0.1),
     "ppo-together": lambda folder, budget: ppo(folder, budget, critic_steps=0, weight_decay=0.1),
+    "fresh": lambda folder, budget: small_fresh_run(folder, token_budget=budget, learning_rate=1e-3),
     "ppo-odd": lambda folder, budget: ppo(folder, budget, rollout_prompts=3),
 }
 

@@ -23,9 +23,11 @@ from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.synthetic import write_world
 from exalign.data.tokenization import tokenize_records
 from exalign.evaluation.pool import expected_best
-from exalign.methods.matching import DIVERGENCES, Matching, train_matching, train_rounds, with_reference_logp
-from exalign.methods.method import Material
+from exalign.methods.grpo import GRPO
+from exalign.methods.matching import DIVERGENCES, Matching, train_matching, with_reference_logp
+from exalign.methods.method import Material, Method
 from exalign.methods.ppo import PPO, train_ppo
+from exalign.methods.rloo import RLOO
 from exalign.methods.sft import SFT, train_sft
 from exalign.models.heads import ActorCritic
 from exalign.models.loading import load_policy, load_reward_model, load_tokenizer
@@ -39,6 +41,20 @@ CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_posi
 SAMPLING = SampleSettings(num_completions=4, max_new_tokens=48, max_prompt_tokens=24, batch_completions=256)
 STEPS: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 16, "epochs": 2}
 OFFLINE = [f"{divergence} to {target}" for divergence in sorted(DIVERGENCES) for target in ("reward", "preference")]
+
+OWN: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "EXO-rw in rounds": (Matching, {"fresh_every": 3, "beta_pi": 0.3, "beta_r": 0.3}),
+    "EXO-rw on-policy": (Matching, {"fresh_every": 1, "beta_r": 0.3}),
+    "DPO-rw on-policy": (Matching, {"fresh_every": 1, "beta_r": 0.3, "divergence": "forward_kl"}),
+    "EXO-pref on own pairs": (Matching, {"fresh_every": 2, "target": "preference", "epsilon": 0.05, "epochs": 4}),
+    "DPO-pref on own pairs": (
+        Matching,
+        {"fresh_every": 2, "target": "preference", "epsilon": 0.05, "epochs": 4, "divergence": "forward_kl"},
+    ),
+    "RLOO": (RLOO, {}),
+    "GRPO": (GRPO, {"fresh_every": 2, "passes": 2}),
+    "GSPO": (GRPO, {"ratio": "sequence", "clip": 3e-2}),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +110,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def aligned_offline(world: World, method: str, seed: int, folder: Path) -> PreTrainedModel:
     """On samples of π_sft: with their rewards, or with the order of each two, which says less: of more prompts."""
     divergence, target = method.split(" to ")
-    settings = Matching(**STEPS, divergence=divergence, target=target, beta_pi=0.5, beta_r=0.3, epsilon=0.05, seed=seed)
+    how: dict[str, Any] = {"divergence": divergence, "target": target}
+    settings = Matching(**STEPS, **how, beta_pi=0.5, beta_r=0.3, epsilon=0.05, seed=seed)
     policy = world.policy()
     drawn = world.supervised_samples("prompts" if target == "reward" else "more_prompts", seed)
     if target == "preference":
@@ -116,14 +133,14 @@ def aligned_on_policy(world: World, method: str, seed: int, folder: Path) -> Pre
         scorer=world.scorer,
         reference=world.policy().eval(),
     )
-    if method == "rounds":
-        settings = Matching(**STEPS, rounds=3, beta_pi=0.3, beta_r=0.3, seed=seed)
-        train_rounds(material, settings, folder)
+    if method in OWN:
+        kind, settings = OWN[method]
+        kind(**(STEPS | settings), seed=seed).train(material, folder)
         return policy
     torch.manual_seed(seed)
     critic = load_reward_model(ModelSettings(source=str(world.supervised)), world.tokenizer)
     ppo = PPO(**STEPS, critic_learning_rate=5e-3, rollout_prompts=32, passes=2, critic_steps=2, seed=seed)
-    train_ppo(ActorCritic(policy, critic), world.tokenizer, material, ppo, folder)
+    train_ppo(ActorCritic(policy, critic), material, ppo, folder)
     return policy
 
 
@@ -137,7 +154,7 @@ def mean_reward(records: list[Record]) -> float:
     return float(np.mean([record.rewards for record in records]))
 
 
-@pytest.mark.parametrize("method", [*OFFLINE, "rounds", "ppo"])
+@pytest.mark.parametrize("method", [*OFFLINE, *OWN, "ppo"])
 def test_every_method_raises_the_oracles_reward_of_fresh_samples(method: str, world: World, tmp_path: Path) -> None:
     gains = []
     for seed in SEEDS:

@@ -101,7 +101,7 @@ def test_metrics_of_a_rollout_by_hand() -> None:
         for parameter in module.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     settings = PPO(rollout_prompts=8, batch_prompts=8, beta=0.5, lam=1.0, token_budget=20, value_clip=100.0)
-    task = PPOTask(module, make_tokenizer(), world, settings)
+    task = PPOTask(module, world, settings)
     groups = task.batches[0]
     total, count, log_ratio, square = 0.0, 0, 0.0, 0.0
     with torch.no_grad():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exalign.data.batching import Group
 from exalign.data.record import Record
-from exalign.methods.matching import Matching, train_matching, train_rounds, with_reference_logp
+from exalign.methods.matching import Matching, train_matching, with_reference_logp
 from exalign.methods.method import Material
 from exalign.methods.ppo import PPO, train_ppo
 from exalign.models.heads import ActorCritic
@@ -148,7 +148,7 @@ def small_ppo_run(folder: Path, **changes: Any) -> ActorCritic:
 def run_ppo(module: ActorCritic, settings: PPO, folder: Path, **changes: Any) -> Material:
     """What it was trained with, by then with its counts."""
     material = make_material(module.model, **changes)
-    train_ppo(module, material.tokenizer, material, settings, folder)
+    train_ppo(module, material, settings, folder)
     return material
 
 
@@ -168,10 +168,11 @@ def assert_same_outcome(folder: Path, other: Path) -> None:
         assert all(torch.equal(tensor, other_weights[name][key]) for key, tensor in tensors.items())
 
 
-def small_rounds_run(folder: Path) -> nn.Module:
-    """Two rounds of four prompts, each seen twice in steps of two. A worker may be killed in it."""
+def small_fresh_run(folder: Path, **changes: Any) -> nn.Module:
+    """Two rollouts of four prompts, each seen twice in steps of two. A worker may be killed in it."""
     torch.set_num_threads(1)
-    settings = Matching(learning_rate=1e-2, batch_prompts=2, epochs=2, rounds=2, checkpoint_every=3, save_policies=8)
+    chosen: dict[str, Any] = {"learning_rate": 1e-2, "batch_prompts": 2, "fresh_every": 4, "passes": 2}
+    settings = Matching(**(chosen | {"beta_pi": 0.5, "checkpoint_every": 3, "save_policies": 8} | changes))
     policy: Any = make_policy()
-    train_rounds(make_material(policy), settings, folder)
+    settings.train(make_material(policy), folder)
     return policy

@@ -2,36 +2,44 @@
 
 EXO is reverse KL, DPO is forward KL, each with a target from rewards or from a preference (Eqs. 7, 15, 18, 19).
 
-In rounds (`rounds` above 1) the prompts are dealt into parts, and the completions of a part come from the policy q that
-its round starts with, so both distributions over the K are corrected for it: `p_f ∝ exp(β_π log π_θ + (1 − β_π) log
-π_sft − log q)`, `p_r ∝ exp(log π_sft + r/β_r − log q)`. The target therefore stays the optimum around π_sft, however
-far q has gone; without the correction each round would aim at the optimum around the last one. Not in the paper, whose
-only round is the first: there q = π_sft, and both lines are Eqs. 12 and 14. As many completions are scored as in one
-round over the same prompts.
+With `fresh_every` the completions come from the policy itself while it trains (`methods.on_policy`), and both
+distributions over the K are corrected for the policy q that drew them: `p_f ∝ exp(β_π log π_θ + (1 − β_π) log π_sft −
+log q)`, `p_r ∝ exp(log π_sft + r/β_r − log q)`. The target therefore stays the optimum around π_sft, however far q has
+gone; without the correction every rollout would aim at the optimum around the last one. Not in the paper, where
+q = π_sft and both lines are Eqs. 12 and 14. On-policy, q = π_θ, β_π = 1 makes p_f uniform and EXO's gradient that of
+RLOO with the KL in the reward; a smaller β_π sends own samples back towards π_sft. A preference between two own samples
+needs no correction: it compares them as they are, wherever they came from.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from exalign.errors import InputError
 from exalign.methods.method import Amount, Material, Method, TrainsOn
-from exalign.processes import several
-from exalign.storage import fingerprint
+from exalign.methods.on_policy import (
+    OwnSamples,
+    correction,
+    drawn_how,
+    fresh_problems,
+    own_amount,
+    plan_of,
+    train_on_own_samples,
+)
+from exalign.rollout.settings import SampleSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from exalign.data.batching import Group, GroupValues
-    from exalign.data.record import Record
+    from exalign.data.batching import Group
     from exalign.training.batches import Batches
 
 # What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
@@ -49,16 +57,24 @@ class Matching(Method):
     beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
     epsilon: float = Field(1e-3, gt=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18)")
     alpha: float = Field(0.5, gt=0, lt=1, description="α of the divergence alpha: near 1 like EXO, near 0 like DPO")
-    rounds: int = Field(
-        1,
+    fresh_every: int | None = Field(
+        None,
         gt=0,
-        description="above 1: the prompts are dealt into so many rounds, and each round's completions are drawn from "
-        "the policy as it then is, scored, and aligned on with the correction for where they came from",
+        description="optimizer steps that own samples serve: so often completions are drawn from the policy as it is, "
+        "scored, and corrected for where they came from; 1 is on-policy, None is offline",
     )
+    passes: int = Field(1, gt=0, description="with fresh_every: times each rollout is trained on")
+
+    @model_validator(mode="after")
+    def _on_policy_beta(self) -> Matching:
+        """Own samples are sent back towards π_sft by a β_π below 1, so it is 1 where none is given."""
+        if self.fresh_every is not None and self.target == "reward" and "beta_pi" not in self.model_fields_set:
+            self.__dict__["beta_pi"] = 1.0
+        return self
 
     @property
     def trains_on(self) -> TrainsOn:
-        if self.rounds > 1:
+        if self.fresh_every is not None:
             return "prompts"
         return "preferences" if self.target == "preference" else "rewards"
 
@@ -77,12 +93,12 @@ class Matching(Method):
     @property
     def line(self) -> str:
         last = f"β_r {self.beta_r:g}" if self.target == "reward" else f"ε {self.epsilon:g}"
-        rounds = f", {self.rounds} rounds" if self.rounds > 1 else ""
-        return f"{self.label}, {self.target} target, β_π {self.beta_pi:g}, {last}{rounds}"
+        own = "" if self.fresh_every is None else f", {drawn_how(self.fresh_every)}"
+        return f"{self.label}, {self.target} target, β_π {self.beta_pi:g}, {last}{own}"
 
     @property
     def amount(self) -> Amount:
-        return Amount(passes=self.epochs, rounds=self.rounds)
+        return Amount(self.epochs) if self.fresh_every is None else own_amount(self)
 
     def problems(self) -> Iterator[str]:
         usual = type(self).model_fields
@@ -91,20 +107,27 @@ class Matching(Method):
             yield f"{idle} has no effect on a {self.target} target; remove it"
         if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
             yield f"alpha has no effect on the divergence {self.divergence}; remove it"
-        if self.rounds > 1 and self.target == "preference":
-            yield "rounds needs target: reward; preferences are not made while training"
+        if self.fresh_every is not None:
+            yield from fresh_problems(self)
+        elif self.passes != 1:
+            yield "passes has no effect without fresh_every; use epochs"
 
-    def problem_with(self, num_completions: int) -> str | None:
-        if self.target == "reward" or self.epsilon < 1 - 1 / num_completions:
+    def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
+        if self.target == "preference" and sampling.num_completions % 2:
+            yield "orders own samples two by two; give an even sample.num_completions"
+
+    @property
+    def warning(self) -> str | None:
+        if self.fresh_every is None or self.target == "preference" or self.beta_pi == 1:
             return None
         return (
-            f"of {num_completions} completions the preferred one would get no more than the others with epsilon = "
-            f"{self.epsilon:g}; choose one below {1 - 1 / num_completions:g}."
+            f"β_π = {self.beta_pi:g} sends the policy's own samples back towards the supervised policy by the weight "
+            "(π_sft/π_θ)^(1 − β_π); with fresh_every β_π = 1 is the exact objective"
         )
 
     def train(self, material: Material, folder: Path) -> Path:
-        if self.rounds > 1:
-            return train_rounds(material, self, folder)
+        if self.fresh_every is not None:
+            return train_fresh(material, self, folder)
         how = (material.policy, material.tokenizer, material.groups, self, folder)
         return train_matching(*how, temperature=material.temperature)
 
@@ -121,39 +144,66 @@ def distance_of(settings: Matching) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class MatchingTask:
-    """D(p_f, p_r) per prompt, in nats; the weight is the prompts, each times that of its row."""
+    """D(p_f, p_r) per prompt, in nats; the weight is the prompts, each times that of its row.
+
+    On own samples with a preference target a prompt is its pairs of samples, two by two as they were drawn, less those
+    of equal rewards.
+    """
 
     batches: Batches
     settings: Matching
     temperature: float
+    own: OwnSamples | None = None
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return sum(group.weight for group in groups)
+        # Where every pair is a tie the loss is 0, whatever it is divided by.
+        return sum(group.weight for group in self._compared(groups)) or 1.0
+
+    def _compared(self, groups: Sequence[Group]) -> list[Group]:
+        own_pairs = self.own is not None and self.settings.target == "preference"
+        return [pair for group in groups for pair in pairs_of(group)] if own_pairs else list(groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign import objectives
-        from exalign.data.batching import values_of
+        from exalign.data.batching import completion_mask, stack_values, stack_weights
         from exalign.models.logprobs import completion_logprobs
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
-        given = values_of(groups, policy_logp.device)
-        mask, reference_logp = given.mask, given.reference_logp
-        assert reference_logp is not None
+        device = policy_logp.device
+        seen = {} if self.own is None else correction(policy_logp, groups, completion_mask(groups).to(device))
+        compared = self._compared(groups)
+        if len(compared) != len(groups):
+            seen = {name: value.repeat_interleave(len(compared) // len(groups)) for name, value in seen.items()}
+            policy_logp = policy_logp.view(len(compared), 2)
+        groups = compared
+        mask = completion_mask(groups).to(device)
+        reference_logp = stack_values(groups, "reference_logp").to(device)
+        proposal_logp = _proposal_logp(groups, device)
         log_p_policy = objectives.log_policy_distribution(
-            policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=given.proposal_logp
+            policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=proposal_logp
         )
-        log_p_target = self._log_target(given)
+        log_p_target = self._log_target(groups, mask, reference_logp, proposal_logp)
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
-        metrics = self._metrics(given, policy_logp.detach(), reference_logp)
+        metrics = self._metrics(groups, policy_logp.detach(), reference_logp, proposal_logp, mask)
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
-        weights = given.weights.to(loss.dtype)
-        return (loss * weights).sum(), {name: (value * weights).sum() for name, value in metrics.items()}
+        weights = stack_weights(groups).to(loss)
+        sums = {name: (value * weights).sum() for name, value in (metrics | seen).items()}
+        noted = {} if self.own is None else self.own.noted(self.weight(groups), loss)
+        return (loss * weights).sum(), noted | sums
 
-    def _metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        policy_logp: Tensor,
+        reference_logp: Tensor,
+        proposal_logp: Tensor | None,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
         """Per prompt `[B]`; those of pairs are in nats of log-ratio, log π_θ − log π_sft."""
         from exalign import objectives
+        from exalign.data.batching import stack_preferred, stack_values
 
-        mask, sampled_from = given.mask, reference_logp if given.proposal_logp is None else given.proposal_logp
+        sampled_from = reference_logp if proposal_logp is None else proposal_logp
         log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
         reference_weights = objectives.log_importance_weights(reference_logp, sampled_from, mask)
         log_ratio = policy_logp - reference_logp
@@ -161,35 +211,38 @@ class MatchingTask:
             # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
             "kl": objectives.reverse_kl(log_weights, reference_weights, mask),
             "log_ratio_spread": objectives.group_spread(log_ratio, mask),
-            "completion_tokens": given.tokens.to(log_ratio.dtype),
+            "completion_tokens": _completion_lengths(groups).to(log_ratio),
         }
-        if given.rewards is not None:
-            metrics["reward"] = objectives.weighted_mean(log_weights, given.rewards, mask)
-            metrics["reward_spread"] = objectives.group_spread(given.rewards, mask) / self.settings.beta_r
+        if all(group.rewards is not None for group in groups):
+            rewards = stack_values(groups, "rewards").to(mask.device)
+            metrics["reward"] = objectives.weighted_mean(log_weights, rewards, mask)
+            metrics["reward_spread"] = objectives.group_spread(rewards, mask) / self.settings.beta_r
         if self.settings.target == "preference":
-            assert given.preferred is not None
-            accuracy, margin = objectives.preference_accuracy(log_ratio, given.preferred, mask)
-            chosen = log_ratio.gather(1, given.preferred[:, None]).squeeze(1)
+            preferred = stack_preferred(groups).to(mask.device)
+            accuracy, margin = objectives.preference_accuracy(log_ratio, preferred, mask)
+            chosen = log_ratio.gather(1, preferred[:, None]).squeeze(1)
             metrics |= {"accuracy": accuracy, "margin": margin}
             metrics |= {"chosen_log_ratio": chosen, "rejected_log_ratio": chosen - margin}
         return metrics
 
-    def _log_target(self, given: GroupValues) -> Tensor:
+    def _log_target(
+        self, groups: Sequence[Group], mask: Tensor, reference_logp: Tensor, proposal_logp: Tensor | None
+    ) -> Tensor:
         from exalign import objectives
+        from exalign.data.batching import stack_preferred, stack_values
 
-        settings = self.settings
+        settings, device = self.settings, mask.device
         if settings.target == "preference":
-            assert given.preferred is not None
+            preferred = stack_preferred(groups).to(device)
             return objectives.log_preference_target(
-                given.preferred, num_completions=given.mask.shape[1], epsilon=settings.epsilon, mask=given.mask
+                preferred, num_completions=mask.shape[1], epsilon=settings.epsilon, mask=mask
             )
-        assert given.rewards is not None
         return objectives.log_reward_target(
-            given.rewards,
+            stack_values(groups, "rewards").to(device),
             beta_r=settings.beta_r,
-            mask=given.mask,
-            reference_logp=None if given.proposal_logp is None else given.reference_logp,
-            proposal_logp=given.proposal_logp,
+            mask=mask,
+            reference_logp=None if proposal_logp is None else reference_logp,
+            proposal_logp=proposal_logp,
         )
 
 
@@ -208,20 +261,14 @@ def train_matching(
     """
     from exalign.models.logprobs import PackedPolicy
     from exalign.training.batches import EpochBatches
-    from exalign.training.loop import train
+    from exalign.training.loop import model_card, train
 
     check_groups(groups, settings)
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
-    card = _card(settings, f"by {settings.divergence} to a {settings.target} target at τ = {temperature}")
+    text = f"A language model aligned by {settings.divergence} to a {settings.target} target at τ = {temperature}."
+    card = model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
     task = MatchingTask(batches, settings, temperature)
     return train(task, PackedPolicy(model), tokenizer, settings, folder, card=card)
-
-
-def _card(settings: Matching, how: str) -> str:
-    from exalign.training.loop import model_card
-
-    text = f"A language model aligned {how}."
-    return model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
 
 
 def with_reference_logp(
@@ -251,11 +298,16 @@ def check_groups(groups: Sequence[Group], settings: Matching) -> None:
             raise InputError(
                 f"Row {group.index} has no reference_logp, log π_sft(y|x); fill it in with `with_reference_logp`."
             )
-        if settings.target == "preference" and group.preferred is None:
+        own = settings.fresh_every is not None
+        if settings.target == "preference" and group.preferred is None and not own:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
-        if (problem := settings.problem_with(group.num_completions)) is not None:
-            raise InputError(f"Row {group.index}: {problem}")
-        if settings.target == "reward" and group.rewards is None:
+        compared = 2 if own else group.num_completions
+        if settings.target == "preference" and settings.epsilon >= 1 - 1 / compared:
+            raise InputError(
+                f"Row {group.index} has {compared} completions; with epsilon = {settings.epsilon:g} the "
+                f"preferred one would get no more than the others. Choose one below {1 - 1 / compared:g}."
+            )
+        if (settings.target == "reward" or own) and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):
             values = getattr(group, name)
@@ -263,80 +315,54 @@ def check_groups(groups: Sequence[Group], settings: Matching) -> None:
                 raise InputError(f"Row {group.index} has a value in {name} that is not finite.")
 
 
-def train_rounds(material: Material, settings: Matching, folder: Path) -> Path:
-    """Align a policy in rounds on its own samples; `loop.train` says what is written, and the samples stay.
+def pairs_of(group: Group) -> Iterator[Group]:
+    """The K scored completions two by two, (1, 2), (3, 4), …, the one with the higher reward preferred.
 
-    `epochs` counts how often each round's samples are seen. Round r is kept as records in `rollouts/round-NNN`, so an
-    interrupted run does not draw it again.
+    Each with its share of the group's weight; equal rewards prefer none and weigh nothing. As `pairs_from_rewards`.
     """
-    from exalign.data.store import read_header
-    from exalign.models.logprobs import PackedPolicy
-    from exalign.training.loop import train
-    from exalign.training.rollouts import RolloutBatches, RolloutPlan
-
-    if several():
-        raise InputError("rounds above 1 run in a single process; start it without accelerate launch or torchrun.")
-    if settings.target != "reward":
-        raise InputError("rounds above 1 need target 'reward': preferences are not made while training.")
-    prompts = material.prompts
-    if len(prompts) < settings.rounds:
-        raise InputError(f"rounds is {settings.rounds}, but there are {len(prompts)} prompts to deal into them.")
-    part = -(-len(prompts) // settings.rounds)
-    plan = RolloutPlan(part, settings.batch_prompts, passes=settings.epochs, epochs=1, seed=settings.seed)
-    rounds = _Rounds(material, settings, Path(folder) / "rollouts")
-    how = fingerprint([material.sampling.deciding(), material.temperature])
-    batches = RolloutBatches(prompts, plan, rounds.draw, sampled_how=how)
-    card = _card(settings, f"by {settings.divergence} in {settings.rounds} rounds at τ = {material.temperature}")
-    task = MatchingTask(batches, settings, material.temperature)
-    path = train(task, PackedPolicy(material.policy), material.tokenizer, settings, folder, card=card)
-    for number in range(settings.rounds):
-        drawn = rounds.path(number)
-        if drawn.exists():  # the last rounds are empty where the prompts do not fill them
-            material.counts.update(read_header(drawn).counts)
-    return path
-
-
-@dataclass(frozen=True, slots=True)
-class _Rounds:
-    material: Material
-    settings: Matching
-    folder: Path
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"round-{number:03d}"
-
-    def draw(self, records: list[Record], number: int) -> list[Group]:
-        """The groups of a round: read where they stand, else sampled from the policy as it is now, and scored."""
-        from exalign.data.batching import group_of
-        from exalign.data.store import Header, read_records, write_records
-
-        path, material = self.path(number), self.material
-        if not (path / "header.json").exists():
-            counts: Counter[str] = Counter()
-            drawn = self._drawn(records, number, counts)
-            header = Header(temperature=material.temperature, seed=self.settings.seed, counts=dict(counts))
-            write_records(path, drawn, header)
-        groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(read_records(path))]
-        check_groups(groups, self.settings)
-        return groups
-
-    def _drawn(self, records: Sequence[Record], number: int, counts: Counter[str]) -> list[Record]:
-        from exalign.rollout.rollout import Numerics, open_sampler, rollout
-
-        material, settings, sampling = self.material, self.settings, self.material.sampling
-        seed = int(fingerprint([settings.seed, "round", number]), 16) >> 1
-        policy, reference = material.policy, material.reference
-        assert reference is not None
-        reference.to(policy.device)  # type: ignore[arg-type]  # a stub's overloads
-        sampler = open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
-        # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
-        whole = sampling.top_p is None and sampling.top_k is None
-        return rollout(
-            records,
-            sampler,
-            counts,
-            Numerics(material.temperature, settings.token_budget, settings.precision),
-            scorer=material.scorer,
-            reference=reference,
-            policy=policy if whole else None,
+    assert group.rewards is not None and group.reference_logp is not None
+    share = 2 * group.weight / group.num_completions
+    for first in range(0, group.num_completions, 2):
+        two, rewards = slice(first, first + 2), group.rewards[first : first + 2]
+        yield replace(
+            group,
+            completion_ids=group.completion_ids[two],
+            rewards=rewards,
+            preferred=int(rewards.argmax()),
+            reference_logp=group.reference_logp[two],
+            proposal_logp=None,
+            weight=share if rewards[0] != rewards[1] else 0.0,
         )
+
+
+def train_fresh(material: Material, settings: Matching, folder: Path) -> Path:
+    """Align a policy on its own samples, drawn while it trains; `loop.train` says what is written."""
+    from exalign.models.logprobs import PackedPolicy
+
+    module = PackedPolicy(material.policy)
+    path = Path(folder) / "rollouts.json"
+    own = OwnSamples(module, material, settings, plan_of(settings), path, took=partial(check_groups, settings=settings))
+    assert settings.fresh_every is not None
+    how = f"to a {settings.target} target, {drawn_how(settings.fresh_every)}, at τ = {material.temperature}"
+    card = ("Aligned policy", f"A language model aligned by {settings.divergence} {how}.")
+    task = MatchingTask(own.batches, settings, material.temperature, own)
+    return train_on_own_samples(task, module, own, settings, folder, card=card)
+
+
+def _proposal_logp(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+    """log q `[B, K]` where completions came from another proposal than π_sft, else None: then q = π_sft cancels."""
+    from exalign.data.batching import stack_values
+
+    if all(group.proposal_logp is None for group in groups):
+        return None
+    known = [
+        replace(group, proposal_logp=group.reference_logp) if group.proposal_logp is None else group for group in groups
+    ]
+    return stack_values(known, "proposal_logp").to(device)
+
+
+def _completion_lengths(groups: Sequence[Group]) -> Tensor:
+    """Mean completion length per prompt, in tokens `[B]`."""
+    import torch
+
+    return torch.tensor([sum(map(len, group.completion_ids)) / group.num_completions for group in groups])

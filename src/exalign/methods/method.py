@@ -59,15 +59,13 @@ class Material:
 class Amount:
     """How much a method computes, for a plan: every group is trained on `passes` times.
 
-    One that trains on prompts draws completions for each prompt `draws` times, `together` prompts at a time (None: all
-    of them), or all prompts in `rounds` parts. A `critic` is trained beside the policy, from a model of its own or from
-    the policy.
+    One that trains on prompts draws completions for each prompt `draws` times, `together` prompts at a time. A `critic`
+    is trained beside the policy, from a model of its own or from the policy.
     """
 
     passes: int
     draws: int = 1
     together: int | None = None
-    rounds: int = 1
     critic: ModelSettings | Literal["policy"] | None = None
 
 
@@ -120,6 +118,11 @@ class Method(TrainSettings):
     def problems(self) -> Iterator[str]:
         """Sentences, without a name in front, about settings that cannot take effect."""
         yield from ()
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence about a choice that is allowed and rarely meant; None where there is none."""
+        return None
 
     def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
         """Sentences about a recipe's `sample` with which it cannot train, where it draws its own samples."""

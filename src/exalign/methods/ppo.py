@@ -6,28 +6,23 @@ there. Mathematics: `objectives.policy_gradient`. What differs from the paper's 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from exalign.errors import InputError
 from exalign.methods.method import Amount, Material, Method, TrainsOn
+from exalign.methods.on_policy import OwnSamples, rows_of, train_on_own_samples, whole_only
 from exalign.models.model_settings import ModelSettings
-from exalign.processes import gathered, in_order, share_of
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import STEP_SIZE
-from exalign.storage import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
 
     from exalign.data.batching import Group
-    from exalign.data.record import Record
     from exalign.models.heads import ActorCritic
     from exalign.training.rollouts import RolloutPlan
 
@@ -121,8 +116,7 @@ class PPO(Method):
             yield "beta = 0 can never change, whatever target_kl is; start from a beta above 0"
 
     def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
-        if sampling.top_p is not None or sampling.top_k is not None:
-            yield "needs samples of the policy itself; remove sample.top_p and sample.top_k"
+        yield from whole_only(sampling)
 
     def train(self, material: Material, folder: Path) -> Path:
         from exalign.models.heads import ActorCritic
@@ -131,21 +125,7 @@ class PPO(Method):
         critic = self.critic or material.critic
         assert critic is not None
         module = ActorCritic(material.policy, load_reward_model(critic, material.tokenizer))
-        return train_ppo(module, material.tokenizer, material, self, folder)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A prompt with its completions, their rewards `[K]`, and three `[K, T]` under the weights they were drawn from.
-
-    On the CPU; T is at least the longest completion, with 0 after the end of each.
-    """
-
-    group: Group
-    rewards: Tensor
-    logp: Tensor
-    values: Tensor
-    reference_logp: Tensor
+        return train_ppo(module, material, self, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +140,7 @@ class Experience:
 
     def of(self, name: str, groups: Sequence[Group], like: Tensor) -> Tensor:
         """The rows of these groups as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
-        import torch
-
-        rows = torch.tensor([group.index for group in groups], device=like.device)
-        values: Tensor = getattr(self, name)
-        return values[rows, : like.shape[1], : like.shape[2]].flatten(0, 1)
+        return rows_of(getattr(self, name), groups, like).flatten(0, 1)
 
 
 class PPOTask:
@@ -176,27 +152,13 @@ class PPOTask:
     rollout that the step belongs to; `policy_loss`, `value_loss` and `clip_fraction` of the step itself.
     """
 
-    def __init__(
-        self,
-        module: ActorCritic,
-        tokenizer: PreTrainedTokenizerBase,
-        world: Material,
-        settings: PPO,
-        note_counts: Callable[[int, Sequence[Counter[str]]], None] = lambda number, counts: None,
-    ) -> None:
-        from exalign.training.distributed import Whole
-        from exalign.training.rollouts import RolloutBatches
-
-        self.module = module
-        self.whole = Whole(module)
-        self.tokenizer = tokenizer
-        self.world = world
-        self.settings = settings
+    def __init__(self, module: ActorCritic, material: Material, settings: PPO, path: Path | None = None) -> None:
+        self.module, self.material, self.settings = module, material, settings
         module.kl_coefficient.fill_(settings.beta)
-        self._note_counts = note_counts
         self._experience: Experience | None = None
-        how = fingerprint([world.sampling.deciding(), world.temperature])
-        self.batches = RolloutBatches(world.prompts, rollout_plan(settings), self.draw, sampled_how=how)
+        plan = rollout_plan(settings)
+        self.own = OwnSamples(module, material, settings, plan, path, compute=self._valued, took=self._took)
+        self.batches = self.own.batches
 
     def weight(self, groups: Sequence[Group]) -> float:
         return sum(len(ids) for group in groups for ids in group.completion_ids)
@@ -207,7 +169,7 @@ class PPOTask:
 
         assert self._experience is not None
         experience, settings = self._experience, self.settings
-        logp, values = model(groups, temperature=self.world.temperature, critic_alone=self.critic_alone)
+        logp, values = model(groups, temperature=self.material.temperature, critic_alone=self.critic_alone)
         mask = completion_token_mask(groups).to(logp.device).flatten(0, 1)
         sampled_logp, advantages, sampled_values, returns = (
             experience.of(name, groups, logp) for name in ("logp", "advantages", "values", "returns")
@@ -224,7 +186,8 @@ class PPOTask:
             "clip_fraction": objectives.is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
         }
         weight = self.weight(groups)
-        metrics |= {name: value_loss.new_tensor(number * weight) for name, number in experience.numbers.items()}
+        numbers = self.own.numbers | experience.numbers
+        metrics |= {name: value_loss.new_tensor(number * weight) for name, number in numbers.items()}
         return (value_loss if self.critic_alone else policy_loss + value_loss), metrics
 
     @property
@@ -232,21 +195,9 @@ class PPOTask:
         """Whether the step under way is one of those before the policy moves."""
         return self.batches.step < self.settings.critic_steps
 
-    def draw(self, records: list[Record], number: int) -> list[Group]:
-        """Sample, score and value rollout `number` from policy and critic as they are now.
-
-        Each process does so for its share of the prompts, whose samples depend on nothing but the prompt, and gets the
-        experience of all. Sharded weights are whole on every process meanwhile.
-        """
-        seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
-        with self.whole.everywhere() as module:
-            shares = gathered(self._sampled(module, share_of(records), seed))
-        self._note_counts(number, [counts for _, counts in shares])
-        sampled = in_order([share for share, _ in shares])
-        groups = [replace(one.group, index=index) for index, one in enumerate(sampled)]
-        self._experience = self._experience_of(groups, sampled)
+    def _took(self, groups: list[Group]) -> None:
+        self._experience = self._experience_of(groups)
         self._adapt(self._experience.numbers["kl"])
-        return groups
 
     @property
     def beta(self) -> float:
@@ -267,57 +218,18 @@ class PPOTask:
             )
             self.module.kl_coefficient.fill_(adapted)
 
-    def _sampled(self, module: ActorCritic, records: Sequence[Record], seed: int) -> tuple[list[Sampled], Counter[str]]:
-        import torch
-
-        from exalign.data.batching import group_of
-        from exalign.models.capability import device_of
+    def _valued(self, module: nn.Module, reference: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, ...]:
         from exalign.models.logprobs import completion_token_logprobs
-        from exalign.models.memory import computed
-        from exalign.rollout.rollout import Numerics, open_sampler, rollout
 
-        world, settings, policy = self.world, self.settings, module.model
-        counts: Counter[str] = Counter()
-        if not records:
-            return [], counts
-        sampler = open_sampler(policy, self.tokenizer, world.sampling, temperature=world.temperature, seed=seed)  # type: ignore[arg-type]
-        drawn = rollout(records, sampler, counts, Numerics(world.temperature), scorer=world.scorer)
-        groups, device = [group_of(record, index) for index, record in enumerate(drawn)], device_of(policy)
-        reference = world.reference
-        assert reference is not None
-        reference.to(device)  # type: ignore[arg-type]  # a stub's overloads
-        found: dict[int, list[Tensor]] = {}
+        logp, values = module(groups, temperature=self.material.temperature)
+        return logp, completion_token_logprobs(reference, groups, temperature=self.material.temperature), values
 
-        def valued(part: Sequence[Group]) -> tuple[Tensor, ...]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                logp, values = module(part, temperature=world.temperature)
-                reference_logp = completion_token_logprobs(reference, part, temperature=world.temperature)
-            return logp.cpu(), values.cpu(), reference_logp.cpu()
-
-        with torch.no_grad():
-            for part, tensors in computed(valued, groups, token_budget=settings.token_budget):
-                rows = zip(part, *tensors, strict=True)
-                found |= {group.index: [part.clone() for part in parts] for group, *parts in rows}  # rows alone
-        rewards = [torch.tensor(record.rewards, dtype=torch.float32) for record in drawn]
-        return [
-            Sampled(group, reward, *found[group.index]) for group, reward in zip(groups, rewards, strict=True)
-        ], counts
-
-    def _experience_of(self, groups: list[Group], sampled: list[Sampled]) -> Experience:
-        import torch
-        from torch.nn.functional import pad
-
+    def _experience_of(self, groups: list[Group]) -> Experience:
         from exalign import objectives
-        from exalign.data.batching import completion_token_mask
-        from exalign.models.capability import device_of
+        from exalign.data.batching import completion_token_mask, stack_values
 
-        settings, device = self.settings, device_of(self.module)
-        mask = completion_token_mask(groups).to(device)
-        rewards = torch.stack([one.rewards for one in sampled]).to(device)
-        logp, values, reference_logp = (
-            torch.stack([pad(row, (0, mask.shape[2] - row.shape[1])) for row in rows]).to(device)
-            for rows in zip(*((one.logp, one.values, one.reference_logp) for one in sampled), strict=True)
-        )
+        settings, (logp, reference_logp, values) = self.settings, self.own.tokens
+        mask, rewards = completion_token_mask(groups).to(logp.device), stack_values(groups, "rewards").to(logp.device)
         flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
         log_ratio = (logp - reference_logp).flatten(0, 1)
         beta = self.beta
@@ -343,36 +255,14 @@ class PPOTask:
         )
 
 
-def train_ppo(
-    module: ActorCritic,
-    tokenizer: PreTrainedTokenizerBase,
-    world: Material,
-    settings: PPO,
-    folder: Path,
-) -> Path:
+def train_ppo(module: ActorCritic, material: Material, settings: PPO, folder: Path) -> Path:
     """Train the policy of `module`, and its critic with it; `loop.train` says what is written: the policy alone.
 
     The critic is trained on states of completions that the policy draws, and is kept in checkpoints only.
-    Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole rollouts.
     """
-    from exalign.training.loop import model_card, train
-    from exalign.training.rollouts import RolloutCounts
-
-    for problem in settings.sampling_problems(world.sampling):
-        raise InputError(f"PPO {problem}.")
-    plan = rollout_plan(settings)
-    placed = settings.model_copy(update={"checkpoint_every": plan.whole_rollouts(settings.checkpoint_every)})
-    card = model_card(
-        "Policy trained by PPO",
-        f"A language model trained by PPO with a KL penalty per token at τ = {world.temperature}.",
-        settings,
-        pipeline_tag="text-generation",
-    )
-    counted = RolloutCounts(Path(folder) / "rollouts.json")
-    task = PPOTask(module, tokenizer, world, settings, counted.note)
-    path = train(task, module, tokenizer, placed, folder, card=card)
-    world.counts.update(counted.total(task.batches.num_rollouts))
-    return path
+    task = PPOTask(module, material, settings, Path(folder) / "rollouts.json")
+    text = f"A language model trained by PPO with a KL penalty per token at τ = {material.temperature}."
+    return train_on_own_samples(task, module, task.own, settings, folder, card=("Policy trained by PPO", text))
 
 
 def rollout_plan(settings: PPO) -> RolloutPlan:

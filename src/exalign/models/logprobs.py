@@ -30,8 +30,10 @@ class PackedPolicy(nn.Module):
         self.model = model
         plan_for(model)  # before anything wraps the parameters
 
-    def forward(self, groups: Sequence[Group], *, temperature: float) -> Tensor:
-        """log π(y_i|x) `[B, K]` in nats, see `completion_logprobs`."""
+    def forward(self, groups: Sequence[Group], *, temperature: float, by_token: bool = False) -> Tensor:
+        """log π(y_i|x) `[B, K]` in nats, see `completion_logprobs`; or by token, see `completion_token_logprobs`."""
+        if by_token:
+            return packed_token_logprobs(self.model, groups, temperature)
         return _packed_logprobs(self.model, groups, temperature, add_in_place=True)
 
 

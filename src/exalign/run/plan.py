@@ -672,8 +672,8 @@ class MethodWork:
     """How a method trains, in numbers.
 
     On pairs, or on completions that have rewards; or on completions that it samples itself, `draws` times for each
-    prompt, and scores: `together` prompts at a time, or all in `rounds` parts. Every group is trained on `passes`
-    times. A `critic` is trained beside the policy, and then both read the samples too.
+    prompt, and scores, `together` prompts at a time. Every group is trained on `passes` times. A `critic` is trained
+    beside the policy, and then both read the samples too.
     """
 
     settings: TrainSettings
@@ -681,7 +681,6 @@ class MethodWork:
     passes: int
     draws: int = 0
     together: int | None = None
-    rounds: int = 1
     critic: ModelSettings | None = None
 
 
@@ -691,7 +690,7 @@ def method_work(recipe: Recipe, name: str) -> MethodWork:
     if method.trains_on != "prompts":
         return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", amount.passes)
     critic = recipe.model if amount.critic == "policy" else amount.critic
-    return MethodWork(method, "sampled", amount.passes, amount.draws, amount.together, amount.rounds, critic)
+    return MethodWork(method, "sampled", amount.passes, amount.draws, amount.together, critic)
 
 
 class Planner:
@@ -784,12 +783,11 @@ class Planner:
             return Work((trained,))
         reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
         every = replace(load, prompts=load.prompts * work.draws)
-        together = work.together or -(-load.prompts // work.rounds)
         reading = [reference, *(policies if work.critic is not None else [])]
         return Work(
             (
                 trained,
-                Draw(reference, every, self.recipe.sample, together),
+                Draw(reference, every, self.recipe.sample, work.together),
                 *(Read(model, every, settings.token_budget, settings.precision) for model in reading),
                 *(Read(scorer, every, SCORER_TOKENS) for scorer in scorers),
             ),

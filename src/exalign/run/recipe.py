@@ -446,6 +446,13 @@ def _check_method(name: str, settings: Any, where: str) -> None:
 def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
     if "ppo" in values:
         raise InputError(f"{where}: ppo is no section any more; write align: {{ppo: {{method: ppo, …}}}}.")
+    methods = values.get("align")
+    for name, settings in methods.items() if isinstance(methods, dict) else ():
+        if isinstance(settings, dict) and "rounds" in settings and ":" not in str(settings.get("method", "")):
+            raise InputError(
+                f"{where}: align.{name}.rounds is not a setting any more: write fresh_every, the optimizer steps that "
+                "samples of the policy as it is serve."
+            )
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _FIXED = {
     "seed": "a search over seeds would choose luck",
     "save_policies": "it decides which policies a trial is ranked by",
     "target": "the stages before the method are made for it; give the other target a method of its own",
-    "rounds": "the stages before the method are made for it; give another number of rounds a method of its own",
+    "fresh_every": "the stages before the method are made for it; give the other one a method of its own",
     "precision": "the stages before the method are made for it; give the other precision a method of its own",
 }
 

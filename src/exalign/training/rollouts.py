@@ -73,14 +73,14 @@ class RolloutBatches:
         if not prompts:
             raise InputError("There is nothing to train on: no prompt was left.")
         self._prompts = prompts
-        self._plan = plan
+        self.plan = plan
         self._draw = draw
         self._sampled_how = sampled_how
         self.step = 0
         self._current: tuple[int, Sequence[Group]] | None = None
 
     def __len__(self) -> int:
-        plan = self._plan
+        plan = self.plan
         whole, rest = divmod(len(self._prompts) * plan.epochs, plan.rollout_prompts)
         return whole * plan.steps_per_rollout + plan.passes * -(-rest // plan.batch_prompts)
 
@@ -88,7 +88,7 @@ class RolloutBatches:
         if not 0 <= step < len(self):
             raise IndexError(step)
         self.step = step
-        plan = self._plan
+        plan = self.plan
         number, place = divmod(step, plan.steps_per_rollout)
         if self._current is None or self._current[0] != number:
             self._current = number, self._draw(self.prompts_of(number), number)
@@ -100,11 +100,11 @@ class RolloutBatches:
 
     @property
     def num_rollouts(self) -> int:
-        return -(-len(self._prompts) * self._plan.epochs // self._plan.rollout_prompts)
+        return -(-len(self._prompts) * self.plan.epochs // self.plan.rollout_prompts)
 
     def prompts_of(self, number: int) -> list[Record]:
         """The prompts of rollout `number`: the next of all epochs' prompts in a row, each epoch in its own order."""
-        plan, count, found = self._plan, len(self._prompts), []
+        plan, count, found = self.plan, len(self._prompts), []
         orders: dict[int, list[int]] = {}
         start = number * plan.rollout_prompts
         for place in range(start, min(start + plan.rollout_prompts, count * plan.epochs)):
@@ -126,9 +126,9 @@ class RolloutBatches:
 class RolloutCounts:
     """What was counted while each rollout was drawn, in a file: one from before an interruption is not drawn again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._by_rollout = read_sealed(path) if path.exists() else {}
+        self._by_rollout = read_sealed(path) if path is not None and path.exists() else {}
 
     def note(self, number: int, counts: Sequence[Counter[str]]) -> None:
         """Keep what the processes counted while they drew rollout `number`; the first of them writes it."""
@@ -136,7 +136,7 @@ class RolloutCounts:
         for share in counts:
             found.update(share)
         self._by_rollout[str(number)] = dict(found)
-        if leads():
+        if leads() and self._path is not None:
             write_sealed(self._path, self._by_rollout)
 
     def total(self, num_rollouts: int) -> Counter[str]:

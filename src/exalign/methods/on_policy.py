@@ -1,0 +1,250 @@
+"""Own samples: a policy's completions as it is while it trains, with log q, log π_sft and rewards, as batches of steps.
+
+Where a method draws `fresh_every` n, a rollout serves n optimizer steps: its completions come from the policy before
+the first of them, q, and the objectives correct for how far π_θ has moved since. At n = 1 q = π_θ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exalign.errors import InputError
+from exalign.methods.method import Amount, Material, Method
+from exalign.processes import gathered, in_order, share_of
+from exalign.storage import fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from exalign.data.batching import Group
+    from exalign.data.record import Record
+    from exalign.rollout.settings import SampleSettings
+    from exalign.training.loop import Task, Trainable
+    from exalign.training.rollouts import RolloutPlan
+
+# What needs torch is imported where it is used: a recipe is checked by settings before anything is loaded.
+
+Compute = Callable[["nn.Module", "nn.Module", "Sequence[Group]"], "tuple[Tensor, ...]"]
+"""Of a module, π_sft and groups: what a method keeps of every token, `[B, K, T]` each, log π_θ and log π_sft first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A prompt with its completions; `tokens` on the CPU, each `[K, T]` with T at least the longest completion."""
+
+    group: Group
+    unfinished: int
+    tokens: tuple[Tensor, ...] = ()
+
+
+class OwnSamples:
+    """The rollouts of a module's policy as it is, each process drawing its share; `batches` are the steps' groups.
+
+    The groups have rewards, log π_sft and, as `proposal_logp`, log q; index i of a rollout is row i of `tokens`, what
+    `compute` gives of every completion token, stacked to `[R, K, T]` on the device with 0 on padding. `took` is told of
+    each new rollout. `numbers` say of it: `entropy`, nats per token, estimated by −log q of the tokens drawn; `reward`;
+    `unfinished`, the share of completions cut at the limit; `equal_rewards`, the share of prompts whose completions all
+    have the same reward, which teach nothing. Sharded weights are whole on every process while it is drawn.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        material: Material,
+        settings: Method,
+        plan: RolloutPlan,
+        path: Path | None = None,
+        *,
+        compute: Compute | None = None,
+        took: Callable[[list[Group]], None] = lambda groups: None,
+    ) -> None:
+        from exalign.training.distributed import Whole
+        from exalign.training.rollouts import RolloutBatches, RolloutCounts
+
+        self.whole = Whole(module)
+        self.module, self.material, self.settings = module, material, settings
+        self.counted = RolloutCounts(path)
+        self.numbers: dict[str, float] = {}
+        self.tokens: tuple[Tensor, ...] = ()
+        self._compute, self._took = compute, took
+        how = fingerprint([material.sampling.deciding(), material.temperature])
+        self.batches = RolloutBatches(material.prompts, plan, self._draw, sampled_how=how)
+
+    def noted(self, weight: float, like: Tensor) -> dict[str, Tensor]:
+        """`numbers` as metrics of a step, in units of its weight."""
+        return {name: like.new_tensor(number * weight) for name, number in self.numbers.items()}
+
+    def _draw(self, records: list[Record], number: int) -> list[Group]:
+        seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
+        with self.whole.everywhere() as module:
+            shares = gathered(self._share(module, share_of(records), seed))
+        self.counted.note(number, [counts for _, counts in shares])
+        drawn = in_order([share for share, _ in shares])
+        groups = [replace(one.group, index=index) for index, one in enumerate(drawn)]
+        self.tokens = self._stacked(groups, drawn)
+        self.numbers = _numbers(groups, sum(one.unfinished for one in drawn))
+        self._took(groups)
+        return groups
+
+    def _share(self, module: Any, records: Sequence[Record], seed: int) -> tuple[list[Drawn], Counter[str]]:
+        from exalign.data.batching import group_of
+        from exalign.models.capability import device_of
+        from exalign.rollout.rollout import Numerics, open_sampler, rollout
+
+        material, settings, policy = self.material, self.settings, module.model
+        counts: Counter[str] = Counter()
+        if not records:
+            return [], counts
+        reference, sampling = material.reference, material.sampling
+        assert reference is not None
+        reference.to(device_of(policy))  # type: ignore[arg-type]  # a stub's overloads
+        # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
+        whole = sampling.top_p is None and sampling.top_k is None
+        read = {"reference": reference, "policy": policy if whole else None} if self._compute is None else {}
+        found = rollout(
+            records,
+            open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed),
+            counts,
+            Numerics(material.temperature, settings.token_budget, settings.precision),
+            scorer=material.scorer,
+            **read,
+        )
+        groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(found)]
+        cut = [sum(completion.finish_reason == "length" for completion in record.completions) for record in found]
+        if self._compute is None:
+            return [Drawn(group, number) for group, number in zip(groups, cut, strict=True)], counts
+        tokens = self._by_token(module, reference, groups)
+        return [
+            Drawn(replace(group, proposal_logp=row[0].sum(-1), reference_logp=row[1].sum(-1)), number, row)
+            for group, number, row in zip(groups, cut, tokens, strict=True)
+        ], counts
+
+    def _by_token(self, module: nn.Module, reference: nn.Module, groups: list[Group]) -> list[tuple[Tensor, ...]]:
+        import torch
+
+        from exalign.models.capability import device_of
+        from exalign.models.memory import computed
+
+        assert self._compute is not None
+        compute, device = self._compute, device_of(reference)
+        found: dict[int, tuple[Tensor, ...]] = {}
+
+        def work(part: Sequence[Group]) -> tuple[Tensor, ...]:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                return tuple(tensor.cpu() for tensor in compute(module, reference, part))
+
+        with torch.no_grad():
+            for part, tensors in computed(work, groups, token_budget=self.settings.token_budget):
+                rows = zip(part, *tensors, strict=True)
+                found |= {group.index: tuple(row.clone() for row in own) for group, *own in rows}  # rows alone
+        return [found[group.index] for group in groups]
+
+    def _stacked(self, groups: list[Group], drawn: Sequence[Drawn]) -> tuple[Tensor, ...]:
+        import torch
+        from torch.nn.functional import pad
+
+        from exalign.models.capability import device_of
+
+        longest = max(len(ids) for group in groups for ids in group.completion_ids)
+        device = device_of(self.module)
+        return tuple(
+            torch.stack([pad(row, (0, longest - row.shape[1])) for row in rows]).to(device)
+            for rows in zip(*(one.tokens for one in drawn), strict=True)
+        )
+
+
+def rows_of(values: Tensor, groups: Sequence[Group], like: Tensor) -> Tensor:
+    """The rows of these groups, by their index, cut to the shape `[B, K, T]` of `like`."""
+    import torch
+
+    rows = torch.tensor([group.index for group in groups], device=like.device)
+    return values[rows, : like.shape[1], : like.shape[2]]
+
+
+def _numbers(groups: Sequence[Group], unfinished: int) -> dict[str, float]:
+    completions = sum(group.num_completions for group in groups)
+    tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
+    rewards = [group.rewards for group in groups if group.rewards is not None]
+    logq = [group.proposal_logp for group in groups if group.proposal_logp is not None]
+    equal = sum(bool((row == row[0]).all()) for row in rewards)
+    return {
+        "reward": sum(float(row.sum()) for row in rewards) / completions,
+        "entropy": -sum(float(row.sum()) for row in logq) / tokens,
+        "unfinished": unfinished / completions,
+        "equal_rewards": equal / len(groups),
+    }
+
+
+def correction(policy_logp: Tensor, groups: Sequence[Group], mask: Tensor) -> dict[str, Tensor]:
+    """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
+
+    `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how many
+    samples of π_θ the K are worth.
+    """
+    from exalign import objectives
+    from exalign.data.batching import stack_values
+
+    policy = policy_logp.detach()
+    reference, proposal = (stack_values(groups, n).to(policy.device) for n in ("reference_logp", "proposal_logp"))
+    weights = objectives.log_importance_weights(policy, proposal, mask)
+    return {
+        "kl": objectives.weighted_mean(weights, policy - reference, mask),
+        "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, mask),
+        "effective_samples": objectives.effective_sample_size(weights, mask),
+    }
+
+
+def plan_of(settings: Any) -> RolloutPlan:
+    """Rollouts that serve `fresh_every` steps, in which their groups are gone through `passes` times."""
+    from exalign.training.rollouts import RolloutPlan
+
+    together = own_amount(settings).together
+    assert together is not None
+    return RolloutPlan(together, settings.batch_prompts, settings.passes, settings.epochs, settings.seed)
+
+
+def own_amount(settings: Any) -> Amount:
+    """How much a method with `fresh_every` and `passes` computes."""
+    together = settings.batch_prompts * settings.fresh_every // settings.passes
+    return Amount(settings.epochs * settings.passes, draws=settings.epochs, together=together)
+
+
+def drawn_how(fresh_every: int) -> str:
+    """Words for where the samples come from."""
+    return "on-policy" if fresh_every == 1 else f"own samples drawn every {fresh_every} steps"
+
+
+def fresh_problems(settings: Any) -> Iterator[str]:
+    """Sentences about `fresh_every` and `passes` that do not fit together."""
+    if settings.fresh_every % settings.passes:
+        yield f"fresh_every = {settings.fresh_every} steps are no whole number of passes; make it a multiple of passes"
+
+
+def whole_only(sampling: SampleSettings) -> Iterator[str]:
+    """A sentence where samples would be cut to their likely tokens, which no policy gradient holds for."""
+    if sampling.top_p is not None or sampling.top_k is not None:
+        yield "needs samples of the policy itself; remove sample.top_p and sample.top_k"
+
+
+def train_on_own_samples(
+    task: Task, module: Trainable, own: OwnSamples, settings: Method, folder: Path, *, card: tuple[str, str]
+) -> Path:
+    """Train on rollouts; `loop.train` says what is written. `card` is the title and text of the model card.
+
+    Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole ones, so that a run that goes on
+    draws the rollout again from the weights it was drawn from. Rewards that are not finite are an `InputError`.
+    """
+    from exalign.training.loop import model_card, train
+
+    material, plan = own.material, own.batches.plan
+    for problem in settings.sampling_problems(material.sampling):
+        raise InputError(f"{type(settings).__name__} {problem}.")
+    placed = settings.model_copy(update={"checkpoint_every": plan.whole_rollouts(settings.checkpoint_every)})
+    text = model_card(card[0], card[1], settings, pipeline_tag="text-generation")
+    path = train(task, module, material.tokenizer, placed, folder, card=text)
+    material.counts.update(own.counted.total(own.batches.num_rollouts))
+    return path

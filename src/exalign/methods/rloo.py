@@ -1,0 +1,129 @@
+"""RLOO, a baseline: the policy gradient on own samples, each completion's baseline the mean of the prompt's others.
+
+The reward of a completion is `r − β log(π_q/π_sft)`, of the policy π_q that drew it. On-policy, EXO at β_π = 1 and
+β_r = β has the same gradient divided by β, times (K−1)/K. Mathematics: `objectives.policy_gradient`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from exalign.methods.method import Amount, Material, Method, TrainsOn
+from exalign.methods.on_policy import (
+    Compute,
+    OwnSamples,
+    correction,
+    drawn_how,
+    fresh_problems,
+    own_amount,
+    plan_of,
+    train_on_own_samples,
+    whole_only,
+)
+from exalign.rollout.settings import SampleSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from exalign.data.batching import Group
+    from exalign.training.batches import Batches
+
+
+class RLOO(Method):
+    """Policy gradient on own samples, against the mean of the prompt's other completions, with the KL in the reward."""
+
+    fresh_every: int = Field(1, gt=0, description="optimizer steps that own samples serve; 1 is on-policy")
+    passes: int = Field(1, gt=0, description="times each rollout is trained on")
+    beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs")
+    clip: float = Field(0.2, gt=0, description="how far a probability ratio may go from 1 in one rollout")
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        return "prompts"
+
+    @property
+    def optimum_beta(self) -> float | None:
+        return self.beta
+
+    @property
+    def line(self) -> str:
+        return f"{self.label}, β {self.beta:g}, {drawn_how(self.fresh_every)}"
+
+    @property
+    def amount(self) -> Amount:
+        return own_amount(self)
+
+    def problems(self) -> Iterator[str]:
+        yield from fresh_problems(self)
+
+    def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
+        yield from whole_only(sampling)
+        if sampling.num_completions < 2:
+            yield "compares the completions of a prompt; sample.num_completions must be at least 2"
+
+    def compute(self, temperature: float) -> Compute | None:
+        """What it keeps of every token of its samples, if anything."""
+        return None
+
+    def losses(
+        self, model: nn.Module, groups: Sequence[Group], mask: Tensor, own: OwnSamples
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every completion `[B, K]`: its loss with gradient, whether its ratio is clipped, and log π_θ(y|x).
+
+        `−min(ρ A, clamp(ρ) A)` with ρ = π_θ/π_q of the whole completion.
+        """
+        from exalign import objectives
+        from exalign.data.batching import stack_values
+        from exalign.models.logprobs import completion_logprobs
+
+        logp = completion_logprobs(model, groups, temperature=own.material.temperature)
+        rewards, reference, sampled = (
+            stack_values(groups, name).to(mask.device) for name in ("rewards", "reference_logp", "proposal_logp")
+        )
+        penalised = objectives.penalised_rewards(rewards, sampled, reference, mask, beta=self.beta)
+        ratio_of = (logp, sampled, objectives.leave_one_out_advantages(penalised, mask), mask)
+        loss = objectives.clipped_policy_loss(*ratio_of, clip=self.clip)
+        return loss, objectives.is_clipped(*ratio_of, clip=self.clip).to(loss), logp
+
+    def train(self, material: Material, folder: Path) -> Path:
+        from exalign.models.logprobs import PackedPolicy
+
+        module, path, compute = PackedPolicy(material.policy), Path(folder) / "rollouts.json", self.compute
+        own = OwnSamples(module, material, self, plan_of(self), path, compute=compute(material.temperature))
+        text = (
+            f"A language model trained by {self.label}, {drawn_how(self.fresh_every)}, at τ = {material.temperature}."
+        )
+        card = (f"Policy trained by {self.label}", text)
+        return train_on_own_samples(PolicyGradientTask(self, own), module, own, self, folder, card=card)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGradientTask:
+    """The mean of the completions' losses per prompt; the weight is the prompts, each times that of its row."""
+
+    settings: RLOO
+    own: OwnSamples
+
+    @property
+    def batches(self) -> Batches:
+        return self.own.batches
+
+    def weight(self, groups: Sequence[Group]) -> float:
+        return sum(group.weight for group in groups)
+
+    def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign.data.batching import completion_mask, stack_weights
+        from exalign.models.capability import device_of
+
+        mask = completion_mask(groups).to(device_of(model))
+        losses, clipped, logp = self.settings.losses(model, groups, mask, self.own)
+        weights = stack_weights(groups).to(losses)
+        seen = correction(logp, groups, mask) | {"clip_fraction": clipped.sum(dim=1) / mask.sum(dim=1)}
+        noted = self.own.noted(self.weight(groups), losses)
+        loss = losses.sum(dim=1) / mask.sum(dim=1)
+        return (loss * weights).sum(), noted | {name: (value * weights).sum() for name, value in seen.items()}
