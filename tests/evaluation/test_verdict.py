@@ -21,7 +21,7 @@ from exalign.evaluation.schema import (
     PromptDensity,
     Tally,
 )
-from exalign.evaluation.verdict import verdict, warnings
+from exalign.evaluation.verdict import own_sample_warnings, verdict, warnings
 
 SFT = FrontierPoint(0, None, Interval(0, 0, 0, 9), None, 9, tokens=16.0, finished=0.9, repetition=0.02)
 
@@ -118,3 +118,12 @@ def test_a_judge_who_disagrees_with_the_reward_is_heard() -> None:
     assert "rose, but a judge prefers" in said(point(1, span(1.0)), judgements=judged(span(0.3)))
     assert said(point(1, span(1.0)), judgements=judged(span(0.45))) == ""
     assert said(point(1, span(0.0)), judgements=judged(span(0.3))) == ""
+
+
+def test_a_correction_on_few_samples_and_prompts_of_one_reward_are_warned_of() -> None:
+    few, equal = own_sample_warnings(
+        "a", {"effective_samples": [4.0, 1.9, None, 1.0, 2.0], "equal_rewards": [0.4, 0.8]}
+    )
+    assert "a: for 50 % of the training the correction" in few
+    assert "a: 60 % of the prompts had completions of one and the same reward" in equal
+    assert not [*own_sample_warnings("a", {"effective_samples": [2.0], "equal_rewards": [0.4], "loss": [0.1]})]

@@ -90,7 +90,7 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={ppo: {}}"], "ppo is no section any more; write align: {ppo: {method: ppo, …}}"),
-        (["align.other={method: pppo}"], "align.other.method: 'pppo' is none; there are matching, ppo"),
+        (["align.other={method: pppo}"], "align.other.method: 'pppo' is none; there are grpo, matching, ppo, rloo"),
         (["align.other={method: 'json:dumps'}"], "align.other.method: json:dumps is no subclass of"),
         (["align.ppo={method: ppo}", "sample.top_p=0.9"], "remove sample.top_p and sample.top_k"),
         (["align.ppo={method: ppo}", "score.scorer={stage: oracle}"], "score.scorer names the stage 'oracle'"),
@@ -152,7 +152,7 @@ def test_neighbouring_methods_differ_in_one_line() -> None:
 
 def test_every_setting_is_explained() -> None:
     settings = list(explain(Recipe))
-    assert len({setting.name for setting in settings}) == len(settings)
+    assert len({(setting.name, setting.meaning) for setting in settings}) == len(settings)
     assert [setting.name for setting in settings if not setting.meaning] == []
     names = {setting.name for setting in settings}
     assert {"temperature", "align.NAME.beta_pi", "data.sft.source", "model.lora.rank"} <= names

@@ -6,7 +6,7 @@ rewards, so the best of many checkpoints looks a little better than it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,10 @@ LENGTH_CHANGE = 0.25
 """A mean length that changed by this share of the supervised policy's is warned of."""
 REPETITION = UNFINISHED = 0.05
 """A share of repeated 4-grams, or of samples cut at the limit, that rose by this is warned of."""
+LEAST_OWN = 2
+"""Effective samples a prompt below which the correction of own samples is warned of."""
+EQUAL = 0.5
+"""From this share on, prompts whose samples all have the same reward are warned of."""
 KL_SPREAD = 0.5
 """A KL whose interval is wider than itself is warned of from this many nats on."""
 
@@ -93,6 +97,27 @@ def warnings(
         *_few_effective_samples(shown, optimum, density),
         *_disagreement(shown, judgements),
     ]
+
+
+def own_sample_warnings(name: str, metrics: Mapping[str, Sequence[float | None]]) -> Iterator[str]:
+    """Sentences about a training on own samples, from its metrics over steps.
+
+    The correction for where the samples came from should stand on more than `LEAST_OWN` of them, and a prompt whose
+    completions all have the same reward teaches nothing.
+    """
+    effective = [value for value in metrics.get("effective_samples", ()) if value is not None]
+    few = sum(value < LEAST_OWN for value in effective)
+    if few:
+        yield (
+            f"{name}: for {100 * few / len(effective):.0f} % of the training the correction for where its samples came "
+            f"from stood on fewer than {LEAST_OWN} effective samples a prompt; lower fresh_every or the learning rate."
+        )
+    equal = [value for value in metrics.get("equal_rewards", ()) if value is not None]
+    if equal and sum(equal) / len(equal) >= EQUAL:
+        yield (
+            f"{name}: {100 * sum(equal) / len(equal):.0f} % of the prompts had completions of one and the same reward, "
+            "which teach nothing; more completions, other prompts or a finer reward would."
+        )
 
 
 def _merit(point: FrontierPoint) -> float:

@@ -347,6 +347,11 @@ class _Timed:
         yield from drawn
 
 
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    """What a training wrote of each of its steps."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def record_training_speed(
     view: View, folder: Path, model: nn.Module, groups: Sequence[Group], settings: TrainSettings
 ) -> None:
@@ -357,7 +362,7 @@ def record_training_speed(
     """
     if not leads():
         return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = metric_rows(folder)
     peak = matmul_peak(model, dtype=torch.bfloat16 if settings.precision == "bf16" else None) * number()
     work = training_flops(model, groups) * settings.epochs
     record_speed(folder, sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows), work, peak)

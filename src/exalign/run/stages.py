@@ -31,6 +31,7 @@ from exalign.data.store import (
 from exalign.data.tokenization import TokenLimits
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
+from exalign.evaluation.verdict import own_sample_warnings
 from exalign.methods.method import Material, Method
 from exalign.methods.oracle import train_classifier
 from exalign.methods.reward_model import train_reward_model
@@ -50,6 +51,7 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     draw,
+    metric_rows,
     offline_sampling,
     prompts_of,
     record_training_speed,
@@ -218,6 +220,10 @@ def _align(view: View, *, name: str, material: partial[Material]) -> None:
     settings.train(given, view.folder)
     if given.groups:
         record_training_speed(view, view.folder, given.policy, given.groups, settings)
+    if leads():
+        rows = metric_rows(view.folder)
+        for sentence in own_sample_warnings(name, {metric: [row[metric] for row in rows] for metric in rows[0]}):
+            view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
 
 
 def _tokenizer(view: View) -> None:
