@@ -378,6 +378,26 @@ def prompts_alone(prompts):
     return [[0.0]]
 
 constant = 3
+
+
+def flat_right(prompts, completions, answer):
+    return [1.0 if text.count(right) else 0.0 for text, right in zip(completions, answer, strict=True)]
+
+def flat_named(completions, answer, **kwargs):
+    assert len(kwargs["prompts"]) == len(completions)
+    return [float(right in text.strip()) for text, right in zip(completions, answer)]
+
+def flat_contains(prompts, completions, answer, **kwargs):
+    return [float(right in text) for text, right in zip(completions, answer)]
+
+def flat_chat(completions, answer, **kwargs):
+    return [float(right in message["content"]) for (message,), right in zip(completions, answer)]
+
+def flat_fails(prompts, completions):
+    return [len(text.strip()) / 0 for text in completions]
+
+def flat_too_few(prompts, completions):
+    return [1.0]
 """
 
 
@@ -451,6 +471,23 @@ def test_a_function_gets_the_columns_it_asks_for(records):
         FunctionScorer("my_rewards:right").score([replace(r, columns={"level": 1}) for r in records])
     with pytest.raises(InputError, match="prompts and completions as its first two"):
         FunctionScorer("my_rewards:prompts_alone")
+
+
+@pytest.mark.parametrize("name", ["flat_right", "flat_named", "flat_contains"])
+def test_a_function_written_for_trl_gets_one_text_at_a_time(records, name):
+    rows = [replace(r, columns={"answer": f"w{2 + i}"}) for i, r in enumerate(records)]
+    scorer = FunctionScorer(f"my_rewards:{name}")
+    expected = [[float(f"w{2 + i}" in c.text) for c in r.completions] for i, r in enumerate(records)]
+    assert scorer.score(rows) == expected and scorer.score(rows[1:]) == expected[1:]
+    chat = [replace(rows[0], prompt=({"role": "user", "content": "Hi"},))]
+    assert FunctionScorer("my_rewards:flat_chat").score(chat) == expected[:1]
+
+
+def test_where_a_function_fails_in_both_forms_both_are_told(records):
+    with pytest.raises(InputError, match=r"AttributeError.*With one text at a time instead: .*ZeroDivisionError"):
+        FunctionScorer("my_rewards:flat_fails").score(records)
+    with pytest.raises(InputError, match="one list of rewards per prompt, or one per completion"):
+        FunctionScorer("my_rewards:flat_too_few").score(records)
 
 
 def test_the_identity_of_a_function_is_its_files_content(tmp_path):

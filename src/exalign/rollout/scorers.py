@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -277,15 +277,17 @@ class WeightedSum:
         return self.total(self.parts(records))
 
 
-RewardFunction = Callable[..., Sequence[Sequence[float]]]
+RewardFunction = Callable[..., Sequence[Sequence[float]] | Sequence[float]]
 
 
 class FunctionScorer:
-    """Rewards from `function(prompts, completions, **columns)`, named as `module:function`.
+    """Rewards from `function(prompts, completions, **columns)`, named as `module:function`, in one of two forms.
 
-    `prompts` is a list of B prompts, `completions` a list of B lists of texts; the function returns B lists of as many
-    numbers. Further parameters get the data's other columns of that name, lists of B values, None where a row has none;
-    with `**columns` it gets all of them. The module is looked for in the working directory too. A name that cannot be
+    By prompt: `prompts` is a list of B prompts, `completions` a list of B lists of texts; it returns B lists of as many
+    numbers. By completion, as functions for TRL are written: a prompt and a text (a list of one message, where the
+    prompt is messages) for each completion, and a number for each. The first result says which it is. Further
+    parameters get the data's other columns of that name, with a value for each prompt, None where a row has none; with
+    `**columns` it gets all of them. The module is looked for in the working directory too. A name that cannot be
     imported, a parameter that no column fills, whatever the function raises, a wrong number of rewards, and one that is
     not finite are `InputError`s that name file, function and row.
     """
@@ -294,39 +296,77 @@ class FunctionScorer:
         self._function = _load(name)
         file = inspect.getsourcefile(inspect.unwrap(self._function)) if _is_python(self._function) else None
         self._name = f"{name} ({file})" if file else name
-        self._named, self._needed, self._all = _columns(self._function, self._name)
+        self._takes = _columns(self._function, self._name)
+        self._by_prompt = None if self._takes.by_place else False
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
         """One list of K rewards per record."""
-        rewards = self._call(records)
+        if not records:
+            return []
+        failed: InputError | None = None
+        if self._by_prompt is not False:
+            try:
+                rewards = [list(values) for values in self._call(records, by_prompt=True)]
+            except InputError as error:
+                failed = error
+            except TypeError:
+                failed = InputError(f"{self._name} must return one list of rewards per prompt, or one per completion.")
+            else:
+                self._by_prompt = True
+                return check_rewards(rewards, records, source=self._name)
+            if self._by_prompt:
+                raise failed
         try:
-            listed = [list(values) for values in rewards]
-        except TypeError:
-            raise InputError(f"{self._name} must return one list of rewards per prompt, not {rewards!r:.60}.") from None
-        return check_rewards(listed, records, source=self._name)
+            given = [float(value) for value in self._call(records, by_prompt=False)]
+        except (TypeError, ValueError):
+            raise failed or InputError(f"{self._name} must return one number per completion.") from None
+        except InputError as error:
+            raise _both(failed, error) if failed else error from error
+        texts = sum(len(record.completions) for record in records)
+        if len(given) != texts:
+            raise failed or InputError(f"{self._name} gave {len(given)} rewards for {texts} completions.")
+        self._by_prompt, rest = False, iter(given)
+        return check_rewards([[next(rest) for _ in r.completions] for r in records], records, source=self._name)
 
-    def _call(self, records: Sequence[Record]) -> Any:
+    def _call(self, records: Sequence[Record], *, by_prompt: bool) -> Any:
         given = dict.fromkeys(name for record in records for name in record.columns or ())
-        missing = [name for name in self._needed if name not in given]
-        if missing and records:
+        missing = [name for name in self._takes.needed if name not in given]
+        if missing:
             there = f"there are {', '.join(given)}" if given else "there are none"
             raise InputError(f"{self._name} asks for the column {missing[0]}, which the data does not have; {there}.")
-        columns = {n: [(r.columns or {}).get(n) for r in records] for n in given if self._all or n in self._named}
-        prompts = [record.prompt for record in records]
-        texts = [[completion.text for completion in record.completions] for record in records]
+        names = [name for name in given if self._takes.all or name in self._takes.named]
+        rows = records if by_prompt else [record for record in records for _ in record.completions]
+        columns = {name: [(record.columns or {}).get(name) for record in rows] for name in names}
+        prompts = [record.prompt for record in rows]
         try:
-            return self._function(prompts, texts, **columns)
+            if by_prompt:
+                return self._function(prompts, [[c.text for c in record.completions] for record in records], **columns)
+            texts = [_as_said(record, completion.text) for record in records for completion in record.completions]
+            if self._takes.by_place:
+                return self._function(prompts, texts, **columns)
+            own = {"prompts": prompts} if self._takes.all or "prompts" in self._takes.named else {}
+            return self._function(completions=texts, **own, **columns)
         except InputError:
             raise
         except Exception as error:
             if len(records) > 1:
                 for record in records:
-                    self._call([record])  # which raises the sentence below for the first row that fails alone
-            rows = records[0].id if len(records) == 1 else f"{records[0].id} to {records[-1].id}"
+                    self._call([record], by_prompt=by_prompt)  # raises the sentence below for the row that fails alone
+            ids = records[0].id if len(records) == 1 else f"{records[0].id} to {records[-1].id}"
             line = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(line.filename).name}, line {line.lineno}"
             said = f"{type(error).__name__}: {first_line(error)[:200]}"
-            raise InputError(f"{self._name} failed on record {rows}, at {where}: {said}.") from error
+            raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
+
+
+def _as_said(record: Record, text: str) -> Any:
+    return text if isinstance(record.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _both(by_prompt: InputError, by_completion: InputError) -> InputError:
+    """What was wrong with a list of texts for each prompt, and with a text for each completion, where they differ."""
+    first, second = str(by_prompt), str(by_completion)
+    return by_prompt if first == second else InputError(f"{first} With one text at a time instead: {second}")
 
 
 def function_identity(name: str) -> str:
@@ -377,19 +417,34 @@ def _is_python(function: Any) -> bool:
     return inspect.isfunction(inspect.unwrap(function)) or inspect.ismethod(function)
 
 
-def _columns(function: Any, name: str) -> tuple[set[str], list[str], bool]:
-    """Which columns a function takes by name, which of them it needs, and whether it takes all there are."""
+@dataclass(frozen=True, slots=True)
+class _Takes:
+    """What a reward function takes: columns by name, those it needs, whether all there are; and prompts and texts by
+    their place, or else as `prompts` and `completions`."""
+
+    named: frozenset[str]
+    needed: tuple[str, ...]
+    all: bool
+    by_place: bool
+
+
+def _columns(function: Any, name: str) -> _Takes:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # one that is not written in Python does not say
-        return set(), [], False
+        return _Takes(frozenset(), (), all=False, by_place=True)
     kinds = [parameter.kind for parameter in parameters]
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(places) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
+    by_place = len(places) >= 2 or inspect.Parameter.VAR_POSITIONAL in kinds
+    if "completions" in known and [place.name for place in places[:2]] != ["prompts", "completions"]:
+        by_place = False
+    elif not by_place:
         raise InputError(f"{name} must take prompts and completions as its first two parameters.")
-    further = [p for p in parameters if p not in places[:2] and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = [parameter.name for parameter in further if parameter.default is parameter.empty]
-    return {parameter.name for parameter in further}, needed, inspect.Parameter.VAR_KEYWORD in kinds
+    first = places[:2] if by_place else [p for p in parameters if p.name == "completions"]
+    further = [p for p in parameters if p not in first and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = tuple(p.name for p in further if p.default is p.empty and (by_place or p.name != "prompts"))
+    return _Takes(frozenset(p.name for p in further), needed, inspect.Parameter.VAR_KEYWORD in kinds, by_place)
 
 
 def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record], *, source: str) -> list[list[float]]:
