@@ -45,7 +45,7 @@ from exalign.evaluation.schema import (
     write_evidence,
 )
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Bootstrap
-from exalign.evaluation.verdict import own_sample_warnings, verdict, warnings
+from exalign.evaluation.verdict import verdict, warnings
 
 SFT = "SFT"
 REFERENCE_TEXTS = "reference texts"
@@ -122,14 +122,7 @@ def collect_evidence(
         judgements=judgements,
         searches=folder.searches(),
         density=density,
-        warnings=[
-            *warnings(sft, list(_looked_at(methods, chosen)), best, density, judgements),
-            *(
-                line
-                for curve in curves
-                for line in own_sample_warnings(curve.stage.removeprefix("align/"), curve.values)
-            ),
-        ],
+        warnings=warnings(sft, list(_looked_at(methods, chosen)), best, density, judgements, curves),
         num_resamples=num_resamples,
         seed=seed,
     )

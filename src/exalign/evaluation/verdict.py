@@ -15,6 +15,7 @@ from exalign.evaluation.frontier import lower_bound, select_within
 from exalign.evaluation.pool import LEAST_ESS
 from exalign.evaluation.run_folder import SUPERVISED, RunFolder
 from exalign.evaluation.schema import (
+    Curve,
     DensityRatios,
     FrontierPoint,
     Judgements,
@@ -84,10 +85,11 @@ def warnings(
     optimum: Optimum | None,
     density: DensityRatios | None,
     judgements: Judgements,
+    curves: Sequence[Curve] = (),
 ) -> list[str]:
     """A sentence for everything that matters before one of the policies is used.
 
-    `shown` are the checkpoints that are looked at, each with its method's name.
+    `shown` are the checkpoints that are looked at, each with its method's name; `curves` what training logged.
     """
     return [
         *_lengths(sft, shown),
@@ -96,6 +98,7 @@ def warnings(
         *_uncertain_kl(shown),
         *_few_effective_samples(shown, optimum, density),
         *_disagreement(shown, judgements),
+        *(line for curve in curves for line in own_sample_warnings(curve.stage.removeprefix("align/"), curve.values)),
     ]
 
 

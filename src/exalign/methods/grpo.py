@@ -19,7 +19,7 @@ from exalign.methods.rloo import RLOO
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from exalign.data.batching import Group
+    from exalign.data.batching import Group, GroupValues
 
 
 class GRPO(RLOO):
@@ -57,16 +57,17 @@ class GRPO(RLOO):
         return by_token
 
     def losses(
-        self, model: nn.Module, groups: Sequence[Group], mask: Tensor, own: OwnSamples
+        self, model: nn.Module, groups: Sequence[Group], given: GroupValues, own: OwnSamples
     ) -> tuple[Tensor, Tensor, Tensor]:
         from exalign import objectives
-        from exalign.data.batching import completion_token_mask, stack_values
+        from exalign.data.batching import completion_token_mask
 
+        mask, rewards = given.mask, given.rewards
+        assert rewards is not None
         logp = model(groups, temperature=own.material.temperature, by_token=True)
         sampled, reference = (rows_of(part, groups, logp) for part in own.tokens)
         live = completion_token_mask(groups).to(mask.device)
         lengths = live.sum(dim=2).clamp(min=1)
-        rewards = stack_values(groups, "rewards").to(mask.device)
         advantages = objectives.group_mean_advantages(rewards, mask)
         if self.scale_by_spread:
             advantages = objectives.divided_by_spread(advantages, rewards, mask)

@@ -35,11 +35,10 @@ from exalign.methods.on_policy import (
 from exalign.rollout.settings import SampleSettings
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from exalign.data.batching import Group
+    from exalign.data.batching import Group, GroupValues
     from exalign.training.batches import Batches
 
 # What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
@@ -125,6 +124,15 @@ class Matching(Method):
             "(π_sft/π_θ)^(1 − β_π); with fresh_every β_π = 1 is the exact objective"
         )
 
+    def problem_with(self, num_completions: int) -> str | None:
+        num_completions = num_completions if self.fresh_every is None else 2  # own samples are ordered two by two
+        if self.target == "reward" or self.epsilon < 1 - 1 / num_completions:
+            return None
+        return (
+            f"of {num_completions} completions the preferred one would get no more than the others with epsilon = "
+            f"{self.epsilon:g}; choose one below {1 - 1 / num_completions:g}."
+        )
+
     def train(self, material: Material, folder: Path) -> Path:
         if self.fresh_every is not None:
             return train_fresh(material, self, folder)
@@ -165,45 +173,35 @@ class MatchingTask:
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign import objectives
-        from exalign.data.batching import completion_mask, stack_values, stack_weights
+        from exalign.data.batching import values_of
         from exalign.models.logprobs import completion_logprobs
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
-        device = policy_logp.device
-        seen = {} if self.own is None else correction(policy_logp, groups, completion_mask(groups).to(device))
+        given = values_of(groups, policy_logp.device)
+        seen = {} if self.own is None else correction(policy_logp, given)
         compared = self._compared(groups)
         if len(compared) != len(groups):
             seen = {name: value.repeat_interleave(len(compared) // len(groups)) for name, value in seen.items()}
-            policy_logp = policy_logp.view(len(compared), 2)
-        groups = compared
-        mask = completion_mask(groups).to(device)
-        reference_logp = stack_values(groups, "reference_logp").to(device)
-        proposal_logp = _proposal_logp(groups, device)
+            given, policy_logp = values_of(compared, policy_logp.device), policy_logp.view(len(compared), 2)
+        mask, reference_logp = given.mask, given.reference_logp
+        assert reference_logp is not None
         log_p_policy = objectives.log_policy_distribution(
-            policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=proposal_logp
+            policy_logp, reference_logp, beta_pi=self.settings.beta_pi, mask=mask, proposal_logp=given.proposal_logp
         )
-        log_p_target = self._log_target(groups, mask, reference_logp, proposal_logp)
+        log_p_target = self._log_target(given)
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
-        metrics = self._metrics(groups, policy_logp.detach(), reference_logp, proposal_logp, mask)
+        metrics = self._metrics(given, policy_logp.detach(), reference_logp)
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
-        weights = stack_weights(groups).to(loss)
+        weights = given.weights.to(loss.dtype)
         sums = {name: (value * weights).sum() for name, value in (metrics | seen).items()}
         noted = {} if self.own is None else self.own.noted(self.weight(groups), loss)
         return (loss * weights).sum(), noted | sums
 
-    def _metrics(
-        self,
-        groups: Sequence[Group],
-        policy_logp: Tensor,
-        reference_logp: Tensor,
-        proposal_logp: Tensor | None,
-        mask: Tensor,
-    ) -> dict[str, Tensor]:
+    def _metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
         """Per prompt `[B]`; those of pairs are in nats of log-ratio, log π_θ − log π_sft."""
         from exalign import objectives
-        from exalign.data.batching import stack_preferred, stack_values
 
-        sampled_from = reference_logp if proposal_logp is None else proposal_logp
+        mask, sampled_from = given.mask, reference_logp if given.proposal_logp is None else given.proposal_logp
         log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
         reference_weights = objectives.log_importance_weights(reference_logp, sampled_from, mask)
         log_ratio = policy_logp - reference_logp
@@ -211,38 +209,35 @@ class MatchingTask:
             # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
             "kl": objectives.reverse_kl(log_weights, reference_weights, mask),
             "log_ratio_spread": objectives.group_spread(log_ratio, mask),
-            "completion_tokens": _completion_lengths(groups).to(log_ratio),
+            "completion_tokens": given.tokens.to(log_ratio.dtype),
         }
-        if all(group.rewards is not None for group in groups):
-            rewards = stack_values(groups, "rewards").to(mask.device)
-            metrics["reward"] = objectives.weighted_mean(log_weights, rewards, mask)
-            metrics["reward_spread"] = objectives.group_spread(rewards, mask) / self.settings.beta_r
+        if given.rewards is not None:
+            metrics["reward"] = objectives.weighted_mean(log_weights, given.rewards, mask)
+            metrics["reward_spread"] = objectives.group_spread(given.rewards, mask) / self.settings.beta_r
         if self.settings.target == "preference":
-            preferred = stack_preferred(groups).to(mask.device)
-            accuracy, margin = objectives.preference_accuracy(log_ratio, preferred, mask)
-            chosen = log_ratio.gather(1, preferred[:, None]).squeeze(1)
+            assert given.preferred is not None
+            accuracy, margin = objectives.preference_accuracy(log_ratio, given.preferred, mask)
+            chosen = log_ratio.gather(1, given.preferred[:, None]).squeeze(1)
             metrics |= {"accuracy": accuracy, "margin": margin}
             metrics |= {"chosen_log_ratio": chosen, "rejected_log_ratio": chosen - margin}
         return metrics
 
-    def _log_target(
-        self, groups: Sequence[Group], mask: Tensor, reference_logp: Tensor, proposal_logp: Tensor | None
-    ) -> Tensor:
+    def _log_target(self, given: GroupValues) -> Tensor:
         from exalign import objectives
-        from exalign.data.batching import stack_preferred, stack_values
 
-        settings, device = self.settings, mask.device
+        settings = self.settings
         if settings.target == "preference":
-            preferred = stack_preferred(groups).to(device)
+            assert given.preferred is not None
             return objectives.log_preference_target(
-                preferred, num_completions=mask.shape[1], epsilon=settings.epsilon, mask=mask
+                given.preferred, num_completions=given.mask.shape[1], epsilon=settings.epsilon, mask=given.mask
             )
+        assert given.rewards is not None
         return objectives.log_reward_target(
-            stack_values(groups, "rewards").to(device),
+            given.rewards,
             beta_r=settings.beta_r,
-            mask=mask,
-            reference_logp=None if proposal_logp is None else reference_logp,
-            proposal_logp=proposal_logp,
+            mask=given.mask,
+            reference_logp=None if given.proposal_logp is None else given.reference_logp,
+            proposal_logp=given.proposal_logp,
         )
 
 
@@ -301,12 +296,8 @@ def check_groups(groups: Sequence[Group], settings: Matching) -> None:
         own = settings.fresh_every is not None
         if settings.target == "preference" and group.preferred is None and not own:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
-        compared = 2 if own else group.num_completions
-        if settings.target == "preference" and settings.epsilon >= 1 - 1 / compared:
-            raise InputError(
-                f"Row {group.index} has {compared} completions; with epsilon = {settings.epsilon:g} the "
-                f"preferred one would get no more than the others. Choose one below {1 - 1 / compared:g}."
-            )
+        if (problem := settings.problem_with(group.num_completions)) is not None:
+            raise InputError(f"Row {group.index}: {problem}")
         if (settings.target == "reward" or own) and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):
@@ -347,22 +338,3 @@ def train_fresh(material: Material, settings: Matching, folder: Path) -> Path:
     card = ("Aligned policy", f"A language model aligned by {settings.divergence} {how}.")
     task = MatchingTask(own.batches, settings, material.temperature, own)
     return train_on_own_samples(task, module, own, settings, folder, card=card)
-
-
-def _proposal_logp(groups: Sequence[Group], device: torch.device) -> Tensor | None:
-    """log q `[B, K]` where completions came from another proposal than π_sft, else None: then q = π_sft cancels."""
-    from exalign.data.batching import stack_values
-
-    if all(group.proposal_logp is None for group in groups):
-        return None
-    known = [
-        replace(group, proposal_logp=group.reference_logp) if group.proposal_logp is None else group for group in groups
-    ]
-    return stack_values(known, "proposal_logp").to(device)
-
-
-def _completion_lengths(groups: Sequence[Group]) -> Tensor:
-    """Mean completion length per prompt, in tokens `[B]`."""
-    import torch
-
-    return torch.tensor([sum(map(len, group.completion_ids)) / group.num_completions for group in groups])

@@ -20,7 +20,7 @@ from exalign.storage import fingerprint
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from exalign.data.batching import Group
+    from exalign.data.batching import Group, GroupValues
     from exalign.data.record import Record
     from exalign.rollout.settings import SampleSettings
     from exalign.training.loop import Task, Trainable
@@ -76,7 +76,8 @@ class OwnSamples:
 
     def noted(self, weight: float, like: Tensor) -> dict[str, Tensor]:
         """`numbers` as metrics of a step, in units of its weight."""
-        return {name: like.new_tensor(number * weight) for name, number in self.numbers.items()}
+        values = like.new_tensor([number * weight for number in self.numbers.values()])  # in one copy
+        return dict(zip(self.numbers, values.unbind(), strict=True))
 
     def _draw(self, records: list[Record], number: int) -> list[Group]:
         seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
@@ -179,22 +180,21 @@ def _numbers(groups: Sequence[Group], unfinished: int) -> dict[str, float]:
     }
 
 
-def correction(policy_logp: Tensor, groups: Sequence[Group], mask: Tensor) -> dict[str, Tensor]:
+def correction(policy_logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
     """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
 
     `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how many
     samples of π_θ the K are worth.
     """
     from exalign import objectives
-    from exalign.data.batching import stack_values
 
-    policy = policy_logp.detach()
-    reference, proposal = (stack_values(groups, n).to(policy.device) for n in ("reference_logp", "proposal_logp"))
-    weights = objectives.log_importance_weights(policy, proposal, mask)
+    policy, reference, proposal = policy_logp.detach(), given.reference_logp, given.proposal_logp
+    assert reference is not None and proposal is not None
+    weights = objectives.log_importance_weights(policy, proposal, given.mask)
     return {
-        "kl": objectives.weighted_mean(weights, policy - reference, mask),
-        "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, mask),
-        "effective_samples": objectives.effective_sample_size(weights, mask),
+        "kl": objectives.weighted_mean(weights, policy - reference, given.mask),
+        "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, given.mask),
+        "effective_samples": objectives.effective_sample_size(weights, given.mask),
     }
 
 

@@ -30,7 +30,7 @@ from exalign.rollout.settings import SampleSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from exalign.data.batching import Group
+    from exalign.data.batching import Group, GroupValues
     from exalign.training.batches import Batches
 
 
@@ -71,22 +71,20 @@ class RLOO(Method):
         return None
 
     def losses(
-        self, model: nn.Module, groups: Sequence[Group], mask: Tensor, own: OwnSamples
+        self, model: nn.Module, groups: Sequence[Group], given: GroupValues, own: OwnSamples
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of every completion `[B, K]`: its loss with gradient, whether its ratio is clipped, and log π_θ(y|x).
 
         `−min(ρ A, clamp(ρ) A)` with ρ = π_θ/π_q of the whole completion.
         """
         from exalign import objectives
-        from exalign.data.batching import stack_values
         from exalign.models.logprobs import completion_logprobs
 
         logp = completion_logprobs(model, groups, temperature=own.material.temperature)
-        rewards, reference, sampled = (
-            stack_values(groups, name).to(mask.device) for name in ("rewards", "reference_logp", "proposal_logp")
-        )
-        penalised = objectives.penalised_rewards(rewards, sampled, reference, mask, beta=self.beta)
-        ratio_of = (logp, sampled, objectives.leave_one_out_advantages(penalised, mask), mask)
+        rewards, reference, sampled = given.rewards, given.reference_logp, given.proposal_logp
+        assert rewards is not None and reference is not None and sampled is not None
+        penalised = objectives.penalised_rewards(rewards, sampled, reference, given.mask, beta=self.beta)
+        ratio_of = (logp, sampled, objectives.leave_one_out_advantages(penalised, given.mask), given.mask)
         loss = objectives.clipped_policy_loss(*ratio_of, clip=self.clip)
         return loss, objectives.is_clipped(*ratio_of, clip=self.clip).to(loss), logp
 
@@ -117,13 +115,12 @@ class PolicyGradientTask:
         return sum(group.weight for group in groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-        from exalign.data.batching import completion_mask, stack_weights
+        from exalign.data.batching import values_of
         from exalign.models.capability import device_of
 
-        mask = completion_mask(groups).to(device_of(model))
-        losses, clipped, logp = self.settings.losses(model, groups, mask, self.own)
-        weights = stack_weights(groups).to(losses)
-        seen = correction(logp, groups, mask) | {"clip_fraction": clipped.sum(dim=1) / mask.sum(dim=1)}
-        noted = self.own.noted(self.weight(groups), losses)
-        loss = losses.sum(dim=1) / mask.sum(dim=1)
+        given = values_of(groups, device_of(model))
+        losses, clipped, logp = self.settings.losses(model, groups, given, self.own)
+        weights, completions = given.weights.to(losses.dtype), given.mask.sum(dim=1)
+        seen = correction(logp, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
+        noted, loss = self.own.noted(self.weight(groups), losses), losses.sum(dim=1) / completions
         return (loss * weights).sum(), noted | {name: (value * weights).sum() for name, value in seen.items()}

@@ -6,12 +6,8 @@ By one process, or by the first of several, which the others join where all trai
 from __future__ import annotations
 
 from collections import Counter
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-=======
-from collections.abc import Iterator
->>>>>>> 81a32b4 (fresh_every for every method with a reward target; RLOO, GRPO, GSPO and pairs of own samples as methods)
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +73,7 @@ def _carry_out(run: Run, targets: tuple[str, ...]) -> None:
         return
     with leading():
         if not run.is_complete(stages):
-<<<<<<< HEAD
             for sentence in check_inputs(run.recipe):
-=======
-            check_inputs(run.recipe)
-            for sentence in warnings_of(run.recipe):
->>>>>>> 81a32b4 (fresh_every for every method with a reward target; RLOO, GRPO, GSPO and pairs of own samples as methods)
                 run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
         run.carry_out(stages, targets)
 
@@ -98,7 +89,8 @@ def check_inputs(recipe: Recipe) -> list[str]:
     for scorer in scorers(recipe):
         check_scorer(scorer, [record for found in sampled for record in found.patterns.values()])
     tokenizer = _tokenizer(recipe, looked)
-    said = [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
+    said = [f"align.{name}: {method.warning}." for name, method in recipe.align.items() if method.warning is not None]
+    said += [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
     _check_methods(recipe, looked)
     if recipe.search is not None:
         _check_search(recipe)
@@ -125,7 +117,6 @@ class _Looked:
     fewest: int | None = None
 
 
-<<<<<<< HEAD
 def _look(name: str, sources: Sources) -> _Looked:
     found = _Looked()
     for settings in each(sources):
@@ -184,22 +175,6 @@ def _check_templates(
         name: load_tokenizer(section.model.source, trust_remote_code=section.model.trust_remote_code)
         for name, section in own.items()
         if section is not None and section.model is not None and section.model.source is not None
-=======
-def warnings_of(recipe: Recipe) -> Iterator[str]:
-    """Sentences about what is allowed and rarely meant."""
-    yield from (f"align.{name}: {method.warning}." for name, method in recipe.align.items() if method.warning)
-    if (sentence := shared_with_training(recipe)) is not None:
-        yield sentence
-
-
-def shared_with_training(recipe: Recipe) -> str | None:
-    """A sentence where prompts of the evaluation are among those that are trained on, as far as the data is local."""
-    local = local_sources(recipe)
-    rows = {
-        name: [record for one in each(local[name]) for record in read_source(whole(one), Counter())]
-        for name in ("data.evaluation", "data.preferences", "data.prompts", "data.rewards")
-        if name in local
->>>>>>> 81a32b4 (fresh_every for every method with a reward target; RLOO, GRPO, GSPO and pairs of own samples as methods)
     }
     for name, found in looked.items():
         used = [other.get("oracle", tokenizer)] if name == "labelled" else [tokenizer]
