@@ -170,7 +170,7 @@ LEAST_RECIPE = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {
         ({"loss_type": "simpo"}, "loss_type is not a setting; here: simpo is not offered; nearest is divergence: forw"),
         ({"loss_type": ["sigmoid"]}, "here: sigmoid is divergence: forward_kl, target: preference."),
         ({"loss_type": "unheard"}, "here: divergence and target"),
-        ({"method": "exo"}, "align.a.method: 'exo' is none; there are matching, ppo"),
+        ({"method": "exo"}, "align.a.method: 'exo' is none; there are grpo, matching, ppo, rloo"),
         ({"method": "exo"}, "exo is divergence: reverse_kl, target: preference."),
         ({"num_train_epochs": 3}, "here: epochs."),
     ],
