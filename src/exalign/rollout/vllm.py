@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import multiprocessing
 import os
 import re
+import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -27,7 +31,7 @@ from exalign.data.batching import group_of
 from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.models.capability import base_of
-from exalign.models.loading import save_apart
+from exalign.models.loading import first_line, save_apart
 from exalign.models.logprobs import reference_logprobs
 from exalign.rollout.sampler import check_drawing, completion_of, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings
@@ -135,6 +139,7 @@ class _Engine:
         self._folder = TemporaryDirectory(prefix="exalign-vllm-")
         self._model, self._messages = Path(self._folder.name, "model"), Path(self._folder.name, "messages.log")
         save_apart(policy, self._model)
+        logging.getLogger("vllm").setLevel(logging.ERROR)
         with _started(policy, settings, self._messages):
             try:
                 import vllm
@@ -143,7 +148,9 @@ class _Engine:
 
                 self._engine = vllm.LLM(model=str(self._model), **engine_arguments(policy, settings))
             except Exception as error:  # whatever it is, the run has no engine
-                raise InputError(f"vLLM cannot draw from this model: {self._why(error)}") from None
+                raise InputError(self._why(error, settings)) from None
+        self._processes = [child for child in multiprocessing.active_children() if "EngineCore" in child.name]
+        self._guard = _ending_with_this_process(self._processes)
         self._prompt, self._parameters, self._dead = TokensPrompt, vllm.SamplingParams, EngineDeadError
         self._holds: VLLMSampler | None = None
 
@@ -155,29 +162,67 @@ class _Engine:
         asked: Sequence[Mapping[str, Any]],
     ) -> list[Any] | None:
         """The outputs for prompts as ids under the policy's weights; None where the engine's process has ended."""
-        try:
-            if self._holds is not sampler:
-                save_apart(policy, self._model)
+        moved = self._holds is not sampler
+        if moved:
+            save_apart(policy, self._model)
+            self._holds = None
+
+        def work() -> list[Any]:
+            if moved:
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(self._model)})
                 self._engine.reset_prefix_cache()  # what it holds was computed with the weights before
-                self._holds = sampler
+            self._holds = sampler
             given = [self._prompt(prompt_token_ids=ids) for ids in prompts]
             parameters = [self._parameters(**arguments) for arguments in asked]
             found: list[Any] = self._engine.generate(given, parameters, use_tqdm=False)
             return found
-        except self._dead:
+
+        return self._while_it_lives(work)
+
+    def _while_it_lives(self, work: Callable[[], list[Any]]) -> list[Any] | None:
+        """What the work returns; None where the process ends before: vLLM itself would wait for it for ever."""
+        found: list[Any] = []
+
+        def run() -> None:
+            try:
+                found.append(work())
+            except Exception as error:  # told where it was asked for
+                found.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive() and all(process.is_alive() for process in self._processes):
+            thread.join(0.5)
+        thread.join(5)
+        if not found or isinstance(found[0], self._dead) or not all(process.is_alive() for process in self._processes):
             return None
+        if isinstance(found[0], Exception):
+            raise InputError(f"vLLM could not draw: {first_line(found[0])}")
+        return found[0]  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End its process."""
+        self._guard.kill()
+        self._guard.communicate()
         with suppress(Exception):
             self._engine.llm_engine.engine_core.shutdown()
         self._folder.cleanup()
 
-    def _why(self, error: Exception) -> str:
-        """The first error in what its process wrote, else the one that was raised here, in one line."""
-        said = re.search(r"\b\w*(?:Error|Exception): (.+)", self._messages.read_text(errors="replace"))
-        return (said[1] if said else " ".join(str(error).split()))[:400]
+    def _why(self, error: Exception, settings: SampleSettings) -> str:
+        """A sentence of the first error in what its process wrote, else of the one that was raised here."""
+        text = f"{self._messages.read_text(errors='replace')}\n{' '.join(str(error).split())}"
+        said = re.search(r"(?:\b\w*(?:Error|Exception):|Value error,) (.+)", text)
+        reason = (said[1] if said else text.splitlines()[-1]).split(". ")[0][:300].rstrip(".")
+        if "KV cache" in reason or "cache blocks" in reason:
+            longest, given = settings.max_prompt_tokens + settings.max_new_tokens, settings.vllm.cache_gib
+            return f"sample.vllm.cache_gib = {given:g} does not hold a text of {longest} tokens; raise it ({reason})."
+        return f"vLLM cannot draw from this model: {reason}."
+
+
+def _ending_with_this_process(processes: Sequence[BaseProcess]) -> subprocess.Popen[bytes]:
+    """One that kills the processes when this one is gone, however it went: vLLM's would stay for ever."""
+    numbers = [str(process.pid) for process in processes]
+    return subprocess.Popen(["sh", "-c", 'read _; kill -9 "$@"', "sh", *numbers], stdin=subprocess.PIPE)
 
 
 _running: dict[str, _Engine] = {}
@@ -203,10 +248,14 @@ def close_engine() -> None:
 
 @contextmanager
 def _started(policy: PreTrainedModel, settings: SampleSettings, messages: Path) -> Iterator[None]:
-    """Around its start: its environment, and whatever it and its processes write goes to `messages`."""
+    """Around its start: its environment, and whatever it and its processes write goes to `messages`.
+
+    Ray is not there for it, unless it was before: what closes a cluster to others is read with Ray's first import.
+    """
+    without_ray = sys.modules.setdefault("ray", None) is None  # type: ignore[arg-type]
     before, device = dict(os.environ), base_of(policy).device
     chosen = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of this process
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as many threads as this process has, wherever they find room
     }
@@ -228,6 +277,8 @@ def _started(policy: PreTrainedModel, settings: SampleSettings, messages: Path) 
         for number, output in enumerate(outputs, start=1):
             os.dup2(output, number)
             os.close(output)
+        if without_ray:
+            del sys.modules["ray"]
         for name in {*os.environ} - {*before}:
             del os.environ[name]
         os.environ.update(before)
