@@ -185,10 +185,12 @@ def test_a_policy_that_changes_behind_the_engine_s_back_is_told(
 def test_an_engine_that_is_killed_is_started_again(opened: Open, policy, caplog: pytest.LogCaptureFixture) -> None:
     sampler = opened(policy, max_new_tokens=20)
     drawn = list(sampler.sample(PROMPTS))
+    engine = vllm._engine_for(policy, sampler._settings)
     assert kill_engines() == 2
     again = list(sampler.sample(PROMPTS))
     assert ids_of(again) == ids_of(drawn)
     assert "vLLM's process ended" in caplog.text
+    assert vllm._engine_for(policy, sampler._settings) is not engine
 
 
 def test_one_that_is_killed_again_and_again_is_an_error(opened: Open, policy) -> None:

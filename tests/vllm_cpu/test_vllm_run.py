@@ -86,7 +86,7 @@ def test_a_run_draws_with_it_for_every_purpose_and_on_policy(make: Make, tmp_pat
     assert len(drawn) > 4
     for place in drawn:
         header = read_header(tmp_path / place)
-        assert header.sampler == "vllm" and header.counts["logprobs_that_differ"] == 0
+        assert header.sampler == "vllm" and not header.counts.get("logprobs_that_differ")
         assert header.counts["logprobs_checked"] >= 8
     counts = read_json(tmp_path / "align" / "ppo" / "done.json")["counts"]
     assert counts["completions"] == 24 * 3

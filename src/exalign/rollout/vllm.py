@@ -232,7 +232,8 @@ _running: dict[str, _Engine] = {}
 def _engine_for(policy: PreTrainedModel, settings: SampleSettings) -> _Engine:
     """An engine that can take this policy's weights: the one that runs, else one that is started for it."""
     base = base_of(policy)
-    config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
+    saved = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # what saving and loading change
+    config = {name: value for name, value in base.config.to_dict().items() if name not in saved}
     needed = fingerprint([config, engine_arguments(policy, settings), str(base.device)])
     if needed not in _running:
         close_engine()
