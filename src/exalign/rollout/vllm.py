@@ -198,7 +198,7 @@ class _Engine:
             return None
         if isinstance(found[0], Exception):
             raise InputError(f"vLLM could not draw: {first_line(found[0])}")
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def close(self) -> None:
         """End its process."""
@@ -249,11 +249,7 @@ def close_engine() -> None:
 
 @contextmanager
 def _started(policy: PreTrainedModel, settings: SampleSettings, messages: Path) -> Iterator[None]:
-    """Around its start: its environment, and whatever it and its processes write goes to `messages`.
-
-    Ray is not there for it, unless it was before: what closes a cluster to others is read with Ray's first import.
-    """
-    without_ray = sys.modules.setdefault("ray", None) is None  # type: ignore[arg-type]
+    """Around its start: its environment, and whatever it and its processes write goes to `messages`."""
     before, device = dict(os.environ), base_of(policy).device
     chosen = {
         "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of this process
@@ -278,8 +274,6 @@ def _started(policy: PreTrainedModel, settings: SampleSettings, messages: Path) 
         for number, output in enumerate(outputs, start=1):
             os.dup2(output, number)
             os.close(output)
-        if without_ray:
-            del sys.modules["ray"]
         for name in {*os.environ} - {*before}:
             del os.environ[name]
         os.environ.update(before)

@@ -39,9 +39,11 @@ _BLOCKS = 16
 
 
 def check_installed(settings: ClusterSettings) -> None:
-    """Raise the `InputError` that names the extra where it is missing."""
+    """Raise the `InputError` that names the extra where it is missing; Ray is imported, closed, before vLLM does so."""
     if find_spec("ray") is None:
         raise InputError('cluster needs Ray Data: pip install "exalign[ray]".')
+    with _private() if settings.address is None else nullcontext():
+        import ray  # noqa: F401
 
 
 def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settings: ClusterSettings) -> None:
