@@ -98,12 +98,12 @@ def check_inputs(recipe: Recipe) -> list[str]:
         cluster.check_installed(recipe.cluster)
     if recipe.sample.engine == "vllm":
         vllm.check_installed()
-    held_out = looked.get("evaluation")
-    for name in ("preferences", "prompts", "rewards") if held_out else ():
-        if name in looked and (shared := len(looked[name].prompts & held_out.prompts)):
-            asked = len(held_out.prompts)
+    asked = looked.get("evaluation", _Looked()).prompts
+    for name in ("preferences", "prompts", "rewards"):
+        if shared := len(looked.get(name, _Looked()).prompts & asked):
             said.append(
-                f"{shared:,} of the {asked:,} prompts of data.evaluation are in data.{name} too, and may be trained on."
+                f"{shared:,} of the {len(asked):,} prompts of data.evaluation are in data.{name} too, and may be "
+                "trained on."
             )
     return said
 

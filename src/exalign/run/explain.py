@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import textwrap
 import types
@@ -31,7 +32,7 @@ class Explained:
     type: str
     default: str
     meaning: str
-    owner: type[BaseModel]
+    owner: builtins.type[BaseModel]
     """The class that defines it, whose settings may stand in several places."""
 
 
@@ -113,8 +114,8 @@ def print_settings(console: Console, below: str | None = None) -> None:
     for title, table in (("Names of other trainers, and what they are here", SETTINGS), ("Their losses", LOSSES)):
         if below is None:
             console.print(Text(f"\n{title}", style="bold"))
-            for names, here in table.items():
-                console.print(Text.assemble((", ".join(names.split()), "cyan"), f": {here}"), soft_wrap=True)
+            for theirs, here in table.items():
+                console.print(Text.assemble((", ".join(theirs.split()), "cyan"), f": {here}"), soft_wrap=True)
 
 
 def _once(settings: Sequence[Explained]) -> Iterator[Explained]:
