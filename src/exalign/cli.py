@@ -91,6 +91,10 @@ Data = Annotated[
     str, typer.Argument(help="Preference pairs, scored completions, or prompts: a file, folder or hub name.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder of the result (default: runs/MODEL-DATA).")]
+Reading = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="More of the data: columns.prompt=question limit=999 split=train"),
+]
 Reward = Annotated[str | None, typer.Option(help="For prompts: module:function that gives completions their rewards.")]
 RewardModel = Annotated[str | None, typer.Option(help="For prompts: a reward model that does.")]
 
@@ -99,7 +103,11 @@ RewardModel = Annotated[str | None, typer.Option(help="For prompts: a reward mod
 def align_(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A chat model, or a recipe (.yaml).")],
     data: Annotated[
-        list[str] | None, typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="Its data; settings to change.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA] [KEY=VALUE]...",
+            help="Its data; more of it (columns.prompt=question limit=999), and settings of the recipe to change.",
+        ),
     ] = None,
     out: Out = None,
     reward: Reward = None,
@@ -126,12 +134,19 @@ def align_(
 
 
 @app.command("new")
-def new(model: Model, data: Data, out: Out = None, reward: Reward = None, reward_model: RewardModel = None) -> None:
+def new(
+    model: Model,
+    data: Data,
+    settings: Reading = None,
+    out: Out = None,
+    reward: Reward = None,
+    reward_model: RewardModel = None,
+) -> None:
     """Write the recipe that `exalign align MODEL DATA` would carry out, and nothing else."""
     from exalign.run.begin import begin, write_down
 
     _quiet_libraries()
-    write_down(begin(model, data, out=out, reward=reward, reward_model=reward_model), console)
+    write_down(begin(model, data, settings or (), out=out, reward=reward, reward_model=reward_model), console)
 
 
 @app.command("run")
@@ -219,6 +234,7 @@ def inspect(
     from exalign.data.reading import settings_of
     from exalign.models.loading import load_tokenizer
 
+    _quiet_libraries()
     found = inspect_source(
         settings_of(data, columns or (), settings or (), split),
         load_tokenizer(model),
@@ -434,6 +450,7 @@ def _quiet_libraries() -> None:
     there are processes.
     """
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # importing datasets to say so takes a second
     if not leads():
@@ -441,6 +458,7 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # which tells every attempt to reach it
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -79,6 +79,21 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
         align(str(model), str(pairs), out=out)
 
 
+def test_other_names_of_columns_come_in_with_the_command(model: Path, pairs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    file = tmp_path / "odd.jsonl"
+    file.write_text("".join(json.dumps({"q": r["prompt"], "a": r["chosen"], "b": r["rejected"]}) + "\n" for r in rows))
+    with pytest.raises(InputError, match=r"its columns with content are 'q', 'a', 'b'.*columns\.prompt=question"):
+        begin(str(model), str(file))
+    names = ["columns.prompt=q", "columns.chosen=a", "columns.rejected=b"]
+    begun = begin(str(model), str(file), [*names, "limit=40"])
+    expected = {"source": str(file), "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}, "limit": 40}
+    assert begun.values["data"]["preferences"] == expected and begun.reasons[0].startswith("data: 40 preference pairs")
+    with pytest.raises(InputError, match=r"epsilon = 0\.7"):  # what is not of the data changes the recipe
+        align(str(model), str(file), out=tmp_path / "it", overrides=[*names, "align.exo-pref.epsilon=0.7"])
+    assert load_recipe(tmp_path / "it.yaml").data.preferences.columns["prompt"] == "q"  # type: ignore[union-attr]
+
+
 def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: Path) -> None:
     prompts = str(world / "prompts.jsonl")
     with pytest.raises(InputError, match=r"24 rows without a preference or rewards: say what is good with --reward"):

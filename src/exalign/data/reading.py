@@ -346,7 +346,7 @@ def local_path(settings: DataSettings) -> Path | None:
     parent_exists = path.parent != Path(".") and exists(path.parent) and path.parent.is_dir()
     looks_local = settings.source.startswith((".", "/", "~")) or data_suffix(path) is not None
     if looks_local or parent_exists or not _HUB_NAME.fullmatch(settings.source):
-        raise InputError(f"There is no file or folder {str(path)[:300]}{_nearest(path)}.")
+        raise InputError(f"There is no file or folder {str(path)[:300]}{_nearest(path) or '.'}")
     return None
 
 
@@ -359,7 +359,7 @@ def _nearest(path: Path) -> str:
     if not folder.is_dir() or len(wanted) > 255:
         return ""
     names = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean {folder / names[0]}" if names else ""
+    return f"; did you mean {folder / names[0]}?" if names else ""
 
 
 def _check_settings(settings: DataSettings, path: Path | None) -> None:
@@ -483,10 +483,10 @@ def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         near = _nearest(Path(settings.source))
         if (sentence := hub_sentence("data set", settings.source, error)) is not None:
-            raise InputError(f"{sentence[:-1]}{near}." if near else sentence) from None
+            raise InputError(f"{sentence[:-1]}{near}" if near else sentence) from None
         raise InputError(
-            f"{settings.source!r} is no local file{near}, and reading it from the Hugging Face hub failed: "
-            f"{_first_line(error)}"
+            f"{settings.source!r} is no local file{near.removesuffix('?')}, and reading it from the Hugging Face hub "
+            f"failed: {_first_line(error)}"
         ) from None
 
 

@@ -399,7 +399,7 @@ def _kind(present: set[str], rows: Sequence[Values], columns: Mapping[str, str])
             hint = f" Its only row has a list of {len(value)} objects in {name!r}: write each as a row of its own."
     raise ValueError(
         f"its columns with content are {', '.join(map(repr, names))[:500] or 'none'}, "
-        f"but needed are {_ACCEPTED}; `columns` renames.{hint}"
+        f"but needed are {_ACCEPTED}; `columns` renames (columns.prompt=question).{hint}"
     )
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.console import Console
 
-from exalign.data.reading import DataSettings, read_source
+from exalign.data.reading import DataSettings, read_source, settings_of
 from exalign.data.record import Record
 from exalign.data.shapes import as_dialogue
 from exalign.data.tokenization import tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
-from exalign.models.loading import load_tokenizer, policy_skeleton
+from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
-from exalign.run.carry_out import carry_out
+from exalign.run.carry_out import carry_out, whole
 from exalign.run.recipe import load_recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.storage import exists, write_text
@@ -59,33 +59,44 @@ def align(
     """Align `model` on `data` without a recipe: choose one, write it beside the result, carry it out.
 
     `model` is a folder or hub name, `data` a file, folder or hub name of preference pairs, scored completions, or
-    prompts; with the last, `reward` (module:function) or `reward_model` says what is good. The result is in `out`
-    (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be edited for the next time.
+    prompts; with the last, `reward` (module:function) or `reward_model` says what is good. `overrides` are KEY=VALUE:
+    those of the data (columns.prompt=question, split=train) go into the recipe that is chosen, those of the recipe
+    change it. The result is in `out` (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be
+    edited for the next time.
     """
     console = console or Console()
-    begun = begin(model, data, out=out, reward=reward, reward_model=reward_model)
+    ours = [text for text in overrides if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
+    begun = begin(model, data, ours, out=out, reward=reward, reward_model=reward_model)
     write_down(begun, console)
-    run = Run(load_recipe(begun.file, overrides), begun.folder, console)
+    run = Run(load_recipe(begun.file, [text for text in overrides if text not in ours]), begun.folder, console)
     carry_out(run)
     return run
 
 
 def begin(
-    model: str, data: str, *, out: str | Path | None = None, reward: str | None = None, reward_model: str | None = None
+    model: str,
+    data: str,
+    reading: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    reward: str | None = None,
+    reward_model: str | None = None,
 ) -> Begun:
-    """Look at the data and the model, and choose; nothing is written."""
+    """Look at the data, read as the settings KEY=VALUE of its source say, and the model, and choose; write nothing."""
     if reward is not None and reward_model is not None:
         raise InputError("Give --reward or --reward-model, not both.")
-    model, data = os.path.expanduser(model), os.path.expanduser(data)
+    model, settings = os.path.expanduser(model), settings_of(data, (), reading)
+    data = settings.source
+    check_weights(model)
     scorer = {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
     counts: Counter[str] = Counter()
-    records = list(islice(read_source(DataSettings(source=data), counts), LOOKED_AT))
+    records = list(islice(read_source(whole(settings), counts), LOOKED_AT))
     if not records:
         raise InputError(f"{data} has no usable rows; exalign inspect {data} --model {model} shows what is in each.")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{_stem(model)}-{_stem(data)}").strip("-._")[:90] or "aligned"
     folder = Path(out).expanduser() if out is not None else Path("runs") / name
     values: dict[str, Any] = {"name": name, "model": {"source": model}}
-    kind, reasons = _sources(values, data, records, scorer)
+    kind, reasons = _sources(values, settings, records, scorer)
     turns: Counter[str] = Counter()
     read = [as_dialogue(record, turns) for record in records]
     if load_tokenizer(model).chat_template and turns["texts_read_as_dialogues"] > len(records) / 2:
@@ -124,14 +135,15 @@ def _stem(name: str) -> str:
 
 
 def _sources(
-    values: dict[str, Any], data: str, records: Sequence[Record], scorer: dict[str, Any] | None
+    values: dict[str, Any], settings: DataSettings, records: Sequence[Record], scorer: dict[str, Any] | None
 ) -> tuple[str, list[str]]:
     """What the data is and how it is used; `preference` or `reward` is what the method's target is made from."""
+    source = settings.model_dump(mode="json", exclude_defaults=True)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = f"{len(records):,}" + ("+" if len(records) == LOOKED_AT else "")
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
-        values["data"] = {"preferences": {"source": data}}
+        values["data"] = {"preferences": source}
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
         values["data"]["held_out"] = share
@@ -139,12 +151,13 @@ def _sources(
         return "preference", [f"data: {some} {what}; {held}"]
     if scorer is None:
         raise InputError(
-            f"{data} has {some} rows without a preference or rewards: say what is good with --reward module:function "
-            "or --reward-model MODEL, or give rows with prompt, chosen and rejected."
+            f"{settings.source} has {some} rows without a preference or rewards: say what is good with --reward "
+            "module:function or --reward-model MODEL, or give rows with prompt, chosen and rejected."
         )
     kept = max(min(len(records) // 20, EVALUATED), 1)
     used = "rewards" if ranked else "prompts"
-    values["data"] = {used: {"source": data, "skip": kept}, "evaluation": {"source": data, "limit": kept}}
+    start = settings.skip
+    values["data"] = {used: {**source, "skip": start + kept}, "evaluation": {**source, "skip": start, "limit": kept}}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
     return "reward", [f"data: {some} {what}; the first {kept} rows are held out for the evidence"]

@@ -11,9 +11,9 @@ _DPO, _EXO = "divergence: forward_kl, target: preference", "divergence: reverse_
 SETTINGS = {
     "model_name_or_path base_model": "model.source",
     "use_peft finetuning_type": "model.lora: {rank: 16}; without it all weights are trained",
-    "lora_r lora_rank": "model.lora.rank",
+    "lora_r lora_rank r": "model.lora.rank",
     "lora_alpha": "model.lora.alpha",
-    "lora_target lora_target_modules": "model.lora.targets",
+    "lora_target lora_target_modules target_modules": "model.lora.targets",
     "lora_dropout": "none: dropout is 0 everywhere, or log-ratios would not be 0 before the first step",
     "load_in_4bit load_in_8bit quantization_bit": "none; nearest is model.dtype: bfloat16 with model.lora",
     "ref_model": "none: the reference is the model that alignment starts from, and is computed once",
