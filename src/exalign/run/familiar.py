@@ -60,7 +60,8 @@ LOSSES = {
     "simpo cpo orpo hinge slic sppo_hard nca_pair bco_pair apo_zero": f"is not offered; nearest is {_DPO}",
     "ipo aot discopop": f"is not offered; nearest is {_EXO}, whose optimal margin is finite too",
     "kto": f"is not offered; nearest is {_DPO}, on pairs of answers",
-    "grpo rloo gspo reinforce_plus_plus": "is not offered; nearest is method: ppo, or target: reward",
+    "reinforce_plus_plus": "is not offered; nearest is method: rloo",
+    "gspo": "is method: grpo, ratio: sequence",
 }
 """Losses and methods by their names elsewhere; one that has become a method here is found first."""
 
