@@ -17,10 +17,13 @@ from torch import nn
 from exalign.data.batching import Group
 from exalign.data.record import Completion, Record
 from exalign.device import device
-from exalign.methods.matching import Matching, MatchingTask, train_matching, train_rounds, with_reference_logp
+from exalign.methods.grpo import GRPO
+from exalign.methods.matching import Matching, MatchingTask, train_matching, with_reference_logp
+from exalign.methods.method import Method
 from exalign.methods.oracle import BinaryCrossEntropy, Oracle, train_classifier
 from exalign.methods.ppo import PPO, train_ppo
 from exalign.methods.reward_model import BradleyTerry, RewardModel, train_reward_model
+from exalign.methods.rloo import RLOO
 from exalign.methods.sft import SFT, MaximumLikelihood, train_sft
 from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import load_classifier, load_policy, load_reward_model
@@ -135,12 +138,12 @@ def encoder_scored(folder: Path) -> list[float]:
 def ppo(folder: Path, **more: Any) -> list[float]:
     settings = PPO(**STEPS | {"batch_prompts": 3, "rollout_prompts": 6, "passes": 2, "target_kl": 0.1} | more)
     module = ActorCritic(policy_of("llama"), scalar_model())
-    train_ppo(module, make_tokenizer(), material(module.model), settings, folder)
+    train_ppo(module, material(module.model), settings, folder)
     return losses(folder)
 
 
-def rounds(folder: Path) -> list[float]:
-    train_rounds(material(policy_of("llama")), Matching(**STEPS | {"rounds": 2}), folder)
+def own_samples(folder: Path, method: type[Method] = Matching, **more: Any) -> list[float]:
+    method(**STEPS | {"fresh_every": 2} | more).train(material(policy_of("llama")), folder)
     return losses(folder)
 
 
@@ -233,7 +236,10 @@ STAGES: dict[str, Callable[[Path], list[float]]] = {
     "scoring by an encoder": encoder_scored,
     "ppo": ppo,
     "ppo, critic first": lambda folder: ppo(folder, critic_steps=1),
-    "rounds": rounds,
+    "exo on own samples": own_samples,
+    "dpo on own pairs": lambda folder: own_samples(folder, target="preference", divergence="forward_kl"),
+    "rloo": lambda folder: own_samples(folder, RLOO),
+    "grpo": lambda folder: own_samples(folder, GRPO, passes=2),
     "dpo": lambda folder: aligned(folder, target="preference", divergence="forward_kl"),
     "exo, checkpointing": lambda folder: aligned(folder, gradient_checkpointing=True),
     "lora": lambda folder: aligned(folder, lora=True),
