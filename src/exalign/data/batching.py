@@ -189,7 +189,7 @@ def values_of(groups: Sequence[Group], target: torch.device) -> GroupValues:
     found = {"mask": completion_mask(groups), "weights": stack_weights(groups), "tokens": torch.tensor(lengths)}
     for name in ("rewards", "reference_logp"):
         if all(getattr(group, name) is not None for group in groups):
-            found[name] = stack_values(groups, name)  # type: ignore[arg-type]
+            found[name] = stack_values(groups, name)
     if all(group.preferred is not None for group in groups):
         found["preferred"] = stack_preferred(groups)
     if any(group.proposal_logp is not None for group in groups):

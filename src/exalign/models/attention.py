@@ -227,17 +227,21 @@ def block_mask(
     """FlexAttention's mask: from the segment, prompt and position of the queries, the segment and position of the keys
     (see `Lineage`), and their `block_lists`."""
     q_segment, q_prompt, q_position = queries
-    k_segment, k_position = keys
+    (k_segment, k_position), width = keys, window or 0
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         related = (k_segment[k] == q_segment[q]) | (k_segment[k] == q_prompt[q])
         return related & (k_position[k] <= q_position[q])
 
     def seen_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return seen(batch, head, q, k) & (q_position[q] - k_position[k] < window)
+        return seen(batch, head, q, k) & (q_position[q] - k_position[k] < width)
 
+    number, indices, full_number, full_indices = lists
     return BlockMask.from_kv_blocks(
-        *lists,
+        number,
+        indices,
+        full_number,
+        full_indices,
         BLOCK_SIZE=BLOCK,
         mask_mod=seen if window is None else seen_near,
         seq_lengths=(len(q_segment), len(k_segment)),
@@ -247,9 +251,10 @@ def block_mask(
 
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float, softcap: float | None) -> Tensor:
     """FlexAttention, compiled once for all lengths: `[1, H, Q, D]` and as many or fewer heads of keys."""
+    cap = softcap or 1.0
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     heads = query.shape[1]
     if heads & (heads - 1):  # its kernels divide query heads among key heads by powers of two only

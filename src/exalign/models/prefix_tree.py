@@ -198,8 +198,8 @@ def policy_stream(
     """
     tokens, layout = _stream(groups, unread=1)
     known = _predictions(groups, layout, places_of(groups) if places is None else places)
-    stream, (positions, *found) = _on_device(tokens, layout, target, windows, known)
-    return stream, Predictions(positions, *found, host_rows=known[1])
+    stream, (positions, rows, targets, where, cells) = _on_device(tokens, layout, target, windows, known)
+    return stream, Predictions(positions, rows, targets, where, cells, host_rows=known[1])
 
 
 def whole_stream(
