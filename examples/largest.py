@@ -2,7 +2,7 @@
 
 `python examples/largest.py [FOLDER]` asks for the largest of three digits, teaches a model of 0.2 million parameters
 from answers of which two in three are random, and aligns it on its own samples by EXO, RLOO and GRPO. The reward
-function below reads the column `answer` of the data. Some two minutes on a CPU; ends with a report.
+function below reads the column `answer` of the data. Some minutes on a CPU; ends with a report.
 """
 
 from __future__ import annotations
