@@ -450,7 +450,6 @@ def _quiet_libraries() -> None:
     there are processes.
     """
     import transformers
-    from huggingface_hub.utils import logging as hub_logging
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # importing datasets to say so takes a second
     if not leads():
@@ -458,7 +457,7 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # which tells every attempt to reach it
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells every attempt to reach it
 
 
 def _fail(sentence: str, status: int) -> None:
