@@ -17,6 +17,12 @@ def test_a_stage_gives_the_numbers_of_the_cpu(stage, workers, tmp_path) -> None:
     assert ours == pytest.approx(work.numbers_of(stage, tmp_path / "cpu"), abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", work.CONFIGS)
+def test_completions_share_their_prompt_on_the_device_too(name, workers) -> None:
+    expected = "PlainDecoder" if name == "no shared prompts" else "SharedDecoder"
+    assert apart(workers, work.decoder_of, name) == work.decoder_of(name) == expected
+
+
 @pytest.mark.parametrize("stage", work.HALF)
 def test_half_precision_gives_the_numbers_of_the_cpu_to_its_rounding(stage, workers, tmp_path) -> None:
     ours = apart(workers, work.numbers_of, stage, tmp_path / "device")

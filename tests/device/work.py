@@ -116,6 +116,11 @@ def drawn(folder: Path | None = None, name: str = "llama", **more: Any) -> list[
     return [x for record in records for c in record.completions for x in (*c.token_ids, c.logprob)]  # type: ignore[misc]
 
 
+def decoder_of(name: str) -> str:
+    """Which way of decoding serves the model; a slower one would give the same numbers."""
+    return type(sampler_of(name)._decoder).__name__
+
+
 def scored(folder: Path) -> list[float]:
     """By a sum of a reward model and a classifier, of texts that were drawn before."""
     records = list(sampler_of("gpt2").sample(make_prompts(6)))

@@ -165,7 +165,7 @@ LEAST_RECIPE = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"beta": 0.1}, "align.a.beta is not a setting; here: beta_pi (β_π), or beta of method: ppo."),
+        ({"beta": 0.1}, "align.a.beta is not a setting; here: beta_pi (β_π), or beta of method: ppo, rloo, grpo."),
         ({"label_smoothing": 0.1}, "here: epsilon (ε)"),
         ({"loss_type": "simpo"}, "loss_type is not a setting; here: simpo is not offered; nearest is divergence: forw"),
         ({"loss_type": ["sigmoid"]}, "here: sigmoid is divergence: forward_kl, target: preference."),

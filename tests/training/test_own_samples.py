@@ -23,7 +23,7 @@ from exalign.errors import InputError
 from exalign.methods.grpo import GRPO
 from exalign.methods.matching import Matching, MatchingTask, pairs_of, train_matching, with_reference_logp
 from exalign.methods.method import Method
-from exalign.methods.on_policy import OwnSamples, plan_of
+from exalign.methods.on_policy import OwnSamples
 from exalign.methods.rloo import RLOO, PolicyGradientTask
 from exalign.models.logprobs import (
     PackedPolicy,
@@ -129,7 +129,7 @@ def own_of(settings: Any, policy: Any, **how: Any) -> tuple[OwnSamples, PackedPo
     material = make_material(policy, reference=reference, **how)
     module = PackedPolicy(policy)
     compute = settings.compute(TEMPERATURE) if isinstance(settings, RLOO) else None
-    return OwnSamples(module, material, settings, plan_of(settings), compute=compute), module
+    return OwnSamples(module, material, settings, compute=compute), module
 
 
 def sft_of(own: OwnSamples) -> nn.Module:

@@ -20,7 +20,8 @@ from torch import nn
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.methods.ppo import PPO, PPOTask, rollout_plan
+from exalign.methods.on_policy import plan_of
+from exalign.methods.ppo import PPO, PPOTask
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
@@ -322,7 +323,7 @@ def test_every_prompt_is_sampled_once_per_epoch_and_trained_on_once_per_pass() -
 
 
 def test_checkpoints_are_placed_between_rollouts() -> None:
-    plan = rollout_plan(PPO(rollout_prompts=5, batch_prompts=2, passes=2))
+    plan = plan_of(PPO(rollout_prompts=5, batch_prompts=2, passes=2))
     assert plan.steps_per_rollout == 6
     assert [plan.whole_rollouts(steps) for steps in (1, 6, 7)] == [6, 6, 12]
 

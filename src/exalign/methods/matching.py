@@ -29,7 +29,6 @@ from exalign.methods.on_policy import (
     drawn_how,
     fresh_problems,
     own_amount,
-    plan_of,
     train_on_own_samples,
 )
 from exalign.rollout.settings import SampleSettings
@@ -332,7 +331,7 @@ def train_fresh(material: Material, settings: Matching, folder: Path) -> Path:
 
     module = PackedPolicy(material.policy)
     path = Path(folder) / "rollouts.json"
-    own = OwnSamples(module, material, settings, plan_of(settings), path, took=partial(check_groups, settings=settings))
+    own = OwnSamples(module, material, settings, path, took=partial(check_groups, settings=settings))
     assert settings.fresh_every is not None
     how = f"to a {settings.target} target, {drawn_how(settings.fresh_every)}, at τ = {material.temperature}"
     card = ("Aligned policy", f"A language model aligned by {settings.divergence} {how}.")

@@ -56,7 +56,6 @@ class OwnSamples:
         module: nn.Module,
         material: Material,
         settings: Method,
-        plan: RolloutPlan,
         path: Path | None = None,
         *,
         compute: Compute | None = None,
@@ -72,7 +71,7 @@ class OwnSamples:
         self.tokens: tuple[Tensor, ...] = ()
         self._compute, self._took = compute, took
         how = fingerprint([material.sampling.deciding(), material.temperature])
-        self.batches = RolloutBatches(material.prompts, plan, self._draw, sampled_how=how)
+        self.batches = RolloutBatches(material.prompts, plan_of(settings), self._draw, sampled_how=how)
 
     def noted(self, weight: float, like: Tensor) -> dict[str, Tensor]:
         """`numbers` as metrics of a step, in units of its weight."""
@@ -198,17 +197,18 @@ def correction(policy_logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
     }
 
 
-def plan_of(settings: Any) -> RolloutPlan:
-    """Rollouts that serve `fresh_every` steps, in which their groups are gone through `passes` times."""
+def plan_of(settings: Method) -> RolloutPlan:
+    """How the rollouts of a method that draws while it trains become steps, from how much it computes."""
     from exalign.training.rollouts import RolloutPlan
 
-    together = own_amount(settings).together
-    assert together is not None
-    return RolloutPlan(together, settings.batch_prompts, settings.passes, settings.epochs, settings.seed)
+    amount = settings.amount
+    assert amount.together is not None
+    passes = amount.passes // amount.draws
+    return RolloutPlan(amount.together, settings.batch_prompts, passes, amount.draws, settings.seed)
 
 
 def own_amount(settings: Any) -> Amount:
-    """How much a method with `fresh_every` and `passes` computes."""
+    """How much a method computes whose rollouts serve `fresh_every` steps, gone through `passes` times."""
     together = settings.batch_prompts * settings.fresh_every // settings.passes
     return Amount(settings.epochs * settings.passes, draws=settings.epochs, together=together)
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from exalign.data.batching import Group
     from exalign.models.heads import ActorCritic
-    from exalign.training.rollouts import RolloutPlan
 
 MAX_KL_ERROR = 0.2
 """c: how far a rollout's KL counts as being from the target, as a share of it."""
@@ -156,8 +155,7 @@ class PPOTask:
         self.module, self.material, self.settings = module, material, settings
         module.kl_coefficient.fill_(settings.beta)
         self._experience: Experience | None = None
-        plan = rollout_plan(settings)
-        self.own = OwnSamples(module, material, settings, plan, path, compute=self._valued, took=self._took)
+        self.own = OwnSamples(module, material, settings, path, compute=self._valued, took=self._took)
         self.batches = self.own.batches
 
     def weight(self, groups: Sequence[Group]) -> float:
@@ -263,12 +261,3 @@ def train_ppo(module: ActorCritic, material: Material, settings: PPO, folder: Pa
     task = PPOTask(module, material, settings, Path(folder) / "rollouts.json")
     text = f"A language model trained by PPO with a KL penalty per token at τ = {material.temperature}."
     return train_on_own_samples(task, module, task.own, settings, folder, card=("Policy trained by PPO", text))
-
-
-def rollout_plan(settings: PPO) -> RolloutPlan:
-    """How these settings turn rollouts into steps."""
-    from exalign.training.rollouts import RolloutPlan
-
-    return RolloutPlan(
-        settings.rollout_prompts, settings.batch_prompts, settings.passes, settings.epochs, settings.seed
-    )

@@ -21,7 +21,6 @@ from exalign.methods.on_policy import (
     drawn_how,
     fresh_problems,
     own_amount,
-    plan_of,
     train_on_own_samples,
     whole_only,
 )
@@ -92,7 +91,7 @@ class RLOO(Method):
         from exalign.models.logprobs import PackedPolicy
 
         module, path, compute = PackedPolicy(material.policy), Path(folder) / "rollouts.json", self.compute
-        own = OwnSamples(module, material, self, plan_of(self), path, compute=compute(material.temperature))
+        own = OwnSamples(module, material, self, path, compute=compute(material.temperature))
         text = (
             f"A language model trained by {self.label}, {drawn_how(self.fresh_every)}, at τ = {material.temperature}."
         )

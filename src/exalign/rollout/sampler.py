@@ -521,7 +521,7 @@ def _found(model: Any) -> Callable[[Any], Decoder]:
     return partial(PlainDecoder, cached=False)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def why_not(decoder: Decoder, model: Any) -> str | None:
     """Why this decoder cannot serve this model, or None where it can.
 

@@ -27,7 +27,7 @@ SETTINGS = {
     "dpo": f"each method is a section of align, as align: {{dpo: {{{_DPO}}}}}",
     "exo": f"each method is a section of align, as align: {{exo: {{{_EXO}}}}}",
     "loss_type pref_loss f_divergence_type": "divergence and target; dpo, exo and others are below",
-    "beta pref_beta": "beta_pi (β_π), or beta of method: ppo",
+    "beta pref_beta": "beta_pi (β_π), or beta of method: ppo, rloo, grpo",
     "label_smoothing": "epsilon (ε), the mass that a preference leaves the other completions",
     "rpo_alpha dpo_alpha pref_ftx": "none; sft is a stage of its own",
     "per_device_train_batch_size gradient_accumulation_steps train_batch_size": "batch_prompts, the whole step over "
@@ -45,8 +45,14 @@ SETTINGS = {
     "logging_steps": "none: every step is in metrics.jsonl",
     "report_to": "trackers",
     "output_dir": "the option --run DIR",
-    "kl_coef init_kl_coef": "beta, of method: ppo",
-    "cliprange": "clip, of method: ppo",
+    "kl_coef init_kl_coef": "beta, of method: ppo and rloo",
+    "cliprange epsilon_high": "clip, of method: ppo, rloo and grpo, the same on both sides",
+    "num_iterations num_ppo_epochs": "passes",
+    "steps_per_generation": "fresh_every, in optimizer steps",
+    "scale_rewards": "scale_by_spread, of method: grpo",
+    "importance_sampling_level": "ratio, of method: grpo",
+    "reward_funcs": "score.scorer: {function: module:function}, or a list of scorers",
+    "reward_weights": "score.scorer, a list of scorers with a weight each",
     "vf_coef": "none: method: ppo trains its critic by a critic_learning_rate of its own",
 }
 """Names that are no settings here, or mean something else, and what to write."""
