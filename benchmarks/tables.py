@@ -148,6 +148,26 @@ def score(results: Results) -> str:
     return _table("shape|K|prompts|way|at once|seconds|time, exalign = 1|share of peak|n", rows)
 
 
+def on_policy(results: Results) -> str:
+    rows = []
+    for result in _of(results, "on_policy"):
+        for row in result["contenders"].values():
+            rows.append(
+                [
+                    f"{SHAPE_NAMES[result['shape']]}, K = {result['k']}",
+                    row["label"],
+                    f"{row['seconds']:.2f}",
+                    f"{row['ratio']:.2f}",
+                    *(f"{row['parts'][part]:.2f}" for part in ("drawing", "scoring", "rest")),
+                    f"{row['samples_per_second']:.1f}",
+                    f"{row['first_reward']:.3f} → {row['last_reward']:.3f}",
+                    row["n"],
+                ]
+            )
+    head = "shape|way|seconds a step|time, exalign's EXO = 1|drawing|scoring|the rest|scored samples a second"
+    return _table(head + "|reward of the first and the last step's samples|n", rows)
+
+
 def memory(results: Results) -> str:
     rows = []
     for result in _of(results, "memory"):
@@ -194,6 +214,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "bf16": bf16,
     "sample": sample,
     "score": score,
+    "on-policy": on_policy,
     "memory": memory,
     "sweep": sweep,
     "profile": profile,

@@ -83,6 +83,18 @@ def test_a_contender_that_computes_something_else_ends_the_run() -> None:
         step._difference(contender, (float("nan"), gradient), (loss, gradient))
 
 
+def test_on_own_samples_all_start_at_one_reward_and_their_parts_are_the_whole() -> None:
+    from benchmarks import on_policy
+
+    task: dict[str, Any] = {"model": "tiny", "prompts": 2, "steps": 2, "rounds": 0, "seconds_each": 9}
+    found = on_policy.compare("tiny", 4, names=tuple(on_policy.WAYS), **task)
+    for row in found["contenders"].values():
+        assert row["n"] == 1 and all(value >= 0 for value in row["parts"].values())
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+    with pytest.raises(InputError, match="not of one policy"):
+        on_policy.check([0.5, 0.6], samples=1000, words=10)
+
+
 def test_an_update_moves_all_by_the_same_amount() -> None:
     policy, reference, groups = world(2)
     weights = []

@@ -31,6 +31,7 @@ from exalign.models.logprobs import (
     plain_completion_logprobs,
     plain_completion_token_logprobs,
 )
+from exalign.rollout.scorers import WeightedSum
 from exalign.rollout.settings import SampleSettings
 from training.tiny_world import (
     GoodWords,
@@ -207,7 +208,8 @@ def test_grpo_and_its_metrics_by_hand_on_stale_samples(how: dict[str, Any]) -> N
 def test_what_a_rollout_says_of_itself_by_hand() -> None:
     settings = Matching(batch_prompts=8, fresh_every=1)
     policy = moved(make_policy())
-    own, module = own_of(settings, policy)
+    scorer = WeightedSum([("good", (1.0, GoodWords())), ("again", (2.0, GoodWords()))])
+    own, module = own_of(settings, policy, scorer=scorer)
     groups = own.batches[0]
     logp = plain_completion_logprobs(policy, groups, temperature=TEMPERATURE).detach()
     tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
@@ -215,12 +217,16 @@ def test_what_a_rollout_says_of_itself_by_hand() -> None:
     cut = [len(ids) == 8 and int(ids[-1]) != 0 for group in groups for ids in group.completion_ids]
     equal = [bool((row == row[0]).all()) for row in rewards]
     assert 0 < sum(cut) < 32
+    assert own.numbers.pop("drawing_seconds") > 0 < own.numbers.pop("scoring_seconds")
+    assert own.numbers.pop("logprob_gap") == pytest.approx(0, abs=1e-6)
     assert own.numbers == pytest.approx(
         {
             "reward": float(rewards.mean()),
             "entropy": -float(logp.sum()) / tokens,
             "unfinished": sum(cut) / 32,
             "equal_rewards": sum(equal) / 8,
+            "reward/good": float(rewards.mean()) / 3,
+            "reward/again": float(rewards.mean()) / 3,
         },
         rel=1e-5,
     )
@@ -230,6 +236,23 @@ def test_what_a_rollout_says_of_itself_by_hand() -> None:
     assert metrics["effective_samples"] == pytest.approx(4, rel=1e-4)
     reference = plain_completion_logprobs(sft_of(own), groups, temperature=TEMPERATURE).detach()
     assert metrics["kl"] == pytest.approx(float((logp - reference).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [Matching(precision="bf16"), GRPO(precision="bf16")], ids=lambda s: s.label)
+def test_how_far_the_sampler_s_log_q_is_from_the_training_path_s(settings: Method) -> None:
+    """The sampler draws in float32, the steps compute in bfloat16: their difference is what is told, per token."""
+    policy: Any = make_policy()
+    own, _ = own_of(settings.model_copy(update={"batch_prompts": 8, "fresh_every": 1}), policy)
+    policy.float()
+    groups = own.batches[0]
+    logp = plain_completion_logprobs(policy, groups, temperature=TEMPERATURE).detach()
+    gaps = [
+        abs(float(logp[row, i] - group.proposal_logp[i])) / len(ids)  # type: ignore[index]
+        for row, group in enumerate(groups)
+        for i, ids in enumerate(group.completion_ids)
+    ]
+    assert own.numbers["logprob_gap"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-2)
+    assert own.numbers["logprob_gap"] > 1e-4
 
 
 def test_own_pairs_are_two_by_two_and_ties_weigh_nothing() -> None:

@@ -80,7 +80,7 @@ def read_metrics(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[st
     return [{name: value for name, value in row.items() if name not in without} for row in rows]
 
 
-TIMINGS = ("seconds", "tokens_per_second", "token_budget")
+TIMINGS = ("seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second", "token_budget")
 """What the clock and the memory decide."""
 
 

@@ -6,6 +6,7 @@ the first of them, q, and the objectives correct for how far π_θ has moved sin
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +35,16 @@ Compute = Callable[["nn.Module", "nn.Module", "Sequence[Group]"], "tuple[Tensor,
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A prompt with its completions; `tokens` on the CPU, each `[K, T]` with T at least the longest completion."""
+    """A prompt with its completions; `tokens` on the CPU, each `[K, T]` with T at least the longest completion.
+
+    `gap` is the mean of |log q of the sampler − log q of the training path| in nats per token, None where the sampler
+    alone knows q; `parts` are the means of each scorer of a list.
+    """
 
     group: Group
     unfinished: int
+    gap: float | None
+    parts: dict[str, float]
     tokens: tuple[Tensor, ...] = ()
 
 
@@ -48,7 +55,9 @@ class OwnSamples:
     `compute` gives of every completion token, stacked to `[R, K, T]` on the device with 0 on padding. `took` is told of
     each new rollout. `numbers` say of it: `entropy`, nats per token, estimated by −log q of the tokens drawn; `reward`;
     `unfinished`, the share of completions cut at the limit; `equal_rewards`, the share of prompts whose completions all
-    have the same reward, which teach nothing. Sharded weights are whole on every process while it is drawn.
+    have the same reward, which teach nothing; `logprob_gap`, how far the sampler's log q is from the training path's,
+    nats per token; `reward/NAME` of each scorer of a list. `drawing_seconds` and `scoring_seconds` are divided over the
+    steps that it serves. Sharded weights are whole on every process while it is drawn.
     """
 
     def __init__(
@@ -82,46 +91,62 @@ class OwnSamples:
         seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
         with self.whole.everywhere() as module:
             shares = gathered(self._share(module, share_of(records), seed))
-        self.counted.note(number, [counts for _, counts in shares])
-        drawn = in_order([share for share, _ in shares])
+        self.counted.note(number, [counts for _, counts, _ in shares])
+        drawn = in_order([share for share, *_ in shares])
         groups = [replace(one.group, index=index) for index, one in enumerate(drawn)]
         self.tokens = self._stacked(groups, drawn)
-        self.numbers = _numbers(groups, sum(one.unfinished for one in drawn))
+        steps = self.batches.plan.passes * -(-len(groups) // self.batches.plan.batch_prompts)
+        slowest = (max(seconds) / steps for seconds in zip(*(taken for *_, taken in shares), strict=True))
+        self.numbers = _numbers(drawn) | dict(zip(("drawing_seconds", "scoring_seconds"), slowest, strict=True))
         self._took(groups)
         return groups
 
-    def _share(self, module: Any, records: Sequence[Record], seed: int) -> tuple[list[Drawn], Counter[str]]:
+    def _share(
+        self, module: Any, records: Sequence[Record], seed: int
+    ) -> tuple[list[Drawn], Counter[str], tuple[float, float]]:
+        """This process's prompts with their completions, what was counted, and the seconds of drawing and scoring."""
         from exalign.data.batching import group_of
         from exalign.models.capability import device_of
-        from exalign.rollout.rollout import Numerics, open_sampler, rollout
+        from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
+        from exalign.rollout.scorers import part_means, scored
+        from exalign.rollout.vllm import logprob_gaps
 
         material, settings, policy = self.material, self.settings, module.model
         counts: Counter[str] = Counter()
         if not records:
-            return [], counts
+            return [], counts, (0.0, 0.0)
         reference, sampling = material.reference, material.sampling
-        assert reference is not None
+        assert reference is not None and material.scorer is not None
         reference.to(device_of(policy))  # type: ignore[arg-type]  # a stub's overloads
+        numerics = Numerics(material.temperature, settings.token_budget, settings.precision)
+        begun = time.perf_counter()
+        sampler = open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
+        found = sampled = rollout(records, sampler, counts, numerics)
+        drawing = time.perf_counter() - begun
         # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
         whole = sampling.top_p is None and sampling.top_k is None
-        read = {"reference": reference, "policy": policy if whole else None} if self._compute is None else {}
-        found = rollout(
-            records,
-            open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed),
-            counts,
-            Numerics(material.temperature, settings.token_budget, settings.precision),
-            scorer=material.scorer,
-            **read,
-        )
-        groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(found)]
-        cut = [sum(completion.finish_reason == "length" for completion in record.completions) for record in found]
         if self._compute is None:
-            return [Drawn(group, number) for group, number in zip(groups, cut, strict=True)], counts
-        tokens = self._by_token(module, reference, groups)
-        return [
-            Drawn(replace(group, proposal_logp=row[0].sum(-1), reference_logp=row[1].sum(-1)), number, row)
-            for group, number, row in zip(groups, cut, tokens, strict=True)
-        ], counts
+            found = with_logprobs(found, reference, "reference_logprob", numerics)
+            found = with_logprobs(found, policy, "logprob", numerics) if whole else found
+        begun = time.perf_counter()
+        found = scored(material.scorer, found, counts)
+        taken = (drawing, time.perf_counter() - begun)
+        groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(found)]
+        tokens: list[tuple[Tensor, ...]] = [()] * len(groups)
+        if self._compute is not None:
+            tokens = self._by_token(module, reference, groups)
+            groups = [
+                replace(group, proposal_logp=row[0].sum(-1), reference_logp=row[1].sum(-1))
+                for group, row in zip(groups, tokens, strict=True)
+            ]
+        drawn = []
+        for record, group, row in zip(sampled, groups, tokens, strict=True):
+            assert group.proposal_logp is not None
+            cut = sum(completion.finish_reason == "length" for completion in record.completions)
+            gaps = logprob_gaps([record], [group.proposal_logp.tolist()], truncated=False)
+            parts = part_means([found[group.index]])
+            drawn.append(Drawn(group, cut, sum(gaps) / len(gaps) if whole else None, parts, row))
+        return drawn, counts, taken
 
     def _by_token(self, module: nn.Module, reference: nn.Module, groups: list[Group]) -> list[tuple[Tensor, ...]]:
         import torch
@@ -165,17 +190,20 @@ def rows_of(values: Tensor, groups: Sequence[Group], like: Tensor) -> Tensor:
     return values[rows, : like.shape[1], : like.shape[2]]
 
 
-def _numbers(groups: Sequence[Group], unfinished: int) -> dict[str, float]:
+def _numbers(drawn: Sequence[Drawn]) -> dict[str, float]:
+    groups = [one.group for one in drawn]
     completions = sum(group.num_completions for group in groups)
     tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
     rewards = [group.rewards for group in groups if group.rewards is not None]
     logq = [group.proposal_logp for group in groups if group.proposal_logp is not None]
-    equal = sum(bool((row == row[0]).all()) for row in rewards)
+    gaps = [one.gap for one in drawn if one.gap is not None]
     return {
         "reward": sum(float(row.sum()) for row in rewards) / completions,
         "entropy": -sum(float(row.sum()) for row in logq) / tokens,
-        "unfinished": unfinished / completions,
-        "equal_rewards": equal / len(groups),
+        "unfinished": sum(one.unfinished for one in drawn) / completions,
+        "equal_rewards": sum(bool((row == row[0]).all()) for row in rewards) / len(groups),
+        **({"logprob_gap": sum(gaps) / len(gaps)} if gaps else {}),
+        **{f"reward/{name}": sum(one.parts[name] for one in drawn) / len(drawn) for name in drawn[0].parts},
     }
 
 

@@ -57,21 +57,17 @@ def rollout(
     *,
     scorer: Scorer | None = None,
     reference: nn.Module | None = None,
-    policy: nn.Module | None = None,
 ) -> list[Record]:
     """The prompts with K completions each, in their order.
 
-    `logprob` is log q(y|x) as the sampler says or, where the `policy` that it draws from is given and draws from its
-    whole distribution, as the training path computes it; `reference_logprob` is log π_sft(y|x) under `reference`; both
-    in nats at τ. `scorer` gives the rewards. `counts` takes what sampler and scorer count.
+    `logprob` is log q(y|x) as the sampler says, `reference_logprob` is log π_sft(y|x) under `reference`, both in nats
+    at τ. `scorer` gives the rewards. `counts` takes what sampler and scorer count.
     """
     before = Counter(sampler.counts)
     records = list(sampler.sample(prompts))
     counts.update(sampler.counts - before)
     if reference is not None:
         records = with_logprobs(records, reference, "reference_logprob", numerics)
-    if policy is not None:
-        records = with_logprobs(records, policy, "logprob", numerics)
     return records if scorer is None else scored(scorer, records, counts)
 
 
