@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-vllm check audit fuzz faults format clean
+.PHONY: demo test test-vllm check audit fuzz faults format clean gpu
 
 FUZZ_MINUTES ?= 10
 FAULT_MOMENTS ?= 50
@@ -55,6 +55,13 @@ fuzz: $(READY)
 faults: $(READY)
 	$(BIN)/python -m pytest -m large
 	PYTHONPATH=tests $(BIN)/python -m faults --moments $(FAULT_MOMENTS)
+
+# What a card computes and how fast, in at most 9 minutes, into GPU_JSON; it goes on where it was stopped. It installs
+# nothing: `make gpu GPU_PYTHON=python3` where that one has torch for the card and what exalign needs.
+GPU_PYTHON ?= $(BIN)/python
+GPU_JSON ?= gpu.json
+gpu:
+	PYTHONPATH=src:. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_JSON)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.workload import BETA_PI, BETA_R, EPSILON, make_model, make_tokenizer
 from exalign.data.batching import Group
+from exalign.device import device
 from exalign.methods.matching import Matching, MatchingTask
 from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy
@@ -68,11 +69,11 @@ class Exalign:
     label = "exalign"
     unit = "tokens"
 
-    def __init__(self, model: Any, groups: Sequence[Group], *, precision: str = "fp32") -> None:
+    def __init__(self, model: Any, groups: Sequence[Group], *, precision: str = "fp32", copied: bool = True) -> None:
         self.sizes = (768, 1536, 3072)
         self.precision = precision
         self.label = "exalign" if precision == "fp32" else f"exalign, {precision}"
-        self.model = library_copy_of(model)
+        self.model = library_copy_of(model) if copied else model
         settings = Matching(
             learning_rate=LEARNING_RATE,
             target="preference" if groups[0].num_completions == 2 else "reward",
@@ -82,9 +83,11 @@ class Exalign:
         )
         self.task = MatchingTask(EpochBatches(groups, batch_prompts=len(groups), epochs=1, seed=0), settings, 1.0)
         AcceleratorState._reset_state()  # contenders differ in precision
-        self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
+        self.accelerator = Accelerator(
+            cpu=device().type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
+        )
         policy = PackedPolicy(self.model).train()
-        optimizer = adamw(policy, betas=ADAM_BETAS, weight_decay=0.0, device=torch.device("cpu"))
+        optimizer = adamw(policy, betas=ADAM_BETAS, weight_decay=0.0, device=device())
         set_learning_rate(optimizer, LEARNING_RATE)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
 
@@ -158,9 +161,9 @@ def exo_loss(logp: Tensor, reference_logp: Tensor, groups: Sequence[Group]) -> T
     """EXO per prompt `[B]`: preference target for pairs, reward target else, as all contenders minimise it."""
     log_p_policy = log_policy_distribution(logp, reference_logp, beta_pi=BETA_PI)
     if logp.shape[1] == 2:
-        preferred = torch.tensor([group.preferred for group in groups])
+        preferred = torch.tensor([group.preferred for group in groups], device=logp.device)
         target = log_preference_target(preferred, num_completions=2, epsilon=EPSILON)
     else:
         rewards = torch.stack([group.rewards for group in groups if group.rewards is not None])
-        target = log_reward_target(rewards, beta_r=BETA_R)
+        target = log_reward_target(rewards.to(logp.device), beta_r=BETA_R)
     return reverse_kl(log_p_policy, target)

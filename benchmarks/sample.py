@@ -100,8 +100,8 @@ class Generate(Sampling):
             mask[row, longest - len(group.prompt_ids) :] = 1
         settings = generation_config(self.k, self.tokens)
         found = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
             generation_config=settings,
             output_scores=scores,
             return_dict_in_generate=True,
@@ -172,7 +172,7 @@ def compare(
         first[name] = timed(work[name])
     times = interleave(work, first, rounds=rounds, seconds_each=seconds_each)
     peak, tokens = matmul_peak(plain), prompts * k * SHAPES[shape][1]
-    drawn = _as_groups(groups, ways[names[0]].draw(groups, sizes[names[0]]))
+    drawn = as_groups(groups, ways[names[0]].draw(groups, sizes[names[0]]))
     flops, base = forward_flops(plain, drawn), times[names[0]].median
     rows = {
         name: {
@@ -220,14 +220,14 @@ def check(way: Sampling, groups: Sequence[Group]) -> float:
     for completions in drawn:
         if len(completions) != way.k or any(len(ids) != way.tokens for ids in completions):
             raise InputError(f"{way.label} did not draw {way.k} completions of {way.tokens} tokens.")
-    plain = plain_completion_logprobs(way.model, _as_groups(few, drawn), temperature=TEMPERATURE)
+    plain = plain_completion_logprobs(way.model, as_groups(few, drawn), temperature=TEMPERATURE)
     difference = float((plain - reported).abs().max())
     if not difference <= TOLERANCE:
         raise InputError(f"{way.label} draws from another distribution than the model's ({difference:.1e} nats off).")
     return difference
 
 
-def _as_groups(prompts: Sequence[Group], drawn: list[list[list[int]]]) -> list[Group]:
+def as_groups(prompts: Sequence[Group], drawn: list[list[list[int]]]) -> list[Group]:
     return [
         Group(group.index, group.prompt_ids, tuple(torch.tensor(ids) for ids in completions))
         for group, completions in zip(prompts, drawn, strict=True)

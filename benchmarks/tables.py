@@ -1,7 +1,8 @@
 """Render the results of `benchmarks.all` into docs/performance.md: `python -m benchmarks.tables FOLDER`.
 
 The document holds `<!-- NAME -->` … `<!-- /NAME -->` pairs; what stands between them is replaced. A result that is not
-in the folder is said to be missing; no number is written by hand.
+in the folder is said to be missing; no number is written by hand. The one file of `benchmarks.gpu` in the place of the
+folder fills the tables of its section, and no others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ def read(folder: Path) -> Results:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def render(document: str, results: Results) -> str:
-    """The document with every table made anew; an unknown name in it is a `KeyError`."""
+def render(document: str, results: Results, *, gpu_alone: bool = False) -> str:
+    """The document with every table made anew, or those of a GPU; an unknown name in it is a `KeyError`."""
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
+        if name.startswith("gpu-") != gpu_alone:
+            return match.group(0)
         return f"<!-- {name} -->\n{TABLES[name](results) or NOT_MEASURED}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, document, flags=re.DOTALL)
@@ -207,7 +211,23 @@ def profile(results: Results) -> str:
     return _table("shape|K|term|share of the step|necessary|largest kernels", rows)
 
 
+def gpu(part: str, results: Results) -> str:
+    """The rows of a part of `benchmarks.gpu`, whatever they are, and what failed in it."""
+    found = results.get("gpu", {}).get("parts", {}).get(part, {})
+    rows = [row for cell in found.values() for row in cell.get("rows", ())]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    failed = [f"{name}: {cell['failed']}" for name, cell in found.items() if "failed" in cell]
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    return "\n\n".join(filter(None, [_table("|".join(names), cells), *failed]))
+
+
+def gpu_machine(results: Results) -> str:
+    return ", ".join(f"{name} {value}" for name, value in results.get("gpu", {}).get("machine", {}).items() if value)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
+    "gpu-machine": gpu_machine,
+    **{f"gpu-{part}": partial(gpu, part) for part in ("parity", "kernel", "step", "sample", "profile", "stages")},
     "machine": machine,
     "step": step,
     "sizes": sizes,
@@ -226,6 +246,12 @@ def _of(results: Results, benchmark: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: (list(SHAPE_NAMES).index(result["shape"]), result["k"]))
 
 
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "–" if value is None else str(value)
+
+
 def _ratio(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['ratio']:.1f}"
 
@@ -238,12 +264,14 @@ def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where `benchmarks.all` wrote")
+    parser.add_argument("folder", type=Path, help="where `benchmarks.all` wrote, or the file of `benchmarks.gpu`")
     given = parser.parse_args()
-    results = read(given.folder)
+    alone = given.folder.is_file()
+    results = {"gpu": json.loads(given.folder.read_text(encoding="utf-8"))} if alone else read(given.folder)
     if "sweep" in results:
         draw(results["sweep"], DOCUMENT.parent / "images" / "cost-growth.png")
-    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
+    text = render(DOCUMENT.read_text(encoding="utf-8"), results, gpu_alone=alone)
+    DOCUMENT.write_text(text, encoding="utf-8")
     print(f"{DOCUMENT.name}: {len(results)} results")
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from exalign.device import device, wait
+
 
 @dataclass
 class Times:
@@ -34,8 +36,10 @@ class Times:
 
 
 def timed(work: Callable[[], object]) -> float:
+    wait(device())
     started = time.perf_counter()
     work()
+    wait(device())
     return time.perf_counter() - started
 
 

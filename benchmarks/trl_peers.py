@@ -24,6 +24,7 @@ from trl.trainer.utils import pad
 from benchmarks.contenders import ADAM_BETAS, LEARNING_RATE, copy_of, exo_loss
 from benchmarks.workload import BETA_PI, EPSILON, make_tokenizer
 from exalign.data.batching import Group
+from exalign.device import device
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 BEST_OPTIONS: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
@@ -95,7 +96,7 @@ class TrlStep:
         os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         settings = DPOConfig(
             output_dir=self._folder.name,
-            use_cpu=True,
+            use_cpu=device().type == "cpu",
             report_to=[],
             loss_type=["exo_pair"],
             label_smoothing=EPSILON,

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def make_reference(model: Any) -> Any:
     return reference.eval()
 
 
+@cache
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Words "t0", "t1", …; its end-of-sequence id is one past the model's vocabulary, so that none is ever drawn."""
     from tokenizers import Tokenizer, models, pre_tokenizers

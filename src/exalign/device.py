@@ -61,6 +61,14 @@ def to_device(target: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [there[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
 
 
+def wait(target: torch.device) -> None:
+    """Until all that was asked of `target` is done; a CPU is never behind."""
+    import torch
+
+    if target.type != "cpu":
+        getattr(torch, target.type).synchronize()
+
+
 def choose_threads(wanted: int | None = None) -> str | None:
     """Set the number of CPU threads for this process; what to say about it, None where it is torch's own number.
 

@@ -94,6 +94,7 @@ def test_every_table_has_its_place_in_the_document() -> None:
     for name in tables.TABLES:
         assert text.count(f"<!-- {name} -->\n") == 1 and text.count(f"<!-- /{name} -->") == 1
     tables.render(text, {})
+    tables.render(text, {}, gpu_alone=True)
 
 
 def test_an_unknown_way_is_refused() -> None:

@@ -36,6 +36,7 @@ from exalign.models.prefix_tree import BLOCK, Tree, TreeLayout, mask_parts
 
 _PREFIX = "sharing_over_"
 _FIRST_CAPACITY = 32
+_KINDS = 128
 _NARROWEST = 16  # the smallest head that FlexAttention takes
 _log = logging.getLogger(__name__)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -285,6 +286,8 @@ def _say_narrow(width: int) -> None:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
+    # Beyond this many kinds of model and mask in a process torch would silently compute all scores.
+    torch._dynamo.config.recompile_limit = max(_KINDS, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention)
 
 

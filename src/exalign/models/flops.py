@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from exalign.data.batching import Group
+from exalign.device import wait
 from exalign.models.capability import base_of, body_of
 
-_PEAK_ROWS = (256, 1024)
+_PEAK_ROWS = {"cpu": (256, 1024)}
+_PEAK_ROWS_ELSEWHERE = (4096, 16384)  # fewer do not fill an accelerator
 _PEAK_SIDE = 4096  # of a larger weight a part is multiplied: the rate is the same, and a vocabulary takes long
 
 
@@ -70,8 +72,8 @@ def training_flops(model: nn.Module, groups: Sequence[Group]) -> float:
 def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: int = 3) -> float:
     """The best rate, in operations per second, measured now over the matrix products of this model.
 
-    Each shape of weight is multiplied with 256 and with 1,024 rows, as the forward does and as the gradient of the
-    input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy with
+    Each shape of weight is multiplied with some rows (on a CPU 256 and 1,024), as the forward does and as the gradient
+    of the input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy with
     other work the result is the rate that was left.
     """
     weights = {weight.shape: weight for _, weight in (*_body(model), *_head(model))}
@@ -80,7 +82,7 @@ def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: 
         # Not the weight itself, of which a process may hold a part.
         sides = [min(side, _PEAK_SIDE) for side in shape]
         matrix = torch.ones(sides, dtype=dtype or weight.dtype, device=weight.device)
-        for rows in _PEAK_ROWS:
+        for rows in _PEAK_ROWS.get(weight.device.type, _PEAK_ROWS_ELSEWHERE):
             for factor in (matrix, matrix.t()):
                 left = torch.ones(rows, factor.shape[0], dtype=matrix.dtype, device=matrix.device)
                 seconds = min(_seconds(left, factor) for _ in range(repeats))
@@ -89,16 +91,11 @@ def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: 
 
 
 def _seconds(left: Tensor, right: Tensor) -> float:
-    _wait(left.device)
+    wait(left.device)
     started = time.perf_counter()
     left @ right
-    _wait(left.device)
+    wait(left.device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _products(model: nn.Module, groups: Sequence[Group]) -> list[tuple[bool, float]]:

@@ -72,7 +72,7 @@ def release_memory() -> None:
     """Give back what caches hold; after the error is gone, whose traceback holds tensors."""
     gc.collect()
     if device().type != "cpu":
-        torch.accelerator.empty_cache()
+        getattr(torch, device().type).empty_cache()
 
 
 def computed(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.record import Record
+from exalign.device import wait
 from exalign.errors import InputError
 from exalign.methods.matching import Matching, MatchingTask, with_reference_logp
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
@@ -169,12 +170,10 @@ def _cells(rate: Rate, peak: float) -> Sequence[str]:
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - started
 
 
