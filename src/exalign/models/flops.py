@@ -73,8 +73,8 @@ def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: 
     """The best rate, in operations per second, measured now over the matrix products of this model.
 
     Each shape of weight is multiplied with some rows (on a CPU 256 and 1,024), as the forward does and as the gradient
-    of the input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy with
-    other work the result is the rate that was left.
+    of the input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy
+    with other work the result is the rate that was left.
     """
     weights = {weight.shape: weight for _, weight in (*_body(model), *_head(model))}
     best = 0.0
