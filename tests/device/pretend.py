@@ -311,34 +311,44 @@ def _flex_attention(
         raise ValueError(f"Expected query, key, and value to have the same dtype, but got {query.dtype}, {key.dtype}")
     if not (query.shape[1] == key.shape[1] or enable_gqa):
         raise ValueError("Expect query and key/value to have the same number of heads")
-    lists = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    lists = [block_mask.kv_num_blocks, block_mask.kv_indices]
+    if block_mask.full_kv_num_blocks is not None:
+        lists += [block_mask.full_kv_num_blocks, block_mask.full_kv_indices]
+    if key.shape[0] not in (1, query.shape[0]) or len(lists[0]) != query.shape[0]:
+        raise ValueError("Expect query and key/value, or block_mask and query, to have the same batch size")
     queries, keys = query.shape[2], key.shape[2]
     if tuple(block_mask.seq_lengths) != (queries, keys):
         raise ValueError("block_mask was created for another length")
     if not all(isinstance(part, PretendTensor) for part in lists):
         raise DeviceMixError("the block mask is on the CPU")
     zero, q, k = _wrapped(torch.zeros((), dtype=torch.long)), *(_wrapped(torch.arange(n)) for n in (queries, keys))
+    batch = _wrapped(torch.arange(len(query)))[:, None, None]
     before = Counter(COUNTS)
-    seen = block_mask.mask_mod(zero, zero, q[:, None], k[None]).held
+    seen = block_mask.mask_mod(batch, zero, q[:, None], k[None]).held.expand(len(query), queries, keys)
     COUNTS.clear()
     COUNTS.update(before)  # the rule is part of the kernel
     with _disable_current_modes():
-        part, whole = (_dense(*(_real(x)[0, 0] for x in pair), queries, keys) for pair in (lists[:2], lists[2:]))
-        visible = (part & seen) | whole
+        part, *whole = (
+            torch.stack([_dense(*(_real(x)[row, 0] for x in pair), queries, keys) for row in range(len(query))])
+            for pair in (lists[:2], lists[2:])
+            if pair
+        )
+        visible = (part & seen) | whole[0] if whole else part & seen
+        visible = visible[:, None]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
         if score_mod is not None:
             scores = score_mod(scores, None, None, None, None)
-        return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype) @ value
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num().to(value.dtype) @ value
 
     return _Flex.apply(query, key, value, attend)  # type: ignore[no-untyped-call]
 
 
 def _dense(counts: Tensor, indices: Tensor, queries: int, keys: int) -> Tensor:
     """The pairs of the blocks in FlexAttention's lists, bool `[queries, keys]`."""
-    blocks = torch.zeros(indices.shape, dtype=torch.bool)
+    blocks = torch.zeros(len(indices), -(-keys // 128), dtype=torch.bool)
     for row, (count, columns) in enumerate(zip(counts.tolist(), indices, strict=True)):
         blocks[row, columns[:count]] = True
     return blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)[:queries, :keys]

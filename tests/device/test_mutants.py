@@ -14,7 +14,7 @@ MUTANTS = [
     ("models.prefix_tree", "padded_rows", "to_device(target, ", "("),
     ("models.lm_head", "token_logprobs", "rows, targets, logit_map, how", "host_rows, targets, logit_map, how"),
     ("methods.sft", "MaximumLikelihood.loss", "stack_weights(groups).to(logp)", "stack_weights(groups)"),
-    ("rollout.sampler", "draw_tokens", ".to(logits.device)", ""),
+    ("rollout.sampler", "draw_tokens", "to_device(logits.device, uniforms, every_row)", "uniforms, every_row"),
 ]
 
 

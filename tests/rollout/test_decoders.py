@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torchs
 
-from exalign.rollout.sampler import Branches, PlainDecoder, SharedDecoder, decoder_for, why_not
+from exalign.models import attention
+from exalign.rollout import sampler
+from exalign.rollout.sampler import Branches, PagedDecoder, PlainDecoder, SharedDecoder, decoder_for, why_not
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
 
@@ -50,6 +53,39 @@ def test_each_step_equals_a_full_forward_pass(make_model, model_type):
     with torch.inference_mode():
         # Gemma 2 computes its reference softmax in float32 whatever the weights are.
         follow(model, SharedDecoder(model), steps=10, tolerance=1e-5 if model_type == "gemma2" else 1e-10)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch) -> None:
+    monkeypatch.setattr(torchs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: torchs.flex_attention)
+    monkeypatch.setattr(attention, "_NARROWEST", 1)  # this is the kernel's limit, not that of its definition
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("page", [128, 4])
+def test_pages_hold_what_was_read(make_model, model_type, page, monkeypatch):
+    """The way of an accelerator, by FlexAttention's definition; with pages so small that every text has several."""
+    for module in (attention, sampler):
+        monkeypatch.setattr(module, "BLOCK", page)
+    model = make_model(model_type)
+    with torch.inference_mode():
+        follow(model, PagedDecoder(model), steps=10, tolerance=1e-5 if model_type == "gemma2" else 1e-10)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_page_serves_again_once_nobody_has_it(make_model):
+    model = make_model("llama")
+    decoder, counts = PagedDecoder(model), set()
+    with torch.inference_mode():
+        for _ in range(9):  # groups that end are not told of, they only stay away
+            group = Branches(torch.arange(1, 6), 2)
+            decoder.step([group])
+            group.tokens = torch.tensor([1, 2])
+            decoder.step([group])
+            counts.add(decoder._pages.count)
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

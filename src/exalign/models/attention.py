@@ -10,7 +10,8 @@ log-sum-exp: `[prompt | leaf_1]` is one causal call, every further leaf one caus
 leaves one full call to the prompt, merged by out = w out_self + (1 − w) out_prompt, w = σ(lse_self − lse_prompt).
 Elsewhere FlexAttention runs with a block mask. In decoding a `StepLayout` does: whole prompts that enter, then one
 token of each live completion, which attends to the prompt's keys, read once for all completions of the group, and to
-its own completion's, merged in the same way.
+its own completion's, merged in the same way. On an accelerator a `PagedLayout` does, whose cost in launches does not
+grow with the groups.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from exalign.device import to_device
@@ -96,7 +97,45 @@ class StepLayout:
         return self if window is None or window == self.window else replace(self, window=window)
 
 
-Layout = TreeLayout | StepLayout
+@dataclass(eq=False)
+class Pages:
+    """Keys and values of many texts, per layer `[2, H, slots, D]`, in `count` pages of `BLOCK` slots."""
+
+    count: int = 0
+    stored: list[Tensor] = field(default_factory=list)
+
+    def put(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> Tensor:
+        """All that is stored of a layer, with these tokens' `[1, H, N, D]` in `slots`; what was never written is 0."""
+        if layer == len(self.stored):
+            self.stored.append(key.new_zeros(2, key.shape[1], 0, key.shape[3]))
+        stored = self.stored[layer]
+        if stored.shape[2] < self.count * BLOCK:
+            self.stored[layer] = stored = pad(stored, (0, 0, 0, self.count * BLOCK - stored.shape[2]))
+        return stored.index_copy_(2, slots, torch.cat([key, value]))
+
+
+@dataclass(frozen=True, eq=False)
+class PagedLayout:
+    """A row of tokens: whole `prompts`, then the last token of each of R completions; they go into `slots` of `pages`.
+
+    `rows`, on the device: of each completion its segment, its prompt's and its position `[R]`; of each page whose
+    segment it holds, the position of its first slot, and its number of tokens; how many pages a completion sees, and
+    which, `[R, 1, 1]` and `[R, 1, 1, L]`. `masks` are made of them, by window.
+    """
+
+    pages: Pages
+    prompts: TreeLayout | None
+    slots: Tensor
+    rows: list[Tensor]
+    window: int | None = None
+    masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    def with_window(self, window: int | None) -> PagedLayout:
+        """This layout seen by a layer with a sliding window."""
+        return self if window is None or window == self.window else replace(self, window=window)
+
+
+Layout = TreeLayout | StepLayout | PagedLayout
 _current: ContextVar[Layout | None] = ContextVar("exalign_layout", default=None)
 
 
@@ -171,6 +210,8 @@ def _attention(
     layout, softcap = attention_mask.with_window(kwargs.get("sliding_window")), kwargs.get("softcap")
     if isinstance(layout, StepLayout):
         return _step_attention(module, query, key, value, layout, scale, softcap), None
+    if isinstance(layout, PagedLayout):
+        return paged_attention(module.layer_idx, query, key, value, layout, scale=scale, softcap=softcap), None  # type: ignore[arg-type]
     if query.device.type != "cpu" and _is_wide_enough(query, value):
         return flex_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
     key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
@@ -257,9 +298,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    heads = query.shape[1]
-    if heads & (heads - 1):  # its kernels divide query heads among key heads by powers of two only
-        key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    key, value = _divisible(query, key, value)
     return _compiled_flex()(
         query,
         key,
@@ -267,8 +306,72 @@ def fused(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: 
         score_mod=None if softcap is None else capped,
         block_mask=mask,
         scale=scale,
-        enable_gqa=key.shape[1] != heads,
+        enable_gqa=key.shape[1] != query.shape[1],
     )
+
+
+def paged_attention(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """One step of decoding on a device: `[1, H, N, D]` and as many or fewer heads of keys → `[1, N, H, D]`.
+
+    One kernel for the prompts, one for all completions, however many there are.
+    """
+    if not _is_wide_enough(query, value):
+        raise UnsupportedAttentionError("its heads are too narrow for FlexAttention")
+    key, value = _divisible(query, key, value)
+    stored = layout.pages.put(layer, key, value, layout.slots)
+    outputs, read = [], 0
+    if layout.prompts is not None:
+        read = layout.prompts.num_tokens
+        q, k, v = (states[:, :, :read] for states in (query, key, value))
+        prompts = layout.prompts.with_window(layout.window)
+        outputs.append(flex_tree_attention(q, k, v, prompts, scale=scale, softcap=softcap))
+    if read < query.shape[2]:
+        if layout.window not in layout.masks:
+            layout.masks[layout.window] = _page_mask(layout.rows, stored.shape[2], layout.window)
+        rows = query[:, :, read:].transpose(0, 2)
+        # The kernel for short queries wants to know how many there are; the decoder rounds the number up.
+        torch._dynamo.mark_static(rows, 0)
+        out = fused(rows, stored[:1], stored[1:], layout.masks[layout.window], scale=scale, softcap=softcap)
+        outputs.append(out.permute(2, 0, 1, 3))
+    return torch.cat(outputs, dim=1)
+
+
+def _page_mask(rows: Sequence[Tensor], slots: int, window: int | None) -> BlockMask:
+    """FlexAttention's mask of one query for each completion, over all slots: its own pages, and in them its past."""
+    segment, prompt, position, holds, begins, filled, number, indices = rows
+    width = window or 0
+
+    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        page, place = k // BLOCK, k % BLOCK
+        related = (holds[page] == segment[batch]) | (holds[page] == prompt[batch])
+        return related & (place < filled[page]) & (begins[page] + place <= position[batch])
+
+    def seen_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return seen(batch, head, q, k) & (position[batch] - begins[k // BLOCK] - k % BLOCK < width)
+
+    return BlockMask.from_kv_blocks(
+        number,
+        indices,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen if window is None else seen_near,
+        seq_lengths=(1, slots),
+        compute_q_blocks=False,
+    )
+
+
+def _divisible(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that the kernels can divide among the query heads: a power of two of those for each."""
+    heads, ratio = query.shape[1], query.shape[1] // key.shape[1]
+    return (repeat_heads(key, heads), repeat_heads(value, heads)) if ratio & (ratio - 1) else (key, value)
 
 
 def _is_wide_enough(query: Tensor, value: Tensor) -> bool:

@@ -20,15 +20,26 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data import tokenization
 from exalign.data.record import Completion, Record
 from exalign.data.tokenization import answer_lead, completion_text, cut_prompt, prompt_token_ids
+from exalign.device import to_device
 from exalign.errors import InputError
-from exalign.models.attention import SharedCache, StepLayout, laid_out, share_prompts
-from exalign.models.capability import base_of, check_causal, check_positions, evaluating, in_short, unsupported
+from exalign.models.attention import PagedLayout, Pages, SharedCache, StepLayout, laid_out, share_prompts
+from exalign.models.capability import (
+    base_of,
+    check_causal,
+    check_positions,
+    device_of,
+    evaluating,
+    in_short,
+    unsupported,
+)
 from exalign.models.memory import is_out_of_memory, release_memory
+from exalign.models.prefix_tree import BLOCK, Tree, TreeLayout
 from exalign.rollout.settings import SampleSettings
 
 _ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold
@@ -113,7 +124,7 @@ class GroupedSampler:
         record = with_prompt_ids(record, self._tokenizer, self._settings, self.counts)
         number = self._settings.num_completions
         uniforms = prompt_uniforms(self._seed, record.id, number, self._settings.max_new_tokens)
-        prompt = torch.tensor(record.prompt_ids, dtype=torch.long, device=self._model.device)
+        prompt = torch.tensor(record.prompt_ids, dtype=torch.long)
         return _Running(index, record, uniforms, Branches(prompt, number))
 
     def _admit(self, waiting: _Waiting, running: list[_Running]) -> list[_Running]:
@@ -172,13 +183,14 @@ class GroupedSampler:
                 top_p=settings.top_p,
             )
             start = 0
-            id_list, logp_list = ids.tolist(), logps.tolist()
+            found, logp_list = torch.stack([ids.double(), logps]).tolist()  # in one copy; ids are exact in it
+            id_list = [int(number) for number in found]
             for group in running:
                 part = slice(start, start + len(group.live))
                 start = part.stop
-                self._extend(group, ids[part], id_list[part], logp_list[part])
+                self._extend(group, id_list[part], logp_list[part])
 
-    def _extend(self, group: _Running, tokens: Tensor, ids: list[int], logps: list[float]) -> None:
+    def _extend(self, group: _Running, ids: list[int], logps: list[float]) -> None:
         group.branches.length += 1
         keep = []
         for place, (number, token, logp) in enumerate(zip(group.live, ids, logps, strict=True)):
@@ -186,9 +198,8 @@ class GroupedSampler:
             group.logps[number] += logp
             if token not in self._eos_ids and group.branches.length < self._settings.max_new_tokens:
                 keep.append(place)
-        group.branches.tokens = tokens
+        group.branches.tokens = torch.tensor([ids[place] for place in keep], dtype=torch.long)
         if len(keep) < len(group.live):
-            group.branches.tokens = tokens[torch.tensor(keep, dtype=torch.long, device=tokens.device)]
             group.live = [group.live[place] for place in keep]
             if keep:
                 self._decoder.keep(group.branches, keep)
@@ -316,21 +327,23 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draw from softmax(logits / temperature) by inverting its cumulative distribution.
 
-    `logits` `[N, V]`; `draws_per_row` int64 `[N]`, summing to M, says how many draws each row serves;
-    `uniforms` float64 `[M]` in [0, 1), in the order of the rows. Returns ids int64 `[M]` and log-probabilities
+    `logits` `[N, V]`; on the CPU, `draws_per_row` int64 `[N]`, summing to M, says how many draws each row serves, and
+    `uniforms` float64 `[M]` are in [0, 1), in the order of the rows. Returns ids int64 `[M]` and log-probabilities
     float64 `[M]` in nats. With `top_k` or `top_p` the tokens they leave out have probability zero, and the
     log-probability is that of the renormalised distribution. Sums are in float32 within blocks of 256 tokens (in
     float64 where the logits are) and in float64 across them.
     """
     ids, logps, start = [], [], 0
-    for first in range(0, len(logits), _TILE):
-        draws = draws_per_row[first : first + _TILE]
-        stop = start + int(draws.sum())
-        rows = torch.repeat_interleave(torch.arange(len(draws), device=logits.device), draws.to(logits.device))
-        scaled = _scaled(logits[first : first + _TILE], temperature)
+    size = _TILE if logits.device.type == "cpu" else len(logits)
+    ends = draws_per_row.cumsum(0).tolist()
+    every_row = torch.repeat_interleave(torch.arange(len(logits)) % size, draws_per_row)
+    uniforms, every_row = to_device(logits.device, uniforms, every_row)
+    for first in range(0, len(logits), size):
+        stop = ends[min(first + size, len(logits)) - 1]
+        scaled = _scaled(logits[first : first + size], temperature)
         if top_k is not None or top_p is not None:
             _filter(scaled, top_k, top_p)
-        tile_ids, tile_logps = _invert(scaled, rows, uniforms[start:stop].to(logits.device))
+        tile_ids, tile_logps = _invert(scaled, every_row[start:stop], uniforms[start:stop])
         ids.append(tile_ids)
         logps.append(tile_logps)
         start = stop
@@ -384,7 +397,7 @@ class Branches:
     """One prompt and the completions that still grow from it, all of the same length.
 
     `tokens` int64 `[R]` holds the last token of each of the R live completions; it is None until the prompt has been
-    read. `cache` belongs to the decoder.
+    read. Both are on the CPU. `cache` belongs to the decoder.
     """
 
     prompt_ids: Tensor
@@ -422,12 +435,12 @@ class PlainDecoder:
 
     def keep(self, group: Branches, rows: Sequence[int]) -> None:
         # Not every cache can drop rows (recurrent states cannot): finished rows are fed on, their logits left out.
-        group.cache.live = group.cache.live[torch.tensor(rows, device=group.cache.live.device)]
+        group.cache.live = group.cache.live[torch.tensor(rows)]
 
     def _prefill(self, group: Branches) -> Tensor:
         input_ids = group.prompt_ids.expand(group.num_completions, -1)
-        output = self._model(input_ids=input_ids, use_cache=self._cached)
-        live = torch.arange(group.num_completions, device=input_ids.device)
+        output = self._model(input_ids=input_ids.to(device_of(self._model)), use_cache=self._cached)
+        live = torch.arange(group.num_completions)
         group.cache = _RepeatedRows(output if self._cached else None, input_ids, live)
         return output.logits[:1, -1]
 
@@ -438,10 +451,12 @@ class PlainDecoder:
         input_ids[state.live, 0] = group.tokens
         if not self._cached:
             state.input_ids = torch.cat([state.input_ids, input_ids], dim=1)
-            return self._model(input_ids=state.input_ids[state.live], use_cache=False).logits[:, -1]
+            rows = state.input_ids[state.live].to(device_of(self._model))
+            return self._model(input_ids=rows, use_cache=False).logits[:, -1]
         name = "past_key_values" if getattr(state.output, "past_key_values", None) is not None else "cache_params"
+        input_ids, live = to_device(device_of(self._model), input_ids, state.live)
         state.output = self._model(input_ids=input_ids, use_cache=True, **{name: getattr(state.output, name)})
-        return state.output.logits[state.live, -1]
+        return state.output.logits[live, -1]
 
 
 @dataclass(eq=False)
@@ -469,20 +484,72 @@ class SharedDecoder:
         running = [group for group in groups if group.tokens is not None]
         for group in entering:
             group.cache = SharedCache(num_rows=group.num_completions, prompt_length=len(group.prompt_ids))
-        ids = [group.prompt_ids for group in entering]
-        positions = [torch.arange(len(prompt)) for prompt in ids]
-        last = torch.tensor([len(prompt) for prompt in ids], dtype=torch.long).cumsum(0) - 1
-        for group in running:
-            assert group.tokens is not None
-            ids.append(group.tokens)
-            positions.append(torch.full((len(group.tokens),), group.cache.prompt_length + group.cache.length))
-        row = torch.cat(ids)
-        start = int(last[-1]) + 1 if entering else 0
-        wanted = torch.cat([last, torch.arange(start, len(row))]).to(row.device)
+        row, positions, wanted = to_device(device_of(self._model), *_packed(entering, running))
         with laid_out(StepLayout([group.cache for group in entering], [group.cache for group in running])):
+            output = self._model(input_ids=row, position_ids=positions, use_cache=False, logits_to_keep=wanted)
+        for group in running:
+            group.cache.length += 1
+        return output.logits[0]
+
+    def keep(self, group: Branches, rows: Sequence[int]) -> None:
+        group.cache.keep(list(rows))
+
+
+def _packed(entering: Sequence[Branches], running: Sequence[Branches]) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of a step, whole prompts before last tokens: ids and positions `[1, N]`, and where logits are wanted."""
+    ids = [group.prompt_ids for group in entering]
+    positions = [torch.arange(len(prompt)) for prompt in ids]
+    last = torch.tensor([len(prompt) for prompt in ids], dtype=torch.long).cumsum(0) - 1
+    for group in running:
+        assert group.tokens is not None
+        ids.append(group.tokens)
+        positions.append(torch.full((len(group.tokens),), group.cache.prompt_length + group.cache.length))
+    row = torch.cat(ids)
+    start = int(last[-1]) + 1 if entering else 0
+    return row[None], torch.cat(positions)[None], torch.cat([last, torch.arange(start, len(row))])
+
+
+@dataclass(eq=False)
+class _PagedCache:
+    """The pages of one group: its prompt's `[p]`, and those of each live completion `[R, n]`, with `length` tokens."""
+
+    prompt: np.ndarray
+    own: np.ndarray
+    prompt_length: int
+    length: int = 0
+
+
+class PagedDecoder:
+    """`SharedDecoder` on an accelerator: what a step costs in launches and copies does not grow with groups or rows.
+
+    Keys and values of all groups lie in pages. Which page belongs to whom is known on the CPU; what a step needs of it
+    goes over in one copy. The last tokens of all completions are filled up to a power of two of rows by ones that see
+    nothing and are written to the first page, which is nobody's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        share_prompts(model)
+        self._model = model
+        self._pages = Pages()
+
+    def step(self, groups: Sequence[Branches]) -> Tensor:
+        entering = [group for group in groups if group.tokens is None]
+        running = [group for group in groups if group.tokens is not None]
+        slots = self._take_pages(entering, running)
+        rows, lengths = self._rows(running) if running else [], [len(group.prompt_ids) for group in entering]
+        ends = np.cumsum(lengths).tolist()
+        prompts = tuple(Tree(end - length, length, ()) for end, length in zip(ends, lengths, strict=True))
+        row, positions, wanted = _packed(entering, running)
+        missing = sum(lengths) + len(rows[0]) - len(slots) if running else 0
+        parts = [*(pad(part, (0, missing)) for part in (row, positions, slots)), wanted, *rows]
+        row, positions, slots, wanted, *rows = to_device(device_of(self._model), *parts)
+        layout = TreeLayout(prompts, sum(lengths)) if prompts else None
+        with laid_out(PagedLayout(self._pages, layout, slots, rows)):
+            # Given any mask, transformers does not look for packed texts in the positions, which waits for the device.
             output = self._model(
-                input_ids=row[None],
-                position_ids=torch.cat(positions).to(row.device)[None],
+                input_ids=row,
+                position_ids=positions,
+                attention_mask=torch.ones_like(row),
                 use_cache=False,
                 logits_to_keep=wanted,
             )
@@ -491,7 +558,53 @@ class SharedDecoder:
         return output.logits[0]
 
     def keep(self, group: Branches, rows: Sequence[int]) -> None:
-        group.cache.keep(list(rows))
+        group.cache.own = group.cache.own[list(rows)]
+
+    def _take_pages(self, entering: Sequence[Branches], running: Sequence[Branches]) -> Tensor:
+        """Give every token of the step a place; the places. A page that no group here has is free."""
+        full = [group for group in running if group.cache.length == group.cache.own.shape[1] * BLOCK]
+        prompts = [-(-len(group.prompt_ids) // BLOCK) for group in entering]
+        needed = sum(prompts) + sum(len(group.cache.own) for group in full)
+        taken = [0, *(page for group in running for page in (*group.cache.prompt, *group.cache.own.flat))]
+        free = np.setdiff1d(np.arange(self._pages.count), taken)
+        if len(free) < needed:
+            free = np.concatenate([free, np.arange(max(1, self._pages.count), 2 * (self._pages.count + needed))])
+            self._pages.count = 2 * (self._pages.count + needed)
+        for group in full:
+            own, free = free[: len(group.cache.own)], free[len(group.cache.own) :]
+            group.cache.own = np.concatenate([group.cache.own, own[:, None]], axis=1)
+        slots = []
+        for group, number in zip(entering, prompts, strict=True):
+            own, free = free[:number], free[number:]
+            length, rows = len(group.prompt_ids), np.empty((group.num_completions, 0), np.int64)
+            group.cache = _PagedCache(own, rows, length)
+            slots.append((own[:, None] * BLOCK + np.arange(BLOCK)).flatten()[:length])
+        slots += [group.cache.own[:, -1] * BLOCK + group.cache.length % BLOCK for group in running]
+        return torch.from_numpy(np.concatenate(slots))
+
+    def _rows(self, running: Sequence[Branches]) -> list[Tensor]:
+        """`PagedLayout.rows` on the CPU."""
+        caches: list[_PagedCache] = [group.cache for group in running]
+        number = sum(len(cache.own) for cache in caches)
+        longest = max(len(cache.prompt) + cache.own.shape[1] for cache in caches)
+        rows = np.full((4, 1 << max(0, number - 1).bit_length()), -2, np.int32)
+        rows[3] = 0
+        tables = np.zeros((rows.shape[1], longest), np.int32)
+        pages = np.full((3, self._pages.count), -1, np.int32)
+        first = segment = 0
+        for cache in caches:
+            count, (prompt, own) = len(cache.own), (len(cache.prompt), cache.own.shape[1])
+            part, segments = slice(first, first + count), segment + 1 + np.arange(count)
+            position = cache.prompt_length + cache.length
+            rows[:, part] = segments, *(np.full(count, n) for n in (segment, position, prompt + own))
+            tables[part, :prompt], tables[part, prompt : prompt + own] = cache.prompt, cache.own
+            begins = np.arange(max(prompt, own)) * BLOCK
+            pages[:, cache.prompt] = np.full(prompt, segment), begins[:prompt], cache.prompt_length - begins[:prompt]
+            pages[0, cache.own], pages[2, cache.own] = segments[:, None], BLOCK
+            pages[1, cache.own] = cache.prompt_length + begins[:own]
+            first, segment = part.stop, segment + 1 + count
+        found = [torch.from_numpy(part) for part in (*rows[:3], *pages)]
+        return [*found, torch.from_numpy(rows[3])[:, None, None], torch.from_numpy(tables)[:, None, None]]
 
 
 _TRIED: WeakKeyDictionary[Any, Callable[[Any], Decoder]] = WeakKeyDictionary()
@@ -509,6 +622,11 @@ def _found(model: Any) -> Callable[[Any], Decoder]:
     name, reason = type(model).__name__, unsupported(model)
     if reason is None and not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
         reason = "its forward does not take position_ids and logits_to_keep"
+    if reason is None and model.device.type != "cpu":
+        slow = why_not(PagedDecoder(model), model)
+        if slow is None:
+            return PagedDecoder
+        _log.warning("%s is sampled group by group, which is slower: %s.", name, slow)
     reason = reason or why_not(SharedDecoder(model), model)
     if reason is None:
         return SharedDecoder
@@ -529,18 +647,19 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
     prompts with two completions each, step by step, must give the logits of whole texts.
     """
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.device
-    prompts = [(torch.arange(start, start + length) % vocabulary).to(device) for start, length in ((0, 5), (3, 2))]
+    prompts = [torch.arange(start, start + length) % vocabulary for start, length in ((0, 5), (3, 2))]
     groups = [Branches(prompt, 2) for prompt in prompts]
     texts = [[prompt] for prompt in prompts]  # of the first logits, the completions of a prompt share one row
     # Half precision rounds differently in every kernel: a wrong mask is off by far more than this.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
     try:
         for step in range(3):
-            whole = [model(input_ids=text[None], use_cache=False).logits[0, -1] for rows in texts for text in rows]
+            every = [text[None].to(device) for rows in texts for text in rows]
+            whole = [model(input_ids=text, use_cache=False).logits[0, -1] for text in every]
             ours, theirs = (logits.float().log_softmax(-1) for logits in (decoder.step(groups), torch.stack(whole)))
             if not torch.allclose(ours, theirs, atol=tolerance, rtol=0):
                 return "its logits differ from those of whole texts"
-            tokens = torch.tensor([step % vocabulary, (7 * step + 1) % vocabulary], device=device)
+            tokens = torch.tensor([step % vocabulary, (7 * step + 1) % vocabulary])
             for place, group in enumerate(groups):
                 group.tokens, group.length = tokens, step + 1
                 rows = texts[place] * (2 // len(texts[place]))
