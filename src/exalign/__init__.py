@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exalign.run.begin import align
+    from exalign.run.begin import align, evidence
     from exalign.run.carry_out import run_recipe
     from exalign.run.recipe import Recipe, load_recipe, make_recipe
     from exalign.run.runner import Run
@@ -24,11 +24,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Run", "align", "load_recipe", "make_recipe", "run_recipe"]
+__all__ = ["Recipe", "Run", "align", "evidence", "load_recipe", "make_recipe", "run_recipe"]
 
 _HOMES = {
     "Recipe": "recipe",
     "align": "begin",
+    "evidence": "begin",
     "Run": "runner",
     "load_recipe": "recipe",
     "make_recipe": "recipe",

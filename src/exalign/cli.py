@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -147,6 +148,47 @@ def new(
 
     _quiet_libraries()
     write_down(begin(model, data, settings or (), out=out, reward=reward, reward_model=reward_model), console)
+
+
+@app.command("evidence")
+def evidence_(
+    policies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=MODEL[,MODEL...] [KEY=VALUE]...",
+            help="Policies by a name of yours, several of one name being checkpoints in their order: dpo=out/dpo; and "
+            "more of the data: columns.prompt=question limit=999.",
+        ),
+    ],
+    reference: Annotated[str, typer.Option(help="What they were trained from: folder or hub name.")],
+    prompts: Annotated[str, typer.Option(help="Held-out prompts or preference pairs: a file, folder or hub name.")],
+    out: Out = None,
+    reward: Reward = None,
+    reward_model: RewardModel = None,
+) -> None:
+    """The evidence for models that were trained elsewhere: reward against KL, win rates, the optimum, samples."""
+    from exalign.data.reading import DataSettings
+    from exalign.run.begin import evidence
+
+    _quiet_libraries()
+    reading = [text for text in policies if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
+    named: dict[str, list[str]] = {}
+    for text in policies:
+        name, _, places = text.partition("=")
+        if not (name and places):
+            raise InputError(f"{text}: a policy is given as NAME=MODEL, its checkpoints as NAME=MODEL,MODEL.")
+        if text not in reading:
+            named.setdefault(name, []).extend(places.split(","))
+    evidence(
+        reference,
+        named,
+        prompts,
+        out=out,
+        reward=reward,
+        reward_model=reward_model,
+        reading=reading,
+        console=console,
+    )
 
 
 @app.command("run")

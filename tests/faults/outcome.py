@@ -46,11 +46,14 @@ def _without_wall_time(path: Path) -> bytes:
     left_out = WALL_TIME.get(path.name)
     if left_out is None:
         return path.read_bytes()
-    text = path.read_text()
-    values: Any = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-    if path.name == "done.json":
-        stamps = {n: stamp for n, stamp in values["files"].items() if Path(n).name not in WALL_TIME}
-        values["files"] = {n: [size, sha256] for n, (size, _, sha256) in stamps.items()}
+    try:
+        text = path.read_text()
+        values: Any = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        if path.name == "done.json":
+            stamps = {n: stamp for n, stamp in values["files"].items() if Path(n).name not in WALL_TIME}
+            values["files"] = {n: [size, sha256] for n, (size, _, sha256) in stamps.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):  # a damaged file, left as it is
+        return path.read_bytes()
     return json.dumps(_stripped(values, left_out)).encode()
 
 

@@ -327,9 +327,10 @@ def test_labels_that_leave_it_open_are_asked_for(names, wanted, message):
         positive_label(PreTrainedConfig(id2label=dict(enumerate(names))), wanted)
 
 
-def test_which_label_was_taken_is_told(caplog):
-    positive_label(PreTrainedConfig(id2label={0: "POSITIVE", 1: "NEGATIVE"}), None)
-    assert "label 0, POSITIVE" in caplog.text
+def test_which_label_was_taken_is_told_once(caplog):
+    for _ in range(2):
+        positive_label(PreTrainedConfig(id2label={0: "POSITIVE", 1: "NEGATIVE"}, name_or_path="told"), None)
+    assert caplog.text.count("label 0, POSITIVE") == 1
     caplog.clear()
     positive_label(PreTrainedConfig(id2label={0: "POSITIVE", 1: "NEGATIVE"}), "POSITIVE")
     assert caplog.text == ""
@@ -522,7 +523,7 @@ def test_a_scorer_is_one_thing():
 
 
 class TestBeforeAnySampling:
-    """What scoring would refuse is refused by its configuration, its labels and its tokenizer."""
+    """What scoring would refuse is refused: every scorer is opened, and scores a row of each kind."""
 
     def saved(self, folder, model, tokenizer):
         model.float().save_pretrained(folder)
@@ -553,11 +554,18 @@ class TestBeforeAnySampling:
         config = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"], vocab_size=WORDS + 4, num_labels=1)
         source = self.saved(tmp_path / "lm", AutoModelForCausalLM.from_config(config), word_tokenizer(encoder=False))
         with pytest.raises(InputError, match=r"lacks weights .*score"):
-            open_scorer(ScorerSettings(reward_model=source))
+            check_scorer(ScorerSettings(reward_model=source), records)
         path = tmp_path / "lm" / "config.json"
         code = {"auto_map": {"AutoModelForSequenceClassification": "own.Head"}}
         path.write_text(json.dumps({**json.loads(path.read_text()), **code}))
         with pytest.raises(InputError, match="Python code of its own"):
+            check_scorer(ScorerSettings(reward_model=source), records)
+
+    def test_a_reward_that_is_no_number(self, records, tmp_path):
+        model = tiny_classifier("gpt2", 1)
+        model.score.weight.data.fill_(float("nan"))
+        source = self.saved(tmp_path / "nan", model, word_tokenizer(encoder=False))
+        with pytest.raises(InputError, match="gave the reward nan to completion 0 of record"):
             check_scorer(ScorerSettings(reward_model=source), records)
 
     def test_a_function(self, records):

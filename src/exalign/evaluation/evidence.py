@@ -142,7 +142,8 @@ def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Ev
     ours = complete_records(material.run.samples(to_ship.method, to_ship.step)) or []
     answers = {SFT: theirs, to_ship.method: ours}
     drawn = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed)
-    shown = replace(to_ship, example=drawn[0] if drawn else None)
+    folder = material.run.ships(to_ship.method, to_ship.step)
+    shown = replace(to_ship, folder=folder, example=drawn[0] if drawn else None)
     return replace(evidence, verdict=shown, worst=_worst(theirs, ours, to_ship.method))
 
 
@@ -210,7 +211,7 @@ class _Material:
             if table.empty_prompts:
                 self.notes.append(f"{where}: {table.empty_prompts} prompts have no sample and are left out.")
             if table.log_ratios is None:
-                raise InputError(f"{where}: samples have no logprob and reference_logprob; evaluate again.")
+                self.notes.append(f"{where}: {method} writes in other tokens than the supervised policy: no KL.")
             if table.scored != self.sft.scored:
                 raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
             self.tables[method][step] = table
@@ -272,7 +273,8 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None
     if material.pool is not None and scored:
-        gap = gap_to_optimum(material.pool, material.sft, list(tables.values()), bootstrap)
+        known = [table for table in tables.values() if table.log_ratios is not None]
+        gap = gap_to_optimum(material.pool, material.sft, known, bootstrap)
     budget = _kl_budget(material.recipe)
     selected = None if budget is None else select_within(points, budget)
     described = material.run.describe(name)

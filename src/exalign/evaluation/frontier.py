@@ -36,8 +36,6 @@ def frontier_point(
     """
     if not table.ids:
         raise InputError(f"step {step}: there are no samples to evaluate.")
-    if table.log_ratios is None:
-        raise InputError(f"step {step}: samples have no logprob and reference_logprob, which the KL needs.")
     weights = bootstrap.weights(len(table.ids))
 
     def interval(means: Array) -> Interval:
@@ -46,7 +44,7 @@ def frontier_point(
     return FrontierPoint(
         step=step,
         reward=interval(prompt_means(table.rewards)) if table.scored else None,
-        kl=interval(prompt_means(table.log_ratios)),
+        kl=None if table.log_ratios is None else interval(prompt_means(table.log_ratios)),
         reward_std=_spread(table.rewards) if table.scored else None,
         num_samples=table.num_samples,
         accuracy=interval(_share_positive(table.rewards)) if rewards_are_log_odds else None,
@@ -71,7 +69,7 @@ def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> Frontier
 
     Without rewards: with the highest lower bound of the accuracy on held-out pairs.
     """
-    within = [point for point in points if point.kl.estimate <= kl_budget and (point.reward or point.held_out)]
+    within = [point for point in points if point.nats <= kl_budget and (point.reward or point.held_out)]
     return max(within, key=lambda p: p.reward.estimate if p.reward else lower_bound(p), default=None)
 
 
@@ -202,12 +200,16 @@ LEAST_MOVE = 0.05
 
 
 class Paths:
-    """Every method's path over the prompts that all of them share: `[P, C]` KL and reward, π_sft in column 0."""
+    """Every method's path over the prompts that all of them share: `[P, C]` KL and reward, π_sft in column 0.
+
+    Checkpoints without a KL are on no path.
+    """
 
     def __init__(
         self, sft: SampleTable, methods: Mapping[str, Sequence[SampleTable]], bootstrap: Bootstrap = BOOTSTRAP
     ) -> None:
-        evaluated = {name: checkpoints for name, checkpoints in methods.items() if checkpoints}
+        known = {name: [t for t in tables if t.log_ratios is not None] for name, tables in methods.items()}
+        evaluated = {name: checkpoints for name, checkpoints in known.items() if checkpoints}
         self.ids = common_prompts([sft, *(table for tables in evaluated.values() for table in tables)])
         self._bootstrap = bootstrap
         self._columns = {name: path(sft, tables, self.ids) for name, tables in evaluated.items() if self.ids}

@@ -6,6 +6,7 @@ A value that does not exist is None, never NaN. Log-ratios and KL are in nats.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,13 @@ class FrontierPoint:
     `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
     `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
     that it had before, `gain` the reward less that of π_sft, paired by prompt. Where nothing was scored, rewards are
-    None; `held_out` is there where the checkpoint read held-out preference pairs.
+    None; `held_out` is there where the checkpoint read held-out preference pairs. A policy with other tokens than π_sft
+    has no KL.
     """
 
     step: int
     reward: Interval | None
-    kl: Interval
+    kl: Interval | None
     reward_std: float | None
     num_samples: int
     accuracy: Interval | None = None
@@ -81,6 +83,11 @@ class FrontierPoint:
     repetition: float | None = None
     gain: Interval | None = None
     held_out: HeldOut | None = None
+
+    @property
+    def nats(self) -> float:
+        """The estimate of the KL; ∞ where there is none."""
+        return math.inf if self.kl is None else self.kl.estimate
 
 
 @dataclass(frozen=True)

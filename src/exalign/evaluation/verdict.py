@@ -6,6 +6,7 @@ rewards, so the best of many checkpoints looks a little better than it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,11 @@ KL_SPREAD = 0.5
 
 @dataclass(frozen=True)
 class Selected:
-    """A method and its best checkpoint within the budget: the point, and the folder of the model inside the run."""
+    """A method and its best checkpoint within the budget: the point, and what to load, a folder inside the run."""
 
     method: str
     point: FrontierPoint
-    folder: Path
+    folder: str
 
 
 def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
@@ -55,9 +56,7 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
     place = RunFolder(run)
     points = {method.name: select_within(method.points, kl_budget) for method in place.read_evidence().methods}
     found = [
-        Selected(name, point, place.policy(name, point.step).relative_to(run))
-        for name, point in points.items()
-        if point is not None
+        Selected(name, point, place.ships(name, point.step)) for name, point in points.items() if point is not None
     ]
     return sorted(found, key=lambda one: -_merit(one.point)), [name for name, point in points.items() if point is None]
 
@@ -65,8 +64,8 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
 def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdict | None:
     """The checkpoint to ship of all methods; None where nothing was measured, or nothing is within the budget."""
     if kl_budget is None:
-        able = [(m, p) for m in methods for p in m.points if lower_bound(p) > float("-inf")]
-        best = max(able, key=lambda pair: (lower_bound(pair[1]), -pair[1].kl.estimate), default=None)
+        able = [(m, p) for m in methods for p in m.points if lower_bound(p) > -math.inf]
+        best = max(able, key=lambda pair: (lower_bound(pair[1]), -pair[1].nats), default=None)
     else:
         within = [(m, point) for m in methods if (point := select_within(m.points, kl_budget)) is not None]
         best = max(within, key=lambda pair: _merit(pair[1]), default=None)
@@ -167,6 +166,8 @@ def _unfinished(point: FrontierPoint) -> float | None:
 
 def _uncertain_kl(shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
     for name, point in shown:
+        if point.kl is None:
+            continue
         low, kl, high = point.kl.low, point.kl.estimate, point.kl.high
         if low is not None and high is not None and kl >= KL_SPREAD and high - low > kl:
             yield (
@@ -181,7 +182,7 @@ def _few_effective_samples(
     few = f"fewer than {LEAST_ESS:.0f} effective samples"
     if optimum is not None:
         reach = max((point.kl.estimate for point in optimum.points if point.reliable), default=0.0)
-        beyond = [f"{name} ({point.kl.estimate:.1f} nats)" for name, point in shown if point.kl.estimate > reach]
+        beyond = [f"{name} ({point.nats:.1f} nats)" for name, point in shown if math.inf > point.nats > reach]
         if beyond:
             yield (
                 f"The estimated optimum stands on {few} beyond a KL of {reach:.1f} nats, so the best possible reward "

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from exalign.data.record import Record
     from exalign.rollout.scorers import Scorer
 
-TrainsOn = Literal["preferences", "rewards", "prompts"]
+TrainsOn = Literal["preferences", "rewards", "prompts", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ class Method(TrainSettings):
 
     @property
     def trains_on(self) -> TrainsOn:
-        """`preferences` or `rewards`: groups with log π_sft; `prompts`: it samples them itself while it trains."""
+        """`preferences` or `rewards`: groups with log π_sft; `prompts`: it samples them itself while it trains.
+
+        `nothing`: its policies are there already, and its material is the tokenizer.
+        """
         raise NotImplementedError
 
     @property
@@ -109,6 +112,11 @@ class Method(TrainSettings):
     def amount(self) -> Amount:
         """How much it computes."""
         return Amount(passes=self.epochs)
+
+    @property
+    def given(self) -> Sequence[str]:
+        """Folders or hub names of policies that are there already, where it trains on nothing."""
+        return ()
 
     @property
     def wants_critic(self) -> bool:

@@ -61,10 +61,13 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with an end-of-sequence token (`InputError` without one).
 
+    Of an adapter's folder that holds none it is its base's.
     A missing padding token becomes the end-of-sequence token; nothing here reads padding, so no result depends on it.
     `chat_template_kwargs` are settings of its chat template, say {"enable_thinking": False}, for every text of it.
     """
     _check_files(source, but=".safetensors")
+    if is_folder(source) and not any(Path(source).glob("*token*")) and (base := _adapter_base(source)) is not None:
+        source = base
     try:
         tokenizer = _openai_tokenizer(source) or AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code
@@ -130,21 +133,6 @@ def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase 
     config = read_config(settings, tokenizer)
     with torch.device("meta"):
         return _from_config(AutoModelForCausalLM, settings, config, torch.float32)
-
-
-def scoring_skeleton(source: str, *, num_labels: int | None = None) -> PreTrainedModel:
-    """A sequence classifier without its weights, from its configuration alone: its labels, and whether it is causal."""
-    _refuse_code(source)
-    config = read_config(ModelSettings(source=source), None)
-    if num_labels is not None and _adapter_base(source) is not None:
-        config.num_labels = num_labels
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here, all of them about the configuration
-        raise InputError(f"{source} is no model to score with ({first_line(error)[:200]}).") from error
-    model.config.name_or_path = source
-    return model
 
 
 def check_weights(source: str) -> None:
@@ -371,6 +359,7 @@ def _load(
     if settings.source is None:
         model = _from_config(auto_class, settings, config, dtype)
     else:
+        check_weights(settings.source)
         whole = settings if adapter is None else settings.model_copy(update={"source": adapter})
         head = num_labels is not None and (new_head or adapter is not None)
         model = _from_pretrained(auto_class, whole, config, dtype, new_head=head)

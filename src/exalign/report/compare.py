@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval, MethodEvidence
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, write_under
@@ -229,7 +230,8 @@ def selection_table(selected: Sequence[Selected], run: Path) -> Table:
     for name in ("method", "KL (nats)", measure, "model in the run"):
         table.add_column(name, justify="left" if name.startswith("m") else "right", overflow="fold")
     for row in selected:
-        place = shown(str(row.folder) if (run / row.folder).is_dir() else f"{row.folder} (gone)")
+        there = RunFolder(run).policy(row.method, row.point.step).is_dir()
+        place = shown(row.folder if there else f"{row.folder} (gone)")
         value = row.point.held_out.accuracy if row.point.held_out and not row.point.reward else row.point.reward
         table.add_row(shown(row.method), _text(row.point.kl), _text(value), place)
     return table

@@ -28,8 +28,8 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     start = evidence.sft.reward if evidence.sft else None
     ends: list[tuple[str, str, float, float]] = []
     for method in evidence.methods:
-        if method.points:
-            ends.append(_path(axes, start, method.name, method.points, looks[method.name], lambda p: p.reward))
+        if points := [p for p in method.points if p.kl]:
+            ends.append(_path(axes, start, method.name, points, looks[method.name], lambda p: p.reward))
     low, high = _limits(evidence)
     axes.set_xlim(low[0], high[0])
     axes.set_ylim(low[1], high[1])
@@ -74,7 +74,7 @@ MARGIN = Measure(
 
 def draw_measure(evidence: Evidence, looks: Mapping[str, Look], measure: Measure, *, width: float) -> Figure | None:
     """The checkpoints that have the measure against KL, as `draw_frontier`; None where none has it."""
-    shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if measure.read(p)])]
+    shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if p.kl and measure.read(p)])]
     if not shown:
         return None
     figure = Figure(figsize=(width, 4.2 if width < 5 else 4.4), layout="constrained")
@@ -122,7 +122,7 @@ def _path(
     """Draw a method's checkpoints, from π_sft where it is given; return where its label goes."""
     values = [value for point in points if (value := read(point)) is not None]
     first = 0 if start is None else 1
-    kls = np.array([0.0] * first + [p.kl.estimate for p in points])
+    kls = np.array([0.0] * first + [p.nats for p in points])
     heights = np.array([value.estimate for value in ([start] if start else []) + values])
     axes.plot(*_between(kls, heights), **{**look.line, "marker": ""}, zorder=3)
     axes.errorbar(
@@ -178,7 +178,8 @@ def _best_of_n(axes: Axes, points: Sequence[BestOfN]) -> None:
 
 def _limits(evidence: Evidence) -> tuple[tuple[float, float], tuple[float, float]]:
     """What to show: all checkpoints with their intervals; of the other curves what lies in that range of KL."""
-    points = [p for method in evidence.methods for p in method.points] + ([evidence.sft] if evidence.sft else [])
+    points = [p for method in evidence.methods for p in method.points if p.kl]
+    points += [evidence.sft] if evidence.sft else []
     xs = [x for p in points for x in _bounds(p.kl)] or [0.0]
     farthest = max(max(xs) * 1.03, 0.05)
     ys = [y for p in points if p.reward for y in _bounds(p.reward)]
@@ -202,14 +203,15 @@ def _end_within(
     return [(name, color, x, float(np.interp(x, xs, ys)))]
 
 
-def _bounds(value: Interval) -> tuple[float, float]:
+def _bounds(value: Interval | None) -> tuple[float, float]:
+    assert value is not None
     return (
         value.estimate if value.low is None else value.low,
         value.estimate if value.high is None else value.high,
     )
 
 
-def _arms(values: Sequence[Interval]) -> np.ndarray:
+def _arms(values: Sequence[Interval | None]) -> np.ndarray:
     bounds = np.array([_bounds(value) for value in values])
-    estimates = np.array([value.estimate for value in values])
+    estimates = np.array([value.estimate for value in values if value])
     return np.clip(np.stack([estimates - bounds[:, 0], bounds[:, 1] - estimates]), 0, None)

@@ -178,7 +178,7 @@ def shipped(evidence: Evidence) -> Headline | None:
     if verdict is None or chosen is None:
         return None
     method, point = chosen
-    gain, at = point.gain, f"at a KL of {number(point.kl.estimate, 2)} nats"
+    gain, at = point.gain, "at an unknown KL" if point.kl is None else f"at a KL of {number(point.nats, 2)} nats"
     if not verdict.certain:
         title = "No checkpoint is measurably better than the supervised policy."
     elif gain is not None:
@@ -188,7 +188,8 @@ def shipped(evidence: Evidence) -> Headline | None:
         right = f"{100 * point.held_out.accuracy.estimate:.0f}\N{NO-BREAK SPACE}% of held-out pairs right"
         title = f"Ship {method.name} at step {point.step}: {right}, {at}."
     where = f"{'It is' if verdict.certain else f'The best guess, {method.name} at step {point.step}, is'} in "
-    sentences = [f"{where}{verdict.folder} of the run. {_gained(evidence, point)}", _cost(evidence, point)]
+    place = f"{verdict.folder} of the run" if verdict.folder.startswith("align/") else verdict.folder
+    sentences = [f"{where}{place}. {_gained(evidence, point)}", _cost(evidence, point)]
     return Headline(title, [*sentences, _rule(evidence, verdict.within)])
 
 
@@ -208,7 +209,8 @@ def _gained(evidence: Evidence, point: FrontierPoint) -> str:
 
 
 def _cost(evidence: Evidence, point: FrontierPoint) -> str:
-    sft, parts = evidence.sft, [f"It costs a KL of {interval(point.kl)} nats"]
+    sft = evidence.sft
+    parts = ["Its KL is not known" if point.kl is None else f"It costs a KL of {interval(point.kl)} nats"]
     if sft is not None and sft.tokens is not None and point.tokens is not None:
         parts.append(f"answers are {number(point.tokens)} tokens long on average ({number(sft.tokens)} before)")
     if sft is not None and sft.finished is not None and point.finished is not None:
@@ -260,7 +262,7 @@ def _on_pairs(evaluated: list[MethodEvidence], unfinished: list[str]) -> Headlin
     ends = [(method, method.points[-1]) for method in evaluated]
     sentences = [
         f"{method.name} ends at accuracy {percent(point.held_out.accuracy)} and margin "
-        f"{interval(point.held_out.margin)} nats, at KL {interval(point.kl)}: the preferred texts' log-ratio is "
+        f"{interval(point.held_out.margin)} nats, {_at(point)}: the preferred texts' log-ratio is "
         f"{interval(point.held_out.preferred)}, the others' {interval(point.held_out.rejected)}."
         for method, point in ends
         if point.held_out is not None
@@ -279,6 +281,10 @@ def _opening(evidence: Evidence) -> list[str]:
     ]
 
 
+def _at(point: FrontierPoint) -> str:
+    return "at an unknown KL" if point.kl is None else f"at KL {interval(point.kl)}"
+
+
 def _gain_title(method: MethodEvidence) -> str:
     if is_above_zero(method.gain):
         return f"{method.name} raises the reward."
@@ -291,7 +297,7 @@ def _gain_sentence(method: MethodEvidence) -> str:
     last = method.points[-1]
     return (
         f"{method.name} ends at mean reward {interval(last.reward)}, {interval(method.gain)} above the supervised "
-        f"policy's, at KL {interval(last.kl)} nats from it."
+        f"policy's, {_at(last)}."
     )
 
 
@@ -333,9 +339,7 @@ def _end(method: MethodEvidence) -> Interval:
 def _end_sentence(evaluated: list[MethodEvidence]) -> list[str]:
     best = max(evaluated, key=_end_reward)
     last = best.points[-1]
-    return [
-        f"At the end of training {best.name} has the most reward, {interval(last.reward)} at KL {interval(last.kl)}."
-    ]
+    return [f"At the end of training {best.name} has the most reward, {interval(last.reward)} {_at(last)}."]
 
 
 def _ranking_sentence(equal: EqualKL) -> str:

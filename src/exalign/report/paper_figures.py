@@ -286,7 +286,7 @@ def _values(axes: Axes, group: Ablation, read: Callable[[MethodEvidence], Interv
             axes.vlines(x, value.low, value.high, color=look.color, linewidth=1.2, zorder=2)
         if read is _value:
             top = value.estimate if value.high is None else value.high
-            kl = f"KL {method.points[-1].kl.estimate:.2g}"
+            kl = f"KL {method.points[-1].nats:.2g}"
             axes.annotate(kl, (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -29,7 +30,7 @@ from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, 
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
-from exalign.models.loading import check_weights, first_line, load_scoring_model, load_tokenizer, scoring_skeleton
+from exalign.models.loading import first_line, load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
 from exalign.rollout.settings import OneScorer, ScorerSettings
 
@@ -103,28 +104,14 @@ def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[st
 
 
 def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
-    """Raise before any sampling what scoring would raise after it, as far as it can be known without the weights.
+    """Raise before any sampling what scoring would raise after it: every scorer is opened and scores the `records`.
 
-    Functions score the `records`, one for each kind of prompt; of models the configuration, the labels and the
-    tokenizer are read, and the records' texts tokenised. Those of the run's own stages do not exist yet.
+    Those of the run's own stages do not exist yet.
     """
     records = [r if r.completions else replace(r, completions=(Completion("Yes."),)) for r in records]
     for part in settings.sum or (settings,):
-        source = part.reward_model or part.classifier
-        if part.function is not None:
-            FunctionScorer(part.function).score(records)
-        if source is None:
-            continue
-        check_weights(source)
-        model = scoring_skeleton(source, num_labels=1 if part.reward_model else None)
-        tokenizer = load_tokenizer(source)
-        if part.classifier is not None:
-            positive_label(model.config, part.positive, say=False)
-        else:
-            _check_one_label(model.config)
-        if hasattr(model, "score"):
-            for index, record in enumerate(records):
-                retokenize(record, tokenizer, index=index, limits=None, positions=None, counts=Counter())
+        if part.stage is None:
+            open_scorer(part).score(records)
 
 
 def part_names(parts: Sequence[OneScorer]) -> list[str]:
@@ -213,7 +200,7 @@ def log_odds(logits: Tensor, positive: int) -> Tensor:
     return logits[..., positive] - others.logsumexp(-1)
 
 
-def positive_label(config: PreTrainedConfig, wanted: str | int | None, *, say: bool = True) -> int:
+def positive_label(config: PreTrainedConfig, wanted: str | int | None) -> int:
     """The number of a classifier's positive label: as `wanted` names or numbers it, else the one whose name says so.
 
     Where nobody said which, the one that was taken is told once; names that leave it open are an `InputError`.
@@ -239,14 +226,14 @@ def positive_label(config: PreTrainedConfig, wanted: str | int | None, *, say: b
             f"Which label of {source} is the positive one? It has {listed}; say so with the scorer's setting positive, "
             f"for example positive: {next(iter(names.values()))}."
         )
-    if say:
-        logger.warning(
-            "%s: the reward is the log-odds of label %d, %s, for nobody said which label is positive.",
-            source,
-            found[0],
-            names[found[0]],
-        )
+    _say_label(source, found[0], names[found[0]])
     return found[0]
+
+
+@functools.cache  # once, though a scorer is opened before the work as well
+def _say_label(source: str, number: int, name: str) -> None:
+    said = "%s: the reward is the log-odds of label %d, %s, for nobody said which label is positive."
+    logger.warning(said, source, number, name)
 
 
 class WeightedSum:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,34 +83,94 @@ def begin(
     reward_model: str | None = None,
 ) -> Begun:
     """Look at the data, read as the settings KEY=VALUE of its source say, and the model, and choose; write nothing."""
+    model, scorer = os.path.expanduser(model), _scorer(reward, reward_model)
+    settings, records = _rows(model, data, reading)
+    values: dict[str, Any] = {"model": {"source": model}}
+    kind, reasons = _sources(values, settings, records, scorer)
+    reasons[0] += _read_as(settings)
+    reasons += [_lengths(values, model, records), _weights(values, model), _method(values, kind, len(records))]
+    _evaluation(values, scorer)
+    return _begun(values, out, f"{_stem(model)}-{_stem(settings.source)}", reasons)
+
+
+def evidence(
+    reference: str,
+    policies: Mapping[str, Sequence[str]],
+    prompts: str,
+    *,
+    out: str | Path | None = None,
+    reward: str | None = None,
+    reward_model: str | None = None,
+    reading: Sequence[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """The evidence of a run for policies that were trained elsewhere: choose a recipe, write it beside, carry it out.
+
+    `policies` are folders or hub names, LoRA adapters too, by a name; several of one name are checkpoints in the order
+    of training. `reference` is what they were trained from, whose answers they are compared with. `prompts` names
+    held-out prompts, or preference pairs, which are enough where nothing scores: `reward` (module:function) or
+    `reward_model`. `reading` are KEY=VALUE settings of that data.
+    """
+    reference, scorer = os.path.expanduser(reference), _scorer(reward, reward_model)
+    settings, records = _rows(reference, prompts, reading)
+    if scorer is None and not any(record.preferred is not None for record in records):
+        raise InputError(
+            f"{settings.source} has no preference pairs: say what is good with --reward module:function or "
+            "--reward-model MODEL."
+        )
+    used = min(len(records), EVALUATED)
+    values: dict[str, Any] = {"model": {"source": reference}}
+    values["data"] = {"evaluation": settings.model_dump(mode="json", exclude_defaults=True)}
+    reasons = [f"data: {used} of the {_some(records)} rows of {settings.source}{_read_as(settings)}"]
+    reasons.append(_lengths(values, reference, records))
+    values["align"] = {name: {"method": "given", "policies": list(places)} for name, places in policies.items()}
+    reasons.append(f"policies: {', '.join(policies)}; {reference}, which they are compared with, is called SFT")
+    values["evaluate"] = {} if scorer is None else {"scorer": scorer}
+    _evaluation(values, scorer)
+    begun = _begun(values, out, f"evidence-{_stem(settings.source)}", reasons)
+    console = console or Console()
+    write_down(begun, console)
+    run = Run(load_recipe(begun.file), begun.folder, console)
+    carry_out(run)
+    return run
+
+
+def _scorer(reward: str | None, reward_model: str | None) -> dict[str, Any] | None:
     if reward is not None and reward_model is not None:
         raise InputError("Give --reward or --reward-model, not both.")
-    model, settings = os.path.expanduser(model), settings_of(data, (), reading)
-    data = settings.source
+    return {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
+
+
+def _rows(model: str, data: str, reading: Sequence[str]) -> tuple[DataSettings, list[Record]]:
+    """How the data is read, and its first rows; turns of Human and Assistant as such where the model has a template."""
+    settings = settings_of(data, (), reading)
     check_weights(model)
-    scorer = {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
-    counts: Counter[str] = Counter()
-    records = list(islice(read_source(whole(settings), counts), LOOKED_AT))
+    records = list(islice(read_source(whole(settings), Counter()), LOOKED_AT))
     if not records:
-        raise InputError(f"{data} has no usable rows; exalign inspect {data} --model {model} shows what is in each.")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{_stem(model)}-{_stem(data)}").strip("-._")[:90] or "aligned"
-    folder = Path(out).expanduser() if out is not None else Path("runs") / name
-    values: dict[str, Any] = {"name": name, "model": {"source": model}}
-    kind, reasons = _sources(values, settings, records, scorer)
+        raise InputError(
+            f"{settings.source} has no usable rows; exalign inspect {settings.source} --model {model} shows what is "
+            "in each."
+        )
     turns: Counter[str] = Counter()
     read = [as_dialogue(record, turns) for record in records]
     if load_tokenizer(model).chat_template and turns["texts_read_as_dialogues"] > len(records) / 2:
-        records = read
-        for sources in values["data"].values():
-            if isinstance(sources, dict):
-                sources["dialogues"] = True
-        reasons[0] += "; turns of Human and Assistant go through the model's chat template"
-    reasons.append(_lengths(values, model, records))
-    reasons.append(_weights(values, model))
-    steps = _method(values, kind, len(records))
-    reasons.append(steps)
-    _evaluation(values, scorer)
+        return settings.model_copy(update={"dialogues": True}), read
+    return settings, records
+
+
+def _read_as(settings: DataSettings) -> str:
+    return "; turns of Human and Assistant go through the model's chat template" if settings.dialogues else ""
+
+
+def _some(records: Sequence[Record]) -> str:
+    return f"{len(records):,}" + ("+" if len(records) == LOOKED_AT else "")
+
+
+def _begun(values: dict[str, Any], out: str | Path | None, named: str, reasons: list[str]) -> Begun:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-._")[:90] or "aligned"
+    values = {"name": name, **values}
     make_recipe(values, "the recipe chosen")
+    folder = Path(out).expanduser() if out is not None else Path("runs") / name
     return Begun(values, folder.with_name(f"{folder.name}.yaml"), folder, reasons)
 
 
@@ -141,7 +201,7 @@ def _sources(
     source = settings.model_dump(mode="json", exclude_defaults=True)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
-    some = f"{len(records):,}" + ("+" if len(records) == LOOKED_AT else "")
+    some = _some(records)
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
         values["data"] = {"preferences": source}
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"

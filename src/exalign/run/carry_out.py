@@ -145,7 +145,7 @@ def _tokenizer(recipe: Recipe, looked: Mapping[str, _Looked]) -> PreTrainedToken
 
 def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """Every model that training starts from: its folder, weights, kind and positions."""
-    data, trains = recipe.data, any((recipe.sft, recipe.reward, recipe.align))
+    data, trains = recipe.data, any((recipe.sft, recipe.reward, [m for m in recipe.align.values() if not m.given]))
     given = any((data.sft, data.preferences, data.rewards))
     texts = (data.max_prompt_tokens + data.max_completion_tokens, "data.max_prompt_tokens + data.max_completion_tokens")
     drawn = (data.max_prompt_tokens + recipe.sample.max_new_tokens, "data.max_prompt_tokens + sample.max_new_tokens")
@@ -251,12 +251,14 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
     """Every model that the recipe names to start from, by the place where it stands."""
     sections: dict[str, Any] = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
     sections |= {f"align.{name}": method for name, method in recipe.align.items()}
-    return {
+    found = {
         f"{where}.{name}".lstrip("."): value
         for where, section in sections.items()
         for name in (type(section).model_fields if section is not None else ())
         if isinstance(value := getattr(section, name), ModelSettings)
     }
+    given = [(name, source) for name, method in recipe.align.items() for source in method.given]
+    return found | {f"align.{name}: {source}": ModelSettings(source=source) for name, source in given}
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:

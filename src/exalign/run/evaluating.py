@@ -33,6 +33,7 @@ from exalign.run.materials import (
     evaluation_sampling,
     frozen_policy,
     judging,
+    policy_tokenizer,
     records_of,
     run_tokenizer,
     say_speed,
@@ -74,7 +75,8 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
 
 def _pairs_stages(recipe: Recipe) -> Iterator[Stage]:
     """Held-out preferences under every saved policy, where the run has any and a method or a reader would look."""
-    if recipe.data.preferences is None or not (trained_on(recipe) & {"preferences"} or judging(recipe) is None):
+    there = recipe.data.preferences is not None or trained_on(recipe) == {"nothing"}
+    if not there or not (trained_on(recipe) & {"preferences", "nothing"} or judging(recipe) is None):
         return
     policy = takes_supervised(recipe) + Takes(("temperature", *LIMITS))
     source = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
@@ -192,9 +194,10 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
         if (here / "header.json").exists():
             view.counts.update(read_header(here).counts)
             continue
-        model = frozen_policy(view, policy, tokenizer)
-        drawing = Drawing(model, tokenizer, wanted.settings, f"{wanted.purpose} {policy.name}")
-        draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference)
+        own = policy_tokenizer(view, policy)
+        model = frozen_policy(view, policy, own or tokenizer)
+        drawing = Drawing(model, own or tokenizer, wanted.settings, f"{wanted.purpose} {policy.name}")
+        draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference if own is None else None)
 
 
 def saved_policies(trained: Path) -> list[Path]:
@@ -233,6 +236,8 @@ def _pairs_of(view: View, *, name: str) -> None:
     records, tokenizer = read_records(view.path("evaluation/pairs", "records")), run_tokenizer(view)
     header = Header(temperature=view.recipe.temperature)
     for policy in saved_policies(view.path(f"align/{name}")) if records else ():
+        if policy_tokenizer(view, policy) is not None:
+            continue
         model = frozen_policy(view, policy, tokenizer)
         done = with_logprobs(records, model, "logprob", Numerics(view.recipe.temperature))
         write_records(view.folder / policy.name, done, header)
@@ -242,9 +247,12 @@ def _pairs_of(view: View, *, name: str) -> None:
 def _density(view: View, *, name: str) -> None:
     """log π_θ (as `logprob`) and log π_sft of the pool's samples, one after the other through the same code path."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
+    last = view.path(f"align/{name}", "model")
+    if policy_tokenizer(view, last) is not None:
+        return
     pool = read_records(view.path("evaluation/pool"))[: view.recipe.evaluate.density_prompts]
     known = with_logprobs(pool, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
-    policy = frozen_policy(view, view.path(f"align/{name}", "model"), tokenizer)
+    policy = frozen_policy(view, last, tokenizer)
     done = with_logprobs(known, policy, "logprob", Numerics(temperature))
     header = replace(read_header(view.path("evaluation/pool")), counts={})
     write_records(view.folder / "samples", done, header)

@@ -25,6 +25,7 @@ from exalign.data.store import Header, RecordWriter, iter_records
 from exalign.data.tokenization import tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import trained_elsewhere
 from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
@@ -190,9 +191,19 @@ def supervised(view: View, tokenizer: PreTrainedTokenizerBase, *, trainable: boo
 
 
 def frozen_policy(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A policy that the run wrote, in evaluation mode on the device."""
-    settings = view.recipe.model.model_copy(update={"source": str(folder), "config": None, "lora": None})
+    """A policy that the run wrote, or that it says was trained elsewhere, in evaluation mode on the device."""
+    origin = trained_elsewhere(folder)
+    source = str(folder) if origin is None else origin["source"]
+    settings = view.recipe.model.model_copy(update={"source": source, "config": None, "lora": None})
     return ready(load_policy(settings, tokenizer))
+
+
+def policy_tokenizer(view: View, folder: Path) -> PreTrainedTokenizerBase | None:
+    """That of a policy trained elsewhere whose tokens are not those of the run; None where they are."""
+    origin = trained_elsewhere(folder)
+    if origin is None or not origin["own_tokens"]:
+        return None
+    return load_tokenizer(origin["source"], trust_remote_code=view.recipe.model.trust_remote_code)
 
 
 def tokenize(

@@ -762,8 +762,10 @@ class Planner:
         settings = work.settings
         return Work((Read(self.supervised(), load, settings.token_budget, settings.precision),))
 
-    def _align(self, name: str) -> Work:
+    def _align(self, name: str) -> Work | None:
         """The method's training, which is done where a search comes before it."""
+        if self.recipe.align[name].given:
+            return None
         searched = self.recipe.search is not None and name in self.recipe.search.methods
         return replace(self.method(name), times=0 if searched else 1)
 
@@ -843,6 +845,8 @@ class Planner:
         """How many policies a method saves."""
         from exalign.training.batches import saved_steps
 
+        if given := self.recipe.align[name].given:
+            return len(given)
         work = method_work(self.recipe, name)
         steps = work.passes * -(-self.load_of(work).prompts // work.settings.batch_prompts)
         return len(saved_steps(steps, work.settings.save_policies, idle=work.settings.idle_steps))

@@ -7,7 +7,7 @@ tokenizer → sft → oracle → preferences → reward → validation → rollo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -159,6 +159,10 @@ def reference_of(method: Method) -> str | None:
 def _methods(recipe: Recipe) -> Iterator[Stage]:
     """A stage align/NAME for every method, after search/NAME where the recipe searches for its settings."""
     for name, method in recipe.align.items():
+        if method.trains_on == "nothing":
+            takes = takes_tokenizer(recipe) + SEED + Takes(("temperature", f"align.{name}"))
+            yield takes.stage(f"align/{name}", partial(_align, name=name, material=_tokenizer_alone))
+            continue
         takes = takes_supervised(recipe) + SEED + Takes(("temperature", f"align.{name}"))
         reference, critic = reference_of(method), None
         if reference is not None:
@@ -178,6 +182,10 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
             yield search_stage(recipe, name, takes, material)
             takes += Takes(needs=(f"search/{name}",))
         yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
+
+
+def _tokenizer_alone(view: View) -> Material:
+    return Material(None, run_tokenizer(view), view.recipe.temperature)  # type: ignore[arg-type]
 
 
 def _material(view: View, *, reference: str | None, scorer: Scoring | None, critic: str | None) -> Material:
@@ -207,7 +215,7 @@ def _material(view: View, *, reference: str | None, scorer: Scoring | None, crit
     )
 
 
-def _align(view: View, *, name: str, material: partial[Material]) -> None:
+def _align(view: View, *, name: str, material: Callable[[View], Material]) -> None:
     """Train a method with its settings, or with those of its search's best trial, whose weights it takes over."""
     method = view.recipe.align[name]
     if view.has(f"search/{name}"):
@@ -220,7 +228,7 @@ def _align(view: View, *, name: str, material: partial[Material]) -> None:
     settings.train(given, view.folder)
     if given.groups:
         record_training_speed(view, view.folder, given.policy, given.groups, settings)
-    if leads():
+    if leads() and settings.trains_on != "nothing":
         rows = metric_rows(view.folder)
         for sentence in own_sample_warnings(name, {metric: [row[metric] for row in rows] for metric in rows[0]}):
             view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)

@@ -188,7 +188,8 @@ def identity(
             if inner is None or mark in left_out or only not in (None, name):
                 continue
             if mark == CONTENT:
-                found[name] = [inner, contents.of(inner)]
+                named = [[one, contents.of(one)] for one in ([inner] if isinstance(inner, str) else inner)]
+                found[name] = named[0] if isinstance(inner, str) else named
             elif mark == FUNCTION:
                 found[name] = [inner, contents.of_function(inner)]
             else:

@@ -84,8 +84,9 @@ class SimulatedAssessor:
 
     async def judge(self) -> None:
         """One comparison, with whatever the person does besides."""
-        page, before = self.page, self.page.url
+        page = self.page
         await page.wait_for_selector("#verdict", timeout=WAIT, state="attached")
+        before = page.url  # not earlier: a browser leaves the page of a server that was away by itself
         systems, prompt = await self.read(page)
         assert not await page.evaluate("window.attacked === true"), "a completion ran as a script"
         whim = self.rng.choice(["reload", "back", "double", "undo", "two tabs", *["plain"] * 6])

@@ -1,0 +1,183 @@
+"""Policies that were trained elsewhere get the evidence of a run, each against plain transformers."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from exalign import evidence
+from exalign.cli import app
+from exalign.data.store import read_records
+from exalign.data.vocabulary import build_tokenizer
+from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
+from exalign.models.loading import load_policy, load_tokenizer, save_model
+from exalign.models.model_settings import ModelSettings
+from exalign.run.recipe import make_recipe
+
+CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
+REWARDS = """
+def brevity(prompts, completions):
+    return [[-len(text) for text in texts] for texts in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def models(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference, a copy of it, one moved away, an adapter on it without a tokenizer, and one with other tokens."""
+    place = tmp_path_factory.mktemp("models")
+    tokenizer = load_tokenizer(str(world / "tokenizer"))
+    torch.manual_seed(0)
+    model = load_policy(ModelSettings(config=CONFIG), tokenizer)
+    for name in ("reference", "copy"):
+        save_model(model, tokenizer, place / name, card="")
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights += 0.02 * torch.randn_like(weights)
+    save_model(model, tokenizer, place / "moved", card="")
+    base = AutoModelForCausalLM.from_pretrained(place / "reference")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.5)
+    adapted.save_pretrained(place / "adapter")
+    own = build_tokenizer(["other words than those", "of the world"], vocab_size=260)
+    torch.manual_seed(1)
+    save_model(load_policy(ModelSettings(config=CONFIG), own), own, place / "other", card="")
+    return place
+
+
+@pytest.fixture(scope="module")
+def given(models: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    place = tmp_path_factory.mktemp("evidence")
+    (place / "brief_rewards.py").write_text(REWARDS)
+    policies = {
+        "line": [models / "copy", models / "moved"],
+        "adapter": [models / "adapter"],
+        "other": [models / "other"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        evidence(
+            str(models / "reference"),
+            {name: [str(folder) for folder in folders] for name, folders in policies.items()},
+            str(world / "test.jsonl"),
+            out=place / "run",
+            reward="brief_rewards:brevity",
+            console=Console(file=io.StringIO()),
+        )
+    return RunFolder(place / "run")
+
+
+def logprob(model: torch.nn.Module, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """log π(y|x) by one plain pass."""
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return float(logp.gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_samples_have_the_log_probabilities_of_plain_transformers(given: RunFolder, models: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(models / "reference").eval()
+    plain = {
+        ("line", 1): reference,
+        ("line", 2): AutoModelForCausalLM.from_pretrained(models / "moved").eval(),
+        ("adapter", 1): AutoPeftModelForCausalLM.from_pretrained(models / "adapter").eval(),
+        ("other", 1): AutoModelForCausalLM.from_pretrained(models / "other").eval(),
+    }
+    for (name, step), model in plain.items():
+        for record in read_records(given.samples(name, step))[:3]:
+            assert record.prompt_ids is not None
+            for drawn in record.completions:
+                assert drawn.token_ids is not None and drawn.logprob is not None
+                assert drawn.logprob == pytest.approx(logprob(model, record.prompt_ids, drawn.token_ids), abs=1e-4)
+                if name == "other":
+                    assert drawn.reference_logprob is None
+                    continue
+                expected = logprob(reference, record.prompt_ids, drawn.token_ids)
+                assert drawn.reference_logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_evidence_is_that_of_a_run(given: RunFolder, models: Path) -> None:
+    found = given.read_evidence()
+    by_name = {method.name: method for method in found.methods}
+    same, moved = by_name["line"].points
+    assert same.kl is not None and abs(same.kl.estimate) < 1e-4  # it is the reference
+    assert moved.kl is not None and moved.kl.estimate > 0.01
+    (adapter,) = by_name["adapter"].points
+    assert adapter.kl is not None and adapter.kl.estimate > 0.01
+    assert found.optimum is not None and found.density is not None and found.equal_kl is not None
+    assert all(method.win_rates and method.points[-1].reward for method in found.methods)
+    assert {curve.policy for prompt in found.density.prompts for curve in prompt.curves} >= {"line", "adapter"}
+
+
+def test_other_tokens_have_rewards_and_no_kl(given: RunFolder, models: Path) -> None:
+    found = given.read_evidence()
+    (point,) = next(method.points for method in found.methods if method.name == "other")
+    assert point.kl is None and point.reward is not None and point.win_vs_sft is not None
+    assert any("other writes in other tokens than the supervised policy: no KL" in note for note in found.notes)
+    assert found.equal_kl is not None and "other" not in [s.method for s in found.equal_kl.standings]
+    assert not given.density("other").exists()
+    page = given.page.read_text()
+    assert "no KL" in page and "{{" not in page
+
+
+def test_what_to_ship_is_where_it_was_trained(given: RunFolder, models: Path) -> None:
+    assert given.ships("line", 2) == str(models / "moved")
+    verdict = given.read_evidence().verdict
+    assert verdict is not None and verdict.folder == given.ships(verdict.method, verdict.step)
+    listed = CliRunner().invoke(app, ["select", str(given.path), "--kl-budget", "9"])
+    assert "(gone)" not in listed.output and "models" in listed.output.replace("\n", "")
+
+
+def test_pairs_are_enough_without_a_scorer(models: Path, world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    pairs = [{"prompt": row["prompt"], "chosen": " yes", "rejected": " no"} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    policies = {"copy": [str(models / "copy")], "moved": [str(models / "moved")], "other": [str(models / "other")]}
+    run = evidence(
+        str(models / "reference"),
+        policies,
+        str(tmp_path / "pairs.jsonl"),
+        out=tmp_path / "run",
+        console=Console(file=io.StringIO()),
+    )
+    found = {method.name: method.points[0].held_out for method in RunFolder(run.folder).read_evidence().methods}
+    assert found["copy"] is not None and found["moved"] is not None and found["other"] is None
+    assert (found["copy"].accuracy.estimate, found["copy"].margin.estimate) == (0.5, 0.0)
+    loaded = [AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("moved", "reference")]
+    margins = []
+    for record in read_records(RunFolder(run.folder).pairs("moved", 1)):
+        assert record.prompt_ids is not None
+        moved, before = (
+            [logprob(model, record.prompt_ids, text.token_ids or ()) for text in record.completions] for model in loaded
+        )
+        margins.append((moved[0] - before[0]) - (moved[1] - before[1]))
+    assert found["moved"].margin.estimate == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+
+
+def test_what_cannot_be_is_one_sentence(
+    models: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "brief_rewards.py").write_text(REWARDS)
+    prompts, reference = str(world / "test.jsonl"), str(models / "reference")
+    values = {"name": "x", "model": {"source": reference}, "data": {"evaluation": {"source": prompts}}}
+    with pytest.raises(InputError, match="learning_rate has no effect on policies that were trained elsewhere"):
+        make_recipe({**values, "align": {"a": {"method": "given", "policies": [reference], "learning_rate": 1.0}}})
+    with pytest.raises(InputError, match="no preference pairs: say what is good with --reward"):
+        evidence(reference, {"a": [reference]}, prompts, out=tmp_path / "a")
+    gone, quiet = {"a": [str(tmp_path / "gone")]}, Console(quiet=True)
+    with pytest.raises(InputError, match="gone does not exist"):
+        evidence(reference, gone, prompts, reward="brief_rewards:brevity", out=tmp_path / "b", console=quiet)
+    for text in ("nothing", "a="):
+        ended = CliRunner().invoke(app, ["evidence", text, "--reference", reference, "--prompts", prompts])
+        assert isinstance(ended.exception, InputError) and "NAME=MODEL" in str(ended.exception)
