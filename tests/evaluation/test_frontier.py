@@ -1,5 +1,6 @@
 """Frontier points, win rates, paths and comparisons, by hand."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -95,10 +96,10 @@ def test_an_id_that_occurs_twice_is_an_error():
         tabulate([RAGGED[0], RAGGED[0]], "test")
 
 
-def test_without_log_probabilities_there_is_no_frontier():
+def test_without_log_probabilities_there_is_no_kl_and_without_samples_nothing():
     bare = [Record("a", "x", (Completion("y", reward=1.0),))]
-    with pytest.raises(InputError, match="logprob"):
-        frontier_point(tabulate(bare, "test"), step=1)
+    point = frontier_point(tabulate(bare, "test"), step=1)
+    assert point.kl is None and point.nats == math.inf and point.reward is not None
     with pytest.raises(InputError, match="no samples"):
         frontier_point(tabulate([], "test"), step=1)
 

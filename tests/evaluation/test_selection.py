@@ -31,7 +31,7 @@ def test_no_checkpoint_within_the_budget_has_more_reward(run: Path, budget: floa
     for choice in selected:
         (method,) = (m for m in evidence.methods if m.name == choice.method)
         assert choice.point.kl.estimate <= budget
-        assert choice.folder == Path("align") / choice.method / "policies" / f"step-{choice.point.step:06d}"
+        assert choice.folder == f"align/{choice.method}/policies/step-{choice.point.step:06d}"
         better = [p for p in method.points if p.reward.estimate > choice.point.reward.estimate]
         assert all(p.kl.estimate > budget for p in better)
 

@@ -47,6 +47,8 @@ evaluate:
   {{scorer: {{function: "exalign.data.synthetic:reward"}}, prompts: 8, samples: 2, pool_prompts: 4, pool_samples: 8}}
 """
 
+RECIPE_FILE = "recipe.yaml"
+
 STAGES = {
     "SFT": ("sft", ("sft",)),
     "reward": ("reward", ("preferences", "reward")),
@@ -108,12 +110,18 @@ def make_world(starter: Starter, folder: Path) -> World:
     recipe = make_recipe(folder)
     ended = starter.exalign("run", recipe, "--run", folder / "finished", log=folder / "log")
     assert ended.status == 0, ended.printed
+    return finished_world(folder)
+
+
+def finished_world(folder: Path) -> World:
+    """What `make_world` made in `folder`."""
+    recipe = folder / RECIPE_FILE
     return World(recipe, folder / "finished", {stage.name: stage.needs for stage in plan(load_recipe(recipe))})
 
 
 def make_recipe(folder: Path) -> Path:
     """Write the world and its recipe below `folder`; return the recipe's path."""
     write_world(folder / "world", num_sft=96, num_prompts=320, num_test=12)
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE_FILE
     path.write_text(RECIPE.format(world=folder / "world"))
     return path

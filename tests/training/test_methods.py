@@ -41,6 +41,8 @@ CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_posi
 SAMPLING = SampleSettings(num_completions=4, max_new_tokens=48, max_prompt_tokens=24, batch_completions=256)
 STEPS: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 16, "epochs": 2}
 OFFLINE = [f"{divergence} to {target}" for divergence in sorted(DIVERGENCES) for target in ("reward", "preference")]
+LARGE = {name for name in OFFLINE if not name.startswith(("reverse_kl", "forward_kl"))}
+"""Divergences other than EXO's and DPO's, whose losses and gradients have tests of their own."""
 
 OWN: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "EXO-rw in rounds": (Matching, {"fresh_every": 3, "beta_pi": 0.3, "beta_r": 0.3}),
@@ -154,7 +156,10 @@ def mean_reward(records: list[Record]) -> float:
     return float(np.mean([record.rewards for record in records]))
 
 
-@pytest.mark.parametrize("method", [*OFFLINE, *OWN, "ppo"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.large] * (name in LARGE)) for name in (*OFFLINE, *OWN, "ppo")],
+)
 def test_every_method_raises_the_oracles_reward_of_fresh_samples(method: str, world: World, tmp_path: Path) -> None:
     gains = []
     for seed in SEEDS:

@@ -211,6 +211,8 @@ class _Material:
             if table.empty_prompts:
                 self.notes.append(f"{where}: {table.empty_prompts} prompts have no sample and are left out.")
             if table.log_ratios is None:
+                if any(c.logprob is None for record in records for c in record.completions):
+                    raise InputError(f"{where}: samples have no logprob; evaluate again.")
                 self.notes.append(f"{where}: {method} writes in other tokens than the supervised policy: no KL.")
             if table.scored != self.sft.scored:
                 raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
