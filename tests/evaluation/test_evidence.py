@@ -185,3 +185,22 @@ def test_a_method_whose_samples_lack_log_probabilities_is_an_error(run):
     write_records(folder, bare, Header())
     with pytest.raises(InputError, match="evaluation/exo-rw/step-000040/samples: samples have no logprob"):
         build_evidence(run)
+
+
+def test_an_aim_beyond_the_pool_is_warned_of(run):
+    """Rewards of π_sft are N(m, 1) here, so π*_β is a shift by 1/β, at a KL of 1/(2 β²) = 0.5 nats for β = 1.
+
+    64 samples show a tenth less.
+    """
+    for method, beta in (("exo-rw", 1.0), ("dpo-rw", 0.01)):
+        described = {"label": "", "family": "exo", "target": "reward", "settings": {}, "beta": beta}
+        (run / "align" / method / "method.json").write_text(json.dumps(described))
+    other = run / "recipe.yaml"
+    assert build_evidence(run, num_resamples=300).methods[0].aim is None  # nothing says what methods were trained on
+    other.write_text(other.read_text() + "score: {scorer: {stage: oracle}}\n")
+    found = build_evidence(run, num_resamples=300)
+    near, far = (method.aim for method in found.methods)
+    assert near is not None and near.reliable and near.kl.estimate == pytest.approx(0.5, abs=0.1)
+    assert far is not None and not far.reliable and far.kl.estimate > 3
+    (said,) = [text for text in found.warnings if "out of reach" in text]
+    assert "dpo-rw (β = 0.01" in said and "exo-rw" not in said and "log 64 = 4.2 nats" in said

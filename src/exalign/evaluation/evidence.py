@@ -40,6 +40,7 @@ from exalign.evaluation.schema import (
     FrontierPoint,
     Judgements,
     MethodEvidence,
+    OptimumPoint,
     Verdict,
     WinRate,
     write_evidence,
@@ -122,7 +123,7 @@ def collect_evidence(
         judgements=judgements,
         searches=folder.searches(),
         density=density,
-        warnings=warnings(sft, list(_looked_at(methods, chosen)), best, density, judgements, curves),
+        warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods),
         num_resamples=num_resamples,
         seed=seed,
     )
@@ -293,7 +294,16 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         settings=described.settings,
         label=described.label,
         line=described.line,
+        aim=_aim(material, described.beta, bootstrap),
     )
+
+
+def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:
+    """π*_β as the pool shows it, where its rewards are those that methods were trained on."""
+    if beta is None or material.pool is None or not _scored_as_trained(material.recipe):
+        return None
+    found = pool_frontier(material.pool_rewards, np.array([beta]))
+    return None if found is None else optimum(found, bootstrap).points[0]
 
 
 def choose_examples(
@@ -344,6 +354,18 @@ def _answer(source: str, completion: Completion) -> Answer:
 
 def _kl_budget(recipe: Mapping[str, Any]) -> float | None:
     return (recipe.get("evaluate") or {}).get("kl_budget")
+
+
+def _scored_as_trained(recipe: Mapping[str, Any]) -> bool:
+    """Whether the evaluation's rewards are those of the rollouts."""
+
+    def named(section: str, stage: str) -> Any:
+        scorer = (recipe.get(section) or {}).get("scorer") or ({"stage": stage} if recipe.get(stage) else None)
+        return scorer and {name: value for name, value in scorer.items() if value is not None}
+
+    trained = named("score", "reward")
+    judge = named("evaluate", "oracle")
+    return not (recipe.get("data") or {}).get("rewards") and trained is not None and judge in (None, trained)
 
 
 def _rewards_are_log_odds(recipe: Mapping[str, Any]) -> bool:

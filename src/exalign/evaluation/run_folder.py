@@ -54,7 +54,8 @@ _FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 class MethodDescription:
     """What a method says of itself in `align/METHOD/method.json`.
 
-    `label` is its short name (EXO), `family` how it is drawn, `target` reward, preference or None, `line` a sentence.
+    `label` is its short name (EXO), `family` how it is drawn, `target` reward, preference or None, `line` a sentence,
+    `beta` that of the optimum that it aims at.
     """
 
     label: str
@@ -62,6 +63,7 @@ class MethodDescription:
     target: str | None
     settings: dict[str, Any]
     line: str = ""
+    beta: float | None = None
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ class MethodEvidence:
     `family` and `label` are how it is drawn and called (exo and EXO), `line` a sentence that it says of itself;
     `target` is reward, preference or None where unknown. `gain`, `win_rates` and `gap` are those of the last
     checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is false where training
-    stopped before its end.
+    stopped before its end. `aim` is the optimum at its own β, estimated from the pool, where that has the rewards that
+    it was trained on.
     """
 
     name: str
@@ -187,6 +188,7 @@ class MethodEvidence:
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     line: str = ""
+    aim: OptimumPoint | None = None
 
     @property
     def called(self) -> str:

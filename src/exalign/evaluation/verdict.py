@@ -85,12 +85,14 @@ def warnings(
     density: DensityRatios | None,
     judgements: Judgements,
     curves: Sequence[Curve] = (),
+    methods: Sequence[MethodEvidence] = (),
 ) -> list[str]:
     """A sentence for everything that matters before one of the policies is used.
 
     `shown` are the checkpoints that are looked at, each with its method's name; `curves` what training logged.
     """
     return [
+        *_out_of_reach(methods, optimum),
         *_lengths(sft, shown),
         *_rising(sft, shown, _repetition, REPETITION, "Answers repeat themselves (share of repeated 4-grams)"),
         *_rising(sft, shown, _unfinished, UNFINISHED, "More answers are cut at the limit of tokens"),
@@ -99,6 +101,22 @@ def warnings(
         *_disagreement(shown, judgements),
         *(line for curve in curves for line in own_sample_warnings(curve.stage.removeprefix("align/"), curve.values)),
     ]
+
+
+def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) -> Iterator[str]:
+    """A sentence where the optimum at methods' own β is farther away than the pool of π_sft's samples can show."""
+    far = [
+        f"{method.name} (β = {method.aim.beta:.3g}: {method.aim.kl.estimate:.1f} nats or more)"
+        for method in methods
+        if method.aim is not None and not method.aim.reliable
+    ]
+    if far and optimum is not None:
+        most = optimum.most_samples
+        yield (
+            f"What is aimed at is out of reach of π_sft's samples: {', '.join(far)}; {most:,} samples of a prompt show "
+            f"at most log {most:,} = {math.log(most):.1f} nats. So far away the divergence has little influence and "
+            "much of the KL is wasted; a larger β (beta_r, or beta) aims at what training can reach."
+        )
 
 
 def own_sample_warnings(name: str, metrics: Mapping[str, Sequence[float | None]]) -> Iterator[str]:

@@ -260,6 +260,8 @@ def _density(view: View, *, name: str) -> None:
 
 
 def _report(view: View) -> None:
-    build_evidence(view.run, seed=view.recipe.seed, judgements=read_judgements(view.run))
+    evidence = build_evidence(view.run, seed=view.recipe.seed, judgements=read_judgements(view.run))
     page = write_report(view.run)
+    for sentence in evidence.warnings:
+        view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
     view.console.print(shown("Report: ").append_text(shown(page, "bold")), soft_wrap=True)
