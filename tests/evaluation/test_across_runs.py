@@ -54,6 +54,17 @@ def test_the_mean_over_runs_is_the_true_reward_within_its_error(results: list[Ru
             assert np.mean(gains) == pytest.approx(efficiency * math.sqrt(2 * kl), abs=0.15)
 
 
+def test_the_share_of_the_optimum_s_gain_is_a_method_s_efficiency(results: list[RunResults]) -> None:
+    """The optimum of normal rewards gains √(2 KL); what a run's 48 prompts and its pool leave open is under 0.2."""
+    for method, efficiency in (("exo-rw", 0.92), ("dpo-rw", 0.70)):
+        found = [run.shares[method][1.0] for run in results]
+        assert all(v is not None and v.low is not None and v.low < v.estimate < v.high for v in found)
+        assert np.mean([v.estimate for v in found if v is not None]) == pytest.approx(efficiency, abs=0.12)
+    assert results[0].shares["exo-pref"][1.0] is None and OPTIMUM not in results[0].shares
+    text = tables(results, KLS).split("## Share of the optimum's gain")[1]
+    assert text.split("## ")[0].count("| exo-rw |") == len(KLS)
+
+
 def test_the_difference_of_two_methods_is_paired_by_run(results: list[RunResults]) -> None:
     """The truth is 0.22 √2; with four runs Student's 95 % interval is 3.2 standard errors to each side."""
     found = difference_at(results, ("exo-rw", "dpo-rw"), 1.0)

@@ -55,6 +55,18 @@ def test_a_point_by_hand():
     assert point.reward.num_prompts == 2
 
 
+def test_the_parts_of_a_sum_have_their_means_over_prompts():
+    rows = [
+        replace(
+            r, completions=tuple(replace(c, parts={"length": 2.0 * i, "fun": c.reward or 0.0}) for c in r.completions)
+        )
+        for i, r in enumerate(RAGGED)
+    ]
+    assert frontier_point(tabulate(rows, "test"), step=1).parts == {"length": 1.0, "fun": 0.0}
+    half = [rows[0], RAGGED[1]]
+    assert frontier_point(tabulate(half, "test"), step=1).parts == {} == tabulate([], "test").parts
+
+
 def test_without_log_odds_there_is_no_accuracy():
     assert frontier_point(tabulate(RAGGED, "test"), step=1).accuracy is None
 

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from evaluation.synthetic_run import World, write_run
+from exalign.data.store import read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import (
@@ -196,6 +197,17 @@ def test_a_lead_without_an_interval_is_no_lead():
 )
 def test_a_single_method(gain, title):
     assert headline(evidence_of([replace(EXO, gain=gain)])).title == title
+
+
+def test_each_scorer_of_a_sum_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", World(num_prompts=6, pool=0))
+    for folder in run.glob("evaluation/exo-rw/step-*/samples"):
+        known = read_records(folder)
+        parted = [replace(r, completions=tuple(replace(c, parts={"fun": 0.625}) for c in r.completions)) for r in known]
+        write_records(folder, parted, read_header(folder))
+    build_evidence(run, num_resamples=20)
+    html = text_of(write_report(run))
+    assert html.count("<small>fun 0.625</small>") == 1
 
 
 def test_left_out_and_unfinished_methods_are_named():

@@ -39,7 +39,7 @@ def test_a_recipe_of_own_samples_needs_no_rollouts_and_ends_in_evidence(
     assert read_json(tmp_path / "align" / "grpo" / "done.json")["counts"]["completions"] == 2 * 24 * 3
     methods = read_json(tmp_path / "evaluation" / "evidence.json")["methods"]
     assert [(m["name"], m["family"], m["settings"]["fresh_every"]) for m in methods] == [
-        ("again", "exo", 2), ("grpo", "other", 1),
+        ("again", "exo", 2), ("grpo", "grpo", 1),
     ]  # fmt: skip
     assert "align.again: β_π = 0.5 sends the policy's own samples back" in " ".join(capsys.readouterr().out.split())
 

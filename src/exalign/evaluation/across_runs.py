@@ -7,7 +7,7 @@ from the luck of its training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ from scipy.special import stdtrit
 
 from exalign.errors import InputError
 from exalign.evaluation.frontier import Paths, reward_at_kl
-from exalign.evaluation.pool import OPTIMUM, PoolFrontier, optimum_path, pool_frontier
+from exalign.evaluation.pool import OPTIMUM, optimum_path, pool_frontier
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import SampleTable, tabulate
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
-from exalign.evaluation.statistics import CONFIDENCE, Bootstrap, mean_interval
+from exalign.evaluation.statistics import CONFIDENCE, Bootstrap
 
 
 @dataclass(frozen=True)
 class RunResults:
     """One run: its evidence, and at each KL the reward of each method, with `OPTIMUM` last, and differences of them.
 
-    None stands beyond a method's reach. `differences` are the first's reward less the second's, paired by prompt, for
+    None stands beyond a method's reach. `shares` are what each method gains over π_sft as a share of what the optimum
+    gains, empty without a pool. `differences` are the first's reward less the second's, paired by prompt, for
     the pairs of `contrasts`.
     """
 
@@ -35,6 +36,7 @@ class RunResults:
     evidence: Evidence
     rewards: dict[str, dict[float, Interval | None]]
     differences: dict[tuple[str, str], dict[float, Interval | None]]
+    shares: dict[str, dict[float, Interval | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     checkpoints = {
         method: [_table(run.samples(method, step)) for step in run.sampled_steps(method)] for method in run.methods()
     }
-    paths = Paths(supervised, checkpoints, Bootstrap(seed=evidence.seed))
+    resamples = Bootstrap(seed=evidence.seed)
+    paths = Paths(supervised, checkpoints, resamples)
     rewards: dict[str, dict[float, Interval | None]] = {
         method: {kl: paths.interval(paths.reward(method, kl)) if kl <= paths.reach(method) else None for kl in kls}
         for method in paths.methods
@@ -126,17 +129,21 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         }
         for first, second in contrasts([method for method in evidence.methods if method.name in paths.methods])
     }
-    pool = pool_frontier(pool_rewards(run.pool))
+    pool, shares = pool_frontier(pool_rewards(run.pool)), {}
     if pool is not None and pool.reliable.any():
-        rewards[OPTIMUM] = {kl: _optimum_at(pool, kl, evidence.seed) for kl in kls}
-    return RunResults(name, evidence, rewards, differences)
-
-
-def _optimum_at(pool: PoolFrontier, kl: float, seed: int) -> Interval | None:
-    kls, rewards = optimum_path(pool)
-    if kl > kls.mean(axis=0).max():
-        return None
-    return mean_interval(reward_at_kl(kls, rewards, kl), seed=seed)
+        best_kls, best = optimum_path(pool)
+        known = {kl: reward_at_kl(best_kls, best, kl) for kl in kls if kl <= best_kls.mean(axis=0).max()}
+        shares = {
+            method: {
+                kl: resamples.ratio(paths.gain(method, kl), known[kl] - best[:, 0])
+                if kl in known and kl <= paths.reach(method)
+                else None
+                for kl in kls
+            }
+            for method in paths.methods
+        }
+        rewards[OPTIMUM] = {kl: resamples.mean(known[kl]) if kl in known else None for kl in kls}
+    return RunResults(name, evidence, rewards, differences, shares)
 
 
 def _table(folder: Path) -> SampleTable:

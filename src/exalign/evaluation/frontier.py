@@ -54,6 +54,7 @@ def frontier_point(
         reward_std_within=_spread_within(table.rewards) if table.scored else None,
         repetition=None if table.repeated is None else float(prompt_means(table.repeated).mean()),
         gain=gain,
+        parts=dict(table.parts),
     )
 
 
@@ -225,6 +226,10 @@ class Paths:
     def reward(self, method: str, kl: float) -> Array:
         """`[P]` values whose mean is the method's reward at `kl`; the same prompts for every method."""
         return reward_at_kl(*self._columns[method], kl)
+
+    def gain(self, method: str, kl: float) -> Array:
+        """`[P]` values whose mean is what the method gains over π_sft at `kl`."""
+        return self.reward(method, kl) - self._columns[method][1][:, 0]
 
     def interval(self, values: Array) -> Interval:
         """The mean of `[P]` values with its interval."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,7 +22,8 @@ class SampleTable:
 
     `rewards` are NaN where no sample was scored. `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens),
     `finished` (0 or 1) and `repeated` (the share of a sample's 4-grams of tokens that it had before) are None where the
-    samples do not say. `empty_prompts` had no sample and are left out.
+    samples do not say. `parts` are the means over the prompts of each scorer where the reward is a sum of several.
+    `empty_prompts` had no sample and are left out.
     """
 
     ids: tuple[str, ...]
@@ -32,6 +33,7 @@ class SampleTable:
     finished: Ragged | None
     empty_prompts: int = 0
     repeated: Ragged | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scored(self) -> bool:
@@ -76,7 +78,20 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
         finished=_where_all_say(kept, lambda c: None if c.finish_reason is None else c.finish_reason == "stop"),
         empty_prompts=empty,
         repeated=_where_all_say(kept, lambda c: None if c.token_ids is None else repeated_share(c.token_ids)),
+        parts=_part_means(kept),
     )
+
+
+def _part_means(records: Sequence[Record]) -> dict[str, float]:
+    """Of the parts that every sample has."""
+    completions = [completion for record in records for completion in record.completions]
+    names = [
+        name
+        for name in (completions[0].parts or {} if completions else {})
+        if all(name in (c.parts or {}) for c in completions)
+    ]
+    rows = {name: [np.array([(c.parts or {})[name] for c in r.completions]) for r in records] for name in names}
+    return {name: float(prompt_means(tuple(row)).mean()) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,9 +65,9 @@ class FrontierPoint:
     `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
     `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
     `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
-    that it had before, `gain` the reward less that of π_sft, paired by prompt. Where nothing was scored, rewards are
-    None; `held_out` is there where the checkpoint read held-out preference pairs. A policy with other tokens than π_sft
-    has no KL.
+    that it had before, `gain` the reward less that of π_sft, paired by prompt, `parts` the means of a sum of scorers.
+    Where nothing was scored, rewards are None; `held_out` is there where the checkpoint read held-out preference pairs.
+    A policy with other tokens than π_sft has no KL.
     """
 
     step: int
@@ -83,6 +83,7 @@ class FrontierPoint:
     repetition: float | None = None
     gain: Interval | None = None
     held_out: HeldOut | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def nats(self) -> float:

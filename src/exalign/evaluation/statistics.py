@@ -60,6 +60,16 @@ class Bootstrap:
             raise ValueError(f"paired values need the same prompts, got {len(first)} and {len(second)}")
         return self.mean(_finite(first) - _finite(second))
 
+    def ratio(self, first: Array, second: Array) -> Interval:
+        """Mean of `first` over that of `second`, of P and Q prompts, which are resampled each on their own.
+
+        >>> Bootstrap().ratio(np.ones(3), np.full(2, 4.0))
+        Interval(estimate=0.25, low=0.25, high=0.25, num_prompts=2)
+        """
+        below = resample_weights(len(second), num_resamples=self.num_resamples, seed=self.seed + 1) @ _finite(second)
+        resampled = (self.weights(len(first)) @ _finite(first)) / below
+        return interval_of(first.mean() / second.mean(), resampled, min(len(first), len(second)))
+
 
 BOOTSTRAP = Bootstrap()
 

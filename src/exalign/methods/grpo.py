@@ -38,6 +38,10 @@ class GRPO(RLOO):
         return "GRPO" if self.ratio == "token" else "GSPO"
 
     @property
+    def family(self) -> str:
+        return "grpo"
+
+    @property
     def optimum_beta(self) -> float | None:
         """None: the gradient of its penalty is that of the other direction of the KL."""
         return None

@@ -105,7 +105,8 @@ class Method(TrainSettings):
 
     def described(self) -> dict[str, Any]:
         """What a report knows of it, as JSON."""
-        values = {"label": self.label, "family": self.family, "target": getattr(self, "target", None)}
+        target = getattr(self, "target", "preference" if self.trains_on == "preferences" else "reward")
+        values = {"label": self.label, "family": self.family, "target": target}
         return values | {"beta": self.optimum_beta, "line": self.line, "settings": self.model_dump(mode="json")}
 
     @property

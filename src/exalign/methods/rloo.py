@@ -46,6 +46,10 @@ class RLOO(Method):
         return "prompts"
 
     @property
+    def family(self) -> str:
+        return "rloo"
+
+    @property
     def optimum_beta(self) -> float | None:
         return self.beta
 

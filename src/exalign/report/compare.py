@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
+from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Interval, MethodEvidence
+from exalign.evaluation.schema import Curve, Interval, MethodEvidence
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, write_under
 from exalign.report.wording import duration, interval, number, percent
@@ -29,13 +31,15 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         "With 95 % intervals over prompts"
         + ("; the mean over runs with Student's. " if several else ". ")
         + "“–”: the method does not reach this KL.",
-        _at_equal_kl(runs, methods, kls),
+        _at_equal_kl(runs, methods, kls, "rewards"),
         _mixed(runs),
         *(_differences_heading(several) if differences else ()),
         differences,
+        *(_shares_heading() if any(run.shares for run in runs) else ()),
+        _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
         "## Last checkpoints",
         "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
-        "the optimizer steps, with the sampling of methods that sample while they train.",
+        "the optimizer steps, with the sampling of methods that sample while they train, whose share is named.",
         _ends(runs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -53,11 +57,20 @@ def across(value: AcrossRuns | None) -> str:
     return f"{value.mean:.2f}{bounds}, n = {value.runs}".replace("-", "−")
 
 
-def _at_equal_kl(runs: Sequence[RunResults], methods: Sequence[str], kls: Sequence[float]) -> str:
+def _shares_heading() -> tuple[str, str]:
+    told = "What a method gains over the supervised policy, as a share of what the estimated optimum gains at that KL."
+    return "## Share of the optimum's gain", told
+
+
+def _at_equal_kl(
+    runs: Sequence[RunResults], methods: Sequence[str], kls: Sequence[float], what: Literal["rewards", "shares"]
+) -> str:
     rows = []
+    if not any(getattr(run, what) for run in runs):
+        return ""
     for kl in kls:
         for method in methods:
-            found = [run.rewards.get(method, {}).get(kl) for run in runs]
+            found = [getattr(run, what).get(method, {}).get(kl) for run in runs]
             mean = over_runs([value.estimate for value in found if value is not None])
             rows.append([f"{kl:g}", method, *map(interval, found), across(mean)])
     return _side_by_side("method", runs, rows)
@@ -113,11 +126,17 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
     for method in run.evidence.methods:
         if method.points:
             curve = curves.get(f"align/{method.name}")
-            yield [run.name, *_end(method), duration(None if curve is None else curve.total("seconds"))]
+            yield [run.name, *_end(method), _training(curve)]
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
         bound = f"≤ {number(best.kl_bound)}"
         yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), "–", "–", "–", "–", "–"]
+
+
+def _training(curve: Curve | None) -> str:
+    """The time of the steps and, of one that draws in them, the share of drawing."""
+    seconds, drawing = (None if curve is None else curve.total(name) for name in ("seconds", "drawing_seconds"))
+    return duration(seconds) + (f" ({drawing / seconds:.0%} drawing)" if seconds and drawing is not None else "")
 
 
 def _end(method: MethodEvidence) -> list[str]:
