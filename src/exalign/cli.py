@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -240,12 +241,17 @@ def recipe(
     ] = None,
     overrides: Overrides = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print every setting there is, with its meaning.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Check a recipe and print it with every default, or explain all settings."""
-    from exalign.run.explain import print_recipe, print_settings
+    from exalign.run.explain import print_recipe, print_settings, recipe_schema
     from exalign.run.recipe import load_recipe
 
-    if explain:
+    if schema:
+        if path is not None or explain:
+            raise InputError("--schema is that of every recipe; give it alone.")
+        typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    elif explain:
         if overrides:
             raise InputError(f"--explain takes one section at most; {overrides[0]} is one more.")
         print_settings(console, None if path is None else str(path))
@@ -285,6 +291,43 @@ def inspect(
         max_completion_tokens=max_completion_tokens,
     )
     console.print(render_inspection(found))
+
+
+@app.command("chat")
+def chat_(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a policy, as RUN/align/METHOD/model.")],
+    against: Annotated[str | None, typer.Option(help="A second one, whose answers stand beside.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="τ of sampling.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Talk to a model in the terminal, or to two side by side."""
+    from exalign.rollout.settings import SampleSettings
+    from exalign.run.chat import Speaker, chat
+
+    _quiet_libraries()
+    how = SampleSettings(num_completions=1, max_new_tokens=max_new_tokens)
+    sources = [model] if against is None else [model, against]
+    speakers = [Speaker.load(one, how, temperature=temperature, seed=seed, system=system) for one in sources]
+    chat(speakers, console)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from exalign import __version__
+
+        typer.echo(f"exalign {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version, and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

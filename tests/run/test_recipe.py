@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from exalign.errors import InputError
 from exalign.run.demo import RECIPE
-from exalign.run.explain import LEAST, explain
+from exalign.run.explain import LEAST, explain, recipe_schema
 from exalign.run.familiar import SETTINGS
 from exalign.run.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_yaml
 
@@ -199,3 +200,15 @@ def test_familiar_names_lead_to_settings_that_exist() -> None:
 def test_the_least_recipe_is_one() -> None:
     recipe = make_recipe(parse_yaml(LEAST, "least"))
     assert [method.trains_on for method in recipe.align.values()] == ["preferences"]
+
+
+def test_the_schema_takes_every_shipped_recipe_and_no_other_setting() -> None:
+    schema = recipe_schema()
+    check = Draft202012Validator(schema)
+    for path in RECIPES:
+        values: Any = parse_yaml(path.read_text(), str(path))
+        assert check.is_valid(values), path
+        for section in (values, values["align"][next(iter(values["align"]))], values["data"]):
+            section["no_setting"] = 1
+            assert not check.is_valid(values), path
+            del section["no_setting"]

@@ -55,6 +55,21 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
                         yield replace(setting, meaning=f"{method}: {setting.meaning}")
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, by which an editor completes and checks settings; methods by their `method`."""
+    schema = Recipe.model_json_schema()
+    kinds = []
+    for name in available():
+        own = method_class(name).model_json_schema()
+        schema["$defs"] |= own.pop("$defs", {})
+        own["properties"]["method"] = {"const": name, "default": "matching"}
+        own["required"] = [*own.get("required", []), *(["method"] if name != "matching" else [])]
+        kinds.append(own)
+    outside = {"properties": {"method": {"type": "string", "pattern": ":"}}, "required": ["method"]}
+    schema["properties"]["align"]["additionalProperties"] = {"anyOf": [*kinds, outside, {"type": "null"}]}
+    return schema | {"patternProperties": {"^x-": {}}}
+
+
 def type_name(annotation: Any) -> str:
     """A type as a person reads it: `number or none`, `one of "a", "b"`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
