@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 WALL_TIME = {
-    "metrics.jsonl": {"seconds", "tokens_per_second"},
+    "metrics.jsonl": {"seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second"},
     "done.json": {"seconds", "seal"},
     "speed.json": {"tokens_per_second", "share_of_peak", "peak_flops", "seal"},
     "checkpoint.json": {"metrics", "seal"},
-    "evidence.json": {"seconds", "tokens_per_second", "seal"},
+    "evidence.json": {"seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second", "seal"},
 }
 """Fields that depend on a clock: durations and speeds, and checksums over what holds them."""
 DRAWN = "report/"
