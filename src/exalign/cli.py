@@ -303,11 +303,10 @@ def chat_(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Talk to a model in the terminal, or to two side by side."""
-    from exalign.rollout.settings import SampleSettings
-    from exalign.run.chat import Speaker, chat
+    from exalign.run.chat import Speaker, answers, chat
 
     _quiet_libraries()
-    how = SampleSettings(num_completions=1, max_new_tokens=max_new_tokens)
+    how = answers(max_new_tokens)
     sources = [model] if against is None else [model, against]
     speakers = [Speaker.load(one, how, temperature=temperature, seed=seed, system=system) for one in sources]
     chat(speakers, console)

@@ -65,6 +65,11 @@ class Speaker:
         return said
 
 
+def answers(max_new_tokens: int) -> SampleSettings:
+    """One answer at a time, of at most so many tokens."""
+    return SampleSettings(num_completions=1, max_new_tokens=max_new_tokens)
+
+
 def chat(speakers: Sequence[Speaker], console: Console) -> None:
     """Ask, answer, and so on, until the input ends; `/new` begins again."""
     for speaker in speakers:
