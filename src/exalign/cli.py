@@ -303,12 +303,12 @@ def chat_(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Talk to a model in the terminal, or to two side by side."""
-    from exalign.run.chat import Speaker, answers, chat
+    from exalign.run.chat import Speaker, chat
 
     _quiet_libraries()
-    how = answers(max_new_tokens)
     sources = [model] if against is None else [model, against]
-    speakers = [Speaker.load(one, how, temperature=temperature, seed=seed, system=system) for one in sources]
+    how = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens, "system": system}
+    speakers = [Speaker.load(source, **how) for source in sources]  # type: ignore[arg-type]
     chat(speakers, console)
 
 

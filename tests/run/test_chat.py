@@ -22,7 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-HOW = SampleSettings(num_completions=1, max_new_tokens=8)
+HOW = SampleSettings(num_completions=1, max_new_tokens=8, max_prompt_tokens=248)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def models(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_answer_is_a_sample_after_all_that_was_said(models: Path) -> None:
     source = str(models / "chat")
-    speaker = Speaker.load(source, HOW, temperature=0.7, seed=3, system="Be brief.")
+    speaker = Speaker.load(source, max_new_tokens=8, temperature=0.7, seed=3, system="Be brief.")
     first, second = speaker.answer("Hello"), speaker.answer("And then?")
     turns = (
         {"role": "system", "content": "Be brief."},
@@ -49,9 +49,9 @@ def test_an_answer_is_a_sample_after_all_that_was_said(models: Path) -> None:
         {"role": "user", "content": "And then?"},
     )
     tokenizer = load_tokenizer(source)
-    model, how = load_policy(ModelSettings(source=source), tokenizer), HOW.model_copy(update={"max_prompt_tokens": 248})
+    model = load_policy(ModelSettings(source=source), tokenizer)
     for name, prompt, said in (("turn-1", turns[:2], first), ("turn-2", turns, second)):
-        (drawn,) = GroupedSampler(model, tokenizer, how, temperature=0.7, seed=3).sample([Record(name, prompt)])
+        (drawn,) = GroupedSampler(model, tokenizer, HOW, temperature=0.7, seed=3).sample([Record(name, prompt)])
         assert drawn.completions[0].text == said
 
 

@@ -109,6 +109,7 @@ def test_samples_have_the_log_probabilities_of_plain_transformers(given: RunFold
 def test_the_evidence_is_that_of_a_run(given: RunFolder, models: Path) -> None:
     found = given.read_evidence()
     by_name = {method.name: method for method in found.methods}
+    assert {method.target for method in found.methods} == {None}  # nobody knows what they were trained on
     same, moved = by_name["line"].points
     assert same.kl is not None and abs(same.kl.estimate) < 1e-4  # it is the reference
     assert moved.kl is not None and moved.kl.estimate > 0.01
@@ -128,6 +129,12 @@ def test_other_tokens_have_rewards_and_no_kl(given: RunFolder, models: Path) -> 
     assert not given.density("other").exists()
     page = given.page.read_text()
     assert "no KL" in page and "{{" not in page
+
+
+def test_its_recipe_can_be_planned(given: RunFolder) -> None:
+    planned = CliRunner().invoke(app, ["plan", str(given.path.with_suffix(".yaml"))])
+    assert planned.exit_code == 0, planned.output
+    assert "evaluation/line" in planned.output and "align/line" not in planned.output
 
 
 def test_what_to_ship_is_where_it_was_trained(given: RunFolder, models: Path) -> None:

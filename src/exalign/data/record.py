@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,3 +105,22 @@ def pairs_from_rewards(records: Iterable[Record], counts: Counter[str]) -> Itera
                 completions=record.completions[first : first + 2],
                 preferred=0 if left > right else 1,
             )
+
+
+def logprob_gaps(records: Sequence[Record], values: Sequence[Sequence[float]], *, truncated: bool) -> list[float]:
+    """|log q(y|x) − log π(y|x)| / T of every completion, in nats per token; `values` are the log π.
+
+    Where the draw was `truncated` to the most probable tokens, log q may be above log π by any amount, and only what it
+    is below counts.
+
+    >>> record = Record("a", "Hi", (Completion("b c", (1, 2), "length", -3.0),))
+    >>> logprob_gaps([record], [[-3.5]], truncated=False), logprob_gaps([record], [[-3.5]], truncated=True)
+    ([0.25], [0.0])
+    """
+    gaps = []
+    for record, row in zip(records, values, strict=True):
+        for completion, value in zip(record.completions, row, strict=True):
+            assert completion.logprob is not None and completion.token_ids
+            gap = (completion.logprob - value) / len(completion.token_ids)
+            gaps.append(max(-gap, 0.0) if truncated else abs(gap))
+    return gaps

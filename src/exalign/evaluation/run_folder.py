@@ -107,8 +107,7 @@ class RunFolder:
     def ships(self, method: str, step: int) -> str:
         """What to load to have the policy of a step: its folder in the run, or where it was trained."""
         folder = self.policy(method, step)
-        origin = trained_elsewhere(folder)
-        return self.relative(folder) if origin is None else str(origin["source"])
+        return trained_elsewhere(folder) or self.relative(folder)
 
     def description(self, method: str) -> Path:
         return self.align(method) / "method.json"
@@ -328,10 +327,10 @@ class RunFolder:
         return sorted(path for path in self.path.glob(f"**/{name}") if path.relative_to(self.path).parts[0] != "search")
 
 
-def trained_elsewhere(folder: Path) -> dict[str, Any] | None:
-    """Of a policy that the run did not train its `source`, and whether it has `own_tokens`; None of its own."""
+def trained_elsewhere(folder: Path) -> str | None:
+    """Folder or hub name of a policy that the run did not train; None of its own."""
     file = folder / "source.json"
-    return read_json(file) if file.is_file() else None
+    return str(read_json(file)["source"]) if file.is_file() else None
 
 
 def step_name(step: int) -> str:

@@ -39,7 +39,8 @@ KL_SPREAD = 0.5
 
 @dataclass(frozen=True)
 class Selected:
-    """A method and its best checkpoint within the budget: the point, and what to load, a folder inside the run."""
+    """A method and its best checkpoint within the budget: the point, and what to load: a folder inside
+    the run, or where the policy was trained."""
 
     method: str
     point: FrontierPoint
@@ -89,7 +90,8 @@ def warnings(
 ) -> list[str]:
     """A sentence for everything that matters before one of the policies is used.
 
-    `shown` are the checkpoints that are looked at, each with its method's name; `curves` what training logged.
+    `shown` are the checkpoints that are looked at, each with its method's name; `curves` what training logged;
+    `methods` what was aimed at.
     """
     return [
         *_out_of_reach(methods, optimum),

@@ -79,7 +79,7 @@ class Method(TrainSettings):
     def trains_on(self) -> TrainsOn:
         """`preferences` or `rewards`: groups with log π_sft; `prompts`: it samples them itself while it trains.
 
-        `nothing`: its policies are there already, and its material is the tokenizer.
+        `nothing`: its policies are `given`, and `train` is never called.
         """
         raise NotImplementedError
 
@@ -105,7 +105,8 @@ class Method(TrainSettings):
 
     def described(self) -> dict[str, Any]:
         """What a report knows of it, as JSON."""
-        target = getattr(self, "target", "preference" if self.trains_on == "preferences" else "reward")
+        on = {"preferences": "preference", "nothing": None}.get(self.trains_on, "reward")
+        target = getattr(self, "target", on)
         values = {"label": self.label, "family": self.family, "target": target}
         return values | {"beta": self.optimum_beta, "line": self.line, "settings": self.model_dump(mode="json")}
 

@@ -106,10 +106,10 @@ class OwnSamples:
     ) -> tuple[list[Drawn], Counter[str], tuple[float, float]]:
         """This process's prompts with their completions, what was counted, and the seconds of drawing and scoring."""
         from exalign.data.batching import group_of
+        from exalign.data.record import logprob_gaps
         from exalign.models.capability import device_of
         from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
         from exalign.rollout.scorers import part_means, scored
-        from exalign.rollout.vllm import logprob_gaps
 
         material, settings, policy = self.material, self.settings, module.model
         counts: Counter[str] = Counter()

@@ -61,8 +61,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with an end-of-sequence token (`InputError` without one).
 
-    Of an adapter's folder that holds none it is its base's.
-    A missing padding token becomes the end-of-sequence token; nothing here reads padding, so no result depends on it.
+    An adapter's folder that holds none has its base's. A missing padding token becomes the end-of-sequence token;
+    nothing here reads padding, so no result depends on it.
     `chat_template_kwargs` are settings of its chat template, say {"enable_thinking": False}, for every text of it.
     """
     _check_files(source, but=".safetensors")

@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
-from exalign.data.record import Completion, Record
+from exalign.data.record import Completion, Record, logprob_gaps
 from exalign.errors import InputError
 from exalign.models.capability import base_of
 from exalign.models.loading import first_line, save_apart
@@ -372,23 +372,3 @@ def check_logprobs(
             "and temperature before you align on these samples."
         )
     return Counter(logprobs_checked=len(gaps), logprobs_that_differ=differ)
-
-
-def logprob_gaps(records: Sequence[Record], values: Sequence[Sequence[float]], *, truncated: bool) -> list[float]:
-    """|log q(y|x) − log π(y|x)| / T of every completion, in nats per token; `values` are the log π.
-
-    Where the draw was `truncated` to the most probable tokens, log q may be above log π by any amount, and only what it
-    is below counts.
-
-    >>> from exalign.data.record import Completion
-    >>> record = Record("a", "Hi", (Completion("b c", (1, 2), "length", -3.0),))
-    >>> logprob_gaps([record], [[-3.5]], truncated=False), logprob_gaps([record], [[-3.5]], truncated=True)
-    ([0.25], [0.0])
-    """
-    gaps = []
-    for record, row in zip(records, values, strict=True):
-        for completion, value in zip(record.completions, row, strict=True):
-            assert completion.logprob is not None and completion.token_ids
-            gap = (completion.logprob - value) / len(completion.token_ids)
-            gaps.append(max(-gap, 0.0) if truncated else abs(gap))
-    return gaps

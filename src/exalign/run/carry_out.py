@@ -164,6 +164,10 @@ def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
                 yield sentence
         if where == "model" and (recipe.align or recipe.preferences is not None):
             check_positions(config, drawn[0], settings=drawn[1], samples=True)
+    for source in (source for method in recipe.align.values() for source in method.given):
+        model = recipe.model.model_copy(update={"source": source, "config": None})
+        check_model(model)
+        check_positions(read_config(model, tokenizer), drawn[0], settings=drawn[1], samples=True)
 
 
 def _check_templates(
@@ -251,14 +255,12 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
     """Every model that the recipe names to start from, by the place where it stands."""
     sections: dict[str, Any] = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
     sections |= {f"align.{name}": method for name, method in recipe.align.items()}
-    found = {
+    return {
         f"{where}.{name}".lstrip("."): value
         for where, section in sections.items()
         for name in (type(section).model_fields if section is not None else ())
         if isinstance(value := getattr(section, name), ModelSettings)
     }
-    given = [(name, source) for name, method in recipe.align.items() for source in method.given]
-    return found | {f"align.{name}: {source}": ModelSettings(source=source) for name, source in given}
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:

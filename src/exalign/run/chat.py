@@ -39,15 +39,13 @@ class Speaker:
     asked: int = 0
 
     @classmethod
-    def load(
-        cls, source: str, settings: SampleSettings, *, temperature: float, seed: int, system: str | None
-    ) -> Speaker:
+    def load(cls, source: str, *, max_new_tokens: int, temperature: float, seed: int, system: str | None) -> Speaker:
         tokenizer = load_tokenizer(source)
         policy = load_policy(ModelSettings(source=source), tokenizer)
-        longest = (max_positions(policy) or FAR) - settings.max_new_tokens
+        longest = (max_positions(policy) or FAR) - max_new_tokens
         if longest < 1:
             raise InputError(f"{source} has {max_positions(policy)} positions; lower --max-new-tokens.")
-        settings = settings.model_copy(update={"max_prompt_tokens": longest})
+        settings = SampleSettings(num_completions=1, max_new_tokens=max_new_tokens, max_prompt_tokens=longest)
         model: Any = policy.to(device()).eval()  # type: ignore[arg-type]
         sampler = GroupedSampler(model, tokenizer, settings, temperature=temperature, seed=seed)
         return cls(source, sampler, bool(tokenizer.chat_template), system)
@@ -63,11 +61,6 @@ class Speaker:
         said = record.completions[0].text
         self.turns.append({"role": "assistant", "content": said})
         return said
-
-
-def answers(max_new_tokens: int) -> SampleSettings:
-    """One answer at a time, of at most so many tokens."""
-    return SampleSettings(num_completions=1, max_new_tokens=max_new_tokens)
 
 
 def chat(speakers: Sequence[Speaker], console: Console) -> None:

@@ -33,7 +33,7 @@ from exalign.run.materials import (
     evaluation_sampling,
     frozen_policy,
     judging,
-    policy_tokenizer,
+    own_tokenizer,
     records_of,
     run_tokenizer,
     say_speed,
@@ -194,7 +194,7 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
         if (here / "header.json").exists():
             view.counts.update(read_header(here).counts)
             continue
-        own = policy_tokenizer(view, policy)
+        own = own_tokenizer(view, policy, tokenizer)
         model = frozen_policy(view, policy, own or tokenizer)
         drawing = Drawing(model, own or tokenizer, wanted.settings, f"{wanted.purpose} {policy.name}")
         draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference if own is None else None)
@@ -236,7 +236,7 @@ def _pairs_of(view: View, *, name: str) -> None:
     records, tokenizer = read_records(view.path("evaluation/pairs", "records")), run_tokenizer(view)
     header = Header(temperature=view.recipe.temperature)
     for policy in saved_policies(view.path(f"align/{name}")) if records else ():
-        if policy_tokenizer(view, policy) is not None:
+        if own_tokenizer(view, policy, tokenizer) is not None:
             continue
         model = frozen_policy(view, policy, tokenizer)
         done = with_logprobs(records, model, "logprob", Numerics(view.recipe.temperature))
@@ -248,7 +248,7 @@ def _density(view: View, *, name: str) -> None:
     """log π_θ (as `logprob`) and log π_sft of the pool's samples, one after the other through the same code path."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
     last = view.path(f"align/{name}", "model")
-    if policy_tokenizer(view, last) is not None:
+    if own_tokenizer(view, last, tokenizer) is not None:
         return
     pool = read_records(view.path("evaluation/pool"))[: view.recipe.evaluate.density_prompts]
     known = with_logprobs(pool, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))

@@ -192,18 +192,18 @@ def supervised(view: View, tokenizer: PreTrainedTokenizerBase, *, trainable: boo
 
 def frozen_policy(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A policy that the run wrote, or that it says was trained elsewhere, in evaluation mode on the device."""
-    origin = trained_elsewhere(folder)
-    source = str(folder) if origin is None else origin["source"]
+    source = trained_elsewhere(folder) or str(folder)
     settings = view.recipe.model.model_copy(update={"source": source, "config": None, "lora": None})
     return ready(load_policy(settings, tokenizer))
 
 
-def policy_tokenizer(view: View, folder: Path) -> PreTrainedTokenizerBase | None:
-    """That of a policy trained elsewhere whose tokens are not those of the run; None where they are."""
-    origin = trained_elsewhere(folder)
-    if origin is None or not origin["own_tokens"]:
+def own_tokenizer(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """That of a policy trained elsewhere whose tokens are not those of `tokenizer`; None where they are."""
+    source = trained_elsewhere(folder)
+    if source is None:
         return None
-    return load_tokenizer(origin["source"], trust_remote_code=view.recipe.model.trust_remote_code)
+    own = load_tokenizer(source, trust_remote_code=view.recipe.model.trust_remote_code)
+    return None if own.get_vocab() == tokenizer.get_vocab() else own
 
 
 def tokenize(

@@ -7,7 +7,7 @@ tokenizer → sft → oracle → preferences → reward → validation → rollo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from exalign.data.store import (
 from exalign.data.tokenization import TokenLimits
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import step_name
 from exalign.evaluation.verdict import own_sample_warnings
 from exalign.methods.method import Material, Method
 from exalign.methods.oracle import train_classifier
@@ -160,8 +161,7 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
     """A stage align/NAME for every method, after search/NAME where the recipe searches for its settings."""
     for name, method in recipe.align.items():
         if method.trains_on == "nothing":
-            takes = takes_tokenizer(recipe) + SEED + Takes(("temperature", f"align.{name}"))
-            yield takes.stage(f"align/{name}", partial(_align, name=name, material=_tokenizer_alone))
+            yield Takes((f"align.{name}",)).stage(f"align/{name}", partial(_given, name=name))
             continue
         takes = takes_supervised(recipe) + SEED + Takes(("temperature", f"align.{name}"))
         reference, critic = reference_of(method), None
@@ -184,8 +184,14 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
         yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
 
 
-def _tokenizer_alone(view: View) -> Material:
-    return Material(None, run_tokenizer(view), view.recipe.temperature)  # type: ignore[arg-type]
+def _given(view: View, *, name: str) -> None:
+    """Say where the policies are that were trained elsewhere, as if each had been saved after one step more."""
+    method = view.recipe.align[name]
+    write_json(view.folder / "method.json", method.described())
+    places = [view.folder / "policies" / step_name(step) for step, _ in enumerate(method.given, start=1)]
+    for place, source in zip([*places, view.folder / "model"], [*method.given, method.given[-1]], strict=True):
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "source.json", {"source": source})
 
 
 def _material(view: View, *, reference: str | None, scorer: Scoring | None, critic: str | None) -> Material:
@@ -215,7 +221,7 @@ def _material(view: View, *, reference: str | None, scorer: Scoring | None, crit
     )
 
 
-def _align(view: View, *, name: str, material: Callable[[View], Material]) -> None:
+def _align(view: View, *, name: str, material: partial[Material]) -> None:
     """Train a method with its settings, or with those of its search's best trial, whose weights it takes over."""
     method = view.recipe.align[name]
     if view.has(f"search/{name}"):
@@ -228,7 +234,7 @@ def _align(view: View, *, name: str, material: Callable[[View], Material]) -> No
     settings.train(given, view.folder)
     if given.groups:
         record_training_speed(view, view.folder, given.policy, given.groups, settings)
-    if leads() and settings.trains_on != "nothing":
+    if leads():
         rows = metric_rows(view.folder)
         for sentence in own_sample_warnings(name, {metric: [row[metric] for row in rows] for metric in rows[0]}):
             view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
