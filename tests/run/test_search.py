@@ -25,6 +25,7 @@ from exalign.run.stages import plan
 from exalign.storage import read_json
 from run.conftest import tiny_overrides
 from run.searched_run import ALONE, RECIPE, searched_recipe, searched_run
+from training.tiny_world import TIMINGS, read_metrics
 
 METHODS = ("exo-rw", "ppo")
 
@@ -49,11 +50,6 @@ def places(run: Path, method: str) -> list[Path]:
     return [folder / name for name in read_json(folder / "trials.json")["folders"]]
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-
-
 def test_every_method_has_the_same_number_of_trials_and_the_first_is_its_own(searched: Path, world: Path) -> None:
     recipe = searched_recipe(world)
     for method in METHODS:
@@ -75,7 +71,9 @@ def test_what_is_trained_is_the_best_trial_over_again(searched: Path) -> None:
         best = max(trials, key=lambda trial: trial["value"])
         used = read_json(searched / "align" / method / "settings.json")
         assert used == {"trial": best["number"], "settings": best["settings"]}
-        assert metrics(searched / "align" / method) == metrics(places(searched, method)[best["number"]])
+        assert read_metrics(searched / "align" / method, without=TIMINGS) == read_metrics(
+            places(searched, method)[best["number"]], without=TIMINGS
+        )
         assert best["values"].items() <= evidence[method]["settings"].items()
 
 
@@ -134,7 +132,9 @@ def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
     assert process.exitcode == 0
     for method in METHODS:
         assert without_clock(results(folder, method)) == without_clock(results(searched, method))
-        assert metrics(folder / "align" / method) == metrics(searched / "align" / method)
+        assert read_metrics(folder / "align" / method, without=TIMINGS) == read_metrics(
+            searched / "align" / method, without=TIMINGS
+        )
 
 
 def stamps(run: Path) -> dict[str, int]:

@@ -42,7 +42,8 @@ SAMPLING = SampleSettings(num_completions=4, max_new_tokens=48, max_prompt_token
 STEPS: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 16, "epochs": 2}
 OFFLINE = [f"{divergence} to {target}" for divergence in sorted(DIVERGENCES) for target in ("reward", "preference")]
 LARGE = {name for name in OFFLINE if not name.startswith(("reverse_kl", "forward_kl"))}
-"""Divergences other than EXO's and DPO's, whose losses and gradients have tests of their own."""
+LARGE |= {"DPO-rw on-policy", "DPO-pref on own pairs", "GSPO"}
+"""Near kin of the others, whose losses, gradients and golden traces have tests of their own."""
 
 OWN: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "EXO-rw in rounds": (Matching, {"fresh_every": 3, "beta_pi": 0.3, "beta_r": 0.3}),
