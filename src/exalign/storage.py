@@ -161,6 +161,19 @@ def finite(text: str) -> float:
     return value
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Second names for files, none of which is ever written in place; copies where there are no links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    with atomic_path(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=link)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder so that under its name it is whole or absent, also where a kill comes in the middle."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")  # a name that is taken for a leftover

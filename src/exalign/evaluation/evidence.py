@@ -41,6 +41,7 @@ from exalign.evaluation.schema import (
     Judgements,
     MethodEvidence,
     OptimumPoint,
+    Sweep,
     Verdict,
     WinRate,
     write_evidence,
@@ -295,7 +296,15 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         label=described.label,
         line=described.line,
         aim=_aim(material, described.beta, bootstrap),
+        sweep=_sweep(described.sweep),
     )
+
+
+def _sweep(described: dict[str, Any] | None) -> Sweep | None:
+    if described is None:
+        return None
+    points = described["points"]
+    return Sweep(described["setting"], [p["value"] for p in points], [p["beta"] for p in points])
 
 
 def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:

@@ -101,6 +101,38 @@ def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = Non
     )
 
 
+def beta_at(pool: Mapping[str, Sequence[float]], kl: float) -> float:
+    """β of the optimum whose KL to π_sft, a mean over the prompts of the pool, is `kl` nats.
+
+    What the pool's samples cannot show, at fewer than `LEAST_ESS` effective ones, is an `InputError` that says how far
+    they reach.
+
+    >>> round(beta_at({"x": [0.0, 1.0] * 50}, 0.1), 3)  # KL(p‖½) = 0.1 at p = 0.72, and β = 1/log(p/(1 − p))
+    1.06
+    """
+    from scipy.optimize import brentq
+
+    found = pool_frontier(pool)
+    if found is None:
+        raise InputError("All pooled samples of a prompt have the same reward, so no β leads to any KL.")
+
+    def at(log_beta: float) -> PoolFrontier:
+        one = pool_frontier(pool, np.array([math.exp(log_beta)]))
+        assert one is not None
+        return one
+
+    near, far = math.log(found.betas.max() * 1e3), math.log(found.betas.min() / 1e3)
+    if at(far).kl.mean() > kl:
+        log_beta = brentq(lambda value: float(at(value).kl.mean()) - kl, far, near, xtol=1e-6)
+        if at(log_beta).reliable.all():
+            return math.exp(log_beta)
+    reach = max(found.kl[:, found.reliable].mean(axis=0), default=0.0)
+    raise InputError(
+        f"The optimum at {kl:g} nats cannot be told from {int(found.num_samples.max()):,} samples a prompt, which show "
+        f"it as far as {reach:.2f} nats; aim nearer, or raise evaluate.pool_samples."
+    )
+
+
 def optimum(pool: PoolFrontier, bootstrap: Bootstrap = BOOTSTRAP) -> Optimum:
     """The frontier of the optimum over all pool prompts at a common β, with intervals over prompts."""
     count = len(pool.ids)

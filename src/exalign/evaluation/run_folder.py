@@ -55,7 +55,8 @@ class MethodDescription:
     """What a method says of itself in `align/METHOD/method.json`.
 
     `label` is its short name (EXO), `family` how it is drawn, `target` reward, preference or None, `line` a sentence,
-    `beta` that of the optimum that it aims at.
+    `beta` that of the optimum that it aims at. `sweep` is the setting that differs between its policies, with the value
+    and the β of each, where they are the ends of trainings of their own.
     """
 
     label: str
@@ -64,6 +65,7 @@ class MethodDescription:
     settings: dict[str, Any]
     line: str = ""
     beta: float | None = None
+    sweep: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

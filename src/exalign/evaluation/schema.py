@@ -167,6 +167,24 @@ class EqualKL:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Policies that are the ends of trainings of their own: the setting in which they differ, its values, their β."""
+
+    setting: str
+    values: list[float]
+    betas: list[float | None]
+
+    def place(self, step: int) -> str:
+        """How the policy is called that stands in place of a checkpoint, from 1.
+
+        >>> Sweep("kl", [0.5, 1.0], [0.31, 0.2]).place(2)
+        'its β 0.2'
+        """
+        beta = self.betas[step - 1]
+        return f"its {self.setting} {self.values[step - 1]:.3g}" if beta is None else f"its β {beta:.3g}"
+
+
+@dataclass(frozen=True)
 class MethodEvidence:
     """One alignment method, its points in the order of training.
 
@@ -174,7 +192,7 @@ class MethodEvidence:
     `target` is reward, preference or None where unknown. `gain`, `win_rates` and `gap` are those of the last
     checkpoint; `gain` is its mean reward minus that of π_sft, paired by prompt. `finished` is false where training
     stopped before its end. `aim` is the optimum at its own β, estimated from the pool, where that has the rewards that
-    it was trained on.
+    it was trained on. With a `sweep` its points are not along one training: each is the end of its own, in their order.
     """
 
     name: str
@@ -190,6 +208,11 @@ class MethodEvidence:
     label: str = ""
     line: str = ""
     aim: OptimumPoint | None = None
+    sweep: Sweep | None = None
+
+    def at(self, step: int) -> str:
+        """Which of its policies one is: that of a step, or of a value of its sweep."""
+        return f"step {step}" if self.sweep is None else self.sweep.place(step)
 
     @property
     def called(self) -> str:

@@ -88,6 +88,9 @@ class Matching(Method):
     def optimum_beta(self) -> float | None:
         return self.beta_pi * self.beta_r if self.target == "reward" else None
 
+    def at_beta(self, beta: float) -> Method:
+        return self.at("beta_r", beta / self.beta_pi)
+
     @property
     def line(self) -> str:
         last = f"β_r {self.beta_r:g}" if self.target == "reward" else f"ε {self.epsilon:g}"

@@ -7,6 +7,7 @@ A method is one class in one file. Those in this folder are named by their file 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,26 @@ class Method(TrainSettings):
 
     method: str = Field("matching", description="the method: matching (EXO, DPO, the family), ppo, or module:Class")
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
+    sweep: dict[str, tuple[int | float, ...]] | None = Field(
+        None,
+        description="a frontier by end points: one setting with several values, from near to far, and a policy for "
+        "each, trained anew; {kl: [0.5, 1, 2]} are the nats at which the optima lie that are aimed at, and β is chosen "
+        "for them from the evaluation's pool; None: the checkpoints along one training",
+    )
+
+    @property
+    def swept(self) -> tuple[str, tuple[int | float, ...]] | None:
+        """The setting of the sweep (`kl` for the nats of the optimum) and its values; None where there is none."""
+        return next(iter(self.sweep.items()), None) if self.sweep else None
+
+    def at(self, setting: str, value: float) -> Method:
+        """The same method with one value of its sweep, saving its last policy alone."""
+        settings = self.model_dump(mode="json") | {"sweep": None, setting: value, "save_policies": 1}
+        return type(self).model_validate_json(json.dumps(settings))
+
+    def at_beta(self, beta: float) -> Method:
+        """The same method aimed at the optimum of this β, where it aims at one."""
+        return self.at("beta", beta)
 
     @property
     def trains_on(self) -> TrainsOn:

@@ -120,23 +120,32 @@ def _ends(runs: Sequence[RunResults]) -> str:
 
 
 def _end_rows(run: RunResults) -> Iterator[list[str]]:
-    curves = {curve.stage: curve for curve in run.evidence.curves}
+    curves = run.evidence.curves
     if run.evidence.sft is not None:
         yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), "–", "–", "–", "–", "–"]
     for method in run.evidence.methods:
         if method.points:
-            curve = curves.get(f"align/{method.name}")
-            yield [run.name, *_end(method), _training(curve)]
+            stage = f"align/{method.name}"
+            yield [
+                run.name,
+                *_end(method),
+                _training([c for c in curves if c.stage == stage or c.stage.startswith(f"{stage}/")]),
+            ]
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
         bound = f"≤ {number(best.kl_bound)}"
         yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), "–", "–", "–", "–", "–"]
 
 
-def _training(curve: Curve | None) -> str:
-    """The time of the steps and, of one that draws in them, the share of drawing."""
-    seconds, drawing = (None if curve is None else curve.total(name) for name in ("seconds", "drawing_seconds"))
+def _training(curves: Sequence[Curve]) -> str:
+    """The time of the steps of all its trainings and, of one that draws in them, the share of drawing."""
+    seconds, drawing = (_total([curve.total(name) for curve in curves]) for name in ("seconds", "drawing_seconds"))
     return duration(seconds) + (f" ({drawing / seconds:.0%} drawing)" if seconds and drawing is not None else "")
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _end(method: MethodEvidence) -> list[str]:
@@ -144,7 +153,7 @@ def _end(method: MethodEvidence) -> list[str]:
     rates = {rate.opponent: percent(rate.rate) for rate in method.win_rates}
     return [
         method.name,
-        str(last.step),
+        str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
         interval(last.kl),
         interval(last.reward),
         rates.get("SFT", "–"),

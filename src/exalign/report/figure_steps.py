@@ -93,7 +93,8 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
         "tokens per sample": lambda p: p.tokens,
         "share that finished": lambda p: p.finished,
     }
-    points = {method.name: method.points for method in evidence.methods if method.points}
+    along = [method for method in evidence.methods if method.sweep is None]  # ends of several trainings have no steps
+    points = {method.name: method.points for method in along if method.points}
     shown = {
         title: read for title, read in wanted.items() if any(read(p) is not None for ps in points.values() for p in ps)
     }
@@ -186,7 +187,8 @@ def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, w
     The band is one standard deviation of the rewards of a prompt's samples to either side, averaged over prompts. None
     without scored checkpoints.
     """
-    paths = {method.name: _from_start(evidence, method.points) for method in evidence.methods if method.points}
+    along = [method for method in evidence.methods if method.points and method.sweep is None]
+    paths = {method.name: _from_start(evidence, method.points) for method in along}
     if not paths or not evidence.scored:
         return None
     columns = 1 if width < 5 else 2 if len(paths) in (2, 4) else min(3, len(paths))

@@ -182,12 +182,12 @@ def shipped(evidence: Evidence) -> Headline | None:
     if not verdict.certain:
         title = "No checkpoint is measurably better than the supervised policy."
     elif gain is not None:
-        title = f"Ship {method.name} at step {point.step}: {number(gain.estimate, 2)} more reward, {at}."
+        title = f"Ship {method.name} at {method.at(point.step)}: {number(gain.estimate, 2)} more reward, {at}."
     else:
         assert point.held_out is not None
         right = f"{100 * point.held_out.accuracy.estimate:.0f}\N{NO-BREAK SPACE}% of held-out pairs right"
-        title = f"Ship {method.name} at step {point.step}: {right}, {at}."
-    where = f"{'It is' if verdict.certain else f'The best guess, {method.name} at step {point.step}, is'} in "
+        title = f"Ship {method.name} at {method.at(point.step)}: {right}, {at}."
+    where = f"{'It is' if verdict.certain else f'The best guess, {method.name} at {method.at(point.step)}, is'} in "
     place = f"{verdict.folder} of the run" if verdict.folder.startswith("align/") else verdict.folder
     sentences = [f"{where}{place}. {_gained(evidence, point)}", _cost(evidence, point)]
     return Headline(title, [*sentences, _rule(evidence, verdict.within)])

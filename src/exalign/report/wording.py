@@ -124,7 +124,7 @@ class Captions:
     def frontier(self) -> str:
         if not self.evidence.scored:
             return self.held_out()
-        text = f"{self._data()} Bars: {self._interval()}."
+        text = f"{self._data()}{self.ends()} Bars: {self._interval()}."
         best = self.evidence.optimum
         if best is not None:
             text += (
@@ -206,6 +206,12 @@ class Captions:
         samples = "" if evidence.sft is None else f", {evidence.sft.num_samples:,} samples of a policy"
         name = visible(evidence.name)
         return f"Run {name}: n = {evidence.num_prompts:,} held-out prompts{samples}{self._temperature()}."
+
+    def ends(self) -> str:
+        """Which curves are no checkpoints along one training."""
+        sweeps = [method for method in self.evidence.methods if method.sweep is not None]
+        names = ", ".join(visible(method.name) for method in sweeps)
+        return f" Each point of {names} is the end of a training of its own." if sweeps else ""
 
     def _temperature(self) -> str:
         return "" if self.evidence.temperature is None else f" at τ = {self.evidence.temperature:g}"

@@ -687,10 +687,11 @@ class MethodWork:
 def method_work(recipe: Recipe, name: str) -> MethodWork:
     """How the method NAME of the recipe trains, as it says itself."""
     method, amount = recipe.align[name], recipe.align[name].amount
+    times = 1 if method.swept is None else len(method.swept[1])
     if method.trains_on != "prompts":
-        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", amount.passes)
+        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", times * amount.passes)
     critic = recipe.model if amount.critic == "policy" else amount.critic
-    return MethodWork(method, "sampled", amount.passes, amount.draws, amount.together, critic)
+    return MethodWork(method, "sampled", times * amount.passes, times * amount.draws, amount.together, critic)
 
 
 class Planner:
@@ -845,8 +846,9 @@ class Planner:
         """How many policies a method saves."""
         from exalign.training.batches import saved_steps
 
-        if given := self.recipe.align[name].given:
-            return len(given)
+        method = self.recipe.align[name]
+        if several := method.given or (method.swept or ("", ()))[1]:
+            return len(several)
         work = method_work(self.recipe, name)
         steps = work.passes * -(-self.load_of(work).prompts // work.settings.batch_prompts)
         return len(saved_steps(steps, work.settings.save_policies, idle=work.settings.idle_steps))

@@ -266,6 +266,32 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         if method.trains_on == "prompts":
             problems += method.sampling_problems(recipe.sample)
         yield from (f"align.{name}: {problem}" for problem in problems)
+        yield from (f"align.{name}.sweep{problem}" for problem in _sweep_problems(recipe, method))
+
+
+def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:
+    """A sweep that names no one setting, or values with which the method could not train."""
+    if method.sweep is None:
+        return
+    setting, values = method.swept or ("", ())
+    if len(method.sweep) != 1 or len(values) < 2 or len(set(values)) < len(values):
+        yield " is one setting with two values or more, each once, as {beta_r: [0.5, 0.1]} or {kl: [0.5, 1, 2]}"
+        return
+    if method.save_policies != 1:
+        yield " keeps the last policy of each training alone; remove save_policies"
+    if setting == "kl":
+        if method.optimum_beta is None:
+            yield ": kl chooses the β of the optimum that a method aims at, and this one aims at none"
+        elif not recipe.evaluate.pool_prompts or recipe.judging is None:
+            yield ": kl needs the evaluation's pool: evaluate.pool_prompts above 0, and a scorer"
+        elif min(values) <= 0:
+            yield f": an optimum lies at more than 0 nats, not at {min(values):g}"
+        return
+    for problem in _range_problems(method, setting, Range(choices=values)):
+        yield f".{setting}{problem}"
+        return
+    for value in values:
+        yield from (f": {setting} = {value:g}: {problem}" for problem in method.at(setting, value).problems())
 
 
 def trained_on(recipe: Recipe) -> set[str]:
@@ -359,6 +385,8 @@ def _search_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{where} is no method of this recipe; {nearest(name, list(recipe.align))}"
             continue
         method = recipe.align[name]
+        if method.sweep is not None:
+            yield f"{where} is a sweep; search with one value, and sweep with the settings found"
         if not ranges:
             yield f"{where} names no setting to search over"
         for setting, values in ranges.items():

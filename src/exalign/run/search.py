@@ -12,7 +12,6 @@ its weights, of which the method's stage gets second names; all other trials kee
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,6 +59,7 @@ from exalign.spreadsheet import csv_text
 from exalign.storage import (
     atomic_path,
     fingerprint,
+    link_folder,
     read_json,
     read_sealed,
     remove_folder,
@@ -127,22 +127,9 @@ def _take_over(trial: Path, folder: Path) -> bool:
             shutil.copyfile(file, temporary)
     for each in sorted(each for each in trial.iterdir() if each.is_dir() and each.name != "evaluated"):
         if each.name != "checkpoints":
-            _link_folder(each, folder / each.name)
-    _link_folder(trial / "checkpoints", folder / "checkpoints")
+            link_folder(each, folder / each.name)
+    link_folder(trial / "checkpoints", folder / "checkpoints")
     return True
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    """Second names for files, none of which is ever written in place; copies where there are no links."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
-    with atomic_path(target) as temporary:
-        shutil.copytree(source, temporary, copy_function=link)
 
 
 def validation_prompts(

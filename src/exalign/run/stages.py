@@ -72,6 +72,7 @@ from exalign.run.materials import (
 )
 from exalign.run.recipe import Recipe, holds_out, trained_on
 from exalign.run.search import search_stage, searched_settings, validation_stage
+from exalign.run.sweep import POOL, described, trained
 from exalign.run.view import Stage, View
 from exalign.run.workers import sample_by_workers, score_by_workers
 from exalign.storage import fingerprint, write_json
@@ -84,12 +85,17 @@ OFFLINE = Takes((*SAMPLED, "sample.top_p", "sample.top_k"))
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe needs, each with what it reads."""
+    evaluation = [*evaluation_stages(recipe)]
+    methods = [*_methods(recipe)]
+    # What a method needs of the evaluation, the pool that its β is chosen from, comes before it.
+    early = {"evaluation/prompts", POOL} if any(POOL in stage.needs for stage in methods) else set()
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
         *_samples(recipe),
-        *_methods(recipe),
-        *evaluation_stages(recipe),
+        *(stage for stage in evaluation if stage.name in early),
+        *methods,
+        *(stage for stage in evaluation if stage.name not in early),
     ]
 
 
@@ -176,12 +182,21 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
             if method.wants_critic and recipe.reward is not None and recipe.reward.model is None:
                 takes += Takes(needs=("reward",))
                 critic = "reward"
+        pool_scorer = None
+        if method.swept is not None and method.swept[0] == "kl":
+            takes += Takes(needs=(POOL,))
+            if recipe.scoring != recipe.judging:
+                pool_scorer = scoring(recipe)
+                assert pool_scorer is not None
+                takes += pool_scorer.takes
         material = partial(_material, reference=reference, scorer=scoring(recipe), critic=critic)
         searched = recipe.search is not None and name in recipe.search.methods
         if searched:
             yield search_stage(recipe, name, takes, material)
             takes += Takes(needs=(f"search/{name}",))
-        yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
+        yield takes.stage(
+            f"align/{name}", partial(_align, name=name, material=material, pool_scorer=pool_scorer), together=True
+        )
 
 
 def _given(view: View, *, name: str) -> None:
@@ -221,23 +236,25 @@ def _material(view: View, *, reference: str | None, scorer: Scoring | None, crit
     )
 
 
-def _align(view: View, *, name: str, material: partial[Material]) -> None:
+def _align(view: View, *, name: str, material: partial[Material], pool_scorer: Scoring | None) -> None:
     """Train a method with its settings, or with those of its search's best trial, whose weights it takes over."""
     method = view.recipe.align[name]
     if view.has(f"search/{name}"):
         method = searched_settings(view, name, method)
     if leads():
         write_json(view.folder / "method.json", method.described())
-    settings = seeded(method, view.recipe)
-    torch.manual_seed(settings.seed)
-    given = material(view)
-    settings.train(given, view.folder)
-    if given.groups:
-        record_training_speed(view, view.folder, given.policy, given.groups, settings)
-    if leads():
-        rows = metric_rows(view.folder)
-        for sentence in own_sample_warnings(name, {metric: [row[metric] for row in rows] for metric in rows[0]}):
-            view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
+    members = []
+    for settings, given, place in trained(view, method, material, view.folder, pool_scorer):
+        members.append(settings)
+        if given.groups:
+            record_training_speed(view, place, given.policy, given.groups, settings)
+        if leads():
+            rows = metric_rows(place)
+            metrics = {metric: [row[metric] for row in rows] for metric in rows[0]}
+            for sentence in own_sample_warnings(place.relative_to(view.folder.parent).as_posix(), metrics):
+                view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
+    if method.sweep is not None and leads():
+        write_json(view.folder / "method.json", described(method, members))
 
 
 def _tokenizer(view: View) -> None:

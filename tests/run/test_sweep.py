@@ -1,0 +1,86 @@
+"""A frontier by end points: a policy for each value of a setting, each trained as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder, pool_rewards
+from exalign.run.carry_out import run_recipe
+from exalign.run.demo import RECIPE
+from exalign.run.recipe import Recipe, load_recipe
+from exalign.run.stages import plan
+from run.conftest import ALIGN, tiny_overrides
+from run.searched_run import ALONE
+
+SWEPT = ALIGN.replace("save_policies: 2, ", "")
+METHODS = (
+    f"align={{exo: {SWEPT}sweep: {{kl: [0.1, 0.4]}}}}, "
+    f"dpo: {SWEPT}divergence: forward_kl, sweep: {{beta_r: [0.5, 0.1]}}}}, "
+    f"alone: {SWEPT}divergence: forward_kl, beta_r: 0.1}}}}"
+)
+
+
+@pytest.fixture(scope="module")
+def swept(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    settings = [*ALONE, "evaluate.pool_prompts=4", "evaluate.pool_samples=48", METHODS]
+    folder = tmp_path_factory.mktemp("runs") / "swept"
+    run_recipe(load_recipe(RECIPE, tiny_overrides(world, *settings)), folder=folder)
+    return RunFolder(folder)
+
+
+def test_each_policy_of_a_sweep_is_the_one_trained_alone(swept: RunFolder) -> None:
+    one, other, alone = (
+        (folder / "model.safetensors").read_bytes()
+        for folder in (swept.policy("dpo", 2), swept.policy("dpo", 1), swept.model("alone"))
+    )
+    assert one == alone != other
+    assert (swept.model("dpo") / "model.safetensors").read_bytes() == one
+
+
+def kl_of_optimum(rewards: list[float], beta: float) -> float:
+    log_w = np.array(rewards) / beta - logsumexp(np.array(rewards) / beta)
+    return float(np.exp(log_w) @ (log_w + np.log(len(rewards))))
+
+
+def test_the_beta_of_a_kl_is_that_of_the_optimum_so_far_away(swept: RunFolder) -> None:
+    evidence = swept.read_evidence()
+    exo, dpo = evidence.methods[0].sweep, evidence.methods[1].sweep
+    assert exo is not None and dpo is not None and evidence.methods[2].sweep is None
+    assert (exo.setting, exo.values) == ("kl", [0.1, 0.4])
+    assert (dpo.setting, dpo.values, dpo.betas) == ("beta_r", [0.5, 0.1], [0.25, 0.05])
+    pool = pool_rewards(swept.pool).values()
+    for kl, beta in zip(exo.values, exo.betas, strict=True):
+        assert beta is not None
+        assert np.mean([kl_of_optimum(rewards, beta) for rewards in pool]) == pytest.approx(kl, rel=1e-4)
+    assert [len(method.points) for method in evidence.methods] == [2, 2, 1]
+    page = swept.page.read_text(encoding="utf-8")
+    assert "Each point of exo, dpo is the end of a training of its own." in page
+
+
+def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Recipe]) -> None:
+    names = [stage.name for stage in plan(tiny("align={exo: {sweep: {kl: [0.1, 0.4]}}}"))]
+    assert names.index("evaluation/pool") < names.index("align/exo") < names.index("evaluation/sft")
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("{sweep: {beta_r: [0.1]}}", "sweep is one setting with two values or more"),
+        ("{sweep: {kl: [0.5, 1]}, save_policies: 2}", "sweep keeps the last policy of each training alone"),
+        ("{sweep: {kl: [0.5, 1]}, target: preference}", "sweep: kl chooses the β of the optimum"),
+        ("{sweep: {kl: [0, 1]}}", "an optimum lies at more than 0 nats, not at 0"),
+        ("{sweep: {beta: [0.5, 1]}}", "sweep.beta is not a setting of the method; did you mean beta_r"),
+        ("{sweep: {beta_r: [0.5, -1]}}", "sweep.beta_r reaches -1, which the setting does not allow"),
+        ("{sweep: {alpha: [0.1, 0.2]}}", "sweep: alpha = 0.1: alpha has no effect"),
+        ("{method: grpo, sweep: {kl: [0.5, 1]}}", "this one aims at none"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(method: str, problem: str, tiny: Callable[..., Recipe]) -> None:
+    with pytest.raises(InputError, match=problem):
+        tiny(f"align={{exo: {method}}}")
