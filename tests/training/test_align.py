@@ -91,6 +91,7 @@ def test_metrics_by_hand() -> None:
         "completion_tokens": torch.tensor(sum(map(len, group.completion_ids)) / 3),
         "reward": (weights * group.rewards).sum(),
         "reward_spread": math.sqrt(2.0) / 0.25 * torch.tensor(1.0),
+        "reward_correlation": torch.corrcoef(torch.stack([ratio, group.rewards.double()]))[0, 1],
     }
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, rel=1e-5

@@ -40,6 +40,23 @@ def referenced(policy: nn.Module, groups: list[Group], *, temperature: float = 0
     return with_reference_logp(make_policy(seed=3).to(policy.dtype), groups, Matching(), temperature=temperature)
 
 
+def test_the_agreement_of_a_step_is_the_cosine_of_its_halves_gradients() -> None:
+    policy = make_policy().double()
+    groups = referenced(policy, make_groups(7))
+    task, module = MatchingTask(all_in_one(groups), Matching(), 0.8), PackedPolicy(policy)
+
+    def gradient(part: list[Group], **how: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        policy.zero_grad()
+        values = accumulate(Accelerator(cpu=True), module, task, part, 200, **how)
+        return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]), values
+
+    halves = [gradient(part)[0] for part in (groups[:3], groups[3:])]
+    whole, values = gradient(groups, agreement=True)
+    torch.testing.assert_close(whole, gradient(groups)[0], rtol=1e-10, atol=1e-12)
+    assert values["gradient_agreement"] == pytest.approx(float(torch.cosine_similarity(*halves, dim=0)), rel=1e-6)
+    assert "gradient_agreement" not in gradient(groups)[1]
+
+
 @pytest.mark.parametrize("task_name", ["align", "sft"])
 def test_one_pass_of_16_prompts_equals_16_passes_of_one(task_name: str) -> None:
     """float64: the loss to 1e-12, every gradient to 1e-12 of its size. Ragged K and lengths, so means would differ."""

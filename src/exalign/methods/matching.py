@@ -216,6 +216,10 @@ class MatchingTask:
         if given.rewards is not None:
             metrics["reward"] = objectives.weighted_mean(log_weights, given.rewards, mask)
             metrics["reward_spread"] = objectives.group_spread(given.rewards, mask) / self.settings.beta_r
+            # 1 for every optimum: how much of the way from π_sft is for the reward.
+            metrics["reward_correlation"] = objectives.reward_correlation(
+                policy_logp, reference_logp, given.rewards, mask
+            )
         if self.settings.target == "preference":
             assert given.preferred is not None
             accuracy, margin = objectives.preference_accuracy(log_ratio, given.preferred, mask)

@@ -211,17 +211,18 @@ def correction(policy_logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
     """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
 
     `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how many
-    samples of π_θ the K are worth.
+    samples of π_θ the K are worth; `reward_correlation` of log π_θ/π_sft with the reward is 1 for every optimum.
     """
     from exalign import objectives
 
     policy, reference, proposal = policy_logp.detach(), given.reference_logp, given.proposal_logp
-    assert reference is not None and proposal is not None
+    assert reference is not None and proposal is not None and given.rewards is not None
     weights = objectives.log_importance_weights(policy, proposal, given.mask)
     return {
         "kl": objectives.weighted_mean(weights, policy - reference, given.mask),
         "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, given.mask),
         "effective_samples": objectives.effective_sample_size(weights, given.mask),
+        "reward_correlation": objectives.reward_correlation(policy, reference, given.rewards, given.mask),
     }
 
 

@@ -17,6 +17,8 @@ METRICS = {
     "kl": "KL, estimated (nats)",
     "reward": "weighted reward",
     "log_ratio_spread": "std of log-ratios",
+    "reward_correlation": "correlation of log-ratio and reward",
+    "gradient_agreement": "cosine of two halves' gradients",
     "saturated": "share saturated",
     "reward_spread": "std(r) / β_r",
     "effective_samples": "effective samples",

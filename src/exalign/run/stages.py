@@ -250,7 +250,7 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
             record_training_speed(view, place, given.policy, given.groups, settings)
         if leads():
             rows = metric_rows(place)
-            metrics = {metric: [row[metric] for row in rows] for metric in rows[0]}
+            metrics = {metric: [row.get(metric) for row in rows] for metric in rows[0]}
             for sentence in own_sample_warnings(place.relative_to(view.folder.parent).as_posix(), metrics):
                 view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
     if method.sweep is not None and leads():

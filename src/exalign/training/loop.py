@@ -145,7 +145,13 @@ def train(
 
 
 def accumulate(
-    accelerator: Accelerator, model: nn.Module, task: Task, groups: Sequence[Group], token_budget: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    task: Task,
+    groups: Sequence[Group],
+    token_budget: int,
+    *,
+    agreement: bool = False,
 ) -> dict[str, float]:
     """Put the gradient of the step's loss into the parameters; return loss and metrics, divided by the step's weight.
 
@@ -153,12 +159,19 @@ def accumulate(
     every process makes the same number of passes (collective operations wait for all). DDP exchanges gradients in the
     last pass; sharded gradients are reduced in every pass, so that no process ever holds whole ones.
     `TooLargeError` where a micro-batch does not fit in memory; part of the gradient is there then.
+
+    With `agreement`, `gradient_agreement` is the cosine of the gradients of the groups' first and second half. Where it
+    is c, the whole step's has a cosine of about √(2c/(1 + c)) with the expected gradient.
     """
-    micro = microbatches(groups, token_budget=token_budget)
+    half = len(groups) // 2 if agreement else 0
+    before, after = (microbatches(side, token_budget=token_budget) for side in (groups[:half], groups[half:]))
+    micro = before + after
     weight = sum(task.weight(part) for part in micro)
     rounds = range(accelerator.process_index, len(micro) + accelerator.process_index, accelerator.num_processes)
     sums: dict[str, Tensor] = {}
     for index in rounds:
+        if before and index == len(before):
+            first = _gradients(model)
         part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
         synchronised = index == rounds[-1]
         with nullcontext() if synchronised else accelerator.no_sync(model), fitting(part):
@@ -168,8 +181,24 @@ def accumulate(
             accelerator.backward(loss * (factor * accelerator.num_processes))
         for name, value in {"loss": loss, **part_metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * factor
+    if before:
+        sums["gradient_agreement"] = _cosine(
+            first, [whole - part for whole, part in zip(_gradients(model), first, strict=True)]
+        )
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
     return dict(zip(sums, totals.tolist(), strict=True))
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    product, *squares = (
+        torch.stack([(a * b).sum() for a, b in zip(ours, theirs, strict=True)]).sum()
+        for ours, theirs in ((first, second), (first, first), (second, second))
+    )
+    return product / (squares[0] * squares[1]).sqrt()
 
 
 def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
@@ -243,10 +272,12 @@ def _gradient(
     trainer: _Trainer, groups: Sequence[Group], step: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, float]:
     """`accumulate`, begun again with half the token budget where memory runs out, to the same gradient."""
+    with_all, every = (trainer.accelerator, trainer.model, trainer.task), trainer.settings.agreement_every
+    agreement = every is not None and step % every == 0 and trainer.accelerator.num_processes == 1
     while True:
         torch.manual_seed(seed)
         try:
-            return accumulate(trainer.accelerator, trainer.model, trainer.task, groups, trainer.token_budget)
+            return accumulate(*with_all, groups, trainer.token_budget, agreement=agreement)
         except TooLargeError as error:
             budget = smaller_budget(error, trainer.token_budget, step=step + 1, saved_at=trainer.saved_at)
             say(f"{error}; from step {step + 1} on token_budget is {budget:,} instead of {trainer.token_budget:,}")

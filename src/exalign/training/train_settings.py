@@ -34,6 +34,13 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about a third slower", json_schema_extra=NO_RESULT
     )
+    agreement_every: int | None = Field(
+        None,
+        gt=0,
+        description="steps between two at which the gradients of the two halves of a step are compared, their cosine "
+        "as gradient_agreement; it takes the memory of one gradient more; None: never",
+        json_schema_extra=NO_RESULT,
+    )
     checkpoint_every: int = Field(
         100, gt=0, description="steps between checkpoints that an interrupted run needs", json_schema_extra=NO_RESULT
     )
