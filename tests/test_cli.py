@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from exalign.cli import app
 from exalign.data.synthetic import write_world
-from exalign.run.demo import RECIPE
+from exalign.errors import InputError
+from exalign.run.demo import RECIPE, copy_recipe
+from exalign.run.recipe import RECIPES, load_recipe
 
 
 def exalign(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -111,6 +115,21 @@ def test_help_lists_every_stage() -> None:
         "recipe",
     ):
         assert f" {command} " in result.stdout
+
+
+def test_shipped_recipes_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(app, ["recipes"]).output.splitlines()
+    assert [line.split("  ")[0] for line in listed] == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert all(line.split("  ")[1] for line in listed)
+    with pytest.raises(InputError, match="exalign recipes copy imdb writes it here"):
+        load_recipe("recipes/imdb.yaml")
+    assert CliRunner().invoke(app, ["recipes", "copy", "imdb"]).output == "wrote imdb.yaml\n"
+    assert load_recipe("imdb.yaml") == load_recipe(RECIPES / "imdb.yaml")
+    with pytest.raises(InputError, match="is there already"):
+        copy_recipe("imdb")
+    with pytest.raises(InputError, match="did you mean imdb"):
+        copy_recipe("imbd")
 
 
 def test_recipe_prints_what_can_be_read_again(tmp_path: Path) -> None:

@@ -46,9 +46,11 @@ app = typer.Typer(
     cls=_Commands,
     help="Align language models with human preferences, exactly and efficiently, and prove what was achieved.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+BEGIN, STAGE, RESULT, JUDGE, LOOK = (
+    "Begin", "Stage by stage", "Results", "Language models and people as judges", "Look and measure"
+)  # fmt: skip
 console = Console()
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, for example recipes/demo.yaml.")]
@@ -101,7 +103,7 @@ Reward = Annotated[str | None, typer.Option(help="For prompts: module:function t
 RewardModel = Annotated[str | None, typer.Option(help="For prompts: a reward model that does.")]
 
 
-@app.command("align")
+@app.command("align", rich_help_panel=BEGIN)
 def align_(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A chat model, or a recipe (.yaml).")],
     data: Annotated[
@@ -135,7 +137,7 @@ def align_(
     align(model, given[0], out=out, reward=reward, reward_model=reward_model, overrides=given[1:], console=console)
 
 
-@app.command("new")
+@app.command("new", rich_help_panel=BEGIN)
 def new(
     model: Model,
     data: Data,
@@ -151,7 +153,7 @@ def new(
     write_down(begin(model, data, settings or (), out=out, reward=reward, reward_model=reward_model), console)
 
 
-@app.command("evidence")
+@app.command("evidence", rich_help_panel=BEGIN)
 def evidence_(
     policies: Annotated[
         list[str],
@@ -192,7 +194,7 @@ def evidence_(
     )
 
 
-@app.command("run")
+@app.command("run", rich_help_panel=BEGIN)
 def run_all(
     recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False, recover: Recover = False
 ) -> None:
@@ -210,14 +212,14 @@ def _add_stage(name: str, target: str, text: str) -> None:
     ) -> None:
         _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, target)
 
-    app.command(name, help=f"{text} Stages it needs run first unless they are done.")(command)
+    app.command(name, help=f"{text} Stages it needs run first unless they are done.", rich_help_panel=STAGE)(command)
 
 
 for _name, (_target, _text) in STAGES.items():
     _add_stage(_name, _target, _text)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def demo(
     overrides: Overrides = None,
     run: Annotated[Path, typer.Option("--run", help="The run's directory.")] = Path("runs/demo"),
@@ -234,7 +236,31 @@ def demo(
     carry_out(Run(recipe, run, console=console, redo=redo, recover=recover))
 
 
-@app.command()
+shipped = typer.Typer(invoke_without_command=True, help="List the recipes that come with exalign, or copy one.")
+app.add_typer(shipped, name="recipes", rich_help_panel=BEGIN)
+
+
+@shipped.callback()
+def recipes_(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from exalign.run.demo import recipes
+
+        for name, what in recipes().items():
+            console.print(shown(name, "bold").append(f"  {what}", style="not bold"), soft_wrap=True)
+
+
+@shipped.command("copy")
+def copy_(
+    name: Annotated[str, typer.Argument(help="A recipe that `exalign recipes` lists.")],
+    target: Annotated[Path | None, typer.Argument(help="The file to write (default: NAME.yaml).")] = None,
+) -> None:
+    """Write a recipe that comes with exalign here, to be edited and run."""
+    from exalign.run.demo import copy_recipe
+
+    console.print(shown(f"wrote {copy_recipe(name, target)}"), soft_wrap=True)
+
+
+@app.command(rich_help_panel=LOOK)
 def recipe(
     path: Annotated[
         Path | None, typer.Argument(help="A recipe to check and print in full; with --explain a section, as align.")
@@ -261,7 +287,7 @@ def recipe(
         print_recipe(load_recipe(path, overrides or ()), console)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
     data: Annotated[str, typer.Argument(help="A file, a folder or a hub data set.")],
     settings: Annotated[
@@ -293,7 +319,7 @@ def inspect(
     console.print(render_inspection(found))
 
 
-@app.command("chat")
+@app.command("chat", rich_help_panel=RESULT)
 def chat_(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a policy, as RUN/align/METHOD/model.")],
     against: Annotated[str | None, typer.Option(help="A second one, whose answers stand beside.")] = None,
@@ -329,7 +355,7 @@ def main_options(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def bench(
     model: Annotated[str, typer.Argument(help="Folder or hub name of a policy.")],
     prompts: Annotated[int, typer.Option(min=1)] = 8,
@@ -349,7 +375,7 @@ def bench(
     console.print(bench_table(measure(ModelSettings(source=model), shape)))
 
 
-@app.command()
+@app.command(rich_help_panel=RESULT)
 def figures(
     run: Annotated[Path | None, typer.Argument(help="A run's directory; without it Figures 1 and 5 are drawn.")] = None,
     out: Annotated[
@@ -427,7 +453,7 @@ def _errors_against_k(curves: Mapping[str, Any]) -> Any:
     return draw_error_against_k([int(size) for size in sizes], panels)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULT)
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs, as of several seeds.")],
     kl: Annotated[str, typer.Option(help="KLs in nats at which rewards are compared.")] = "1,2,4",
@@ -459,7 +485,7 @@ def compare(
         typer.echo(shown(f"wrote {path} and .svg" if path else said).plain, err=out is None)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULT)
 def select(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
     kl_budget: Annotated[float, typer.Option(help="Nats from the supervised policy that a checkpoint may be away.")],
@@ -475,7 +501,7 @@ def select(
         console.print(shown(f"{method} has no checkpoint within {kl_budget:g} nats"), soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULT)
 def verify(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Read every file of a run and compare it with what was written; a start compares sizes and times alone."""
     from exalign.run.stage_files import verify as verified
@@ -495,6 +521,7 @@ def verify(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
     help="Judge by people: a blind study on a web page (new, serve, export, agreement; see assess --help).",
+    rich_help_panel=JUDGE,
 )
 def assess(context: typer.Context) -> Any:
     try:
@@ -504,9 +531,9 @@ def assess(context: typer.Context) -> Any:
     return people(args=context.args, prog_name="exalign assess", standalone_mode=False)
 
 
-app.command("plan")(plan)
-app.command("judge")(judge)
-app.command("grade-judge")(grade_judge)
+app.command("plan", rich_help_panel=LOOK)(plan)
+app.command("judge", rich_help_panel=JUDGE)(judge)
+app.command("grade-judge", rich_help_panel=JUDGE)(grade_judge)
 
 
 def main(arguments: list[str] | None = None) -> None:

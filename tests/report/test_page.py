@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -76,10 +77,28 @@ def test_it_holds_what_was_promised(evidence_and_page):
     assert "nan" not in re.findall(r"\bnan\b", html.lower())
 
 
+def test_the_data_of_the_figures_is_beside_them(evidence_and_page):
+    evidence, folder = evidence_and_page[0], evidence_and_page[1].parent / "figures"
+    tables = {
+        name: list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+        for name in ("checkpoints", "optimum", "training")
+    }
+    points = [(m.name, p) for m in evidence.methods for p in m.points]
+    assert [(row["method"], int(row["step"])) for row in tables["checkpoints"][1:]] == [(m, p.step) for m, p in points]
+    for row, (_, point) in zip(tables["checkpoints"][1:], points, strict=True):
+        assert (float(row["kl"]), float(row["kl.low"])) == (point.kl.estimate, point.kl.low)
+        assert float(row["reward.high"]) == point.reward.high
+    curve = evidence.curves[0]
+    losses = [float(row["loss"]) for row in tables["training"] if row["stage"] == curve.stage]
+    assert losses == curve.values["loss"]
+    assert [float(r["beta"]) for r in tables["optimum"] if r["beta"]] == [p.beta for p in evidence.optimum.points]
+
+
 def test_figures_are_saved(evidence_and_page):
     folder = evidence_and_page[1].parent / "figures"
     names = {"frontier", "accuracy", "density", "checkpoints", "alignment", "stages"}
-    assert {path.name for path in folder.iterdir()} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
+    drawn = {path.name for path in folder.iterdir() if path.suffix != ".csv"}
+    assert drawn == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,6 +19,7 @@ from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier, draw_measure
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
+from exalign.report.tables import write_tables
 from exalign.report.verdicts import verdict_bar, win_table
 from exalign.report.wording import Captions, duration, interval, number, percent, setting, visible, words
 from exalign.storage import write_text
@@ -35,6 +36,7 @@ def write_report(run: Path) -> Path:
     folder = RunFolder(Path(run))
     evidence = folder.read_evidence()
     figures = dict(_figures(evidence, folder.figures))
+    write_tables(evidence, folder.figures)
     write_text(folder.page, render_page(evidence, figures))
     return folder.page
 

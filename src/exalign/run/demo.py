@@ -1,14 +1,40 @@
-"""The demo: the packaged recipe on a synthetic world that is written into the run's own directory."""
+"""The recipes that come with exalign, and the demo: one of them on a synthetic world that is written into its run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from exalign.data.synthetic import write_world
-from exalign.run.recipe import Recipe, load_recipe
+from exalign.errors import InputError
+from exalign.run.recipe import RECIPES, Recipe, load_recipe, nearest
+from exalign.storage import write_text
 
-RECIPE = Path(__file__).with_name("demo.yaml")
+RECIPE = RECIPES / "demo.yaml"
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that come with exalign, each with what its first comment says of it."""
+    found = {}
+    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+        found[path.stem] = re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:")
+    return found
+
+
+def copy_recipe(name: str, target: Path | None = None) -> Path:
+    """Write a recipe that comes with exalign to `target`, NAME.yaml by default, overwriting nothing."""
+    source, there = RECIPES / f"{name.removesuffix('.yaml')}.yaml", recipes()
+    if source.stem not in there:
+        raise InputError(f"There is no recipe {name[:100]!r}; {nearest(name, list(there))}")
+    target = target or Path(source.name)
+    if target.exists():
+        raise InputError(f"{target} is there already; name another file.")
+    write_text(target, source.read_text(encoding="utf-8"))
+    return target
 
 
 def demo_recipe(folder: Path, overrides: Iterable[str] = ()) -> Recipe:

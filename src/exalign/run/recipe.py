@@ -31,6 +31,9 @@ from exalign.run.search_settings import Range, SearchSettings, changed, fixed_se
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Those that come with exalign."""
+
 
 class TokenizerSettings(Settings):
     """Which tokenizer the policy uses; by default the one that comes with `model.source`."""
@@ -427,6 +430,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         with path.open("rb") as stream:  # which may be no file at all, and have no end
             text = stream.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
     except FileNotFoundError:
+        if (RECIPES / path.name).is_file():
+            raise InputError(f"{path} does not exist; exalign recipes copy {path.stem} writes it here.") from None
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
         raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
     except (OSError, ValueError) as error:
