@@ -47,7 +47,8 @@ def test_a_point_by_hand():
     # Prompts weigh the same: (2 + −2)/2 and (1 + 4)/2, not sums over three samples.
     assert point.reward.estimate == pytest.approx((2 + -2) / 2)
     assert point.kl.estimate == pytest.approx((1 + 4) / 2)
-    assert point.accuracy.estimate == pytest.approx((1 + 0) / 2)
+    sigmoids = [1 / (1 + np.exp(-x)) for x in (1, 3, -2)]
+    assert point.accuracy.estimate == pytest.approx(((sigmoids[0] + sigmoids[1]) / 2 + sigmoids[2]) / 2)
     assert point.tokens == pytest.approx((3 + 6) / 2)
     assert point.finished == pytest.approx((0.5 + 1) / 2)
     # Around the mean 0: ((1 + 9)/2 + 4)/2.

@@ -164,7 +164,7 @@ ONLY_FIRST = torch.tensor([[True, False, False], [True, True, True]])
         (lambda: log_reward_target(torch.zeros(2, 3, dtype=torch.int64), beta_r=1.0), "floating-point"),
         (lambda: log_reward_target(torch.zeros(2, 3), beta_r=1.0, proposal_logp=torch.zeros(2, 3)), "needs both"),
         (lambda: log_reward_target(torch.zeros(2, 3), beta_r=1.0, reference_logp=torch.zeros(2, 3)), "needs both"),
-        (lambda: preference_target(epsilon=0.0), "epsilon must lie"),
+        (lambda: preference_target(epsilon=-0.1), "epsilon must lie"),
         (lambda: preference_target(epsilon=1.0), "epsilon must lie"),
         (lambda: preference_target(epsilon=NAN), "epsilon must lie"),
         (lambda: preference_target([0, 3]), r"preferred\[1\] is 3, outside 0 … 2"),

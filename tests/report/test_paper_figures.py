@@ -184,9 +184,13 @@ def test_the_accuracy_frontier_draws_every_checkpoint(evidence: Evidence) -> Non
 
 def test_the_density_figure_draws_the_curves_beside_the_optimum(evidence: Evidence) -> None:
     assert evidence.density is not None
+    first = evidence.density.prompts[0]
+    few, enough = (replace(c, effective_samples=n) for n in (9.9, 10.0) for c in first.curves[:1])
+    prompts = [replace(first, curves=[one, *first.curves[1:]]) for one in (enough, few)]
     with figure_style():
-        figure = draw_density(evidence.density, looks_of(evidence.methods), width=8.8)
-    assert len(figure.axes) == 2 * len(evidence.density.prompts)
+        figure = draw_density(replace(evidence.density, prompts=prompts), looks_of(evidence.methods), width=8.8)
+    assert "estimated optimum" not in [line.get_label() for axes in figure.axes[2:] for line in axes.lines]
+    assert len(figure.axes) == 2 * len(prompts)
     rewards, preferences = ({str(line.get_label()): line for line in axes.lines} for axes in figure.axes[:2])
     shown = {"SFT", "estimated optimum"}
     assert {name for name in rewards if name[0] != "_"} == {*shown, "exo-rw", "exo-rw-2", "ppo"}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+from scipy.special import expit
 
 from exalign.errors import InputError
 from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
@@ -30,8 +31,8 @@ def frontier_point(
 ) -> FrontierPoint:
     """One checkpoint's mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft), with intervals over prompts.
 
-    Every prompt weighs the same, however many samples it has. Where rewards are a classifier's log-odds, the share
-    with reward > 0 is the accuracy: how often the classifier calls the sample positive. The KL estimate is unbiased
+    Every prompt weighs the same, however many samples it has. Where rewards are a classifier's log-odds,
+    their mean sigmoid is the accuracy, the probability of its label (Fig. 7). The KL estimate is unbiased
     but may come out slightly negative for a policy that hardly moved; it is reported as it is.
     """
     if not table.ids:
@@ -47,7 +48,7 @@ def frontier_point(
         kl=None if table.log_ratios is None else interval(prompt_means(table.log_ratios)),
         reward_std=_spread(table.rewards) if table.scored else None,
         num_samples=table.num_samples,
-        accuracy=interval(_share_positive(table.rewards)) if rewards_are_log_odds else None,
+        accuracy=interval(_mean_sigmoid(table.rewards)) if rewards_are_log_odds else None,
         tokens=None if table.lengths is None else float(prompt_means(table.lengths).mean()),
         finished=None if table.finished is None else float(prompt_means(table.finished).mean()),
         win_vs_sft=win_vs_sft,
@@ -143,9 +144,9 @@ def _neighbours(mean_kl: Array, mean_reward: Array, kl: float) -> tuple[int, int
     return kept[last - 1], kept[last]
 
 
-def _share_positive(rewards: Ragged) -> Array:
-    """`[P]` shares of samples with reward > 0."""
-    return np.array([(values > 0).mean() for values in rewards])
+def _mean_sigmoid(rewards: Ragged) -> Array:
+    """`[P]` means of σ(reward)."""
+    return np.array([expit(values).mean() for values in rewards])
 
 
 def _spread(rewards: Ragged) -> float:

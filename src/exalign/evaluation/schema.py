@@ -63,7 +63,7 @@ class FrontierPoint:
     """One checkpoint: mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft) over its samples.
 
     `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
-    `accuracy` the share with reward > 0 (where rewards are a classifier's log-odds), `tokens` the mean length,
+    `accuracy` the mean of σ(reward) (where rewards are a classifier's log-odds), `tokens` the mean length,
     `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
     that it had before, `gain` the reward less that of π_sft, paired by prompt, `parts` the means of a sum of scorers.
     Where nothing was scored, rewards are None; `held_out` is there where the checkpoint read held-out preference pairs.

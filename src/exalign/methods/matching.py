@@ -53,7 +53,9 @@ class Matching(Method):
     target: Literal["reward", "preference"] = Field("reward", description="what the K completions are matched to")
     beta_pi: float = Field(0.5, gt=0, description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12)")
     beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
-    epsilon: float = Field(1e-3, gt=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18)")
+    epsilon: float = Field(
+        1e-3, ge=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18); 0: DPO as published"
+    )
     alpha: float = Field(0.5, gt=0, lt=1, description="α of the divergence alpha: near 1 like EXO, near 0 like DPO")
     fresh_every: int | None = Field(
         None,
@@ -106,6 +108,8 @@ class Matching(Method):
         idle = "epsilon" if self.target == "reward" else "beta_r"
         if getattr(self, idle) != usual[idle].default:
             yield f"{idle} has no effect on a {self.target} target; remove it"
+        if self.epsilon == 0 and self.divergence in ("reverse_kl", "jeffreys"):
+            yield f"epsilon = 0 makes the divergence {self.divergence} infinite; give one above 0, as 1e-3"
         if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
             yield f"alpha has no effect on the divergence {self.divergence}; remove it"
         if self.fresh_every is not None:

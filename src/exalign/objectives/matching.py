@@ -130,8 +130,8 @@ def log_preference_target(
         preferred: `[B]` int64, the column of the preferred completion. It means nothing in a row that has no
             completion at all.
         num_completions: K.
-        epsilon: 0 < ε < 1. The reverse KL needs the smoothing: at ε = 0 it is infinite. DPO as published is the
-            limit ε → 0 of the forward KL, which is finite.
+        epsilon: 0 ≤ ε < 1. The reverse KL needs the smoothing: at ε = 0 it is infinite. DPO as published (Eq. 7) is the
+            forward KL at ε = 0.
         mask: `[B, K]` bool, true where a completion exists; all do by default.
         dtype: floating type of the result.
 
@@ -139,9 +139,10 @@ def log_preference_target(
         `[B, K]` log p_h, −inf where there is no completion.
 
     Raises:
-        ValueError: wrong shape or type, ε outside (0, 1), or a preferred completion that does not exist.
+        ValueError: wrong shape or type, ε outside [0, 1), or a preferred completion that does not exist.
     """
-    check_fraction("epsilon", epsilon)
+    if epsilon != 0:
+        check_fraction("epsilon", epsilon)
     if preferred.ndim != 1 or preferred.dtype != torch.int64:
         raise ValueError(f"preferred must be int64 [B], not {preferred.dtype} {list(preferred.shape)}")
     if num_completions < 1:
@@ -151,7 +152,7 @@ def log_preference_target(
     check_mask(live, shape)
     won = preferred_column(preferred, live)
     losers = live.sum(dim=-1, keepdim=True) - 1
-    log_share = math.log(epsilon) - losers.clamp(min=1).to(dtype).log()
+    log_share = (math.log(epsilon) if epsilon else -math.inf) - losers.clamp(min=1).to(dtype).log()
     log_win = math.log1p(-epsilon) * losers.clamp(0, 1).to(dtype)
     return torch.where(won, log_win, log_share).masked_fill(~live, -math.inf)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
 from exalign.evaluation.schema import DensityCurve, DensityRatios, PromptDensity
 from exalign.report.style import LIGHT, Look, drawable
 
@@ -18,10 +20,12 @@ _BAND_ROOM = 1.35
 def draw_density(density: DensityRatios, looks: Mapping[str, Look], *, width: float) -> Figure:
     """A panel per prompt and target: the policies' curves with their intervals, the optimum in black, π_sft at 1.
 
-    Ticks at the foot of a panel are the samples. `width` in inches: below 5 there is one panel in a row, else a
+    Ticks at the foot of a panel are the samples. The optimum is left out where it stands on fewer than `LEAST_ESS`
+    effective ones: two draws would give two curves. `width` in inches: below 5 there is one panel in a row, else a
     prompt's panels stand side by side.
     """
-    panels = [(i, prompt, kind) for i, prompt in enumerate(density.prompts, 1) for kind in _kinds(density, looks)]
+    shown = [replace(p, curves=[c for c in p.curves if _stands(c)]) for p in density.prompts]
+    panels = [(i, prompt, kind) for i, prompt in enumerate(shown, 1) for kind in _kinds(density, looks)]
     columns = 1 if width < 5 else min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(width, 0.6 + (2.1 if columns == 2 else 2.4) * rows), layout="constrained")
@@ -44,6 +48,10 @@ def draw_density(density: DensityRatios, looks: Mapping[str, Look], *, width: fl
         handlelength=2.6,
     )
     return figure
+
+
+def _stands(curve: DensityCurve) -> bool:
+    return curve.policy != OPTIMUM or curve.effective_samples >= LEAST_ESS
 
 
 def _kinds(density: DensityRatios, looks: Mapping[str, Look]) -> list[str]:

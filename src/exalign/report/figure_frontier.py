@@ -57,7 +57,7 @@ class Measure:
 
 
 CLASSIFIER = Measure(
-    "samples that the classifier calls positive", lambda p: p.accuracy, lambda e: e.sft.accuracy if e.sft else None
+    "probability of the label, by the classifier", lambda p: p.accuracy, lambda e: e.sft.accuracy if e.sft else None
 )
 PAIRS = Measure(
     "accuracy on held-out pairs",

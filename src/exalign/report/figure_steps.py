@@ -37,7 +37,7 @@ _SHARES = {
     METRICS["equal_rewards"],
     METRICS["unfinished"],
     "win rate against SFT",
-    "accuracy (reward > 0)",
+    "accuracy (mean σ(reward))",
     "accuracy on held-out pairs",
     "share that finished",
 }
@@ -89,7 +89,7 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
         "std of rewards": lambda p: p.reward_std,
         "KL to π_sft (nats)": lambda p: p.kl,
         "win rate against SFT": lambda p: p.win_vs_sft.rate if p.win_vs_sft else None,
-        "accuracy (reward > 0)": lambda p: p.accuracy,
+        "accuracy (mean σ(reward))": lambda p: p.accuracy,
         "accuracy on held-out pairs": lambda p: p.held_out.accuracy if p.held_out else None,
         "held-out margin (nats)": lambda p: p.held_out.margin if p.held_out else None,
         "tokens per sample": lambda p: p.tokens,

@@ -99,7 +99,7 @@ def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
             lambda width: draw_frontier(evidence, looks, width=width),
         ),
         "accuracy": (
-            "Share of samples that the classifier calls positive against KL to the supervised policy",
+            "Probability of the label, by the classifier, against KL to the supervised policy",
             lambda width: draw_measure(evidence, looks, CLASSIFIER, width=width),
         ),
         "pairs": (

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
 from exalign.evaluation.schema import Evidence, Interval
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
@@ -136,7 +137,7 @@ class Captions:
 
     def accuracy(self) -> str:
         return (
-            f"{self._data()} Accuracy: the share of samples with log-odds above 0. Bars: {self._interval()}. Every "
+            f"{self._data()} Accuracy: the mean sigmoid of the log-odds. Bars: {self._interval()}. Every "
             "prompt weighs the same."
         )
 
@@ -174,10 +175,11 @@ class Captions:
             f"{self._level()} over samples."
         )
         if density.beta is not None:
-            counts = [curve.effective_samples for p in shown for curve in p.curves[:1]]
+            counts = [curve.effective_samples for p in shown for curve in p.curves if curve.policy == OPTIMUM]
             text += (
                 f" Optimum: π*_β of the evaluation's rewards at β = {density.beta:g}, β_π·β_r of {density.beta_of}; it "
-                f"stands on {_range(*(number(f(counts), 2) for f in (min, max)))} effective samples."
+                f"stands on {_range(*(number(f(counts), 2) for f in (min, max)))} effective samples, and is drawn "
+                f"where they are {LEAST_ESS:g} or more."
             )
         return text
 
