@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from exalign.methods.on_policy import Compute, OwnSamples, drawn_how, rows_of
+from exalign.methods.on_policy import Compute, OwnSamples, drawn_how, one_step, rows_of
 from exalign.methods.rloo import RLOO
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class GRPO(RLOO):
         from exalign.models.logprobs import completion_token_logprobs
 
         def by_token(module: nn.Module, reference: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, ...]:
-            logp = module(groups, temperature=temperature, by_token=True)
-            return logp, completion_token_logprobs(reference, groups, temperature=temperature)
+            found = completion_token_logprobs(reference, groups, temperature=temperature)
+            return (found,) if one_step(self) else (found, module(groups, temperature=temperature, by_token=True))
 
         return by_token
 
@@ -69,7 +69,8 @@ class GRPO(RLOO):
         mask, rewards = given.mask, given.rewards
         assert rewards is not None
         logp = model(groups, temperature=own.material.temperature, by_token=True)
-        sampled, reference = (rows_of(part, groups, logp) for part in own.tokens)
+        reference, *before = (rows_of(part, groups, logp) for part in own.tokens)
+        sampled = before[0] if before else logp.detach()
         live = completion_token_mask(groups).to(mask.device)
         lengths = live.sum(dim=2).clamp(min=1)
         advantages = objectives.group_mean_advantages(rewards, mask)

@@ -25,7 +25,6 @@ from exalign.errors import InputError
 from exalign.methods.method import Amount, Material, Method, TrainsOn
 from exalign.methods.on_policy import (
     OwnSamples,
-    correction,
     drawn_how,
     fresh_problems,
     own_amount,
@@ -184,7 +183,9 @@ class MatchingTask:
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
         given = values_of(groups, policy_logp.device)
-        seen = {} if self.own is None else correction(policy_logp, given)
+        seen = {}
+        if self.own is not None:
+            seen, given = self.own.correction(policy_logp, groups, given), self.own.drawn_by(policy_logp, given)
         compared = self._compared(groups)
         if len(compared) != len(groups):
             seen = {name: value.repeat_interleave(len(compared) // len(groups)) for name, value in seen.items()}

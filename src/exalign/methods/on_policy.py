@@ -1,7 +1,8 @@
 """Own samples: a policy's completions as it is while it trains, with log q, log π_sft and rewards, as batches of steps.
 
 Where a method draws `fresh_every` n, a rollout serves n optimizer steps: its completions come from the policy before
-the first of them, q, and the objectives correct for how far π_θ has moved since. At n = 1 q = π_θ.
+the first of them, q, and the objectives correct for how far π_θ has moved since. At n = 1 q = π_θ, and log q is what
+the step itself computes.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
 # What needs torch is imported where it is used: a recipe is checked by settings before anything is loaded.
 
 Compute = Callable[["nn.Module", "nn.Module", "Sequence[Group]"], "tuple[Tensor, ...]"]
-"""Of a module, π_sft and groups: what a method keeps of every token, `[B, K, T]` each, log π_θ and log π_sft first."""
+"""Of a module, π_sft and groups: what a method keeps of every token, `[B, K, T]` each: log π_sft, then log q if any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A prompt with its completions; `tokens` on the CPU, each `[K, T]` with T at least the longest completion.
 
-    `gap` is the mean of |log q of the sampler − log q of the training path| in nats per token, None where the sampler
-    alone knows q; `parts` are the means of each scorer of a list.
+    `gap` is the mean of |log q of the sampler − log q of the training path| in nats per token, None where the latter is
+    not known yet or is another; `parts` are the means of each scorer of a list.
     """
 
     group: Group
@@ -58,6 +59,9 @@ class OwnSamples:
     have the same reward, which teach nothing; `logprob_gap`, how far the sampler's log q is from the training path's,
     nats per token; `reward/NAME` of each scorer of a list. `drawing_seconds` and `scoring_seconds` are divided over the
     steps that it serves. Sharded weights are whole on every process while it is drawn.
+
+    `at_once`: a rollout serves one step and comes from the whole distribution, so q is that step's π_θ. Nothing is
+    computed for log q then: `proposal_logp` is the sampler's, for which `drawn_by` puts the step's own.
     """
 
     def __init__(
@@ -81,11 +85,39 @@ class OwnSamples:
         self._compute, self._took = compute, took
         how = fingerprint([material.sampling.deciding(), material.temperature])
         self.batches = RolloutBatches(material.prompts, plan_of(settings), self._draw, sampled_how=how)
+        self.whole_distribution = material.sampling.top_p is None and material.sampling.top_k is None
+        self.at_once = self.whole_distribution and one_step(settings)
 
     def noted(self, weight: float, like: Tensor) -> dict[str, Tensor]:
         """`numbers` as metrics of a step, in units of its weight."""
         values = like.new_tensor([number * weight for number in self.numbers.values()])  # in one copy
         return dict(zip(self.numbers, values.unbind(), strict=True))
+
+    def drawn_by(self, policy_logp: Tensor, given: GroupValues) -> GroupValues:
+        """The values of a step's groups with log q `[B, K]` as the training path computes it."""
+        return replace(given, proposal_logp=policy_logp.detach()) if self.at_once else given
+
+    def correction(self, policy_logp: Tensor, groups: Sequence[Group], given: GroupValues) -> dict[str, Tensor]:
+        """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
+
+        `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how
+        many samples of π_θ the K are worth; `logprob_gap` as in `numbers`, where the step alone can say it.
+        """
+        from exalign import objectives
+
+        policy, sampled, drawn = policy_logp.detach(), given.proposal_logp, self.drawn_by(policy_logp, given)
+        reference, proposal = drawn.reference_logp, drawn.proposal_logp
+        assert reference is not None and proposal is not None and sampled is not None
+        weights = objectives.log_importance_weights(policy, proposal, given.mask)
+        found = {
+            "kl": objectives.weighted_mean(weights, policy - reference, given.mask),
+            "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, given.mask),
+            "effective_samples": objectives.effective_sample_size(weights, given.mask),
+        }
+        if self.at_once:
+            lengths = policy.new_tensor([[len(ids) for ids in group.completion_ids] for group in groups])
+            found["logprob_gap"] = ((sampled - policy).abs() / lengths).mean(dim=1)
+        return found
 
     def _draw(self, records: list[Record], number: int) -> list[Group]:
         seed = int(fingerprint([self.settings.seed, "rollout", number]), 16) >> 1
@@ -124,10 +156,10 @@ class OwnSamples:
         found = sampled = rollout(records, sampler, counts, numerics)
         drawing = time.perf_counter() - begun
         # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
-        whole = sampling.top_p is None and sampling.top_k is None
+        whole = self.whole_distribution
         if self._compute is None:
             found = with_logprobs(found, reference, "reference_logprob", numerics)
-            found = with_logprobs(found, policy, "logprob", numerics) if whole else found
+            found = with_logprobs(found, policy, "logprob", numerics) if whole and not self.at_once else found
         begun = time.perf_counter()
         found = scored(material.scorer, found, counts)
         taken = (drawing, time.perf_counter() - begun)
@@ -136,7 +168,11 @@ class OwnSamples:
         if self._compute is not None:
             tokens = self._by_token(module, reference, groups)
             groups = [
-                replace(group, proposal_logp=row[0].sum(-1), reference_logp=row[1].sum(-1))
+                replace(
+                    group,
+                    reference_logp=row[0].sum(-1),
+                    proposal_logp=row[1].sum(-1) if len(row) > 1 else group.proposal_logp,
+                )
                 for group, row in zip(groups, tokens, strict=True)
             ]
         drawn = []
@@ -144,8 +180,9 @@ class OwnSamples:
             assert group.proposal_logp is not None
             cut = sum(completion.finish_reason == "length" for completion in record.completions)
             gaps = logprob_gaps([record], [group.proposal_logp.tolist()], truncated=False)
+            told = whole and (len(row) > 1 or not self.at_once)
             parts = part_means([found[group.index]])
-            drawn.append(Drawn(group, cut, sum(gaps) / len(gaps) if whole else None, parts, row))
+            drawn.append(Drawn(group, cut, sum(gaps) / len(gaps) if told else None, parts, row))
         return drawn, counts, taken
 
     def _by_token(self, module: nn.Module, reference: nn.Module, groups: list[Group]) -> list[tuple[Tensor, ...]]:
@@ -207,25 +244,6 @@ def _numbers(drawn: Sequence[Drawn]) -> dict[str, float]:
     }
 
 
-def correction(policy_logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
-    """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
-
-    `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how many
-    samples of π_θ the K are worth; `reward_correlation` of log π_θ/π_sft with the reward is 1 for every optimum.
-    """
-    from exalign import objectives
-
-    policy, reference, proposal = policy_logp.detach(), given.reference_logp, given.proposal_logp
-    assert reference is not None and proposal is not None and given.rewards is not None
-    weights = objectives.log_importance_weights(policy, proposal, given.mask)
-    return {
-        "kl": objectives.weighted_mean(weights, policy - reference, given.mask),
-        "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, given.mask),
-        "effective_samples": objectives.effective_sample_size(weights, given.mask),
-        "reward_correlation": objectives.reward_correlation(policy, reference, given.rewards, given.mask),
-    }
-
-
 def plan_of(settings: Method) -> RolloutPlan:
     """How the rollouts of a method that draws while it trains become steps, from how much it computes."""
     from exalign.training.rollouts import RolloutPlan
@@ -234,6 +252,11 @@ def plan_of(settings: Method) -> RolloutPlan:
     assert amount.together is not None
     passes = amount.passes // amount.draws
     return RolloutPlan(amount.together, settings.batch_prompts, passes, amount.draws, settings.seed)
+
+
+def one_step(settings: Method) -> bool:
+    """Whether a rollout serves one optimizer step."""
+    return plan_of(settings).steps_per_rollout == 1
 
 
 def own_amount(settings: Any) -> Amount:

@@ -220,13 +220,13 @@ class PPOTask:
         from exalign.models.logprobs import completion_token_logprobs
 
         logp, values = module(groups, temperature=self.material.temperature)
-        return logp, completion_token_logprobs(reference, groups, temperature=self.material.temperature), values
+        return completion_token_logprobs(reference, groups, temperature=self.material.temperature), logp, values
 
     def _experience_of(self, groups: list[Group]) -> Experience:
         from exalign import objectives
         from exalign.data.batching import completion_token_mask, stack_values
 
-        settings, (logp, reference_logp, values) = self.settings, self.own.tokens
+        settings, (reference_logp, logp, values) = self.settings, self.own.tokens
         mask, rewards = completion_token_mask(groups).to(logp.device), stack_values(groups, "rewards").to(logp.device)
         flat_mask, flat_values = mask.flatten(0, 1), values.flatten(0, 1)
         log_ratio = (logp - reference_logp).flatten(0, 1)

@@ -17,7 +17,6 @@ from exalign.methods.method import Amount, Material, Method, TrainsOn
 from exalign.methods.on_policy import (
     Compute,
     OwnSamples,
-    correction,
     drawn_how,
     fresh_problems,
     own_amount,
@@ -84,7 +83,7 @@ class RLOO(Method):
         from exalign.models.logprobs import completion_logprobs
 
         logp = completion_logprobs(model, groups, temperature=own.material.temperature)
-        rewards, reference, sampled = given.rewards, given.reference_logp, given.proposal_logp
+        rewards, reference, sampled = given.rewards, given.reference_logp, own.drawn_by(logp, given).proposal_logp
         assert rewards is not None and reference is not None and sampled is not None
         penalised = objectives.penalised_rewards(rewards, sampled, reference, given.mask, beta=self.beta)
         ratio_of = (logp, sampled, objectives.leave_one_out_advantages(penalised, given.mask), given.mask)
@@ -124,6 +123,6 @@ class PolicyGradientTask:
         given = values_of(groups, device_of(model))
         losses, clipped, logp = self.settings.losses(model, groups, given, self.own)
         weights, completions = given.weights.to(losses.dtype), given.mask.sum(dim=1)
-        seen = correction(logp, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
+        seen = self.own.correction(logp, groups, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
         noted, loss = self.own.noted(self.weight(groups), losses), losses.sum(dim=1) / completions
         return (loss * weights).sum(), noted | {name: (value * weights).sum() for name, value in seen.items()}
