@@ -502,6 +502,23 @@ def select(
 
 
 @app.command(rich_help_panel=RESULT)
+def push(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    method: Annotated[str, typer.Argument(help="One of its methods.")],
+    name: Annotated[str, typer.Argument(help="The repository on the hub, as ME/MODEL; it is made if need be.")],
+    step: Annotated[
+        int | None, typer.Option(help="An evaluated step (default: the one the report ships, else the last).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+) -> None:
+    """Publish a policy on the hub, with a card of what it was made from and what it achieved."""
+    from exalign.run.publish import publish
+
+    _quiet_libraries()
+    console.print(shown(f"published {publish(run, method, name, step=step, private=private)}"), soft_wrap=True)
+
+
+@app.command(rich_help_panel=RESULT)
 def verify(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Read every file of a run and compare it with what was written; a start compares sizes and times alone."""
     from exalign.run.stage_files import verify as verified

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,9 +18,16 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evaluation.synthetic_run import World, write_run
 from exalign.data.synthetic import build_tokenizer
+from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.run_folder import RunFolder
+from exalign.report.wording import interval
+from exalign.run.publish import publish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = """
@@ -75,6 +84,13 @@ class Hub:
         parts = address.path.strip("/").split("/")
         api = parts[0] == "api"
         parts = parts[api:]
+        if parts == ["validate-yaml"]:
+            return 200, {}, dumped({"errors": [], "warnings": []})
+        if parts == ["repos", "create"]:
+            asked = json.loads(body)
+            made = root / "models" / asked["organization"] / asked["name"]
+            made.mkdir(parents=True, exist_ok=True)
+            return 200, {}, dumped({"url": f"{self.address}/{asked['organization']}/{asked['name']}"})
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         name, rest = "/".join(parts[:2]), parts[2:]
         folder = root / kind / name
@@ -82,6 +98,15 @@ class Hub:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
         if name in self.refused:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
+        if rest[:1] == ["preupload"]:
+            asked = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return 200, {}, dumped({"files": [{**file, "shouldIgnore": False} for file in asked]})
+        if rest[:1] == ["commit"]:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            made_url = f"{self.address}/{name}/commit/{COMMIT}"
+            return 200, {}, dumped({"commitUrl": made_url, "commitOid": COMMIT, "pullRequestUrl": None})
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         if rest[:1] == ["resolve"]:
             file = folder.joinpath(*rest[2:])
@@ -182,6 +207,28 @@ def test_one_folder_of_a_data_set_is_read(hub: Hub, tmp_path: Path) -> None:
     )
     hub.close()
     assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
+
+
+def test_a_policy_is_published_with_its_card_and_loaded_again(hub: Hub, repositories: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", World(methods={"exo-rw": (0.5, (1.0, 2.0))}, num_prompts=6, pool=16, steps=2))
+    evidence = build_evidence(tmp_path / "run", num_resamples=20)
+    chosen = evidence.methods[0].points[0].step
+    for step in (point.step for point in evidence.methods[0].points):
+        shutil.copytree(
+            repositories / "models/someone/tiny", RunFolder(tmp_path / "run").policy("exo-rw", step), dirs_exist_ok=True
+        )
+    code = f"from exalign.run.publish import publish\nfrom pathlib import Path\nrun = Path('{tmp_path}/run')\n"
+    published = f"print(publish(run, 'exo-rw', '{{name}}', step={chosen}))\n"
+    assert load(code + published + MODEL, "me/aligned", hub.address, tmp_path / "home") == "3384 280"
+    card = (repositories / "models/me/aligned/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "exalign" in front["tags"]
+    assert f"| {interval(evidence.methods[0].points[0].kl)} |" in card
+    assert str(tmp_path) not in card
+    with pytest.raises(InputError, match="'dpo' is no evaluated method of this run; there are exo-rw"):
+        publish(tmp_path / "run", "dpo", "me/other")
+    with pytest.raises(InputError, match="exo-rw was not evaluated at step 999"):
+        publish(tmp_path / "run", "exo-rw", "me/other", step=999)
 
 
 def test_what_is_gated_or_missing_is_one_sentence_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""A policy of a run on the hub, with a card that says what it was made from, how, and what it achieved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exalign.data.hub import hub_sentence
+from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence
+from exalign.redaction import redact_values
+from exalign.report.wording import interval, number, percent
+from exalign.storage import exists
+
+
+def publish(run: Path, method: str, name: str, *, step: int | None = None, private: bool = False) -> str:
+    """Upload a method's policy to the repository NAME of the hub, in one commit; the address of it.
+
+    `step` is one of those evaluated (of a sweep its number); None: the one that the report ships, else the last. A run
+    without evidence, an unknown method or step, and a hub that refuses are `InputError`s.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = RunFolder(run)
+    evidence = folder.read_evidence()
+    found, point = _chosen(evidence, method, step)
+    place = folder.policy(method, point.step)
+    if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
+        raise InputError(f"{place} holds no model of this run: there is nothing to upload.")
+    files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "README.md"]
+    parts = [CommitOperationAdd(file.relative_to(place).as_posix(), str(file)) for file in files]
+    parts.append(CommitOperationAdd("README.md", card(evidence, found, point, folder.recipe_values()).encode()))
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.create_commit(address.repo_id, parts, commit_message=f"{found.called} by exalign, {found.at(point.step)}")
+    except Exception as error:
+        said = hub_sentence("model", name, error) or " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{name} was not uploaded: {said} Writing needs a token: hf auth login, or HF_TOKEN."
+        ) from None
+    return str(address)
+
+
+def _chosen(evidence: Evidence, method: str, step: int | None) -> tuple[MethodEvidence, FrontierPoint]:
+    found = next((each for each in evidence.methods if each.name == method and each.points), None)
+    if found is None:
+        known = ", ".join(each.name for each in evidence.methods if each.points) or "none"
+        raise InputError(f"{method[:100]!r} is no evaluated method of this run; there are {known}.")
+    if step is None:
+        ships = evidence.verdict is not None and evidence.verdict.method == method
+        step = evidence.verdict.step if ships and evidence.verdict else found.points[-1].step
+    point = next((each for each in found.points if each.step == step), None)
+    if point is None:
+        raise InputError(f"{method} was not evaluated at step {step}; {[each.step for each in found.points]} were.")
+    return found, point
+
+
+def card(evidence: Evidence, method: MethodEvidence, point: FrontierPoint, recipe: dict[str, Any]) -> str:
+    """The model card in Markdown: front matter, what was made from what, results with intervals, warnings, settings.
+
+    Data and models that are files or folders of a machine are not named.
+    """
+    base = (recipe.get("model") or {}).get("source")
+    base = None if base is None or exists(Path(base)) else base
+    data = sorted({name for name in _sources(recipe.get("data") or {}) if not exists(Path(name))})
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["exalign", "alignment"]}
+    front |= ({"base_model": base} if base else {}) | ({"datasets": data} if data else {})
+    settings = yaml.safe_dump(redact_values(method.settings), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {base or evidence.name}, aligned by {method.called}",
+        f"{method.line or method.called}, {method.at(point.step)}. It started from the supervised policy, "
+        f"{base or 'a model of the run'}, to which KL is measured; data: {', '.join(data) or 'local files'}. Trained "
+        "and evaluated with exalign.",
+        f"## Results\nOn {evidence.num_prompts:,} held-out prompts at τ = {evidence.temperature or 1:g}; in brackets "
+        f"{100 * evidence.confidence:.0f} % intervals over prompts or pairs.\n\n{_results(evidence, point)}",
+    ]
+    if evidence.warnings:
+        parts.append("## To be known before use\n" + "\n".join(f"- {sentence}" for sentence in evidence.warnings))
+    parts.append(f"## Settings\n```yaml\n{settings}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(evidence: Evidence, point: FrontierPoint) -> str:
+    sft = evidence.sft
+    rows = [("KL to the supervised policy (nats)", "0", interval(point.kl))]
+    if point.reward is not None:
+        rows.append(("mean reward", interval(sft.reward if sft else None), interval(point.reward)))
+        rows.append(("gain in reward", "–", interval(point.gain)))
+    if point.win_vs_sft is not None:
+        rows.append(("win rate against the supervised policy", "–", percent(point.win_vs_sft.rate)))
+    if point.held_out is not None:
+        rows.append(("held-out pairs right", "–", percent(point.held_out.accuracy)))
+    rows.append(("tokens of an answer", number(sft.tokens if sft else None), number(point.tokens)))
+    lines = ["| | supervised policy | this model |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _sources(value: Any) -> list[str]:
+    """Every `source` in the recipe's data."""
+    if isinstance(value, list):
+        return [name for each in value for name in _sources(each)]
+    if not isinstance(value, dict):
+        return []
+    own = [str(value["source"])] if "source" in value else []
+    return own + [name for each in value.values() for name in _sources(each)]
