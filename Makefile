@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-vllm check audit fuzz faults format clean gpu
+.PHONY: demo test test-vllm check docs audit fuzz faults format clean gpu
 
 FUZZ_MINUTES ?= 10
 FAULT_MOMENTS ?= 50
@@ -36,6 +36,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+	$(MAKE) --no-print-directory docs
+
+# The documentation as a site, in build/site; a dead link within it is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Known vulnerabilities of the pinned versions. Needs the network, where the advisories are; not part of `check`.
 audit:
