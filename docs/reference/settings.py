@@ -19,17 +19,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _page() -> Iterator[str]:
-    yield "# Settings of a recipe\n\n`exalign recipe --explain` prints the same; `exalign recipe --schema` is for editors.\n"
+    yield "# Settings of a recipe\n\n`exalign recipe --explain` prints the same; `--schema` prints it for editors.\n"
     for number, setting in enumerate(explain(Recipe)):
-        if number == 0 or setting.type.startswith(("section", "mapping of sections")):
-            yield f"\n## {setting.name}\n\n{setting.meaning}\n\n| setting | type | default | meaning |\n|---|---|---|---|"
-        if not setting.type.startswith(("section", "mapping of sections")):
-            cells = (
-                f"`{setting.name}`",
-                setting.type,
-                f"`{setting.default}`" if setting.default else "",
-                setting.meaning,
-            )
+        section = setting.type.startswith(("section", "mapping of sections"))
+        if number == 0 or section:
+            yield f"\n## {setting.name}\n\n{setting.meaning}\n"
+            yield "| setting | type | default | meaning |\n|---|---|---|---|"
+        if not section:
+            default = f"`{setting.default}`" if setting.default else ""
+            cells = (f"`{setting.name}`", setting.type, default, setting.meaning)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield "\n## Names of other trainers\n\n| elsewhere | here |\n|---|---|"
     for names, here in SETTINGS.items():
