@@ -197,7 +197,7 @@ PUBLISHED = {
         [{"instruction": "Hi", "input": "there", "output": "a", "system": s} for s in ("Be brief.", "")],
         [((SYSTEM, THERE), ["a"], None, None), ((THERE,), ["a"], None, None)],
     ),
-    "LLaMA-Factory, labelled answers": (
+    "LLaMA-Factory, labelled answers (`method: kto`)": (
         [{"instruction": "Hi", "input": "", "output": "a", "kto_tag": tag} for tag in (True, False)],
         [(TEXT, ["a"], [1.0], None), (TEXT, ["a"], [0.0], None)],
     ),

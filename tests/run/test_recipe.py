@@ -93,7 +93,7 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["ppo={ppo: {}}"], "ppo is no section any more; write align: {ppo: {method: ppo, …}}"),
         (
             ["align.other={method: pppo}"],
-            "align.other.method: 'pppo' is none; there are given, grpo, matching,",
+            "align.other.method: 'pppo' is none; there are cpo, dpo_norm, given,",
         ),
         (["align.other={method: 'json:dumps'}"], "align.other.method: json:dumps is no subclass of"),
         (["align.ppo={method: ppo}", "sample.top_p=0.9"], "remove sample.top_p and sample.top_k"),
@@ -169,12 +169,15 @@ LEAST_RECIPE = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"beta": 0.1}, "align.a.beta is not a setting; here: beta_pi (β_π), or beta of method: ppo, rloo, grpo."),
+        ({"beta": 0.1}, "align.a.beta is not a setting; here: beta_pi (β_π), or beta of a method that is not matching"),
         ({"label_smoothing": 0.1}, "here: epsilon (ε)"),
-        ({"loss_type": "simpo"}, "loss_type is not a setting; here: simpo is not offered; nearest is divergence: forw"),
+        ({"loss_type": "simpo"}, "loss_type is not a setting; here: write method: simpo."),
         ({"loss_type": ["sigmoid"]}, "here: sigmoid is divergence: forward_kl, target: preference."),
         ({"loss_type": "unheard"}, "here: divergence and target"),
-        ({"method": "exo"}, "align.a.method: 'exo' is none; there are given, grpo, matching, ppo, rloo"),
+        (
+            {"method": "exo"},
+            "align.a.method: 'exo' is none; there are cpo, dpo_norm, given, grpo, ipo, kto, matching, orpo, ppo, rloo",
+        ),
         ({"method": "exo"}, "exo is divergence: reverse_kl, target: preference."),
         ({"num_train_epochs": 3}, "here: epochs."),
     ],

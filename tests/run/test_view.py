@@ -175,20 +175,39 @@ def test_step_sizes_are_those_of_the_sections_that_are_read(tiny: MakeRecipe) ->
     assert STEP_SIZE != NO_RESULT
 
 
-def test_a_method_from_outside_trains_is_searched_evaluated_and_reported(world: Path, tmp_path: Path) -> None:
+def test_methods_are_trained_searched_evaluated_and_reported_by_their_object_alone(world: Path, tmp_path: Path) -> None:
+    """One from outside, one on pairs, and one on single completions with a label, in the usual layout of these."""
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"the {word}", "completion": f" is {word}", "label": word in "ac"} for word in "abcd"]
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    common, scorer = ALIGN[: ALIGN.index("beta_pi")], "{function: exalign.data.synthetic:reward}"
     recipe = load_recipe(
         RECIPE,
         tiny_overrides(
             world,
             *ALONE,
-            f"align={{best: {ALIGN[: ALIGN.index('beta_pi')]}method: 'run.outside_method:BestOfK'}}}}",
+            "score={}",
+            f"evaluate.scorer={scorer}",
+            f"preferences={{scorer: {scorer}}}",
+            f"data.rewards={{source: {labels}}}",
+            f"align={{best: {common}method: 'run.outside_method:BestOfK'}}, simpo: {common}method: simpo}}, "
+            f"kto: {common}method: kto, target: reward}}}}",
             "search={trials: 2, kl: 50, prompts: 4}",
             "search.methods.best={learning_rate: {choices: [1e-3, 1e-2]}}",
+            "search.methods.simpo={gamma: {choices: [1, 0]}}",
         ),
     )
-    run = Watched(recipe, tmp_path)
+    run = Watched(recipe, tmp_path / "run")
     run.carry_out(plan(recipe))
     check_that_all_is_read(run)
-    assert "Learns the best of the K completions" in (tmp_path / "report" / "index.html").read_text()
-    (method,) = read_json(tmp_path / "evaluation" / "evidence.json")["methods"]
-    assert (method["label"], method["family"], method["settings"]["least"]) == ("best of K", "other", -1e9)
+    page = (run.folder / "report" / "index.html").read_text()
+    methods = {method["name"]: method for method in read_json(run.folder / "evaluation" / "evidence.json")["methods"]}
+    for name, line in (
+        ("best", "Learns the best of the K completions"),
+        ("simpo", "SimPO, β 2, γ "),
+        ("kto", "KTO, reward target, β 0.1"),
+    ):
+        assert line in methods[name]["line"] and line in page
+    assert (methods["best"]["label"], methods["best"]["family"]) == ("best of K", "other")
+    assert methods["best"]["settings"]["least"] == -1e9
+    assert {methods[name]["target"] for name in ("best", "kto")} == {"reward"}

@@ -21,7 +21,9 @@ from torch.distributed import TCPStore
 from exalign.cli import main
 from exalign.data.batching import Group
 from exalign.errors import InputError
+from exalign.methods.kto import KTO
 from exalign.methods.matching import Matching, train_matching, with_reference_logp
+from exalign.methods.method import Material
 from exalign.methods.reward_model import RewardModel, train_reward_model
 from exalign.methods.sft import SFT, train_sft
 from exalign.models.loading import load_reward_model
@@ -93,6 +95,13 @@ def poisoned(folder: Path, token_budget: int, *, gradient: bool = True) -> nn.Mo
     return policy
 
 
+def kto(folder: Path, token_budget: int) -> nn.Module:
+    policy, settings = make_policy(), KTO(**SMALL, epochs=2, token_budget=token_budget)
+    groups = with_reference_logp(policy, make_groups(7, num_completions=2), settings, temperature=0.8)
+    settings.train(Material(policy, make_tokenizer(), 0.8, groups), folder)  # type: ignore[arg-type]
+    return policy
+
+
 def ppo(folder: Path, token_budget: int, **changes: Any) -> nn.Module:
     module = small_ppo_run(folder, token_budget=token_budget, learning_rate=1e-3, critic_learning_rate=2e-3, **changes)
     return module.model
@@ -108,6 +117,7 @@ TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
     ),
     "align-recomputed": lambda folder, budget: align(folder, budget, gradient_checkpointing=True),
     "align-bf16": lambda folder, budget: align(folder, budget, precision="bf16"),
+    "kto": kto,
     "poisoned": poisoned,
     "poisoned-loss": lambda folder, budget: poisoned(folder, budget, gradient=False),
     "ppo": lambda folder, budget: ppo(folder, budget, weight_decay=0.1),

@@ -19,7 +19,7 @@ from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
 from training.tiny_world import TIMINGS, read_metrics
 
 WHAT_RUNS = {
-    "ddp": ["sft", "reward", "align", "align-lora", "poisoned", "poisoned-loss", "ppo", "ppo-odd", "fresh"],
+    "ddp": ["sft", "reward", "align", "align-lora", "kto", "poisoned", "poisoned-loss", "ppo", "ppo-odd", "fresh"],
     "fsdp2": list(TRAININGS),
     "fsdp2-one-group": ["align"],
 }

@@ -170,23 +170,30 @@ def stack_preferred(groups: Sequence[Group]) -> Tensor:
 class GroupValues:
     """What groups say of their completions, on one device: see the functions above; None what not every group has.
 
-    `tokens` is the mean length of a group's completions, float32 `[B]`. `proposal_logp` is log π_sft where a group
-    names no other proposal, and None where none does.
+    `lengths` are the completions' tokens, int64 `[B, K]`, 0 where there is none. `proposal_logp` is log π_sft where a
+    group names no other proposal, and None where none does.
     """
 
     mask: Tensor
     weights: Tensor
-    tokens: Tensor
+    lengths: Tensor
     rewards: Tensor | None = None
     preferred: Tensor | None = None
     reference_logp: Tensor | None = None
     proposal_logp: Tensor | None = None
 
+    @property
+    def tokens(self) -> Tensor:
+        """The mean length of each group's completions, float32 `[B]`."""
+        return self.lengths.sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
+
 
 def values_of(groups: Sequence[Group], target: torch.device) -> GroupValues:
     """All of it in one copy to `target`."""
-    lengths = [sum(map(len, group.completion_ids)) / max(1, group.num_completions) for group in groups]
-    found = {"mask": completion_mask(groups), "weights": stack_weights(groups), "tokens": torch.tensor(lengths)}
+    mask = completion_mask(groups)
+    lengths = mask.long()
+    lengths[mask] = torch.tensor([len(ids) for group in groups for ids in group.completion_ids], dtype=torch.long)
+    found = {"mask": mask, "weights": stack_weights(groups), "lengths": lengths}
     for name in ("rewards", "reference_logp"):
         if all(getattr(group, name) is not None for group in groups):
             found[name] = stack_values(groups, name)

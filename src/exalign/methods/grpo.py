@@ -72,7 +72,7 @@ class GRPO(RLOO):
         reference, *before = (rows_of(part, groups, logp) for part in own.tokens)
         sampled = before[0] if before else logp.detach()
         live = completion_token_mask(groups).to(mask.device)
-        lengths = live.sum(dim=2).clamp(min=1)
+        lengths = given.lengths.clamp(min=1)
         advantages = objectives.group_mean_advantages(rewards, mask)
         if self.scale_by_spread:
             advantages = objectives.divided_by_spread(advantages, rewards, mask)

@@ -197,41 +197,27 @@ class MatchingTask:
         )
         log_p_target = self._log_target(given)
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
-        metrics = self._metrics(given, policy_logp.detach(), reference_logp)
+        metrics = log_ratio_metrics(given, policy_logp.detach(), pairs=self.settings.target == "preference")
+        metrics |= self._reward_metrics(given, policy_logp.detach(), reference_logp)
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
         weights = given.weights.to(loss.dtype)
         sums = {name: (value * weights).sum() for name, value in (metrics | seen).items()}
         noted = {} if self.own is None else self.own.noted(self.weight(groups), loss)
         return (loss * weights).sum(), noted | sums
 
-    def _metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
-        """Per prompt `[B]`; those of pairs are in nats of log-ratio, log π_θ − log π_sft."""
+    def _reward_metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
         from exalign import objectives
 
+        if given.rewards is None:
+            return {}
         mask, sampled_from = given.mask, reference_logp if given.proposal_logp is None else given.proposal_logp
         log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
-        reference_weights = objectives.log_importance_weights(reference_logp, sampled_from, mask)
-        log_ratio = policy_logp - reference_logp
-        metrics = {
-            # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
-            "kl": objectives.reverse_kl(log_weights, reference_weights, mask),
-            "log_ratio_spread": objectives.group_spread(log_ratio, mask),
-            "completion_tokens": given.tokens.to(log_ratio.dtype),
-        }
-        if given.rewards is not None:
-            metrics["reward"] = objectives.weighted_mean(log_weights, given.rewards, mask)
-            metrics["reward_spread"] = objectives.group_spread(given.rewards, mask) / self.settings.beta_r
+        return {
+            "reward": objectives.weighted_mean(log_weights, given.rewards, mask),
+            "reward_spread": objectives.group_spread(given.rewards, mask) / self.settings.beta_r,
             # 1 for every optimum: how much of the way from π_sft is for the reward.
-            metrics["reward_correlation"] = objectives.reward_correlation(
-                policy_logp, reference_logp, given.rewards, mask
-            )
-        if self.settings.target == "preference":
-            assert given.preferred is not None
-            accuracy, margin = objectives.preference_accuracy(log_ratio, given.preferred, mask)
-            chosen = log_ratio.gather(1, given.preferred[:, None]).squeeze(1)
-            metrics |= {"accuracy": accuracy, "margin": margin}
-            metrics |= {"chosen_log_ratio": chosen, "rejected_log_ratio": chosen - margin}
-        return metrics
+            "reward_correlation": objectives.reward_correlation(policy_logp, reference_logp, given.rewards, mask),
+        }
 
     def _log_target(self, given: GroupValues) -> Tensor:
         from exalign import objectives
@@ -250,6 +236,31 @@ class MatchingTask:
             reference_logp=None if given.proposal_logp is None else given.reference_logp,
             proposal_logp=given.proposal_logp,
         )
+
+
+def log_ratio_metrics(given: GroupValues, policy_logp: Tensor, *, pairs: bool) -> dict[str, Tensor]:
+    """Per prompt `[B]`, in nats; those of `pairs` are of the log-ratio, log π_θ − log π_sft."""
+    from exalign import objectives
+
+    mask, reference_logp = given.mask, given.reference_logp
+    assert reference_logp is not None
+    sampled_from = reference_logp if given.proposal_logp is None else given.proposal_logp
+    log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
+    reference_weights = objectives.log_importance_weights(reference_logp, sampled_from, mask)
+    log_ratio = policy_logp - reference_logp
+    metrics = {
+        # KL(π_θ‖π_sft) with both self-normalised over the K: between 0 and log K, so low where it is large.
+        "kl": objectives.reverse_kl(log_weights, reference_weights, mask),
+        "log_ratio_spread": objectives.group_spread(log_ratio, mask),
+        "completion_tokens": given.tokens.to(log_ratio.dtype),
+    }
+    if pairs:
+        assert given.preferred is not None
+        accuracy, margin = objectives.preference_accuracy(log_ratio, given.preferred, mask)
+        chosen = log_ratio.gather(1, given.preferred[:, None]).squeeze(1)
+        metrics |= {"accuracy": accuracy, "margin": margin}
+        metrics |= {"chosen_log_ratio": chosen, "rejected_log_ratio": chosen - margin}
+    return metrics
 
 
 def train_matching(
@@ -278,7 +289,7 @@ def train_matching(
 
 
 def with_reference_logp(
-    model: nn.Module, groups: Sequence[Group], settings: Matching, *, temperature: float
+    model: nn.Module, groups: Sequence[Group], settings: Method, *, temperature: float
 ) -> list[Group]:
     """The groups with log π(y|x) under `model`, the policy before alignment, as `reference_logp`.
 
@@ -297,19 +308,23 @@ def with_reference_logp(
 
 def check_groups(groups: Sequence[Group], settings: Matching) -> None:
     """Raise an `InputError` that names the first row which lacks what the settings need."""
+    check_rows(groups, settings, target=settings.target, own=settings.fresh_every is not None)
+
+
+def check_rows(groups: Sequence[Group], settings: Method, *, target: str, own: bool = False, fewest: int = 2) -> None:
+    """The same of any method that trains on groups with `fewest` completions and what its `target` is made of."""
     for group in groups:
-        if group.num_completions < 2:
+        if group.num_completions < fewest:
             raise InputError(f"Row {group.index} has one completion; alignment compares at least two.")
         if group.reference_logp is None:
             raise InputError(
                 f"Row {group.index} has no reference_logp, log π_sft(y|x); fill it in with `with_reference_logp`."
             )
-        own = settings.fresh_every is not None
-        if settings.target == "preference" and group.preferred is None and not own:
+        if target == "preference" and group.preferred is None and not own:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
         if (problem := settings.problem_with(group.num_completions)) is not None:
             raise InputError(f"Row {group.index}: {problem}")
-        if (settings.target == "reward" or own) and group.rewards is None:
+        if (target == "reward" or own) and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):
             values = getattr(group, name)

@@ -7,6 +7,7 @@ A method is one class in one file. Those in this folder are named by their file 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 from collections import Counter
@@ -61,10 +62,12 @@ class Amount:
     """How much a method computes, for a plan: every group is trained on `passes` times.
 
     One that trains on prompts draws completions for each prompt `draws` times, `together` prompts at a time. A `critic`
-    is trained beside the policy, from a model of its own or from the policy.
+    is trained beside the policy, from a model of its own or from the policy. One that trains on groups reads as much as
+    all of them `reads` times more, without a gradient.
     """
 
     passes: int
+    reads: int = 0
     draws: int = 1
     together: int | None = None
     critic: ModelSettings | Literal["policy"] | None = None
@@ -73,7 +76,9 @@ class Amount:
 class Method(TrainSettings):
     """A way to align a policy. A subclass adds its settings, `train`, and what others need to know of it."""
 
-    method: str = Field("matching", description="the method: matching (EXO, DPO, the family), ppo, or module:Class")
+    method: str = Field(
+        "matching", description="the method: matching (EXO, DPO, the family), ppo, simpo, …, or module:Class"
+    )
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
     sweep: dict[str, tuple[int | float, ...]] | None = Field(
         None,
@@ -196,7 +201,10 @@ def method_class(name: str) -> type[Method]:
 
 
 def _class_in(module: str) -> type[Method] | None:
-    """The method that a module defines, if it does."""
+    """The method that a module defines, if it does; what several have in common is abstract."""
     found = importlib.import_module(module)
     own = (value for value in vars(found).values() if isinstance(value, type) and value.__module__ == module)
-    return next((value for value in own if issubclass(value, Method) and value is not Method), None)
+    return next(
+        (value for value in own if issubclass(value, Method) and value is not Method and not inspect.isabstract(value)),
+        None,
+    )

@@ -672,13 +672,14 @@ class MethodWork:
     """How a method trains, in numbers.
 
     On pairs, or on completions that have rewards; or on completions that it samples itself, `draws` times for each
-    prompt, and scores, `together` prompts at a time. Every group is trained on `passes` times. A `critic` is trained
-    beside the policy, and then both read the samples too.
+    prompt, and scores, `together` prompts at a time. Every group is trained on `passes` times, and `reads` times
+    another like it is read. A `critic` is trained beside the policy, and then both read the samples too.
     """
 
     settings: TrainSettings
     on: Literal["pairs", "rewarded", "sampled"]
     passes: int
+    reads: int = 0
     draws: int = 0
     together: int | None = None
     critic: ModelSettings | None = None
@@ -689,9 +690,10 @@ def method_work(recipe: Recipe, name: str) -> MethodWork:
     method, amount = recipe.align[name], recipe.align[name].amount
     times = 1 if method.swept is None else len(method.swept[1])
     if method.trains_on != "prompts":
-        return MethodWork(method, "pairs" if method.trains_on == "preferences" else "rewarded", times * amount.passes)
+        on: Literal["pairs", "rewarded"] = "pairs" if method.trains_on == "preferences" else "rewarded"
+        return MethodWork(method, on, times * amount.passes, times * amount.reads)
     critic = recipe.model if amount.critic == "policy" else amount.critic
-    return MethodWork(method, "sampled", times * amount.passes, times * amount.draws, amount.together, critic)
+    return MethodWork(method, "sampled", times * amount.passes, 0, times * amount.draws, amount.together, critic)
 
 
 class Planner:
@@ -783,7 +785,9 @@ class Planner:
         policies = [self.policy()] + ([] if work.critic is None else [self.model(work.critic, "reward model")])
         trained = Train(policies, settings, load, work.passes)
         if work.on != "sampled":
-            return Work((trained,))
+            again = replace(load, prompts=load.prompts * work.reads)
+            read = (Read(policies[0], again, settings.token_budget, settings.precision),) if work.reads else ()
+            return Work((trained, *read))
         reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
         every = replace(load, prompts=load.prompts * work.draws)
         reading = [reference, *(policies if work.critic is not None else [])]

@@ -1,0 +1,88 @@
+"""What methods share that contrast the completions of a preference by a loss of their own, without a target.
+
+Each is a file of its own beside this one, and a pure function of `objectives.contrastive`. Log-probabilities are at the
+recipe's τ, sums over tokens in nats. log π_sft is there for all of them, computed once: those whose loss has no
+reference log by it how far they have gone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exalign.methods.matching import check_rows, log_ratio_metrics
+from exalign.methods.method import Material, Method, TrainsOn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from exalign.data.batching import Group, GroupValues
+    from exalign.models.logprobs import PackedPolicy
+    from exalign.training.batches import Batches, EpochBatches
+
+
+class Contrastive(Method):
+    """A loss of the log-probabilities of a prompt's K completions, one of which is preferred."""
+
+    @property
+    def trains_on(self) -> TrainsOn:
+        return "preferences"
+
+    @abstractmethod
+    def losses(self, logp: Tensor, given: GroupValues) -> Tensor:
+        """Of every prompt `[B]`, with gradient, from log π_θ(y_i|x) `[B, K]` and what its rows say."""
+
+    def order(self, material: Material) -> EpochBatches:
+        """The groups as batches."""
+        from exalign.training.batches import EpochBatches
+
+        return EpochBatches(material.groups, batch_prompts=self.batch_prompts, epochs=self.epochs, seed=self.seed)
+
+    def train(self, material: Material, folder: Path) -> Path:
+        from exalign.models.logprobs import PackedPolicy
+
+        check_rows(material.groups, self, target="preference")
+        task = ContrastiveTask(self.order(material), self, material.temperature)
+        return train_contrastive(task, PackedPolicy(material.policy), material, folder)
+
+
+@dataclass(frozen=True)
+class ContrastiveTask:
+    """The losses of the settings; the weight is the prompts, each times that of its row."""
+
+    batches: Batches
+    settings: Contrastive
+    temperature: float
+
+    def weight(self, groups: Sequence[Group]) -> float:
+        return sum(group.weight for group in groups)
+
+    def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        from exalign.data.batching import values_of
+        from exalign.models.logprobs import completion_logprobs
+
+        logp = completion_logprobs(model, groups, temperature=self.temperature)
+        given = values_of(groups, logp.device)
+        losses = self.losses(logp, given)
+        weights = given.weights.to(losses.dtype)
+        metrics = self.metrics(logp.detach(), given)
+        return (losses * weights).sum(), {name: (value * weights).sum() for name, value in metrics.items()}
+
+    def losses(self, logp: Tensor, given: GroupValues) -> Tensor:
+        return self.settings.losses(logp, given)
+
+    def metrics(self, logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
+        """Per prompt `[B]`."""
+        return log_ratio_metrics(given, logp, pairs=True)
+
+
+def train_contrastive(task: ContrastiveTask, module: PackedPolicy, material: Material, folder: Path) -> Path:
+    """Align a policy by the task's losses; `loop.train` says what is written."""
+    from exalign.training.loop import model_card, train
+
+    text = f"A language model aligned by {task.settings.line}, at τ = {task.temperature}."
+    card = model_card("Aligned policy", text, task.settings, pipeline_tag="text-generation")
+    return train(task, module, material.tokenizer, task.settings, folder, card=card)
