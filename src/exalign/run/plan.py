@@ -14,7 +14,6 @@ torch and transformers are imported where they are used: this module is loaded b
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections import Counter
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +31,7 @@ from rich.text import Text
 
 from exalign.data.reading import DataSettings, each
 from exalign.errors import InputError
+from exalign.judging.options import with_settings
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
 from exalign.run.devices import Assumptions, Machine, find_device
@@ -46,27 +45,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from exalign.data.batching import Group
+    from exalign.methods.method import Method
 
 
+@with_settings(Assumptions)
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/imdb.yaml.")],
+    settings: Assumptions,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: align.exo-rw.epochs=2")
     ] = None,
     gpu: Annotated[str, typer.Option(help="A100-40, A100-80, H100, H200, L40S, RTX-4090, or cpu.")] = "H100",
     count: Annotated[int, typer.Option(min=1, help="Devices.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print values as JSON: seconds, bytes, operations.")] = False,
-    **assumed: Any,
 ) -> None:
     """Work out what a recipe would cost before it is run: memory, tokens, operations, hours, and whether it fits."""
     loaded = load_recipe(recipe, overrides or ())
-    try:
-        taken = Assumptions(**assumed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"{option}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']}.") from None
-    machine = Machine(find_device(gpu, taken), count, taken)
+    machine = Machine(find_device(gpu, settings), count, settings)
 
     import transformers
 
@@ -76,27 +71,6 @@ def plan(
         typer.echo(json.dumps(as_values(budget), indent=1))
     else:
         print_budget(budget, Console())
-
-
-def _with_options_of_assumptions(command: Any) -> Any:
-    """The command with one option for each field of `Assumptions` in the place of its `**assumed`."""
-    signature = inspect.signature(command, eval_str=True)
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=option.default,
-            annotation=Annotated[option.annotation, typer.Option(help=option.description)],
-        )
-        for name, option in Assumptions.model_fields.items()
-    ]
-    fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "assumed"]
-    command.__signature__ = signature.replace(parameters=[*fixed, *options])
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*fixed, *options]}
-    return command
-
-
-plan = _with_options_of_assumptions(plan)
 
 
 # ---- Models, without their weights
@@ -478,17 +452,12 @@ def sampling_memory(model: Architecture, load: Load, batch_completions: int) -> 
 
     A prompt's keys and values are kept once per group, a completion's in rows that grow by doubling from 32.
     """
-    groups = groups_in_flight(load, batch_completions)
+    groups = max(1, min(batch_completions // load.completions, load.prompts))  # whole ones, at least one
     rows = groups * load.completions
     logits = rows * model.vocabulary * (4 + model.element_size)
     working = inference_memory(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows)
     cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
     return replace(working, cache=cache, activations=working.activations + logits)
-
-
-def groups_in_flight(load: Load, batch_completions: int) -> int:
-    """Prompts that are decoded at the same time: whole groups, at least one."""
-    return max(1, min(batch_completions // load.completions, load.prompts))
 
 
 def cache_tokens(load: Load) -> int:
@@ -667,35 +636,6 @@ SCORER_TOKENS = 4096
 """Tokens that a scorer computes at a time."""
 
 
-@dataclass(frozen=True)
-class MethodWork:
-    """How a method trains, in numbers.
-
-    On pairs, or on completions that have rewards; or on completions that it samples itself, `draws` times for each
-    prompt, and scores, `together` prompts at a time. Every group is trained on `passes` times, and `reads` times
-    another like it is read. A `critic` is trained beside the policy, and then both read the samples too.
-    """
-
-    settings: TrainSettings
-    on: Literal["pairs", "rewarded", "sampled"]
-    passes: int
-    reads: int = 0
-    draws: int = 0
-    together: int | None = None
-    critic: ModelSettings | None = None
-
-
-def method_work(recipe: Recipe, name: str) -> MethodWork:
-    """How the method NAME of the recipe trains, as it says itself."""
-    method, amount = recipe.align[name], recipe.align[name].amount
-    times = 1 if method.swept is None else len(method.swept[1])
-    if method.trains_on != "prompts":
-        on: Literal["pairs", "rewarded"] = "pairs" if method.trains_on == "preferences" else "rewarded"
-        return MethodWork(method, on, times * amount.passes, times * amount.reads)
-    critic = recipe.model if amount.critic == "policy" else amount.critic
-    return MethodWork(method, "sampled", times * amount.passes, 0, times * amount.draws, amount.together, critic)
-
-
 class Planner:
     """The work of every stage of a recipe. `said` are the assumptions that it called for, as sentences."""
 
@@ -703,24 +643,12 @@ class Planner:
         self.recipe = recipe
         self.loads = Loads(recipe, assumed)
         self.said: dict[str, None] = {}
-        self._kinds: dict[str, Callable[[str], Work | None]] = {
-            "sft": self._sft,
-            "oracle": self._oracle,
-            "preferences": self._preferences,
-            "reward": self._reward,
-            "rollouts": self._rollouts,
-            "scored": self._scored,
-            "reference": self._reference,
-            "search": self._search,
-            "align": self._align,
-            "validation": self._validation,
-            "evaluation": self._evaluation,
-        }
 
     def work(self, stage: str) -> Work | None:
         """The work of a stage, which one function for each kind knows; None where it computes with no model."""
         kind, _, rest = stage.partition("/")
-        return self._kinds[kind](rest) if kind in self._kinds else None
+        known = getattr(self, f"_{kind}", None)
+        return None if known is None else known(rest)
 
     def _sft(self, _: str) -> Work:
         assert self.recipe.sft is not None
@@ -760,10 +688,8 @@ class Planner:
         from exalign.run.stages import reference_of
 
         name = next(n for n, method in self.recipe.align.items() if reference_of(method) == f"reference/{rest}")
-        work = method_work(self.recipe, name)
-        load = self.load_of(work)
-        settings = work.settings
-        return Work((Read(self.supervised(), load, settings.token_budget, settings.precision),))
+        method = self.recipe.align[name]
+        return Work((Read(self.supervised(), self.load_of(method), method.token_budget, method.precision),))
 
     def _align(self, name: str) -> Work | None:
         """The method's training, which is done where a search comes before it."""
@@ -780,21 +706,25 @@ class Planner:
 
     def method(self, name: str) -> Work:
         """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
-        work = method_work(self.recipe, name)
-        settings, load = work.settings, self.load_of(work)
-        policies = [self.policy()] + ([] if work.critic is None else [self.model(work.critic, "reward model")])
-        trained = Train(policies, settings, load, work.passes)
-        if work.on != "sampled":
-            again = replace(load, prompts=load.prompts * work.reads)
-            read = (Read(policies[0], again, settings.token_budget, settings.precision),) if work.reads else ()
+        settings = self.recipe.align[name]
+        load, amount = self.load_of(settings), settings.amount
+        times = 1 if settings.swept is None else len(settings.swept[1])
+        policies = [self.policy()]
+        if amount.critic is not None:
+            critic = self.recipe.model if amount.critic == "policy" else amount.critic
+            policies.append(self.model(critic, "reward model"))
+        trained = Train(policies, settings, load, times * amount.passes)
+        if settings.trains_on != "prompts":
+            again = replace(load, prompts=load.prompts * times * amount.reads)
+            read = (Read(policies[0], again, settings.token_budget, settings.precision),) if amount.reads else ()
             return Work((trained, *read))
         reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
-        every = replace(load, prompts=load.prompts * work.draws)
-        reading = [reference, *(policies if work.critic is not None else [])]
+        every = replace(load, prompts=load.prompts * times * amount.draws)
+        reading = [reference, *(policies if amount.critic is not None else [])]
         return Work(
             (
                 trained,
-                Draw(reference, every, self.recipe.sample, work.together),
+                Draw(reference, every, self.recipe.sample, amount.together),
                 *(Read(model, every, settings.token_budget, settings.precision) for model in reading),
                 *(Read(scorer, every, SCORER_TOKENS) for scorer in scorers),
             ),
@@ -841,10 +771,10 @@ class Planner:
         read = [Read(policy, load, SCORING_TOKENS)] if reference else []
         return Work((Draw(policy, load, self.recipe.sample), *scores, *read))
 
-    def load_of(self, work: MethodWork) -> Load:
-        if work.on == "sampled":
+    def load_of(self, method: Method) -> Load:
+        if method.trains_on == "prompts":
             return self.loads.sampled(self.recipe.sample.num_completions)
-        return self.loads.pairs() if work.on == "pairs" else self.loads.rewarded()
+        return self.loads.pairs() if method.trains_on == "preferences" else self.loads.rewarded()
 
     def policies(self, name: str) -> int:
         """How many policies a method saves."""
@@ -853,9 +783,8 @@ class Planner:
         method = self.recipe.align[name]
         if several := method.given or (method.swept or ("", ()))[1]:
             return len(several)
-        work = method_work(self.recipe, name)
-        steps = work.passes * -(-self.load_of(work).prompts // work.settings.batch_prompts)
-        return len(saved_steps(steps, work.settings.save_policies, idle=work.settings.idle_steps))
+        steps = method.amount.passes * -(-self.load_of(method).prompts // method.batch_prompts)
+        return len(saved_steps(steps, method.save_policies, idle=method.idle_steps))
 
     def scorers(self, settings: ScorerSettings | None) -> list[Architecture]:
         """The models behind a scorer, or behind each part of a sum."""
