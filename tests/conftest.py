@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from faults.starts import Starter
 
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
@@ -22,3 +25,11 @@ def workers() -> ForkServerContext:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it preloads
         context.Process(target=os.getpid).start()
     return context
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """Starts `exalign` as a process of its own in milliseconds."""
+    starter = Starter()
+    yield starter
+    starter.close()

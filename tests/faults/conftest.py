@@ -1,20 +1,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from filelock import FileLock
 
 from faults.starts import Starter
 from faults.world import World, finished_world, make_world
-
-
-@pytest.fixture(scope="session")
-def starter() -> Iterator[Starter]:
-    starter = Starter()
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,7 @@ def _be_exalign(order: dict[str, Any]) -> NoReturn:
     for source, target in (nothing, 0), (log, 1), (log, 2):
         os.dup2(source, target)
     os.environ.update(order["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background does not hear it
     status = 1
     try:
         from exalign.cli import main
