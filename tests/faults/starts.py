@@ -49,22 +49,31 @@ class Ended:
 
 
 class Starter:
-    """The parent of the processes; one child at a time."""
+    """The parent of the processes, which have its environment; one child at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self.isolated = subprocess.run([*ISOLATE, "true"], capture_output=True, check=False).returncode == 0
         command = [*(ISOLATE if self.isolated else []), sys.executable, str(HERE)]
         path = os.pathsep.join([str(HERE.parents[1]), *sys.path])
-        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": path}
+        environment = {**os.environ, **ONE_THREAD, **environment, "PYTHONPATH": path}
         self._parent = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.pid = 0
         self._log = Path()
 
     def start(self, arguments: Sequence[object], log: Path, *, environment: Mapping[str, str] | None = None) -> None:
         """Start `exalign` with these arguments; what it prints goes to `log`."""
+        self._start(log, environment, arguments=[str(argument) for argument in arguments])
+
+    def python(self, code: str, log: Path, *, environment: Mapping[str, str] | None = None) -> Ended:
+        """Run this code instead of `exalign`, to the end."""
+        self._start(log, environment, code=code)
+        ended = self.wait()
+        assert ended is not None
+        return ended
+
+    def _start(self, log: Path, environment: Mapping[str, str] | None, **order: Any) -> None:
         self._log = log
-        order = {"arguments": [str(argument) for argument in arguments], "log": str(log)}
-        self.pid = self._ask({**order, "environment": dict(environment or {})})["pid"]
+        self.pid = self._ask({**order, "log": str(log), "environment": dict(environment or {})})["pid"]
 
     def wait(self, seconds: float | None = None) -> Ended | None:
         """How the process ended; None where it still runs after so many seconds."""
@@ -133,6 +142,7 @@ def serve() -> None:
             print(json.dumps({"pid": pid}), file=answers, flush=True)
             answer = {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # taking torch apart takes a second
 
 
 def import_everything() -> None:
@@ -159,7 +169,10 @@ def _be_exalign(order: dict[str, Any]) -> NoReturn:
     try:
         from exalign.cli import main
 
-        main(order["arguments"])
+        if "code" in order:
+            exec(order["code"], {"__name__": "__main__"})
+        else:
+            main(order["arguments"])
         status = 0
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)

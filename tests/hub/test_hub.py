@@ -1,15 +1,16 @@
-"""The hub as people use it, against a server on this machine that speaks its interface; each load is a process."""
+"""The hub as people use it, against a server on this machine that speaks its interface; each load is a process.
+
+A test has an owner of repositories for itself, who has what all have, so that it finds nothing in the cache of another.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.report.wording import interval
 from exalign.run.publish import publish
+from faults.starts import Starter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = """
@@ -44,12 +46,11 @@ print([record.prompt for record in read_source(DataSettings(source="{name}"), Co
 
 
 class Hub:
-    """Repositories as folders `models/…`, `datasets/…`; `refused` ones answer 403, and `cut` breaks off files."""
+    """Repositories as folders `models/…`, `datasets/…` of any owner, which it `refuses`, or `cut`s the files of."""
 
     def __init__(self, root: Path) -> None:
-        self.refused: set[str] = set()
-        self.cut = False
-        owner = self
+        self.refuses = self.cut = False
+        self._port, owner = 0, self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
@@ -71,8 +72,16 @@ class Hub:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._handler = Handler
+        self.open()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def open(self) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler)
+        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
@@ -88,15 +97,14 @@ class Hub:
             return 200, {}, dumped({"errors": [], "warnings": []})
         if parts == ["repos", "create"]:
             asked = json.loads(body)
-            made = root / "models" / asked["organization"] / asked["name"]
-            made.mkdir(parents=True, exist_ok=True)
+            (root / "models" / asked["name"]).mkdir(parents=True, exist_ok=True)
             return 200, {}, dumped({"url": f"{self.address}/{asked['organization']}/{asked['name']}"})
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         name, rest = "/".join(parts[:2]), parts[2:]
-        folder = root / kind / name
+        folder = root / kind / parts[1] if len(parts) > 1 else root / "none"
         if not folder.is_dir():
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        if name in self.refused:
+        if self.refuses:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
         if rest[:1] == ["preupload"]:
             asked = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
@@ -141,111 +149,136 @@ def dumped(value: Any) -> bytes:
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    model = root / "models" / "someone" / "tiny"
+    model = root / "models" / "tiny"
     tokenizer = build_tokenizer(["Some text to make a tokenizer of."], vocab_size=300)
     config = AutoConfig.for_model("gpt2", n_layer=1, n_head=1, n_embd=8, n_positions=32, vocab_size=len(tokenizer))
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    shards = root / "datasets" / "someone" / "pairs" / "data"
+    shards = root / "datasets" / "pairs" / "data"
     shards.mkdir(parents=True)
     for number in range(2):
         rows = {"prompt": [f"p{number}"], "chosen": ["yes"], "rejected": ["no"]}
         pq.write_table(pa.table(rows), shards / f"train-0000{number}-of-00002.parquet")
     for part, file in (("first-base", "train"), ("second-base", "train"), ("whole", "preference")):
-        (root / "datasets" / "someone" / "parts" / part).mkdir(parents=True)
+        (root / "datasets" / "parts" / part).mkdir(parents=True)
         line = json.dumps({"prompt": part, "chosen": "yes", "rejected": "no"})
-        (root / "datasets" / "someone" / "parts" / part / f"{file}.jsonl").write_text(line + "\n")
+        (root / "datasets" / "parts" / part / f"{file}.jsonl").write_text(line + "\n")
     return root
 
 
+@pytest.fixture(scope="module")
+def server(repositories: Path) -> Hub:
+    server = Hub(repositories)
+    server.close()
+    return server
+
+
 @pytest.fixture
-def hub(repositories: Path):
-    made = Hub(repositories)
-    yield made
-    made.close()
+def hub(server: Hub) -> Iterator[Hub]:
+    server.refuses = server.cut = False
+    server.open()
+    yield server
+    server.close()
 
 
-def load(code: str, name: str, address: str, home: Path) -> str:
-    """What a process prints that loads `name`, or the `InputError` it ends with."""
-    program = "from exalign.errors import InputError\ntry:\n" + "".join(
-        f"    {line}\n" for line in code.format(name=name).strip().splitlines()
-    )
-    program += "except InputError as error:\n    print('refused:', error)\n"
-    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
-    env.pop("HF_HUB_OFFLINE", None)
-    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return ended.stdout.strip().splitlines()[-1]
+@pytest.fixture(scope="module")
+def online(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Starts processes for which this is the hub."""
+    home = str(tmp_path_factory.mktemp("home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        waits = {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
+        starter = Starter(HF_ENDPOINT=server.address, HF_HOME=home, HF_HUB_DISABLE_XET="1", **waits)
+    yield starter
+    starter.close()
 
 
-def test_a_model_and_its_tokenizer_are_loaded_once_and_then_without_the_hub(hub: Hub, tmp_path: Path) -> None:
-    first = load(MODEL, "someone/tiny", hub.address, tmp_path)
+Load = Callable[[str, str], str]
+
+
+@pytest.fixture
+def load(online: Starter, tmp_path: Path) -> Load:
+    """What a process prints that loads a name, or the `InputError` it ends with."""
+
+    def load(code: str, name: str) -> str:
+        # The hub's client waits 23 s in all between its attempts at a file.
+        program = "import time\ntime.sleep = lambda _: None\nfrom exalign.errors import InputError\ntry:\n" + "".join(
+            f"    {line}\n" for line in code.format(name=name).strip().splitlines()
+        )
+        program += "except InputError as error:\n    print('refused:', error)\n"
+        ended = online.python(program, tmp_path / "log")
+        assert ended.status == 0, ended.printed
+        return ended.printed.strip().splitlines()[-1]
+
+    return load
+
+
+def test_a_model_and_its_tokenizer_are_loaded_once_and_then_without_the_hub(hub: Hub, load: Load) -> None:
+    first = load(MODEL, "a/tiny")
     assert first == "3384 280"  # parameters, tokens
     hub.close()
-    assert load(MODEL, "someone/tiny", hub.address, tmp_path) == first
-    assert load(MODEL, "someone/other", hub.address, tmp_path) == (
-        "refused: The Hugging Face hub did not deliver the tokenizer someone/other, and it is not whole in the cache; "
+    assert load(MODEL, "a/tiny") == first
+    assert load(MODEL, "a/other") == (
+        "refused: The Hugging Face hub did not deliver the tokenizer a/other, and it is not whole in the cache; "
         "check the connection, or give a local folder."
     )
 
 
-def test_a_data_set_of_two_shards_is_loaded_once_and_then_without_the_hub(hub: Hub, tmp_path: Path) -> None:
-    assert load(DATA, "someone/pairs", hub.address, tmp_path) == "['p0', 'p1']"
+def test_a_data_set_of_two_shards_is_loaded_once_and_then_without_the_hub(hub: Hub, load: Load) -> None:
+    assert load(DATA, "b/pairs") == "['p0', 'p1']"
     hub.close()
-    assert load(DATA, "someone/pairs", hub.address, tmp_path) == "['p0', 'p1']"
+    assert load(DATA, "b/pairs") == "['p0', 'p1']"
 
 
-def test_one_folder_of_a_data_set_is_read(hub: Hub, tmp_path: Path) -> None:
+def test_one_folder_of_a_data_set_is_read(hub: Hub, load: Load) -> None:
     code = DATA.replace('source="{name}"', 'source="{name}", data_dir="second-base"')
-    assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
+    assert load(code, "c/parts") == "['second-base']"
     whole = code.replace("second-base", "whole")  # no word of it names a split
-    assert load(whole, "someone/parts", hub.address, tmp_path) == "['whole']"
+    assert load(whole, "c/parts") == "['whole']"
     other = code.replace("second-base", "third-base")
-    assert load(other, "someone/parts", hub.address, tmp_path) == (
-        "refused: The data set someone/parts has no folder third-base; correct `data_dir`."
-    )
+    assert load(other, "c/parts") == "refused: The data set c/parts has no folder third-base; correct `data_dir`."
     hub.close()
-    assert load(code, "someone/parts", hub.address, tmp_path) == "['second-base']"
+    assert load(code, "c/parts") == "['second-base']"
 
 
-def test_a_policy_is_published_with_its_card_and_loaded_again(hub: Hub, repositories: Path, tmp_path: Path) -> None:
+def test_a_policy_is_published_with_its_card_and_loaded_again(
+    hub: Hub, load: Load, repositories: Path, tmp_path: Path
+) -> None:
     write_run(tmp_path / "run", World(methods={"exo-rw": (0.5, (1.0, 2.0))}, num_prompts=6, pool=16, steps=2))
     evidence = build_evidence(tmp_path / "run", num_resamples=20)
     chosen = evidence.methods[0].points[0].step
     for step in (point.step for point in evidence.methods[0].points):
         shutil.copytree(
-            repositories / "models/someone/tiny", RunFolder(tmp_path / "run").policy("exo-rw", step), dirs_exist_ok=True
+            repositories / "models/tiny", RunFolder(tmp_path / "run").policy("exo-rw", step), dirs_exist_ok=True
         )
     code = f"from exalign.run.publish import publish\nfrom pathlib import Path\nrun = Path('{tmp_path}/run')\n"
     published = f"print(publish(run, 'exo-rw', '{{name}}', step={chosen}))\n"
-    assert load(code + published + MODEL, "me/aligned", hub.address, tmp_path / "home") == "3384 280"
-    card = (repositories / "models/me/aligned/README.md").read_text()
+    assert load(code + published + MODEL, "f/aligned") == "3384 280"
+    card = (repositories / "models/aligned/README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "exalign" in front["tags"]
     assert f"| {interval(evidence.methods[0].points[0].kl)} |" in card
     assert str(tmp_path) not in card
     with pytest.raises(InputError, match="'dpo' is no evaluated method of this run; there are exo-rw"):
-        publish(tmp_path / "run", "dpo", "me/other")
+        publish(tmp_path / "run", "dpo", "f/other")
     with pytest.raises(InputError, match="exo-rw was not evaluated at step 999"):
-        publish(tmp_path / "run", "exo-rw", "me/other", step=999)
+        publish(tmp_path / "run", "exo-rw", "f/other", step=999)
 
 
-def test_what_is_gated_or_missing_is_one_sentence_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_gated_or_missing_is_one_sentence_that_says_what_to_do(hub: Hub, load: Load) -> None:
     for code, kind in ((MODEL, "tokenizer"), (DATA, "data set")):
-        assert load(code, "someone/none", hub.address, tmp_path) == (
-            f"refused: There is no {kind} someone/none on the Hugging Face hub, or none that you may read; "
-            "check its name."
+        assert load(code, "d/none") == (
+            f"refused: There is no {kind} d/none on the Hugging Face hub, or none that you may read; check its name."
         )
-    hub.refused = {"someone/tiny", "someone/pairs"}
-    for code, kind, name in ((MODEL, "tokenizer", "someone/tiny"), (DATA, "data set", "someone/pairs")):
-        said = load(code, name, hub.address, tmp_path)
+    hub.refuses = True
+    for code, kind, name in ((MODEL, "tokenizer", "d/tiny"), (DATA, "data set", "d/pairs")):
+        said = load(code, name)
         assert said.startswith(f"refused: The {kind} {name} is gated on the Hugging Face hub: accept its terms at ")
         assert "HF_TOKEN" in said
 
 
-def test_a_connection_that_is_cut_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+def test_a_connection_that_is_cut_is_one_sentence(hub: Hub, load: Load) -> None:
     hub.cut = True
-    said = load(MODEL, "someone/tiny", hub.address, tmp_path)
+    said = load(MODEL, "e/tiny")
     assert said.startswith("refused: ")
-    assert "someone/tiny" in said
+    assert "e/tiny" in said

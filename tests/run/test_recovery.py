@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from exalign.cli import main
 from exalign.errors import InputError
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, load_recipe
@@ -55,16 +54,16 @@ def copy(stopped: tuple[Path, int], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_one_command_goes_on_and_tells_what_was_done(stopped: tuple[Path, int], copy: Path, world: Path) -> None:
+def test_one_command_goes_on_and_tells_what_was_done(
+    stopped: tuple[Path, int], copy: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = stopped[1]
     before = read_metrics(copy / "sft")
     overrides = tiny_overrides(world, DIVERGES, LOWER)
     with pytest.raises(InputError, match="; --recover goes on with it from its last good checkpoint"):
         carry_out(load_recipe(RECIPE, overrides), copy, "sft")
-    command = [sys.executable, "-m", "exalign", "sft", str(RECIPE), *overrides, "--recover", "--run", str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "1 recoveries" in done.stdout
+    main(["sft", str(RECIPE), *overrides, "--recover", "--run", str(copy)])
+    assert "1 recoveries" in capsys.readouterr().out
     rows = read_metrics(copy / "sft")
     assert rows[:good] == before[:good]
     assert [row["skipped"] for row in rows] == [0] * 24
