@@ -14,9 +14,10 @@ FUZZERS := recipe readers records judge state
 demo: $(READY)
 	$(BIN)/exalign demo
 
-# One process with one thread for each core: the models of the tests are too small for more threads.
+# One process with one thread for each core: the models of the tests are too small for more threads. Files keep the
+# order of tests/conftest.py, the longest first.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # vLLM's build for CPUs draws for real. It wants an older transformers, so it has an environment of its own; what comes
 # along for pictures and sound is for another torch.

@@ -16,6 +16,16 @@ from faults.starts import Starter
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
+LONGEST = [
+    "test_search", "test_cluster", "test_kills", "test_damage", "test_field", "test_processes_run", "test_processes",
+    "test_wheel", "test_browser", "test_run", "test_sweep", "test_given", "test_on_a_device", "test_readme",
+]  # fmt: skip
+"""Files that are begun first, so that no process of several is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def workers() -> ForkServerContext:

@@ -129,10 +129,6 @@ def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
             wide, narrow = draw(WIDE), draw(NARROW)
             if wide is None or narrow is None:
                 continue
-            for figure in (wide, narrow):
-                # The layout is solved once, not again for every format.
-                figure.draw_without_rendering()
-                figure.set_layout_engine("none")
         save_figure(wide, folder, name)
         both = (
             f'<div class="wide">{inline_svg(wide, name, description)}</div>'

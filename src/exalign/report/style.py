@@ -213,8 +213,18 @@ def write_under(figure: Figure, caption: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
 
 
+def _settle(figure: Figure) -> None:
+    """Solve the layout once, not again for every format. An engine that is left makes each format draw twice."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        with figure_style():
+            engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write `name`.png and `name`.svg, text as outlines so that they look alike everywhere."""
+    _settle(figure)
     for kind, metadata in (("png", {"Software": None}), ("svg", _NO_METADATA)):
         with figure_style(svg_fonttype="path"), atomic_path(folder / f"{name}.{kind}") as at:
             figure.savefig(at, format=kind, dpi=PNG_DPI, metadata=metadata, facecolor="white")
@@ -222,6 +232,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element for the page; `name` makes its ids unique, `description` is read aloud."""
+    _settle(figure)
     stream = io.StringIO()
     with figure_style(svg_fonttype="none"):
         figure.savefig(stream, format="svg", metadata=_NO_METADATA, transparent=True)
