@@ -10,8 +10,16 @@ import pytest
 from device import work
 from device.pretend import apart
 
+LARGE = {
+    *("ppo, critic first", "dpo on own pairs", "grpo"),
+    *(f"{kind}, {name}" for kind in ("exo", "sampling") for name in ("three heads", "windows")),
+}
+"""Near kin of the others: the same lines of code, with other numbers."""
 
-@pytest.mark.parametrize("stage", work.STAGES)
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=[pytest.mark.large] * (name in LARGE)) for name in work.STAGES]
+)
 def test_a_stage_gives_the_numbers_of_the_cpu(stage, workers, tmp_path) -> None:
     ours = apart(workers, work.numbers_of, stage, tmp_path / "device")
     assert ours == pytest.approx(work.numbers_of(stage, tmp_path / "cpu"), abs=1e-4, rel=1e-4)

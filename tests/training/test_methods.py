@@ -41,8 +41,8 @@ CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 48, "n_head": 2, "n_posi
 SAMPLING = SampleSettings(num_completions=4, max_new_tokens=48, max_prompt_tokens=24, batch_completions=256)
 STEPS: dict[str, Any] = {"learning_rate": 1e-3, "batch_prompts": 16, "epochs": 2}
 OFFLINE = [f"{divergence} to {target}" for divergence in sorted(DIVERGENCES) for target in ("reward", "preference")]
-LARGE = {name for name in OFFLINE if not name.startswith(("reverse_kl", "forward_kl"))}
-LARGE |= {"DPO-rw on-policy", "DPO-pref on own pairs", "GSPO"}
+LARGE = {name for name in OFFLINE if name not in ("reverse_kl to reward", "forward_kl to preference")}
+LARGE |= {"EXO-rw on-policy", "DPO-rw on-policy", "EXO-pref on own pairs", "DPO-pref on own pairs", "GSPO"}
 """Near kin of the others, whose losses, gradients and golden traces have tests of their own."""
 
 OWN: dict[str, tuple[type[Method], dict[str, Any]]] = {
