@@ -5,7 +5,8 @@ temperature, learning rate and reward (the share of a completion's words with an
 float32 and no checkpointing, TRL at the fastest of several micro-batches. A pass is a short training from the start,
 each through its own loop, in turns. The first step of a training is not timed; its samples, which all draw from the
 same policy, must have the same mean reward within their error. Drawing, scoring and the rest (log-probabilities,
-gradient, optimizer) are told apart.
+gradient, optimizer) are told apart. On a machine that does other work too, `--threads 1 --clock cpu` counts the seconds
+that this process computed.
 """
 
 from __future__ import annotations
@@ -256,8 +257,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contenders", default=",".join(WAYS), help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=2, help="most trainings of each after the first")
     parser.add_argument("--seconds-each", type=float, default=60, help="a contender that took as long rests")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="which seconds are counted")
     given = parser.parse_args(arguments)
     prepare_process(given.threads)
+    if given.clock == "cpu":
+        time.perf_counter = time.process_time  # for the trainings themselves too
     result = compare(
         given.shape,
         given.k,
@@ -268,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         rounds=given.rounds,
         seconds_each=given.seconds_each,
     )
+    result["clock"] = given.clock
     print(json.dumps(result) if given.json else show(result))
 
 

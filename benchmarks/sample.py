@@ -1,16 +1,17 @@
 """Drawing K completions per prompt: `python -m benchmarks.sample --shape tldr --k 8 --json`.
 
 exalign's sampler against transformers' `generate(num_return_sequences=K)` at the best of several batch sizes, its
-continuous batching, and vLLM where it is installed (`--contenders exalign,vllm`), whose times have the handing over of
-the weights in them, as a step on-policy has, and not the start of the engine. Same weights, prompts, temperature and
-number of tokens: no token ends a completion, for none of them. First the log-probs that exalign reports, and those of
-what `generate` drew, are compared with a plain forward.
+continuous batching, and vLLM where it is installed (`make test-vllm` builds an environment with its build for CPUs),
+whose times have the handing over of the weights in them, as a step on-policy has, and not the start of the engine. Same
+weights, prompts, temperature and number of tokens: no token ends a completion, for none of them. First the log-probs
+that exalign reports, and those of what the others drew, are compared with a plain forward.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -36,7 +37,9 @@ from exalign.models.flops import forward_flops, matmul_peak
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.rollout.rollout import open_sampler
 from exalign.rollout.settings import SampleSettings
+from exalign.rollout.vllm import check_installed
 
+WAYS = "exalign,generate,continuous,vllm"
 TEMPERATURE = 0.8
 TOLERANCE = 1e-3  # nats per sequence, float32
 LIVE_ROWS = (64, 128, 256)  # completions decoded at once
@@ -190,6 +193,17 @@ def compare(
     return {**about, "peak_gflops": {"fp32": peak / 1e9}, "machine": describe_machine(), "contenders": rows}
 
 
+def without_missing(names: Sequence[str]) -> list[str]:
+    """The names, less `vllm` where it is not installed, which is said."""
+    if "vllm" in names:
+        try:
+            check_installed()
+        except InputError as error:
+            print(f"Without vLLM: {error}", file=sys.stderr)
+            return [name for name in names if name != "vllm"]
+    return list(names)
+
+
 def make_way(name: str, plain: Any, k: int, tokens: int) -> Sampling:
     if name in ("exalign", "vllm"):
         model = library_copy_of(plain).eval()
@@ -252,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tldr", help="mean lengths; completions have exactly theirs")
     parser.add_argument("--k", type=int, default=4, help="completions per prompt")
     parser.add_argument("--prompts", type=int, default=64, help="prompts")
-    parser.add_argument("--contenders", default="exalign,generate,continuous", help="the first is the base of ratios")
+    parser.add_argument("--contenders", default=WAYS, help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=3, help="most passes of each after the first")
     parser.add_argument("--seconds-each", type=float, default=30, help="a contender that took as long rests")
     given = parser.parse_args(arguments)
@@ -262,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.k,
         model=given.model,
         prompts=given.prompts,
-        names=given.contenders.split(","),
+        names=without_missing(given.contenders.split(",")),
         rounds=given.rounds,
         seconds_each=given.seconds_each,
     )

@@ -41,7 +41,11 @@ def render(document: str, results: Results, *, gpu_alone: bool = False) -> str:
 
 
 def machine(results: Results) -> str:
-    timed = [result["machine"] for name, result in results.items() if not name.startswith("memory")]
+    return _machine(result for name, result in results.items() if not name.startswith("memory"))
+
+
+def _machine(results: Iterable[dict[str, Any]]) -> str:
+    timed = [result["machine"] for result in results]
     if not timed:
         return ""
     about = timed[0]
@@ -49,8 +53,9 @@ def machine(results: Results) -> str:
     return (
         f"{about['processor']} with {about['instructions']}, {about['cores']} cores, {about['threads']} threads, "
         f"{about['memory_gib']} GiB; Python {about['python']}, torch {about['torch']}, transformers "
-        f"{about['transformers']}, accelerate {about['accelerate']}, TRL {about['trl']}. "
-        f"Load average while measuring: {min(loads):.1f}–{max(loads):.1f}."
+        f"{about['transformers']}, accelerate {about['accelerate']}, "
+        + "".join(f"{label} {about[name]}, " for label, name in (("TRL", "trl"), ("vLLM", "vllm")) if about.get(name))
+        + f"load average {min(loads):.1f}–{max(loads):.1f}."
     )
 
 
@@ -112,9 +117,10 @@ def bf16(results: Results) -> str:
     return _table("shape|K|seconds|times faster than fp32|peak fp32, GFLOP/s|peak bf16|share of bf16 peak", rows)
 
 
-def sample(results: Results) -> str:
-    rows = []
-    for result in _of(results, "sample"):
+def sample(results: Results, *, vllm: bool = False) -> str:
+    """Those with vLLM, whose environment is another, have a table of their own with their machine."""
+    rows, shown = [], [result for result in _of(results, "sample") if ("vllm" in result["contenders"]) == vllm]
+    for result in shown:
         for row in result["contenders"].values():
             rows.append(
                 [
@@ -122,14 +128,15 @@ def sample(results: Results) -> str:
                     result["k"],
                     result["prompts"],
                     row["label"],
-                    row["rows_at_once"],
+                    row["rows_at_once"] or "–",
                     f"{row['tokens_per_second']:,.0f}",
                     f"{row['ratio']:.2f}",
                     f"{row['share_of_peak']:.0%}",
                     row["n"],
                 ]
             )
-    return _table("shape|K|prompts|way|completions at once|tokens/s|time, exalign = 1|share of peak|n", rows)
+    table = _table("shape|K|prompts|way|completions at once|tokens/s|time, exalign = 1|share of peak|n", rows)
+    return f"{_machine(shown)}\n\n{table}" if vllm and shown else table
 
 
 def score(results: Results) -> str:
@@ -153,8 +160,8 @@ def score(results: Results) -> str:
 
 
 def on_policy(results: Results) -> str:
-    rows = []
-    for result in _of(results, "on_policy"):
+    rows, shown = [], _of(results, "on_policy")
+    for result in shown:
         for row in result["contenders"].values():
             rows.append(
                 [
@@ -169,7 +176,9 @@ def on_policy(results: Results) -> str:
                 ]
             )
     head = "shape|way|seconds a step|time, exalign's EXO = 1|drawing|scoring|the rest|scored samples a second"
-    return _table(head + "|reward of the first and the last step's samples|n", rows)
+    table = _table(head + "|reward of the first and the last step's samples|n", rows)
+    own = " Seconds are those that the process computed." if any(one["clock"] == "cpu" for one in shown) else ""
+    return f"{_machine(shown)}{own}\n\n{table}" if shown else ""
 
 
 def memory(results: Results) -> str:
@@ -233,6 +242,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "sizes": sizes,
     "bf16": bf16,
     "sample": sample,
+    "sample-vllm": partial(sample, vllm=True),
     "score": score,
     "on-policy": on_policy,
     "memory": memory,

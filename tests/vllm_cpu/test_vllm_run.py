@@ -81,33 +81,35 @@ def assert_same(found: Path, expected: Path) -> None:
             assert c.logprob == pytest.approx(d.logprob, abs=1e-4)
 
 
-def test_a_run_draws_with_it_for_every_purpose_and_on_policy(make: Make, tmp_path: Path) -> None:
-    """Offline, in six steps of which each has its own rollout from the weights of then, evaluation and pool."""
-    ppo = {"method": "ppo", "learning_rate": 1e-3, "rollout_prompts": 4, "batch_prompts": 4, "passes": 1, "epochs": 1}
-    recipe = make("few", align={"exo": {"learning_rate": 1e-3, "batch_prompts": 12}, "ppo": ppo})
+def test_methods_draw_with_it_on_policy_and_evaluation_and_pool_do(make: Make, tmp_path: Path) -> None:
+    """EXO and RLOO take six steps, each on samples of the weights of then; their log q is the training path's."""
+    own = {"learning_rate": 1e-3, "batch_prompts": 4, "epochs": 1, "fresh_every": 1}
+    recipe = make("few", align={"exo": own, "rloo": {"method": "rloo", **own}})
     run = run_recipe(recipe, folder=tmp_path)
     assert not vllm._running
-    drawn = ["rollouts/records", "evaluation/sft/samples", "evaluation/pool/drawn"]
-    drawn += [str(path.relative_to(tmp_path)) for path in tmp_path.glob("evaluation/[ep][xp]o/step-*/samples")]
-    assert len(drawn) > 4
+    drawn = ["evaluation/sft/samples", "evaluation/pool/drawn"]
+    drawn += [str(path.relative_to(tmp_path)) for path in tmp_path.glob("evaluation/*/step-*/samples")]
+    assert len(drawn) > 3
     for place in drawn:
         header = read_header(tmp_path / place)
         assert header.sampler == "vllm" and not header.counts.get("logprobs_that_differ")
         assert header.counts["logprobs_checked"] >= 8
-    counts = read_json(tmp_path / "align" / "ppo" / "done.json")["counts"]
-    assert counts["completions"] == 24 * 3
-    assert counts["logprobs_checked"] == 6 * 4 * 3 and "logprobs_that_differ" not in +Counter(counts)
-    # The steps moved the policy: what was drawn from the last weights is not what the first give.
-    view = run.view(next(stage for stage in plan(recipe) if stage.name == "evaluation/ppo"))
-    last = max((tmp_path / "evaluation" / "ppo").glob("step-*"))
-    known = read_records(last / "samples")
-    tokenizer = run_tokenizer(view)
-    own = with_logprobs(
-        known, frozen_policy(view, tmp_path / "align/ppo/model", tokenizer), "reference_logprob", Numerics(1.0)
-    )
-    gaps = [abs(c.logprob - c.reference_logprob) for record in own for c in record.completions]
-    moved = [abs(c.logprob - c.reference_logprob) for record in known for c in record.completions]
-    assert max(gaps) < 1e-3 < 0.1 < max(moved)
+    stages = {stage.name: stage for stage in plan(recipe)}
+    for name in ("exo", "rloo"):
+        counts = read_json(tmp_path / "align" / name / "done.json")["counts"]
+        assert counts["completions"] == 24 * 3
+        assert counts["logprobs_checked"] == 6 * 4 * 3 and "logprobs_that_differ" not in +Counter(counts)
+        rows = [json.loads(line) for line in (tmp_path / "align" / name / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == 6 and all(0 < row["logprob_gap"] < 1e-4 for row in rows)
+        assert all(row["kl_to_sampled"] == 0 for row in rows)
+        # The steps moved the policy: what was drawn from the last weights is not what the first give.
+        view = run.view(stages[f"evaluation/{name}"])
+        known = read_records(max((tmp_path / "evaluation" / name).glob("step-*")) / "samples")
+        policy = frozen_policy(view, tmp_path / "align" / name / "model", run_tokenizer(view))
+        evaluated = with_logprobs(known, policy, "reference_logprob", Numerics(1.0))
+        gaps = [abs(c.logprob - c.reference_logprob) for record in evaluated for c in record.completions]
+        moved = [abs(c.logprob - c.reference_logprob) for record in known for c in record.completions]
+        assert max(gaps) < 1e-3 < 0.1 < max(moved)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -150,7 +149,7 @@ class _Engine:
             except Exception as error:  # whatever it is, the run has no engine
                 raise InputError(self._why(error, settings)) from None
         self._processes = [child for child in multiprocessing.active_children() if "EngineCore" in child.name]
-        self._guard = _ending_with_this_process(self._processes)
+        self._guard = _ending_with_this_process([process.pid for process in self._processes], Path(self._folder.name))
         self._prompt, self._parameters, self._dead = TokensPrompt, vllm.SamplingParams, EngineDeadError
         self._holds: VLLMSampler | None = None
 
@@ -219,10 +218,10 @@ class _Engine:
         return f"vLLM cannot draw from this model: {reason}."
 
 
-def _ending_with_this_process(processes: Sequence[BaseProcess]) -> subprocess.Popen[bytes]:
-    """One that kills the processes when this one is gone, however it went: vLLM's would stay for ever."""
-    numbers = [str(process.pid) for process in processes]
-    return subprocess.Popen(["sh", "-c", 'read _; kill -9 "$@"', "sh", *numbers], stdin=subprocess.PIPE)
+def _ending_with_this_process(numbers: Sequence[int | None], folder: Path) -> subprocess.Popen[bytes]:
+    """One that ends processes and a folder when this one is gone, however it went: they would stay for ever."""
+    work = 'folder=$1; shift; read _; kill -9 "$@"; rm -rf -- "$folder"'
+    return subprocess.Popen(["sh", "-c", work, "sh", str(folder), *map(str, numbers)], stdin=subprocess.PIPE)
 
 
 _running: dict[str, _Engine] = {}
