@@ -6,7 +6,7 @@ float32 and no checkpointing, TRL at the fastest of several micro-batches. A pas
 each through its own loop, in turns. The first step of a training is not timed; its samples, which all draw from the
 same policy, must have the same mean reward within their error. Drawing, scoring and the rest (log-probabilities,
 gradient, optimizer) are told apart. On a machine that does other work too, `--threads 1 --clock cpu` counts the seconds
-that this process computed.
+that it computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from benchmarks.contenders import copy_of, library_copy_of
-from benchmarks.timing import fastest_of, interleave, timed
+from benchmarks.timing import count_cpu_seconds, fastest_of, interleave, timed
 from benchmarks.workload import (
     SHAPES,
     argument_parser,
@@ -256,12 +256,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a training")
     parser.add_argument("--contenders", default=",".join(WAYS), help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=2, help="most trainings of each after the first")
-    parser.add_argument("--seconds-each", type=float, default=60, help="a contender that took as long rests")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="which seconds are counted")
+    parser.add_argument("--seconds-each", type=float, default=60, help="a contender that took as long rests")
     given = parser.parse_args(arguments)
     prepare_process(given.threads)
     if given.clock == "cpu":
-        time.perf_counter = time.process_time  # for the trainings themselves too
+        count_cpu_seconds()  # in the trainings too
     result = compare(
         given.shape,
         given.k,

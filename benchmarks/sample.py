@@ -19,7 +19,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.contenders import copy_of, library_copy_of
-from benchmarks.timing import fastest_of, interleave, timed
+from benchmarks.timing import count_cpu_seconds, fastest_of, interleave, timed
 from benchmarks.workload import (
     SHAPES,
     argument_parser,
@@ -268,9 +268,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=64, help="prompts")
     parser.add_argument("--contenders", default=WAYS, help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=3, help="most passes of each after the first")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="which seconds are counted")
     parser.add_argument("--seconds-each", type=float, default=30, help="a contender that took as long rests")
     given = parser.parse_args(arguments)
     prepare_process(given.threads)
+    if given.clock == "cpu":
+        count_cpu_seconds()
     result = compare(
         given.shape,
         given.k,
@@ -280,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         rounds=given.rounds,
         seconds_each=given.seconds_each,
     )
+    result["clock"] = given.clock
     print(json.dumps(result) if given.json else show(result))
 
 

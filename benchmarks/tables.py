@@ -59,6 +59,11 @@ def _machine(results: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def _clock(results: Iterable[dict[str, Any]]) -> str:
+    cpu = any(result["clock"] == "cpu" for result in results)
+    return " Seconds are those that the way's processes computed, on one core, not those of the wall." if cpu else ""
+
+
 def step(results: Results) -> str:
     peers = ["trl-best", "trl-completions", "official", "trl-defaults"]
     rows = []
@@ -136,7 +141,7 @@ def sample(results: Results, *, vllm: bool = False) -> str:
                 ]
             )
     table = _table("shape|K|prompts|way|completions at once|tokens/s|time, exalign = 1|share of peak|n", rows)
-    return f"{_machine(shown)}\n\n{table}" if vllm and shown else table
+    return f"{_machine(shown)}{_clock(shown)}\n\n{table}" if vllm and shown else table
 
 
 def score(results: Results) -> str:
@@ -177,8 +182,7 @@ def on_policy(results: Results) -> str:
             )
     head = "shape|way|seconds a step|time, exalign's EXO = 1|drawing|scoring|the rest|scored samples a second"
     table = _table(head + "|reward of the first and the last step's samples|n", rows)
-    own = " Seconds are those that the process computed." if any(one["clock"] == "cpu" for one in shown) else ""
-    return f"{_machine(shown)}{own}\n\n{table}" if shown else ""
+    return f"{_machine(shown)}{_clock(shown)}\n\n{table}" if shown else ""
 
 
 def memory(results: Results) -> str:

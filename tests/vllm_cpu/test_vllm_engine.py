@@ -120,7 +120,7 @@ def test_tokens_come_as_often_as_they_are_probable(opened: Open, policy, cut: di
 def test_whatever_the_model_ends_a_text_with_ends_it(opened: Open, policy, tokenizer) -> None:
     other = copy.deepcopy(policy)
     ends = tokenizer.convert_tokens_to_ids(["e", "t"])
-    other.generation_config.eos_token_id = ends
+    other.generation_config.eos_token_id = [*ends, len(tokenizer)]  # the last is none of the model's tokens
     for record in opened(other, max_new_tokens=30).sample(PROMPTS):
         for c in record.completions:
             assert not {*ends, tokenizer.eos_token_id} & {*c.token_ids[:-1]}

@@ -92,7 +92,8 @@ class VLLMSampler:
         entered = [with_prompt_ids(record, self._tokenizer, self._settings, self.counts) for record in records]
         if not entered:
             return
-        ends = sorted(self._ends)
+        known = base_of(self._policy).config.get_text_config().vocab_size
+        ends = sorted(end for end in self._ends if end < known)  # it refuses one that the model cannot draw
         seeds = [prompt_seed(self._seed, record.id) for record in entered]
         asked = [sampling_arguments(self._settings, self._temperature, seed, ends) for seed in seeds]
         outputs = self._generated([list(record.prompt_ids or ()) for record in entered], asked)
@@ -220,7 +221,7 @@ class _Engine:
 
 def _ending_with_this_process(numbers: Sequence[int | None], folder: Path) -> subprocess.Popen[bytes]:
     """One that ends processes and a folder when this one is gone, however it went: they would stay for ever."""
-    work = 'folder=$1; shift; read _; kill -9 "$@"; rm -rf -- "$folder"'
+    work = 'folder=$1; shift; read _; kill -9 "$@" 2>/dev/null; rm -rf -- "$folder"'
     return subprocess.Popen(["sh", "-c", work, "sh", str(folder), *map(str, numbers)], stdin=subprocess.PIPE)
 
 
