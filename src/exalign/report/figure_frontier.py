@@ -13,6 +13,9 @@ from matplotlib.ticker import PercentFormatter
 from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
 from exalign.report.style import LIGHT, Look, label_right
 
+_TICKS_APART = 0.08
+"""Of the width of the axis."""
+
 
 def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
     """Each method's checkpoints with intervals, π_sft, best-of-N, and the estimated optimum with its band.
@@ -31,7 +34,7 @@ def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float
         if points := [p for p in method.points if p.kl]:
             ends.append(_path(axes, start, method.name, points, looks[method.name], lambda p: p.reward))
     low, high = _limits(evidence)
-    axes.set_xlim(low[0], high[0])
+    _kl_axis(axes, low[0], high[0])
     axes.set_ylim(low[1], high[1])
     if evidence.best_of_n:
         _best_of_n(axes, evidence.best_of_n)
@@ -85,7 +88,7 @@ def draw_measure(evidence: Evidence, looks: Mapping[str, Look], measure: Measure
     farthest = max(max(_bounds(p.kl)[1] for p in points) * 1.03, 0.05)
     ys = [min(1.0, max(0.0, y)) if measure.share else y for value in values for y in _bounds(value)]
     room = 0.05 * (max(ys) - min(ys)) or 0.05
-    axes.set_xlim(min(0.0, *(_bounds(p.kl)[0] for p in points)) - 0.025 * farthest, farthest)
+    _kl_axis(axes, min(_bounds(p.kl)[0] for p in points), farthest)
     axes.set_ylim(min(ys) - room, max(ys) + room)
     if measure.share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
@@ -93,6 +96,21 @@ def draw_measure(evidence: Evidence, looks: Mapping[str, Look], measure: Measure
         _start(axes, start.estimate)
     _finish(figure, axes, ends, measure.label, width < 5)
     return figure
+
+
+def _kl_axis(axes: Axes, least: float, farthest: float) -> None:
+    """KL on a √ scale, on which reward is nearly straight near π_sft and a method that went far crowds out no other."""
+
+    def root(x: np.ndarray) -> np.ndarray:
+        return np.sign(x) * np.sqrt(np.abs(x))
+
+    axes.set_xscale("function", functions=(root, lambda x: np.sign(x) * np.square(x)))
+    axes.set_xlim(min(1.05 * least, -(0.025**2) * farthest), farthest)
+    ticks = [0.0]
+    for tick in sorted(factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)):
+        if tick <= farthest and np.sqrt(tick) - np.sqrt(ticks[-1]) >= _TICKS_APART * np.sqrt(farthest):
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 
 def _start(axes: Axes, height: float) -> None:
@@ -103,7 +121,7 @@ def _start(axes: Axes, height: float) -> None:
 def _finish(
     figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float, float]], ylabel: str, narrow: bool
 ) -> None:
-    axes.set_xlabel("KL to the supervised policy (nats)")
+    axes.set_xlabel("KL to the supervised policy (nats, on a √ scale)")
     axes.set_ylabel(ylabel)
     if narrow:
         figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
@@ -188,7 +206,7 @@ def _limits(evidence: Evidence) -> tuple[tuple[float, float], tuple[float, float
     ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
     ys = ys or [0.0]
     room = 0.05 * (max(ys) - min(ys)) or 0.5
-    return (min(0.0, min(xs)) - 0.025 * farthest, min(ys) - room), (farthest, max(ys) + room)
+    return (min(xs), min(ys) - room), (farthest, max(ys) + room)
 
 
 def _end_within(

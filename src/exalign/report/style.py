@@ -167,14 +167,20 @@ def spread_apart(wanted: Sequence[float], distance: float) -> list[float]:
     return places
 
 
+def _within(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Where a point of the data lies, as shares of the axes' width and height."""
+    across, up = axes.transLimits.transform(axes.transScale.transform((x, y)))
+    return float(across), float(up)
+
+
 def label_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]], *, distance: float = 0.052) -> None:
     """Write each name right of the axes at the height of its end (name, color, x, y), with a thin line to it."""
     if not ends:
         return
-    (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
-    heights = [(y - y_low) / (y_high - y_low) for _, _, _, y in ends]
-    for (name, color, x, _), height, place in zip(ends, heights, spread_apart(heights, distance), strict=True):
-        start = (x - x_low) / (x_high - x_low)
+    starts, heights = np.array([_within(axes, x, y) for _, _, x, y in ends]).T
+    for (name, color, *_), start, height, place in zip(
+        ends, starts, heights, spread_apart(heights, distance), strict=True
+    ):
         axes.plot(
             [start, 1.005, 1.025],
             [height, place, place],
