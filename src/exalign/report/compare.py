@@ -15,7 +15,7 @@ from rich.table import Table
 from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
 from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Curve, Interval, MethodEvidence
+from exalign.evaluation.schema import Curve, Interval, MethodEvidence, Sweep
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, write_under
 from exalign.report.wording import duration, interval, number, percent
@@ -37,6 +37,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         differences,
         *(_shares_heading() if any(run.shares for run in runs) else ()),
         _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
+        *_sweeps(runs),
         "## Last checkpoints",
         "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
         "the optimizer steps, with the sampling of methods that sample while they train, whose share is named.",
@@ -111,6 +112,31 @@ def _side_by_side(what: str, runs: Sequence[RunResults], rows: Sequence[Sequence
         [what, *(f"{kl} nat{'s' * (kl != '1')}" for kl in kls)],
         [[name, *(cells[kl, name] for kl in kls)] for name in names],
     )
+
+
+def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
+    """Every end of every sweep: where it aimed, and where it came; nothing without a sweep."""
+    rows = []
+    for run in runs:
+        for method in run.evidence.methods:
+            sweep = method.sweep or Sweep("", [], [])
+            for point, value, beta in zip(method.points, sweep.values, sweep.betas, strict=False):
+                learnt = _last(run, f"align/{method.name}/at-{point.step}", "reward_correlation")
+                aim = [f"{sweep.setting} {value:g}", number(beta)]
+                rows.append([run.name, method.name, *aim, interval(point.kl), interval(point.reward), learnt])
+    told = (
+        "A policy for each value; of kl it is the nats at which the optimum lies. Correlation: of log-ratio and reward "
+        "within a prompt, on the samples of the last steps of training; on given samples it is flattered by what was "
+        "learnt by heart."
+    )
+    head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "correlation"]
+    return ("## Ends of the sweeps", told, _markdown(head, rows)) if rows else ()
+
+
+def _last(run: RunResults, stage: str, metric: str) -> str:
+    """A training's metric at its end."""
+    values = next((curve.values.get(metric) for curve in run.evidence.curves if curve.stage == stage), None)
+    return number(values[-1] if values else None, 2)
 
 
 def _ends(runs: Sequence[RunResults]) -> str:
