@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 _SIDES, _PRODUCTS, _ROUNDS = (192, 256, 1024), 6, 5  # rows × inner × columns of a trial product: some 10 ms a round
 _ALIGNED = 16  # bytes: what vectorised loads ask of the beginning of a tensor
+_kept: dict[str, int | None] = {}
 _WORTHWHILE = 0.85  # of the seconds that torch's own number of threads takes; less is noise
 
 
@@ -59,6 +60,24 @@ def to_device(target: torch.device, *tensors: Tensor) -> list[Tensor]:
         packed[span].view(tensor.dtype).copy_(tensor.flatten())
     there = packed.to(target, non_blocking=True)
     return [there[span].view(tensor.dtype).view(tensor.shape) for span, tensor in zip(spans, tensors, strict=True)]
+
+
+def device_memory(target: torch.device) -> int | None:
+    """Bytes of an accelerator's memory, from which sizes follow; None for a CPU, and where its driver does not say.
+
+    In a run that goes on they are those of the device it began on: see `keep_memory`.
+    """
+    import torch
+
+    if target.type == "cpu":
+        return None
+    properties = getattr(getattr(torch, target.type), "get_device_properties", None)
+    return None if properties is None else _kept.get("memory") or int(properties(target).total_memory)
+
+
+def keep_memory(number: int | None) -> None:
+    """Let sizes follow from so many bytes in this process, whatever the device has; None: from what it has."""
+    _kept["memory"] = number
 
 
 def wait(target: torch.device) -> None:

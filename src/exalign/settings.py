@@ -8,9 +8,9 @@ the usual kind that changes a result, a mark that says so, once.
 from __future__ import annotations
 
 import os.path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 NO_RESULT: dict[str, Any] = {"effect": "none"}
 """Marks a setting of memory, speed, bookkeeping, or when to give up: it changes no result, so no key holds it."""
@@ -23,6 +23,21 @@ FUNCTION: dict[str, Any] = {"effect": "function"}
 
 Source = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path or a hub's name in a setting. A `~` in front is the user's home: expanded here, and nowhere else."""
+
+
+def _or_auto(value: Any, check: Any) -> Any:
+    """One sentence where a union has one for each of its members."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        known = [problem["msg"] for problem in error.errors() if problem["type"] != "literal_error"]
+        raise ValueError(f"{known[0][:1].lower()}{known[0][1:]}, or auto, not {value!r}") from None
+
+
+Auto = Literal["auto"]
+"""What follows from the model and the device (`models.sizes`)."""
+Size = Annotated[Annotated[int, Field(ge=1)] | Auto, WrapValidator(_or_auto)]
+Choice = Annotated[bool | Auto, WrapValidator(_or_auto)]
 
 
 class Settings(BaseModel):

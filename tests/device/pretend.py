@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
+MEMORY = 2**26
 COUNTS: Counter[str] = Counter()
 ASKED: Counter[str] = Counter()
 Result = TypeVar("Result")
@@ -115,6 +117,9 @@ class _Module(backend_registration._DummyBackendModule):
     def empty_cache(self) -> None: ...
 
     def synchronize(self, device: Any = None) -> None: ...
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=MEMORY)
 
 
 def apart(workers: ForkServerContext, work: Callable[..., Result], *arguments: Any) -> Result:

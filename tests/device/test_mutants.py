@@ -8,7 +8,7 @@ from device.pretend import apart
 from device.work import mutated
 
 MUTANTS = [
-    ("data.batching", "values_of", "to_device(target, *found.values())", "found.values()"),
+    ("data.batching", "values_of", "to_device(target, *found.values(), *more)", "[*found.values(), *more]"),
     ("models.prefix_tree", "_on_device", "to_device(target, *flat)", "[flat[0].to(target), *flat[1:]]"),
     ("models.prefix_tree", "_on_device", "to_device(target, *flat)", "[*(t.to(target) for t in flat[:2]), *flat[2:]]"),
     ("models.prefix_tree", "padded_rows", "to_device(target, ", "("),

@@ -55,6 +55,21 @@ def test_a_micro_batch_waits_once_and_uploads_twice_whatever_the_number_of_trees
         assert cost["uploads"] <= 2, cost
 
 
+@pytest.mark.parametrize("kind", [*work.OWN, "ppo"])
+def test_a_micro_batch_of_own_samples_costs_no_more(kind, workers) -> None:
+    """PPO has a copy more, for its critic's row."""
+    for count in (2, 8):
+        cost = apart(workers, work.cost_of_own_micro_batch, kind, count)
+        assert cost.get("waits", 0) <= 1, cost
+        assert cost["uploads"] <= 2 + (kind == "ppo"), cost
+
+
+def test_sizes_left_to_choose_follow_from_the_device(workers, tmp_path) -> None:
+    assert work.chosen_sizes(tmp_path / "cpu") == (4096, 64)
+    tokens, completions = apart(workers, work.chosen_sizes, tmp_path / "device")
+    assert (tokens, completions) not in ((4096, 64), (32768, 1024))
+
+
 @pytest.mark.parametrize("kind", ["exo", "reward model"])
 def test_a_step_waits_twice_more(kind, workers, tmp_path) -> None:
     micro, cost = apart(workers, work.cost_of_step, kind, 12, 64, tmp_path)

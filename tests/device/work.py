@@ -20,10 +20,11 @@ from exalign.device import device
 from exalign.methods.grpo import GRPO
 from exalign.methods.matching import Matching, MatchingTask, train_matching, with_reference_logp
 from exalign.methods.method import Method
+from exalign.methods.on_policy import OwnSamples
 from exalign.methods.oracle import BinaryCrossEntropy, Oracle, train_classifier
-from exalign.methods.ppo import PPO, train_ppo
+from exalign.methods.ppo import PPO, PPOTask, train_ppo
 from exalign.methods.reward_model import BradleyTerry, RewardModel, train_reward_model
-from exalign.methods.rloo import RLOO
+from exalign.methods.rloo import RLOO, PolicyGradientTask
 from exalign.methods.sft import SFT, MaximumLikelihood, train_sft
 from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import load_classifier, load_policy, load_reward_model
@@ -191,6 +192,36 @@ def cost_of_micro_batch(kind: str, count: int) -> dict[str, int]:
     return dict(found) | {"asked": dict(ASKED)}  # type: ignore[dict-item]
 
 
+OWN: dict[str, type[Method]] = {"exo": Matching, "rloo": RLOO, "grpo": GRPO}
+
+
+def cost_of_own_micro_batch(kind: str, count: int) -> dict[str, int]:
+    """Of a step on own samples, after they were drawn; the policy, and PPO's critic, on the device."""
+    from device.pretend import ASKED, counted
+
+    of = {"batch_prompts": count, "learning_rate": 1e-3}
+    module: Any = PackedPolicy(policy_of("llama")) if kind in OWN else ActorCritic(policy_of("llama"), scalar_model())
+    given = make_material(module.to(device()).model, count=count, reference=policy_of("llama").eval())
+    task: Any
+    if kind == "ppo":
+        task = PPOTask(module, given, PPO(**of, rollout_prompts=count))
+    else:
+        settings: Any = OWN[kind](**of, fresh_every=1)
+        compute = None if kind == "exo" else settings.compute(given.temperature)
+        own = OwnSamples(module, given, settings, compute=compute)
+        task = MatchingTask(own.batches, settings, 0.8, own) if kind == "exo" else PolicyGradientTask(settings, own)
+    groups = task.batches[0]
+    with counted() as found:
+        task.loss(module, groups)[0].backward()
+    return dict(found) | {"asked": dict(ASKED)}  # type: ignore[dict-item]
+
+
+def chosen_sizes(folder: Path) -> tuple[int, int]:
+    """The token budget of a training and the completions decoded together, where the settings leave them to choose."""
+    aligned(folder, token_budget="auto")
+    return read_metrics(folder)[0]["token_budget"], sampler_of("llama")._room
+
+
 def cost_of_step(kind: str, count: int, token_budget: int, folder: Path) -> tuple[int, dict[str, int]]:
     """The number of micro-batches, and what they, the clipping and the optimizer's step cost together."""
     from device.pretend import ASKED, counted
@@ -246,6 +277,7 @@ STAGES: dict[str, Callable[[Path], list[float]]] = {
     "rloo": lambda folder: own_samples(folder, RLOO),
     "grpo": lambda folder: own_samples(folder, GRPO, passes=2),
     "dpo": lambda folder: aligned(folder, target="preference", divergence="forward_kl"),
+    "exo, sizes left to choose": lambda folder: aligned(folder, token_budget="auto"),
     "exo, checkpointing": lambda folder: aligned(folder, gradient_checkpointing=True),
     "lora": lambda folder: aligned(folder, lora=True),
     **{f"exo, {name}": lambda folder, name=name: aligned(folder, name) for name in CONFIGS},  # type: ignore[misc]

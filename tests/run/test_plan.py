@@ -102,7 +102,7 @@ def test_more_devices_need_no_more_memory_and_change_no_work() -> None:
 
 
 def test_the_device_changes_no_work_and_a_faster_one_takes_no_longer() -> None:
-    slow, fast = planned(gpu="A100-80"), planned(gpu="H200")
+    slow, fast = planned(gpu="A100-80"), planned(gpu="H100")  # of equal memory, from which sizes follow
     assert slow.total("flops") == fast.total("flops")
     for before, after in zip(slow.costs, fast.costs, strict=True):
         assert after.seconds <= before.seconds

@@ -14,16 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from exalign.data.batching import Group
 from exalign.methods.matching import Matching
 from exalign.models.flops import forward_flops, training_flops
-from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
 from exalign.models.loading import _quicken_gelu, with_lora
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import LoraSettings, ModelSettings
+from exalign.models.sizes import Architecture
 from exalign.rollout.sampler import Branches, SharedDecoder
 from exalign.rollout.settings import SampleSettings
 from exalign.run.devices import Assumptions, Machine, find_device
 from exalign.run.plan import (
     PUBLIC_CONFIGURATIONS,
-    Architecture,
     Draw,
     Load,
     Read,
@@ -32,7 +31,6 @@ from exalign.run.plan import (
     architecture_of,
     cache_tokens,
     cost_of,
-    training_activations,
     training_state,
 )
 from exalign.training.loop import adamw, set_learning_rate
@@ -169,10 +167,9 @@ def saved(model: nn.Module, precision: str) -> Iterator[torch.Tensor]:
 def test_activations_are_what_autograd_keeps(model_type: str, precision: Any) -> None:
     real = tiny(model_type)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved(real, precision))
-    model, settings = Architecture("tiny", real, ""), Matching(precision=precision)
-    copies = model.half_copies if precision == "bf16" else 0
-    planned = training_activations(model, settings, LOAD.tokens) - KEPT_BYTES - TILE_BYTES
-    assert measured == pytest.approx(planned + copies, rel=0.1)
+    model, half = Architecture("tiny", real, ""), precision == "bf16"
+    planned = LOAD.tokens * model.training_activations(autocast=half, checkpointed=False)
+    assert measured == pytest.approx(planned + half * model.half_copies, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -183,9 +180,9 @@ def test_checkpointing_keeps_the_inputs_of_blocks(precision: Any) -> None:
         real.gradient_checkpointing_enable({"use_reentrant": False})
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved(real, precision))
     model = Architecture("tiny", real, "")
-    settings = Matching(precision=precision, gradient_checkpointing=True)
-    one_block = LOAD.tokens * model.block_activations(autocast=precision == "bf16")  # made again in the backward pass
-    planned = training_activations(model, settings, LOAD.tokens) - KEPT_BYTES - TILE_BYTES - one_block
+    half = precision == "bf16"
+    one_block = model.block_activations(autocast=half)  # made again in the backward pass
+    planned = LOAD.tokens * (model.training_activations(autocast=half, checkpointed=True) - one_block)
     assert measured == pytest.approx(planned, rel=0.2)
 
 

@@ -181,6 +181,7 @@ class GroupValues:
     preferred: Tensor | None = None
     reference_logp: Tensor | None = None
     proposal_logp: Tensor | None = None
+    more: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> Tensor:
@@ -188,8 +189,8 @@ class GroupValues:
         return self.lengths.sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
 
 
-def values_of(groups: Sequence[Group], target: torch.device) -> GroupValues:
-    """All of it in one copy to `target`."""
+def values_of(groups: Sequence[Group], target: torch.device, *more: Tensor) -> GroupValues:
+    """All of it, and `more` from the CPU, in one copy to `target`."""
     mask = completion_mask(groups)
     lengths = mask.long()
     lengths[mask] = torch.tensor([len(ids) for group in groups for ids in group.completion_ids], dtype=torch.long)
@@ -202,7 +203,8 @@ def values_of(groups: Sequence[Group], target: torch.device) -> GroupValues:
     if any(group.proposal_logp is not None for group in groups):
         own = [g if g.proposal_logp is not None else replace(g, proposal_logp=g.reference_logp) for g in groups]
         found["proposal_logp"] = stack_values(own, "proposal_logp")
-    return GroupValues(**dict(zip(found, to_device(target, *found.values()), strict=True)))
+    there = to_device(target, *found.values(), *more)
+    return GroupValues(**dict(zip(found, there, strict=False)), more=tuple(there[len(found) :]))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -64,14 +64,12 @@ class GRPO(RLOO):
         self, model: nn.Module, groups: Sequence[Group], given: GroupValues, own: OwnSamples
     ) -> tuple[Tensor, Tensor, Tensor]:
         from exalign import objectives
-        from exalign.data.batching import completion_token_mask
 
-        mask, rewards = given.mask, given.rewards
+        mask, rewards, (*_, live, rows) = given.mask, given.rewards, given.more
         assert rewards is not None
         logp = model(groups, temperature=own.material.temperature, by_token=True)
-        reference, *before = (rows_of(part, groups, logp) for part in own.tokens)
+        reference, *before = (rows_of(part, rows, logp) for part in own.tokens)
         sampled = before[0] if before else logp.detach()
-        live = completion_token_mask(groups).to(mask.device)
         lengths = given.lengths.clamp(min=1)
         advantages = objectives.group_mean_advantages(rewards, mask)
         if self.scale_by_spread:

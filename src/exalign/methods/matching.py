@@ -182,14 +182,18 @@ class MatchingTask:
         from exalign.models.logprobs import completion_logprobs
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
-        given = values_of(groups, policy_logp.device)
+        more = () if self.own is None else (self.own.noted(self.weight(groups)),)
+        given = values_of(groups, policy_logp.device, *more)
         seen = {}
         if self.own is not None:
-            seen, given = self.own.correction(policy_logp, groups, given), self.own.drawn_by(policy_logp, given)
+            seen, given = self.own.correction(policy_logp, given), self.own.drawn_by(policy_logp, given)
         compared = self._compared(groups)
         if len(compared) != len(groups):
             seen = {name: value.repeat_interleave(len(compared) // len(groups)) for name, value in seen.items()}
-            given, policy_logp = values_of(compared, policy_logp.device), policy_logp.view(len(compared), 2)
+            given, policy_logp = (
+                replace(values_of(compared, policy_logp.device), more=given.more),
+                policy_logp.view(len(compared), 2),
+            )
         mask, reference_logp = given.mask, given.reference_logp
         assert reference_logp is not None
         log_p_policy = objectives.log_policy_distribution(
@@ -202,8 +206,8 @@ class MatchingTask:
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
         weights = given.weights.to(loss.dtype)
         sums = {name: (value * weights).sum() for name, value in (metrics | seen).items()}
-        noted = {} if self.own is None else self.own.noted(self.weight(groups), loss)
-        return (loss * weights).sum(), noted | sums
+        drawn = {} if self.own is None else self.own.as_metrics(given.more[0].to(loss.dtype))
+        return (loss * weights).sum(), drawn | sums
 
     def _reward_metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
         from exalign import objectives

@@ -88,16 +88,21 @@ class OwnSamples:
         self.whole_distribution = material.sampling.top_p is None and material.sampling.top_k is None
         self.at_once = self.whole_distribution and one_step(settings)
 
-    def noted(self, weight: float, like: Tensor) -> dict[str, Tensor]:
-        """`numbers` as metrics of a step, in units of its weight."""
-        values = like.new_tensor([number * weight for number in self.numbers.values()])  # in one copy
-        return dict(zip(self.numbers, values.unbind(), strict=True))
+    def noted(self, weight: float) -> Tensor:
+        """`numbers` in units of a step's weight, on the CPU: to be copied with what else the step needs."""
+        import torch
+
+        return torch.tensor([number * weight for number in self.numbers.values()])
+
+    def as_metrics(self, noted: Tensor) -> dict[str, Tensor]:
+        """The same by name."""
+        return dict(zip(self.numbers, noted.unbind(), strict=True))
 
     def drawn_by(self, policy_logp: Tensor, given: GroupValues) -> GroupValues:
         """The values of a step's groups with log q `[B, K]` as the training path computes it."""
         return replace(given, proposal_logp=policy_logp.detach()) if self.at_once else given
 
-    def correction(self, policy_logp: Tensor, groups: Sequence[Group], given: GroupValues) -> dict[str, Tensor]:
+    def correction(self, policy_logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
         """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
 
         `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how
@@ -115,8 +120,7 @@ class OwnSamples:
             "effective_samples": objectives.effective_sample_size(weights, given.mask),
         }
         if self.at_once:
-            lengths = policy.new_tensor([[len(ids) for ids in group.completion_ids] for group in groups])
-            found["logprob_gap"] = ((sampled - policy).abs() / lengths).mean(dim=1)
+            found["logprob_gap"] = ((sampled - policy).abs() / given.lengths).mean(dim=1)
         return found
 
     def _draw(self, records: list[Record], number: int) -> list[Group]:
@@ -190,6 +194,7 @@ class OwnSamples:
 
         from exalign.models.capability import device_of
         from exalign.models.memory import computed
+        from exalign.models.sizes import reading_budget
 
         assert self._compute is not None
         compute, device = self._compute, device_of(reference)
@@ -200,7 +205,8 @@ class OwnSamples:
                 return tuple(tensor.cpu() for tensor in compute(module, reference, part))
 
         with torch.no_grad():
-            for part, tensors in computed(work, groups, token_budget=self.settings.token_budget):
+            budget = reading_budget(reference, self.settings.token_budget)
+            for part, tensors in computed(work, groups, token_budget=budget):
                 rows = zip(part, *tensors, strict=True)
                 found |= {group.index: tuple(row.clone() for row in own) for group, *own in rows}  # rows alone
         return [found[group.index] for group in groups]
@@ -219,11 +225,17 @@ class OwnSamples:
         )
 
 
-def rows_of(values: Tensor, groups: Sequence[Group], like: Tensor) -> Tensor:
-    """The rows of these groups, by their index, cut to the shape `[B, K, T]` of `like`."""
+def token_places(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """On the CPU: which places of `[B, K, T]` hold a token, and the rows of a rollout's tensors that are theirs."""
     import torch
 
-    rows = torch.tensor([group.index for group in groups], device=like.device)
+    from exalign.data.batching import completion_token_mask
+
+    return completion_token_mask(groups), torch.tensor([group.index for group in groups])
+
+
+def rows_of(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """These rows, cut to the shape `[B, K, T]` of `like`."""
     return values[rows, : like.shape[1], : like.shape[2]]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from exalign.methods.method import Amount, Material, Method, TrainsOn
-from exalign.methods.on_policy import OwnSamples, rows_of, train_on_own_samples, whole_only
+from exalign.methods.on_policy import OwnSamples, rows_of, token_places, train_on_own_samples, whole_only
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import STEP_SIZE
@@ -137,9 +137,9 @@ class Experience:
     returns: Tensor
     numbers: dict[str, float]
 
-    def of(self, name: str, groups: Sequence[Group], like: Tensor) -> Tensor:
-        """The rows of these groups as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
-        return rows_of(getattr(self, name), groups, like).flatten(0, 1)
+    def of(self, name: str, rows: Tensor, like: Tensor) -> Tensor:
+        """These rows as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
+        return rows_of(getattr(self, name), rows, like).flatten(0, 1)
 
 
 class PPOTask:
@@ -162,15 +162,20 @@ class PPOTask:
         return sum(len(ids) for group in groups for ids in group.completion_ids)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
+        import torch
+
         from exalign import objectives
-        from exalign.data.batching import completion_token_mask
+        from exalign.device import to_device
 
         assert self._experience is not None
         experience, settings = self._experience, self.settings
         logp, values = model(groups, temperature=self.material.temperature, critic_alone=self.critic_alone)
-        mask = completion_token_mask(groups).to(logp.device).flatten(0, 1)
+        numbers, weight = self.own.numbers | experience.numbers, self.weight(groups)
+        noted = torch.tensor([number * weight for number in numbers.values()])
+        mask, rows, noted = to_device(logp.device, *token_places(groups), noted)
+        mask = mask.flatten(0, 1)
         sampled_logp, advantages, sampled_values, returns = (
-            experience.of(name, groups, logp) for name in ("logp", "advantages", "values", "returns")
+            experience.of(name, rows, logp) for name in ("logp", "advantages", "values", "returns")
         )
         ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
         policy_loss = objectives.clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
@@ -183,9 +188,7 @@ class PPOTask:
             "value_loss": value_loss.detach(),
             "clip_fraction": objectives.is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
         }
-        weight = self.weight(groups)
-        numbers = self.own.numbers | experience.numbers
-        metrics |= {name: value_loss.new_tensor(number * weight) for name, number in numbers.items()}
+        metrics |= zip(numbers, noted.to(value_loss.dtype).unbind(), strict=True)
         return (value_loss if self.critic_alone else policy_loss + value_loss), metrics
 
     @property

@@ -20,6 +20,7 @@ from exalign.methods.on_policy import (
     drawn_how,
     fresh_problems,
     own_amount,
+    token_places,
     train_on_own_samples,
     whole_only,
 )
@@ -120,9 +121,9 @@ class PolicyGradientTask:
         from exalign.data.batching import values_of
         from exalign.models.capability import device_of
 
-        given = values_of(groups, device_of(model))
+        given = values_of(groups, device_of(model), self.own.noted(self.weight(groups)), *token_places(groups))
         losses, clipped, logp = self.settings.losses(model, groups, given, self.own)
         weights, completions = given.weights.to(losses.dtype), given.mask.sum(dim=1)
-        seen = self.own.correction(logp, groups, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
-        noted, loss = self.own.noted(self.weight(groups), losses), losses.sum(dim=1) / completions
+        seen = self.own.correction(logp, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
+        noted, loss = self.own.as_metrics(given.more[0].to(losses.dtype)), losses.sum(dim=1) / completions
         return (loss * weights).sum(), noted | {name: (value * weights).sum() for name, value in seen.items()}

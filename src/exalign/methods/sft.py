@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from exalign.settings import Auto
 from exalign.training.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def completion_tokens(groups: Sequence[Group]) -> int:
     return sum(len(ids) for group in groups for ids in group.completion_ids)
 
 
-def nats_per_token(model: nn.Module, groups: Sequence[Group], *, token_budget: int = 4096) -> float:
+def nats_per_token(model: nn.Module, groups: Sequence[Group], *, token_budget: int | Auto = "auto") -> float:
     """−Σ log π(y|x) / Σ |y| over held-out groups, in nats per completion token (τ = 1)."""
     from exalign.rollout.rollout import Numerics, logprobs_of
 

@@ -7,7 +7,7 @@ models have s = 1 and no cap. With p = softmax(z), d_j = ∂z_j/∂(W h + b)_j a
 
 so (p ∘ d) W is computed for unit weight in the forward pass, while the tile of p is there, and the g_t are folded in
 backward: one pass over the vocabulary gives the value and the gradient of h, whatever the objective. The gradient
-of W reuses the tiles of p ∘ d that fit in `KEPT_BYTES`, and computes the others again.
+of W reuses the tiles of p ∘ d that fit (`head_bytes`), and computes the others again.
 
 The input embedding and the head are by far the largest matrices of a small model, and often one and the same. Autograd
 would allocate, fill with zeros and add such a matrix once per use and micro-batch; here a use can add its rows or its
@@ -26,9 +26,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from exalign.device import device_memory
+
 KEPT_BYTES = 160 * 2**20  # all tiles of a micro-batch of 768 completion tokens of GPT-2, the best size on CPUs
 TILE_BYTES = 30 * 2**20  # below glibc's largest mapping threshold, so that tiles reuse memory and fault no pages
 _MIN_ROWS, _MAX_ROWS = 64, 4096
+_KEPT_SHARE, _TILE_SHARE = 16, 128  # of an accelerator's memory, as divisors
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +106,16 @@ class _Backward:
     rows: Tensor
 
 
-def _tile_rows(vocabulary: int) -> int:
-    """As many rows as `TILE_BYTES` of float32 hold, within reason."""
-    return max(_MIN_ROWS, min(_MAX_ROWS, TILE_BYTES // (4 * vocabulary)))
+def head_bytes(memory: float | None) -> tuple[int, int]:
+    """Bytes of the tiles kept for the backward pass, and of one tile: shares of a device's memory, if it has one."""
+    if memory is None:
+        return KEPT_BYTES, TILE_BYTES
+    return max(KEPT_BYTES, int(memory / _KEPT_SHARE)), max(TILE_BYTES, int(memory / _TILE_SHARE))
+
+
+def _tile_rows(vocabulary: int, tile_bytes: int) -> int:
+    """As many rows as `tile_bytes` of float32 hold, within reason."""
+    return max(_MIN_ROWS, min(_MAX_ROWS, tile_bytes // (4 * vocabulary)))
 
 
 def _tiles(host_rows: Tensor, num_rows: int, size: int) -> Iterator[tuple[slice, slice]]:
@@ -146,10 +156,11 @@ class _TokenLogprobs(torch.autograd.Function):
         backward: _Backward,
     ) -> Tensor:
         vocabulary, accurate = len(weight), torch.promote_types(weight.dtype, torch.float32)
-        size = min(_tile_rows(vocabulary), len(hidden))
+        kept_bytes, tile_bytes = head_bytes(device_memory(hidden.device))
+        size = min(_tile_rows(vocabulary, tile_bytes), len(hidden))
         needs_hidden = backward.wanted and ctx.needs_input_grad[0]
         needs_head = backward.wanted and any(ctx.needs_input_grad[1:3])
-        rows_kept = KEPT_BYTES // (vocabulary * accurate.itemsize) if needs_head else 0
+        rows_kept = kept_bytes // (vocabulary * accurate.itemsize) if needs_head else 0
         logp = hidden.new_empty(len(targets), dtype=accurate)
         slopes = torch.empty_like(logp)
         peaks, scales = hidden.new_empty(2, len(hidden), 1, dtype=accurate)

@@ -18,21 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exalign.data.batching import Group, group_of
 from exalign.data.record import Record
 from exalign.models.logprobs import reference_logprobs
+from exalign.models.sizes import reading_budget
 from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.rollout.vllm import VLLMSampler
-
-SCORING_TOKENS = 8192
-"""Tokens per forward pass where no gradient is kept: memory and speed, never a result."""
+from exalign.settings import Auto
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """How log-probabilities are computed: at τ = `temperature`, in which precision, and how many tokens at a time."""
+    """How log-probabilities are computed: at τ = `temperature`, in which precision, and how many tokens at a time (see
+    `reading_budget`).
+    """
 
     temperature: float
-    token_budget: int = SCORING_TOKENS
+    token_budget: int | Auto | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -96,5 +97,5 @@ def logprobs_of(groups: Sequence[Group], model: nn.Module, numerics: Numerics) -
     """log π(y|x) of every group's completions under `model`, `[K]` each, by the code path and precision of training."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=numerics.precision == "bf16"):
-        budget = numerics.token_budget
+        budget = reading_budget(model, numerics.token_budget)
         return reference_logprobs(model, groups, temperature=numerics.temperature, token_budget=budget)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exalign.data import tokenization
 from exalign.data.record import Completion, Record
 from exalign.data.tokenization import answer_lead, completion_text, cut_prompt, prompt_token_ids
-from exalign.device import to_device
+from exalign.device import device_memory, to_device
 from exalign.errors import InputError
 from exalign.models.attention import PagedLayout, Pages, SharedCache, StepLayout, laid_out, share_prompts
 from exalign.models.capability import (
@@ -40,6 +40,7 @@ from exalign.models.capability import (
 )
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.prefix_tree import BLOCK, Tree, TreeLayout
+from exalign.models.sizes import completions_at_once, measured
 from exalign.rollout.settings import SampleSettings
 
 _ENTERING_TOKENS = 2048  # prompt tokens read in one step: enough for efficient products, little enough to hold
@@ -89,7 +90,7 @@ class GroupedSampler:
         self._model = base_of(model)  # adapters live inside its layers; the wrapper around it hides its signature
         self._tokenizer = tokenizer
         self._settings = settings
-        self._room = settings.batch_completions
+        self._room = completions_together(self._model, settings)
         self._temperature = temperature
         self._seed = seed
         self._eos_ids = check_drawing(self._model, tokenizer, settings, temperature)
@@ -243,6 +244,18 @@ class _Waiting:
     def put_back(self, groups: list[_Running]) -> None:
         self._groups = chain(groups, [] if self.first is None else [self.first], self._groups)
         self.advance()
+
+
+def completions_together(model: PreTrainedModel, settings: SampleSettings) -> int:
+    """How many completions of this model the settings decode at the same time."""
+    memory = device_memory(model.device)
+    return completions_at_once(
+        measured([model], memory),
+        memory,
+        settings.batch_completions,
+        prompt_tokens=settings.max_prompt_tokens / settings.num_completions,
+        tokens=settings.max_new_tokens,
+    )
 
 
 def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -32,7 +32,9 @@ from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import first_line, load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
+from exalign.models.sizes import reading_budget
 from exalign.rollout.settings import OneScorer, ScorerSettings
+from exalign.settings import Auto
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ class RewardModelScorer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         limits: TokenLimits | None = None,
-        token_budget: int = 4096,
+        token_budget: int | Auto = "auto",
     ) -> None:
         _check_one_label(model.config)
         self._outputs = _Outputs(model, tokenizer, limits, token_budget)
@@ -178,7 +180,7 @@ class ClassifierScorer:
         positive: str | int | None = None,
         *,
         limits: TokenLimits | None = None,
-        token_budget: int = 4096,
+        token_budget: int | Auto = "auto",
     ) -> None:
         self._positive = positive_label(model.config, positive)
         self._outputs = _Outputs(model, tokenizer, limits, token_budget)
@@ -500,13 +502,13 @@ class _Outputs:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits | None, token_budget: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits | None, budget: int | Auto
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._model: Any = model.eval()
         self._tokenizer = tokenizer
         self._limits = limits or kept_limits(model)
-        self._token_budget = token_budget
+        self._token_budget = reading_budget(model, budget)
         padding = model.config.get_text_config().pad_token_id
         self._unread = padding if padding == tokenizer.eos_token_id else None
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings, Source
+from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings, Size, Source
 
 
 class VLLMSettings(Settings):
@@ -46,10 +46,10 @@ class SampleSettings(Settings):
         description="Keep the most probable tokens up to this total probability at each step; none keeps all.",
     )
     top_k: int | None = Field(None, ge=1, description="Keep the k most probable tokens at each step; none keeps all.")
-    batch_completions: int = Field(
-        64,
-        ge=1,
-        description="Completions decoded at the same time; changes speed and memory, never a completion.",
+    batch_completions: Size = Field(
+        "auto",
+        description="Completions decoded at the same time; changes speed and memory, never a completion. auto: 64 on a "
+        "CPU, and what fits on an accelerator.",
         json_schema_extra=NO_RESULT,
     )
     engine: Literal["vllm"] | None = Field(

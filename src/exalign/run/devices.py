@@ -118,6 +118,11 @@ class Machine:
         """Bytes of one device that tensors may take."""
         return self.device.memory * self.assumed.memory_share
 
+    @property
+    def sizing(self) -> float | None:
+        """Bytes that sizes left to choose follow from; None for a CPU (`models.sizes`)."""
+        return None if self.device.name == "cpu" else self.device.memory
+
     def rate(self, precision: str, *, sampling: bool = False) -> float:
         """Operations per second of necessary work that a device is assumed to do in `fp32` or `bf16`."""
         share = self.assumed.sampling_share if sampling else self.assumed.training_share

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +33,15 @@ from exalign.data.reading import DataSettings, each
 from exalign.errors import InputError
 from exalign.judging.options import with_settings
 from exalign.models.model_settings import ModelSettings
+from exalign.models.sizes import Architecture, completions_at_once, tokens_to_read, training_sizes
 from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
 from exalign.run.devices import Assumptions, Machine, find_device
 from exalign.run.recipe import Recipe, load_recipe
+from exalign.settings import Auto
 from exalign.terminal import shown
 from exalign.training.train_settings import TrainSettings
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedConfig
 
     from exalign.data.batching import Group
@@ -93,66 +93,6 @@ PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
 }
 """The published configurations of the models that the shipped recipes name: a plan of them needs no hub."""
-
-
-class Architecture:
-    """A model on the meta device, adapters included, and its numbers; `origin`: where its configuration came from.
-
-    `parameters` counts all, tied ones once, `trained` those that are. Sizes are bytes: of all weights, of trained ones,
-    of a block (`layer_bytes`), of autocast's copies of float32 matrices (`half_copies`), and of one token's keys and
-    values. An encoder that classifies reads each completion with a prompt of its own (`shares_prompts` is false).
-    """
-
-    def __init__(self, name: str, module: nn.Module, origin: str) -> None:
-        from exalign.models.capability import base_of
-        from exalign.models.flops import matrices
-
-        base, weights = base_of(module), list(module.parameters())
-        trained, linear = [w for w in weights if w.requires_grad], [weight for _, weight in matrices(module)]
-        config: Any = base.config.get_text_config()
-        self.name, self.module, self.origin = name, module, origin
-        self.parameters, self.trained = (sum(w.numel() for w in some) for some in (weights, trained))
-        self.weight_bytes, self.trained_bytes = _bytes(weights), _bytes(trained)
-        self.half_copies = 2 * sum(w.numel() for w in linear if w.element_size() == 4)
-        self.shares_prompts = hasattr(base, "score") or base.get_output_embeddings() is not None
-        self.element_size = weights[0].element_size()  # of keys, values and hidden states in inference too
-        self.precision = "fp32" if self.element_size >= 4 else "bf16"
-        self.hidden, self.heads = int(config.hidden_size), int(config.num_attention_heads)
-        self.layers, self.vocabulary = int(config.num_hidden_layers), int(config.vocab_size)
-        self.head_size = int(getattr(config, "head_dim", None) or self.hidden // self.heads)
-        self.key_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
-        self.cache_bytes_per_token = 2 * self.layers * self.key_heads * self.head_size * self.element_size
-        names = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
-        self.feed_forward = int(next(filter(None, (getattr(config, n, None) for n in names)), 4 * self.hidden))
-        self._measure_block(base)
-
-    def _measure_block(self, base: Any) -> None:
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
-
-        lists = [list(m) for m in base.base_model.modules() if isinstance(m, nn.ModuleList)]
-        block = max(lists, key=len, default=[nn.Identity()])[0]
-        self.layer_bytes = _bytes(block.parameters())
-        self.gated = any("gate" in name for name, _ in block.named_modules())
-        linear = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D) and m.weight.requires_grad]
-        self.cast_inputs = sum(m.in_features if isinstance(m, nn.Linear) else m.weight.shape[0] for m in linear)
-        self.rms = any(
-            "rms" in type(m).__name__.lower() and "norm" in type(m).__name__.lower() for m in block.modules()
-        )
-
-    def block_activations(self, *, autocast: bool) -> float:
-        """Bytes that a block keeps for one token: numbers of products have the weights' size, or 2, those of norms 4.
-
-        What goes into linear layers (the outputs of two norms, the attention's, the F of the feed-forward part; under
-        autocast every trained layer has a cast copy of its own, frozen ones none); queries, keys and values; what goes
-        into the feed-forward's activation function, and with a gate also what comes out of it and what it is multiplied
-        with; the inputs of the norms (an RMS norm's normed numbers too); the attention's log-sum-exp.
-        """
-        shared = 2 * self.hidden + self.heads * self.head_size + self.feed_forward
-        inputs, size = (self.cast_inputs, 2) if autocast else (shared, self.element_size)
-        attention = (self.heads + 2 * self.key_heads) * self.head_size
-        products = inputs + attention + (3 if self.gated else 1) * self.feed_forward
-        return size * products + 4 * 2 * self.hidden * (2 if self.rms else 1) + 4 * self.heads
 
 
 @lru_cache(maxsize=32)
@@ -216,10 +156,6 @@ def _from_values(values: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(str(values.get("model_type")), **rest)
     except Exception as error:  # transformers raises many kinds here, all of them about the given values
         raise InputError(f"The model config is not valid ({str(error).splitlines()[0]}).") from error
-
-
-def _bytes(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def architecture_of(settings: ModelSettings, kind: Kind, vocabulary: int | None) -> Architecture:
@@ -393,14 +329,18 @@ def training_state(model: Architecture) -> Memory:
     return Memory(weights=model.weight_bytes, gradients=model.trained_bytes, optimizer=2 * model.trained_bytes)
 
 
-def training_memory(models: Sequence[Architecture], settings: TrainSettings, load: Load, count: int) -> Memory:
-    """One of `count` devices that train these models together; from two on, buckets of the gradients' size (DDP)."""
+def training_memory(part: Train, machine: Machine) -> Memory:
+    """One of the devices that train these models together; from two on, buckets of the gradients' size (DDP)."""
+    models, settings, load, count = part.models, part.settings, part.load, machine.count
+    budget, checkpointed = part.sizes(machine)
     whole_step = min(settings.batch_prompts, load.prompts) * load.longest_group
-    tokens = min(max(settings.token_budget, load.longest_group), whole_step)  # of the fullest micro-batch
+    tokens = min(max(budget, load.longest_group), whole_step)  # of the fullest micro-batch
     whole = Memory()
+    half = settings.precision == "bf16"
     for model in models:
-        copies = model.half_copies if settings.precision == "bf16" else 0
-        activations = training_activations(model, settings, tokens)
+        copies = model.half_copies if half else 0
+        activations = tokens * model.training_activations(autocast=half, checkpointed=checkpointed)
+        activations += model.head_activations(tokens, machine.sizing)
         buckets = model.trained_bytes if count > 1 else 0
         whole += replace(training_state(model), copies=copies, activations=activations, exchange=buckets)
     return whole
@@ -422,32 +362,16 @@ def sharded_memory(memory: Memory, models: Sequence[Architecture], settings: Tra
     return replace(memory, **divided, copies=0.0, exchange=exchange)  # what is gathered has the products' type
 
 
-def training_activations(model: Architecture, settings: TrainSettings, tokens: int) -> float:
-    """Bytes that `tokens` tokens keep for the backward pass, and the tiles of logits.
-
-    With gradient checkpointing a block keeps its input alone (4 bytes a number), and one block at a time all it needs.
-    """
-    from exalign.models.lm_head import KEPT_BYTES, TILE_BYTES
-
-    block = model.block_activations(autocast=settings.precision == "bf16")
-    checkpointed = settings.gradient_checkpointing
-    blocks = model.layers * 4 * model.hidden + block if checkpointed else model.layers * block
-    ends = 4 * 5 * model.hidden  # embedding, final norm in and out, hidden states of the head and their gradient
-    return tokens * (blocks + ends) + KEPT_BYTES + TILE_BYTES
-
-
-def inference_memory(model: Architecture, tokens: int) -> Memory:
-    """One device that computes `tokens` tokens at a time without gradients: one block's numbers are alive at a time."""
-    from exalign.models.lm_head import TILE_BYTES
-
-    activations = tokens * (model.block_activations(autocast=False) + 4 * 3 * model.hidden) + 2 * TILE_BYTES
+def inference_memory(model: Architecture, tokens: int, sizing: float | None) -> Memory:
+    """One device that computes `tokens` tokens at a time without gradients."""
+    activations = tokens * model.reading_activations() + 2 * model.head_activations(tokens, sizing, kept=False)
     return Memory(weights=model.weight_bytes, activations=activations)
 
 
 _FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
 
 
-def sampling_memory(model: Architecture, load: Load, batch_completions: int) -> Memory:
+def sampling_memory(model: Architecture, load: Load, batch_completions: int, sizing: float | None) -> Memory:
     """One device that samples: weights, the cache of all groups in flight at their longest, and the logits of a step.
 
     A prompt's keys and values are kept once per group, a completion's in rows that grow by doubling from 32.
@@ -455,7 +379,7 @@ def sampling_memory(model: Architecture, load: Load, batch_completions: int) -> 
     groups = max(1, min(batch_completions // load.completions, load.prompts))  # whole ones, at least one
     rows = groups * load.completions
     logits = rows * model.vocabulary * (4 + model.element_size)
-    working = inference_memory(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows)
+    working = inference_memory(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, sizing)
     cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
     return replace(working, cache=cache, activations=working.activations + logits)
 
@@ -490,7 +414,7 @@ class Read:
 
     model: Architecture
     load: Load
-    token_budget: int
+    token_budget: int | Auto | None = "auto"
     precision: str = "fp32"
 
 
@@ -502,6 +426,17 @@ class Train:
     settings: TrainSettings
     load: Load
     passes: int
+
+    def sizes(self, machine: Machine) -> tuple[int, bool]:
+        """The token budget, and whether activations are recomputed."""
+        settings = self.settings
+        return training_sizes(
+            self.models,
+            machine.sizing,
+            token_budget=settings.token_budget,
+            checkpointing=settings.gradient_checkpointing,
+            autocast=settings.precision == "bf16",
+        )
 
 
 @dataclass(frozen=True)
@@ -576,11 +511,12 @@ def _train_cost(part: Train, machine: Machine) -> Cost:
     models, settings, load, group = part.models, part.settings, part.load, [part.load.group()]
     groups, trained = part.passes * load.prompts, sum(model.trained_bytes for model in models)
     necessary = groups * sum(training_flops(model.module, group) for model in models)
-    again = settings.gradient_checkpointing * groups * sum(forward_flops(model.module, group) for model in models)
-    in_budget = max(1, settings.token_budget // load.group_tokens)
+    budget, checkpointed = part.sizes(machine)
+    again = checkpointed * groups * sum(forward_flops(model.module, group) for model in models)
+    in_budget = max(1, budget // load.group_tokens)
     micro = -(-min(settings.batch_prompts, load.prompts) // in_budget)  # of a step: what devices can share
     policies = min(settings.save_policies, part.passes * -(-load.prompts // settings.batch_prompts)) + 1
-    whole = training_memory(models, settings, load, machine.count)
+    whole = training_memory(part, machine)
     return Cost(
         "",
         sum(model.parameters for model in models),
@@ -600,7 +536,8 @@ def _read_cost(part: Read, machine: Machine) -> Cost:
     half, load = part.precision == "bf16", part.load
     if not part.model.shares_prompts:
         load = replace(load, prompts=load.prompts * load.completions, completions=1)
-    memory = inference_memory(part.model, max(part.token_budget, load.longest_group))
+    budget = tokens_to_read([part.model], machine.sizing, part.token_budget)
+    memory = inference_memory(part.model, max(budget, load.longest_group), machine.sizing)
     memory = replace(memory, copies=part.model.half_copies if half else 0.0)
     return _dealt_out(part.model, load, machine, machine.rate("bf16" if half else part.model.precision), memory)
 
@@ -610,7 +547,14 @@ def _draw_cost(part: Draw, machine: Machine) -> Cost:
 
     share = -(-part.load.prompts // min(machine.count, part.load.prompts))  # of the device that has most
     at_hand = replace(part.load, prompts=min(share, SHARD, part.together or SHARD))
-    memory = sampling_memory(part.model, at_hand, part.settings.batch_completions)
+    together = completions_at_once(
+        [part.model],
+        machine.sizing,
+        part.settings.batch_completions,
+        prompt_tokens=at_hand.longest_prompt / at_hand.completions,
+        tokens=at_hand.longest_completion,
+    )
+    memory = sampling_memory(part.model, at_hand, together, machine.sizing)
     return _dealt_out(part.model, part.load, machine, machine.rate(part.model.precision, sampling=True), memory)
 
 
@@ -631,9 +575,6 @@ _PRICE: dict[type, Callable[[Any, Machine], Cost]] = {
 
 
 # ---- The stages of a recipe
-
-SCORER_TOKENS = 4096
-"""Tokens that a scorer computes at a time."""
 
 
 class Planner:
@@ -680,7 +621,7 @@ class Planner:
         if self.recipe.data.rewards is not None:
             return None
         load = self.loads.rewarded()
-        scores = tuple(Read(scorer, load, SCORER_TOKENS) for scorer in self.scorers(self.recipe.scoring))
+        scores = tuple(Read(scorer, load) for scorer in self.scorers(self.recipe.scoring))
         return Work(scores) if scores else None
 
     def _reference(self, rest: str) -> Work:
@@ -726,7 +667,7 @@ class Planner:
                 trained,
                 Draw(reference, every, self.recipe.sample, amount.together),
                 *(Read(model, every, settings.token_budget, settings.precision) for model in reading),
-                *(Read(scorer, every, SCORER_TOKENS) for scorer in scorers),
+                *(Read(scorer, every) for scorer in scorers),
             ),
             on_one_device=True,
             beside=(reference, *scorers),
@@ -743,8 +684,6 @@ class Planner:
         For density ratios π_sft and a method's last policy read the pool's samples of a few prompts; held-out pairs are
         read by π_sft and by every policy saved.
         """
-        from exalign.rollout.rollout import SCORING_TOKENS
-
         settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
         pool = self.loads.evaluation(min(settings.pool_prompts, settings.prompts), settings.pool_samples)
         if what == "prompts":
@@ -753,9 +692,9 @@ class Planner:
             return self._drawn(pool, self.recipe.judging)
         if what == "density":
             few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
-            return Work((Read(self.supervised(), few, SCORING_TOKENS),), times=2)
+            return Work((Read(self.supervised(), few, None),), times=2)
         if what == "pairs":
-            pairs = Read(self.supervised(), self.loads.evaluation(settings.prompts, 2), SCORING_TOKENS)
+            pairs = Read(self.supervised(), self.loads.evaluation(settings.prompts, 2), None)
             return Work((pairs,), times=self.policies(name) if name else 1)
         once = self._drawn(
             self.loads.evaluation(settings.prompts, settings.samples), self.recipe.judging, reference=True
@@ -764,11 +703,9 @@ class Planner:
 
     def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Work:
         """Samples for a load, their rewards, and log π_sft of them."""
-        from exalign.rollout.rollout import SCORING_TOKENS
-
         policy = self.supervised()
-        scores = [Read(scorer, load, SCORER_TOKENS) for scorer in self.scorers(settings)]
-        read = [Read(policy, load, SCORING_TOKENS)] if reference else []
+        scores = [Read(scorer, load) for scorer in self.scorers(settings)]
+        read = [Read(policy, load, None)] if reference else []
         return Work((Draw(policy, load, self.recipe.sample), *scores, *read))
 
     def load_of(self, method: Method) -> Load:

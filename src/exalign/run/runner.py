@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 from exalign.data.tokenization import pin_date
-from exalign.device import choose_threads
+from exalign.device import choose_threads, device, device_memory, keep_memory
 from exalign.errors import InputError
 from exalign.processes import call, leads
 from exalign.run.recipe import Recipe, dump_recipe
@@ -112,7 +112,9 @@ class Run:
                 made[stage.name] = self._made_from(stage, found[stage.name], needs, contents)
             self._check(wanted, made, found)
             contents.remember()
-            if (sentence := choose_threads(self.recipe.threads or self._recorded().get("threads"))) is not None:
+            before = self._recorded()
+            keep_memory(before.get("memory"))
+            if (sentence := choose_threads(self.recipe.threads or before.get("threads"))) is not None:
                 self.console.print(shown(f"  {sentence}", "dim"), soft_wrap=True)
             self._describe()
             pin_to_run(self.folder)
@@ -181,7 +183,7 @@ class Run:
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
     def _recorded(self) -> dict[str, Any]:
-        """What the run began with, where it did: numbers of threads decide how sums are rounded."""
+        """What the run began with, where it did: threads and sizes decide how sums are rounded."""
         path = self.path("environment.json")
         return read_object(path) if path.exists() else {}
 
@@ -318,6 +320,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": packages,
         "threads": torch.get_num_threads(),
+        "memory": device_memory(device()),
         "accelerators": devices,
     }
 

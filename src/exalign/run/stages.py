@@ -452,7 +452,7 @@ def _reference(view: View, *, source: str, precision: Literal["fp32", "bf16"]) -
     known = with_ids(records, tokenize(view, records, tokenizer))
     model = supervised(view, tokenizer)
     done: list[Record] = []
-    numerics = Numerics(temperature, Method.model_fields["token_budget"].default, precision)
+    numerics = Numerics(temperature, "auto", precision)
     for start in range(0, len(known), SHARD):
         part = known[start : start + SHARD]
         done += with_logprobs(part, model, "reference_logprob", numerics)

@@ -25,11 +25,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
+from exalign.device import device_memory
 from exalign.errors import InputError
 from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.memory import TooLargeError, fitting, release_memory
+from exalign.models.sizes import measured, training_sizes
 from exalign.redaction import redact_values
 from exalign.settings import NO_RESULT, STEP_SIZE, Settings
 from exalign.storage import fingerprint, remove_leftovers
@@ -85,7 +87,7 @@ class _Trainer:
     folder: Path
     warmup_steps: int
     token_budget: int
-    """That of the settings, or less once memory has run out."""
+    """That of the settings, or what they leave to choose, or less once memory has run out."""
     saved_at: int = 0
     """The step of the last checkpoint."""
     seen: Sequence[Group] = ()
@@ -336,7 +338,8 @@ def _prepare(
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
     accelerator.init_trackers("exalign", config=flat)
     module.train()
-    if settings.gradient_checkpointing:
+    budget, checkpointing = _sizes(module, settings, accelerator, sharded=sharding is not None)
+    if checkpointing:
         for model in module.children():
             part: Any = model
             # The second name is that of older transformers 5 releases.
@@ -355,8 +358,19 @@ def _prepare(
     if sharding is None:
         prepared, optimizer = accelerator.prepare(module, optimizer)
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
-    budget = settings.token_budget
     return _Trainer(accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
+
+
+def _sizes(module: nn.Module, settings: TrainSettings, accelerator: Accelerator, *, sharded: bool) -> tuple[int, bool]:
+    memory = device_memory(accelerator.device)
+    return training_sizes(
+        measured(module.children(), memory),
+        memory,
+        token_budget=settings.token_budget,
+        checkpointing=settings.gradient_checkpointing,
+        autocast=settings.precision == "bf16",
+        shards=accelerator.num_processes if sharded else 1,
+    )
 
 
 def adamw(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from exalign.settings import NO_RESULT, STEP_SIZE, Settings
+from exalign.settings import NO_RESULT, STEP_SIZE, Choice, Settings, Size
 
 
 class TrainSettings(Settings):
@@ -24,15 +24,17 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(
         1.0, gt=0, description="gradients with a larger norm are scaled down to it", json_schema_extra=STEP_SIZE
     )
-    token_budget: int = Field(
-        4096,
-        gt=0,
-        description="tokens per forward pass: memory and speed, never the result",
+    token_budget: Size = Field(
+        "auto",
+        description="tokens per forward pass, memory and speed, never the result; auto: 4096 on a CPU, and what fits "
+        "on an accelerator",
         json_schema_extra=NO_RESULT,
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: matrix products in bfloat16, weights as is")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, about a third slower", json_schema_extra=NO_RESULT
+    gradient_checkpointing: Choice = Field(
+        "auto",
+        description="recompute activations: less memory, about a third slower; auto: on an accelerator that needs it",
+        json_schema_extra=NO_RESULT,
     )
     agreement_every: int | None = Field(
         None,
