@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-vllm check docs audit fuzz faults format clean gpu
+.PHONY: demo test test-vllm check docs audit fuzz faults format clean gpu compile-cuda
 
 FUZZ_MINUTES ?= 10
 FAULT_MOMENTS ?= 50
@@ -69,6 +69,17 @@ GPU_JSON ?= gpu.json
 gpu:
 	PYTHONPATH=src:. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_JSON)
 
+# The kernels for CUDA, compiled without a card, by PyPI's CUDA build of torch in an environment of its own (5 GB).
+compile-cuda: $(VENV)-cuda/.ready
+	PYTHONPATH=src:. $(VENV)-cuda/bin/python -m benchmarks.compile_cuda
+
+# `===` keeps to the version without a local part, which is the CUDA build.
+$(VENV)-cuda/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet "torch===2.13.0"
+	$(VENV)-cuda/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -80,4 +91,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-vllm build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-vllm $(VENV)-cuda build dist src/*.egg-info

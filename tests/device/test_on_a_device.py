@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 
 from device import work
-from device.pretend import apart
+from device.pretend import MEMORY, apart
+from exalign.data.synthetic import write_world
+from exalign.storage import read_json
 
 LARGE = {
     *("ppo, critic first", "dpo on own pairs", "grpo"),
@@ -62,6 +64,14 @@ def test_a_micro_batch_of_own_samples_costs_no_more(kind, workers) -> None:
         cost = apart(workers, work.cost_of_own_micro_batch, kind, count)
         assert cost.get("waits", 0) <= 1, cost
         assert cost["uploads"] <= 2 + (kind == "ppo"), cost
+
+
+@pytest.mark.large
+def test_a_whole_run_ends_with_its_report_and_notes_the_memory_it_began_with(workers, tmp_path) -> None:
+    write_world(tmp_path / "world", num_sft=64, num_prompts=24, num_test=12)
+    stages = apart(workers, work.whole_run, tmp_path / "world", tmp_path / "run")
+    assert {"sft", "rollouts", "scored", "reward", "align/exo", "align/own", "align/ppo", "evaluation/own"} <= {*stages}
+    assert read_json(tmp_path / "run" / "environment.json")["memory"] == MEMORY
 
 
 def test_sizes_left_to_choose_follow_from_the_device(workers, tmp_path) -> None:

@@ -295,6 +295,20 @@ def numbers_of(stage: str, folder: Path) -> list[float]:
     return (STAGES | HALF)[stage](folder)
 
 
+def whole_run(world: Path, folder: Path) -> list[str]:
+    """The stages of a run of the demo's recipe at its smallest, PPO and own samples among them, as the command does."""
+    from exalign.run.carry_out import run_recipe
+    from exalign.run.recipe import load_recipe
+    from run.conftest import ALIGN, RECIPE, tiny_overrides
+
+    own = f"own: {ALIGN}fresh_every: 2}}, ppo: {{batch_prompts: 8, method: ppo}}}}"
+    small = "model.config={model_type: gpt2, n_layer: 1, n_embd: 32, n_head: 2, n_positions: 96}"
+    overrides = tiny_overrides(world, f"align={{exo: {ALIGN}target: reward}}, {own}", small)
+    run_recipe(load_recipe(RECIPE, overrides), folder=folder)
+    assert (folder / "report" / "index.html").exists()
+    return sorted(str(done.parent.relative_to(folder)) for done in folder.rglob("done.json"))
+
+
 def mutated(module: str, name: str, old: str, new: str) -> str:
     """Run what uses the function after the change, on the device: what it raises."""
     from device.pretend import DeviceMixError
