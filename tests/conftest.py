@@ -17,8 +17,8 @@ settings.register_profile("any-machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any-machine")
 
 LONGEST = [
-    "test_search", "test_cluster", "test_kills", "test_damage", "test_field", "test_processes_run", "test_processes",
-    "test_wheel", "test_browser", "test_run", "test_sweep", "test_given", "test_on_a_device", "test_readme",
+    "test_methods", "test_cluster", "test_damage", "test_processes_run", "test_run", "test_on_a_device", "test_kills",
+    "test_winner", "test_held_out", "test_given", "test_processes", "test_search", "test_wheel", "test_field",
 ]  # fmt: skip
 """Files that are begun first, so that no process of several is left alone with one of them at the end."""
 

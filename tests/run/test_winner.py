@@ -49,7 +49,14 @@ PPO = (
 """Under the other's name, so that the rest of the test is the same."""
 
 
-@pytest.mark.parametrize("extra", [(), ("align.exo-rw.fresh_every=2",), PPO], ids=["given", "own samples", "PPO"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param((), id="given"),
+        pytest.param(("align.exo-rw.fresh_every=2",), id="own samples", marks=pytest.mark.large),  # PPO draws them too
+        pytest.param(PPO, id="PPO"),
+    ],
+)
 def test_the_weights_are_those_of_a_training_without_search(
     extra: tuple[str, ...], world: Path, tmp_path: Path
 ) -> None:
