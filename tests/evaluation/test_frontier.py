@@ -247,6 +247,13 @@ def test_a_method_that_did_not_move_is_named_not_compared():
     assert equal.left_out == ["still"]
 
 
+def test_a_method_that_went_very_far_keeps_no_other_from_being_compared():
+    sft, near = table_of([0.0, 1.0], [0, 0]), [table_of([2.0, 3.0], [1.0, 1.0])]
+    paths = Paths(sft, {"a": near, "b": near, "far": [table_of([5.0, 6.0], [100.0, 100.0])]})
+    equal = compare_all(paths, among=["a", "b", "far"])
+    assert (equal.kl, equal.left_out, len(equal.standings)) == (1.0, [], 3)
+
+
 def test_nobody_moved():
     assert compare_all(Paths(table_of([0.0], [0]), {}), among=[]) is None
     sft = table_of([0.0, 0.0], [0, 0])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from exalign.evaluation.schema import (
+    BestOfN,
     DensityCurve,
     DensityRatios,
     FrontierPoint,
@@ -97,6 +98,14 @@ def test_a_kl_that_samples_cannot_measure_is_warned_of() -> None:
     wide = FrontierPoint(1, None, span(2.0, 1.1), None, 4)
     assert "The KL of exo is more than its samples can measure: 2.0 nats, somewhere from 0.9 to 3.1." in said(wide)
     assert said(FrontierPoint(1, None, span(2.0, 0.9), None, 4)) == ""
+
+
+def test_a_policy_that_the_best_of_few_samples_beats_nearby_is_warned_of() -> None:
+    best = [BestOfN(n, span(reward), kl) for n, reward, kl in ((2, 1.0, 0.2), (4, 2.0, 0.6), (8, 2.6, 1.2))]
+    shown = point(1, span(1.2), kl=2.5)  # its reward is 1.7 at most 1.8
+    assert "exo is 2.5 nats away and has less reward than the best of 4 samples" in said(shown, best_of_n=best)
+    assert said(point(1, span(1.2), kl=2.3), best_of_n=best) == ""
+    assert said(point(1, span(2.2), kl=2.5), best_of_n=best) == ""
 
 
 def test_few_effective_samples_are_warned_of() -> None:

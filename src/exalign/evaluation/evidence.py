@@ -98,6 +98,7 @@ def collect_evidence(
     best = None if material.pool is None else optimum(material.pool, bootstrap)
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)
+    of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
     chosen = verdict(methods, _kl_budget(material.recipe))
     evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
@@ -111,7 +112,7 @@ def collect_evidence(
         equal_kl=compare_all(paths, among=[method.name for method in methods if method.finished]),
         comparisons=compare_pairs(paths),
         optimum=best,
-        best_of_n=best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap),
+        best_of_n=of_n,
         examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
         curves=curves,
         stages=folder.stages(),
@@ -124,7 +125,7 @@ def collect_evidence(
         judgements=judgements,
         searches=folder.searches(),
         density=density,
-        warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods),
+        warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
         num_resamples=num_resamples,
         seed=seed,
     )

@@ -198,7 +198,7 @@ def win_rate(
 
 
 LEAST_MOVE = 0.05
-"""A method whose reach in KL is below this share of the farthest of all is not compared at the common KL."""
+"""A method whose reach in KL is below this share of the median of all is not compared at the common KL."""
 
 
 class Paths:
@@ -269,8 +269,8 @@ def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
     A method that hardly left π_sft would drag the common KL to where all are alike: it is named, not compared.
     """
     reaches = {name: paths.reach(name) for name in paths.methods if name in among}
-    farthest = max(reaches.values(), default=0.0)
-    compared = {name: reach for name, reach in reaches.items() if reach > LEAST_MOVE * farthest}
+    usual = float(np.median(list(reaches.values()))) if reaches else 0.0
+    compared = {name: reach for name, reach in reaches.items() if reach > LEAST_MOVE * usual}
     if not compared:
         return None
     kl = min(compared.values())

@@ -16,6 +16,7 @@ from exalign.evaluation.frontier import lower_bound, select_within
 from exalign.evaluation.pool import LEAST_ESS
 from exalign.evaluation.run_folder import SUPERVISED, RunFolder
 from exalign.evaluation.schema import (
+    BestOfN,
     Curve,
     DensityRatios,
     FrontierPoint,
@@ -33,6 +34,8 @@ LEAST_OWN = 2
 """Effective samples a prompt below which the correction of own samples is warned of."""
 EQUAL = 0.5
 """From this share on, prompts whose samples all have the same reward are warned of."""
+WASTED = 4
+"""A KL of so many times that of a best of N with more reward is warned of."""
 KL_SPREAD = 0.5
 """A KL whose interval is wider than itself is warned of from this many nats on."""
 
@@ -87,14 +90,16 @@ def warnings(
     judgements: Judgements,
     curves: Sequence[Curve] = (),
     methods: Sequence[MethodEvidence] = (),
+    best_of_n: Sequence[BestOfN] = (),
 ) -> list[str]:
     """A sentence for everything that matters before one of the policies is used.
 
     `shown` are the checkpoints that are looked at, each with its method's name; `curves` what training logged;
-    `methods` what was aimed at.
+    `methods` what was aimed at, `best_of_n` what samples of the supervised policy give without any training.
     """
     return [
         *_out_of_reach(methods, optimum),
+        *_wasted(shown, best_of_n),
         *_lengths(sft, shown),
         *_rising(sft, shown, _repetition, REPETITION, "Answers repeat themselves (share of repeated 4-grams)"),
         *_rising(sft, shown, _unfinished, UNFINISHED, "More answers are cut at the limit of tokens"),
@@ -119,6 +124,22 @@ def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) ->
             f"at most log {most:,} = {math.log(most):.1f} nats. So far away the divergence has little influence and "
             "much of the KL is wasted; a larger β (beta_r, or beta) aims at what training can reach."
         )
+
+
+def _wasted(shown: Sequence[tuple[str, FrontierPoint]], best_of_n: Sequence[BestOfN]) -> Iterator[str]:
+    """A sentence for a policy that the best of few samples of π_sft surely beats at a small part of its KL."""
+    for name, point in shown:
+        if point.reward is None or point.reward.high is None or point.kl is None:
+            continue
+        for best in best_of_n:
+            low = best.reward.low
+            if low is not None and low > point.reward.high and WASTED * best.kl_bound < point.nats:
+                yield (
+                    f"{name} is {point.nats:.1f} nats away and has less reward than the best of {best.n} samples of "
+                    f"the supervised policy, which is {best.kl_bound:.1f} nats away at most: most of its KL buys "
+                    "nothing. A nearer checkpoint, or a larger β, is the better choice."
+                )
+                break
 
 
 def own_sample_warnings(name: str, metrics: Mapping[str, Sequence[float | None]]) -> Iterator[str]:
