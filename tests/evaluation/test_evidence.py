@@ -66,6 +66,17 @@ def test_examples_show_the_first_sample_of_every_policy(finished):
         assert example.answers[2].log_ratio == first.logprob - first.reference_logprob
 
 
+def test_courses_show_the_first_samples_of_some_checkpoints_in_their_order(finished):
+    run, evidence = finished
+    assert [course.method for course in evidence.courses] == ["exo-rw", "dpo-rw"]
+    steps = sorted(int(path.name[5:]) for path in (run / "evaluation" / "exo-rw").glob("step-*"))
+    for example in evidence.courses[0].examples:
+        assert [answer.source for answer in example.answers] == ["SFT", *(f"step {step}" for step in steps)]
+        for step, answer in zip(steps, example.answers[1:], strict=True):
+            samples = {r.id: r for r in read_records(run / f"evaluation/exo-rw/step-{step:06d}/samples")}
+            assert answer.text == samples[example.id].completions[0].text
+
+
 def test_counts_and_times_are_carried(finished):
     _, evidence = finished
     stages = {stage.name: stage for stage in evidence.stages}

@@ -91,6 +91,16 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={ppo: {}}"], "ppo is no section any more; write align: {ppo: {method: ppo, …}}"),
+        (["align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out data.preferences"),
+        (
+            [
+                "preferences=null",
+                "data.preferences.source=pairs.jsonl",
+                "align.dpo-pref.stop_after=3",
+                "align.dpo-pref.save_policies=3",
+            ],
+            "align.dpo-pref: stop_after = 3 counts saved policies; raise save_policies above it",
+        ),
         (
             ["align.other={method: pppo}"],
             "align.other.method: 'pppo' is none; there are cpo, dpo_norm, given,",

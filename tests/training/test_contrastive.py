@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from exalign.data.batching import Group, values_of
+from exalign.data.batching import Group, GroupValues, values_of
 from exalign.errors import InputError
 from exalign.methods.contrastive import Contrastive, ContrastiveTask
 from exalign.methods.cpo import CPO
@@ -23,8 +24,19 @@ from exalign.methods.matching import with_reference_logp
 from exalign.methods.method import Material, Method, available, method_class
 from exalign.methods.orpo import ORPO
 from exalign.methods.simpo import SimPO
+from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, plain_completion_logprobs
-from training.tiny_world import by_formula, make_groups, make_policy, make_tokenizer, read_metrics
+from exalign.models.model_settings import ModelSettings
+from exalign.storage import read_json
+from training.tiny_world import (
+    TIMINGS,
+    assert_same_outcome,
+    by_formula,
+    make_groups,
+    make_policy,
+    make_tokenizer,
+    read_metrics,
+)
 
 TEMPERATURE = 0.8
 GOLDEN = Path(__file__).with_name("golden_contrastive.json")
@@ -198,3 +210,74 @@ def test_what_methods_have_in_common_is_none_of_them() -> None:
         assert method_class(name) is type(method)
         assert method.label.lower() == name.replace("_", "-")
         assert method.optimum_beta is None and method.trains_on == "preferences"
+
+
+def stopping(folder: Path, steps: int | None = None, stop_after: int | None = 2) -> Path:
+    """Sixteen steps on four pairs that say the contrary of the held-out ones; killed after so many steps."""
+    groups = make_groups(8, num_completions=2)
+    settings = IPO(
+        learning_rate=1e-2, batch_prompts=2, epochs=8, save_policies=8, checkpoint_every=3, stop_after=stop_after
+    )
+    policy: Any = by_formula(make_policy())
+    groups = with_reference_logp(policy, groups, settings, temperature=TEMPERATURE)
+    wrong = [replace(group, preferred=1 - (group.preferred or 0)) for group in groups[:4]]
+    given = replace(material(policy, wrong), held_out=groups)
+    if steps is None:
+        return settings.train(given, folder)
+
+    class KilledError(Exception):
+        pass
+
+    def losses(logp: Tensor, given: GroupValues) -> Tensor:
+        if sum(1 for _ in (folder / "metrics.jsonl").open()) >= steps:
+            raise KilledError
+        return IPO.losses(settings, logp, given)
+
+    object.__setattr__(settings, "losses", losses)
+    with pytest.raises(KilledError):
+        settings.train(given, folder)
+    return folder
+
+
+def test_training_stops_where_held_out_pairs_say_so_and_keeps_the_best(tmp_path: Path) -> None:
+    stopping(tmp_path / "whole", stop_after=None)
+    model = stopping(tmp_path / "stopped")
+    rows = read_metrics(tmp_path / "whole", without=TIMINGS)
+    measured = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+    assert [*measured] == [1, 2, 3, 4, 7, 9, 13, 16]  # as policies are saved
+    best, last = next(
+        (best, steps[-1])
+        for steps in ([*measured][:end] for end in range(1, 9))
+        if len(steps) - 1 - steps.index(best := min(steps, key=measured.__getitem__)) == 2
+    )
+    assert 1 <= best < last < 16
+    assert read_metrics(tmp_path / "stopped", without=TIMINGS) == rows[:last]
+    said = read_json(tmp_path / "stopped" / "held-out.json")
+    assert (said["best"], said["last"]) == (best, last) and f"lowest after step {best}" in said["sentence"]
+    kept = sorted((tmp_path / "stopped" / "policies").iterdir())
+    assert kept[-1].name == f"step-{best:06d}"
+    for name in ("model", f"policies/step-{best:06d}"):
+        same = load_file(tmp_path / "whole" / f"policies/step-{best:06d}" / "model.safetensors")
+        assert all(torch.equal(w, same[n]) for n, w in load_file(model.parent / name / "model.safetensors").items())
+    stopping(tmp_path / "killed", steps=last - 1)
+    stopping(tmp_path / "killed")
+    assert_same_outcome(tmp_path / "killed", tmp_path / "stopped")
+    again = stopping(tmp_path / "stopped")  # it is done: no step is taken again
+    assert_same_outcome(again.parent, tmp_path / "killed")
+
+
+def test_what_is_measured_on_held_out_pairs_is_the_loss_of_the_policy_that_is_saved(tmp_path: Path) -> None:
+    stopping(tmp_path, stop_after=None)
+    policy: Any = load_policy(ModelSettings(source=str(tmp_path / "model")), make_tokenizer())
+    groups = with_reference_logp(by_formula(make_policy()), make_groups(8, num_completions=2), IPO(), temperature=0.8)
+    loss, metrics = ContrastiveTask(IPO().order(material(policy, groups)), IPO(), 0.8).loss(policy, groups)
+    last = read_metrics(tmp_path)[-1]
+    assert last["held_out_loss"] == pytest.approx(float(loss.detach()) / 8, rel=1e-4)
+    assert last["held_out_accuracy"] == float(metrics["accuracy"]) / 8
+    assert last["held_out_margin"] == pytest.approx(float(metrics["margin"]) / 8, rel=1e-4)
+
+
+def test_a_stop_without_held_out_pairs_is_refused(tmp_path: Path) -> None:
+    policy, groups = make_policy(), pairs(3)
+    with pytest.raises(InputError, match="stop_after looks at held-out preferences, and there are none"):
+        IPO(stop_after=1, save_policies=3).train(material(policy, groups), tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from exalign.evaluation.sample_table import (
 )
 from exalign.evaluation.schema import (
     Answer,
+    Course,
     Evidence,
     Example,
     FrontierPoint,
@@ -48,11 +49,14 @@ from exalign.evaluation.schema import (
 )
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Bootstrap
 from exalign.evaluation.verdict import verdict, warnings
+from exalign.storage import read_json
 
 SFT = "SFT"
 REFERENCE_TEXTS = "reference texts"
 REFERENCE_TEXT = "reference text"
 NUM_WORST = 3
+NUM_COURSE, COURSE_STEPS = 3, 5
+"""Prompts on which a method's checkpoints are shown one beside the other, and at most how many of these."""
 
 
 def build_evidence(
@@ -125,6 +129,7 @@ def collect_evidence(
         judgements=judgements,
         searches=folder.searches(),
         density=density,
+        courses=[*_courses(material, methods, seed)],
         warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
         num_resamples=num_resamples,
         seed=seed,
@@ -166,6 +171,7 @@ class _Material:
     tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
     pairs: dict[str, dict[int, PairTable]] = field(default_factory=dict)
     last_samples: dict[str, list[Record]] = field(default_factory=dict)
+    first_samples: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -202,7 +208,7 @@ class _Material:
         return {SFT: self.sft} | ({} if self.reference is None else {REFERENCE_TEXTS: self.reference})
 
     def _read_method(self, method: str) -> None:
-        self.tables[method] = {}
+        self.tables[method], self.first_samples[method] = {}, {}
         for step in self.run.sampled_steps(method):
             folder = self.run.samples(method, step)
             where = self.run.relative(folder)
@@ -221,6 +227,11 @@ class _Material:
                 raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
             self.tables[method][step] = table
             self.last_samples[method] = records
+            first = [replace(record, completions=record.completions[:1]) for record in records]
+            self.first_samples[method][step] = first
+        stop = self.run.align(method) / "held-out.json"
+        if stop.is_file():
+            self.notes.append(f"{method}: {read_json(stop)['sentence']}.")
         if not self.tables[method]:
             self.notes.append(f"{method} has no evaluated checkpoint.")
 
@@ -338,6 +349,20 @@ def choose_examples(
             rows.insert(0, _answer(REFERENCE_TEXT, known[key].completions[0]))
         examples.append(Example(key, render_prompt(known[key].prompt), rows))
     return examples
+
+
+def _courses(material: _Material, methods: Sequence[MethodEvidence], seed: int) -> Iterator[Course]:
+    """Of every method with several checkpoints, some of them evenly from the first to the last."""
+    for method in methods:
+        steps = [*material.first_samples[method.name]]
+        if len(steps) < 2:
+            continue
+        places = np.linspace(0, len(steps) - 1, min(len(steps), COURSE_STEPS)).round().astype(int)
+        shown = {method.at(steps[i]): material.first_samples[method.name][steps[i]] for i in places}
+        answers = {SFT: material.last_samples[SFT]} | shown
+        examples = choose_examples([], answers, num_examples=NUM_COURSE, seed=seed)
+        if examples:
+            yield Course(method.name, examples)
 
 
 def _worst(theirs: Sequence[Record], ours: Sequence[Record], method: str) -> list[Example]:

@@ -264,6 +264,14 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Course:
+    """How a method's answers changed while it was trained: on each prompt those of π_sft and of its checkpoints."""
+
+    method: str
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
 class Stage:
     """A finished stage of the run: its wall time, and what it dropped or cut."""
 
@@ -516,6 +524,7 @@ class Evidence:
     verdict: Verdict | None = None
     warnings: list[str] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
+    courses: list[Course] = field(default_factory=list)
     version: int = EVIDENCE_VERSION
 
     @property

@@ -81,8 +81,10 @@ class ContrastiveTask:
 
 def train_contrastive(task: ContrastiveTask, module: PackedPolicy, material: Material, folder: Path) -> Path:
     """Align a policy by the task's losses; `loop.train` says what is written."""
+    from exalign.training.held_out import HeldOut
     from exalign.training.loop import model_card, train
 
-    text = f"A language model aligned by {task.settings.line}, at τ = {task.temperature}."
-    card = model_card("Aligned policy", text, task.settings, pipeline_tag="text-generation")
-    return train(task, module, material.tokenizer, task.settings, folder, card=card)
+    settings, held_out = task.settings, HeldOut(material.held_out, task.settings.stop_after)
+    text = f"A language model aligned by {settings.line}, at τ = {task.temperature}."
+    card = model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
+    return train(task, module, material.tokenizer, settings, folder, card=card, held_out=held_out)

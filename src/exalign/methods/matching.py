@@ -142,7 +142,7 @@ class Matching(Method):
         if self.fresh_every is not None:
             return train_fresh(material, self, folder)
         how = (material.policy, material.tokenizer, material.groups, self, folder)
-        return train_matching(*how, temperature=material.temperature)
+        return train_matching(*how, temperature=material.temperature, held_out=material.held_out)
 
 
 def distance_of(settings: Matching) -> Callable[..., Tensor]:
@@ -275,6 +275,7 @@ def train_matching(
     folder: Path,
     *,
     temperature: float,
+    held_out: Sequence[Group] = (),
 ) -> Path:
     """Align a policy on groups with `reference_logp` and rewards or a preference; `loop.train` says what is written.
 
@@ -282,14 +283,15 @@ def train_matching(
     """
     from exalign.models.logprobs import PackedPolicy
     from exalign.training.batches import EpochBatches
+    from exalign.training.held_out import HeldOut
     from exalign.training.loop import model_card, train
 
     check_groups(groups, settings)
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
     text = f"A language model aligned by {settings.divergence} to a {settings.target} target at τ = {temperature}."
     card = model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
-    task = MatchingTask(batches, settings, temperature)
-    return train(task, PackedPolicy(model), tokenizer, settings, folder, card=card)
+    task, measured = MatchingTask(batches, settings, temperature), HeldOut(held_out, settings.stop_after)
+    return train(task, PackedPolicy(model), tokenizer, settings, folder, card=card, held_out=measured)
 
 
 def with_reference_logp(

@@ -39,7 +39,8 @@ TrainsOn = Literal["preferences", "rewards", "prompts", "nothing"]
 class Material:
     """What a method trains with: the policy and, by what it `trains_on`, groups or what it draws its own samples from.
 
-    `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference. A method that trains on prompts
+    `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference, and so do those `held_out` of a
+    method on preferences, which it is measured on. A method that trains on prompts
     samples them from the policy as `sampling` says at τ = `temperature`, rewards the samples by `scorer` and takes
     log π_sft from `reference`. `critic` says what a method that asks for one starts a scalar model from.
     `counts` takes what is counted on the way; prompts that are sampled again after an interruption count again.
@@ -49,6 +50,7 @@ class Material:
     tokenizer: PreTrainedTokenizerBase
     temperature: float
     groups: Sequence[Group] = ()
+    held_out: Sequence[Group] = ()
     prompts: Sequence[Record] = ()
     sampling: SampleSettings = field(default_factory=SampleSettings)
     scorer: Scorer | None = None
@@ -80,6 +82,12 @@ class Method(TrainSettings):
         "matching", description="the method: matching (EXO, DPO, the family), ppo, simpo, …, or module:Class"
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
+    stop_after: int | None = Field(
+        None,
+        gt=0,
+        description="for methods on data.preferences: training ends where so many saved policies in a row have no "
+        "lower loss on the held-out pairs than the best before, and that one is the model; None: it goes to its end",
+    )
     sweep: dict[str, tuple[int | float, ...]] | None = Field(
         None,
         description="a frontier by end points: one setting with several values, from near to far, and a policy for "

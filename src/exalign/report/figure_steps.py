@@ -14,6 +14,7 @@ from exalign.report.style import LIGHT, Look
 
 METRICS = {
     "loss": "loss",
+    "held_out_loss": "loss on held-out pairs",
     "kl": "KL, estimated (nats)",
     "reward": "weighted reward",
     "log_ratio_spread": "std of log-ratios",
@@ -27,6 +28,7 @@ METRICS = {
     "unfinished": "share cut at the limit",
     "completion_tokens": "completion tokens",
     "accuracy": "accuracy",
+    "held_out_accuracy": "accuracy on held-out pairs",
     "grad_norm": "gradient norm",
 }
 """Metrics that are drawn, in this order, with their titles; the others stay in the evidence file."""
@@ -34,6 +36,7 @@ METRICS = {
 _SHARES = {
     METRICS["saturated"],
     METRICS["accuracy"],
+    METRICS["held_out_accuracy"],
     METRICS["equal_rewards"],
     METRICS["unfinished"],
     "win rate against SFT",

@@ -46,6 +46,8 @@ from exalign.run.recipe import Recipe, holds_out, trained_on
 from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
+PAIRS = "evaluation/pairs"
+
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     """Every stage after alignment; none where there is nothing to align."""
@@ -73,16 +75,21 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     yield Takes(("seed",), tuple(before)).stage("report", _report, always=True)
 
 
-def _pairs_stages(recipe: Recipe) -> Iterator[Stage]:
-    """Held-out preferences under every saved policy, where the run has any and a method or a reader would look."""
+def reads_pairs(recipe: Recipe) -> bool:
+    """Whether held-out preferences are read: the run has any, and a method or a reader would look."""
     there = recipe.data.preferences is not None or trained_on(recipe) == {"nothing"}
-    if not there or not (trained_on(recipe) & {"preferences", "nothing"} or judging(recipe) is None):
+    return there and (bool(trained_on(recipe) & {"preferences", "nothing"}) or judging(recipe) is None)
+
+
+def _pairs_stages(recipe: Recipe) -> Iterator[Stage]:
+    """Held-out preferences under every saved policy."""
+    if not reads_pairs(recipe):
         return
     policy = takes_supervised(recipe) + Takes(("temperature", *LIMITS))
     source = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
-    yield (policy + source + Takes(("evaluate.prompts",))).stage("evaluation/pairs", _pairs)
+    yield (policy + source + Takes(("evaluate.prompts",))).stage(PAIRS, _pairs)
     for name in recipe.align:
-        takes = policy + Takes(needs=("evaluation/pairs", f"align/{name}"))
+        takes = policy + Takes(needs=(PAIRS, f"align/{name}"))
         yield takes.stage(f"evaluation/pairs/{name}", partial(_pairs_of, name=name))
 
 
@@ -233,7 +240,7 @@ def with_ids(records: list[Record], groups: list[Group]) -> list[Record]:
 
 def _pairs_of(view: View, *, name: str) -> None:
     """log π_θ (as `logprob`) of the held-out pairs under every saved policy."""
-    records, tokenizer = read_records(view.path("evaluation/pairs", "records")), run_tokenizer(view)
+    records, tokenizer = read_records(view.path(PAIRS, "records")), run_tokenizer(view)
     header = Header(temperature=view.recipe.temperature)
     for policy in saved_policies(view.path(f"align/{name}")) if records else ():
         if own_tokenizer(view, policy, tokenizer) is not None:

@@ -268,8 +268,19 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         problems = [*method.problems()]
         if method.trains_on == "prompts":
             problems += method.sampling_problems(recipe.sample)
+        problems += _stop_problems(recipe, method)
         yield from (f"align.{name}: {problem}" for problem in problems)
         yield from (f"align.{name}.sweep{problem}" for problem in _sweep_problems(recipe, method))
+
+
+def _stop_problems(recipe: Recipe, method: Method) -> Iterator[str]:
+    """An early stop that nothing would measure, or that could not come."""
+    if method.stop_after is None:
+        return
+    if method.trains_on != "preferences" or recipe.data.preferences is None:
+        yield "stop_after looks at held-out data.preferences, and this method is not trained on these; remove it"
+    elif method.stop_after >= method.save_policies:
+        yield f"stop_after = {method.stop_after} counts saved policies; raise save_policies above it"
 
 
 def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:

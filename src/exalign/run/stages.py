@@ -43,7 +43,7 @@ from exalign.processes import leads
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
-from exalign.run.evaluating import evaluation_stages, with_ids
+from exalign.run.evaluating import PAIRS, evaluation_stages, reads_pairs, with_ids
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
@@ -87,8 +87,9 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The stages that a recipe needs, each with what it reads."""
     evaluation = [*evaluation_stages(recipe)]
     methods = [*_methods(recipe)]
-    # What a method needs of the evaluation, the pool that its β is chosen from, comes before it.
-    early = {"evaluation/prompts", POOL} if any(POOL in stage.needs for stage in methods) else set()
+    # What a method needs of the evaluation, the pool that its β is chosen from and held-out pairs, comes before it.
+    needed = {need for stage in methods for need in stage.needs}
+    early = ({"evaluation/prompts", POOL} if POOL in needed else set()) | ({PAIRS} & needed)
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
@@ -173,6 +174,8 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
         reference, critic = reference_of(method), None
         if reference is not None:
             takes += Takes(needs=(reference,))
+            if method.trains_on == "preferences" and reads_pairs(recipe):
+                takes += Takes(needs=(PAIRS,))
             if method.trains_on == "rewards" and recipe.data.rewards is None:
                 takes += Takes(("sample.top_p", "sample.top_k"))
         else:
@@ -222,7 +225,9 @@ def _material(view: View, *, reference: str | None, scorer: Scoring | None, crit
         groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
         view.counts["prompts"] = len(groups)
         view.counts["completions"] = sum(group.num_completions for group in groups)
-        return Material(groups=groups, **common)  # type: ignore[arg-type]
+        pairs = read_records(view.path(PAIRS, "records")) if view.has(PAIRS) else []
+        held_out = [group_of(record, index) for index, record in enumerate(pairs)]
+        return Material(groups=groups, held_out=held_out, **common)  # type: ignore[arg-type]
     assert scorer is not None
     started = supervised_settings(view)
     own = started if critic is None else ModelSettings(source=str(view.path(critic, "model")), dtype=started.dtype)

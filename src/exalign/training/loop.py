@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,11 +57,18 @@ from exalign.training.guards import (
     smaller_budget,
     with_recoveries,
 )
+from exalign.training.held_out import HeldOut
 from exalign.training.train_settings import TrainSettings
 
 LINE_SECONDS = 30.0
 """Between two lines about a training where there is no terminal for a bar."""
 Trainable = PackedPolicy | PackedScorer | ActorCritic
+
+
+class Save(Protocol):
+    """Writes the policy as it is; `verified` by loading it in plain transformers."""
+
+    def __call__(self, path: Path, *, verified: bool = False) -> None: ...
 
 
 class Task(Protocol):
@@ -88,6 +96,7 @@ class _Trainer:
     warmup_steps: int
     token_budget: int
     """That of the settings, or what they leave to choose, or less once memory has run out."""
+    held_out: HeldOut
     saved_at: int = 0
     """The step of the last checkpoint."""
     seen: Sequence[Group] = ()
@@ -102,6 +111,7 @@ def train(
     folder: Path,
     *,
     card: str,
+    held_out: HeldOut | None = None,
 ) -> Path:
     """Train `module` in place, continuing what stands in `folder`; return the folder of the final model.
 
@@ -112,7 +122,8 @@ def train(
     whose loss or gradient is not finite changes nothing and is recorded with `skipped` 1, its batch in `skipped`;
     `max_skipped_in_a_row` of them, or where no other is left, end the run with `NotFiniteError`, an `InputError` (see
     `guards`). Where memory runs out the token budget is halved and the step begun again. Ctrl-C is a
-    `KeyboardInterrupt` with a sentence that says what stands.
+    `KeyboardInterrupt` with a sentence that says what stands. `held_out` is measured at every saved policy, and may end
+    the training: `model` is then its best policy, while `module` is where training ended.
     """
     folder = Path(folder)
     if settings.idle_steps >= len(task.batches):
@@ -123,7 +134,8 @@ def train(
             else "No step would be taken: there are no batches to train on."
         )
     whole = Whole(module)
-    trainer = _prepare(task, module, tokenizer, settings, folder)
+    held_out = held_out or HeldOut()
+    trainer = _prepare(task, module, tokenizer, settings, folder, held_out)
     accelerator, writes = trainer.accelerator, trainer.accelerator.is_main_process
     card = with_recoveries(card, folder)
 
@@ -136,7 +148,10 @@ def train(
     if writes:
         remove_leftovers(folder)
     _take_steps(trainer, save)
-    save(folder / "model", verified=True)
+    if held_out.stop_after is None:
+        save(folder / "model", verified=True)
+    elif writes:
+        Console(stderr=True).print(shown(f"{folder.name}: {held_out.keep_best(folder)}"), soft_wrap=True)
     if writes:
         prune_checkpoints(folder / "checkpoints", len(task.batches), keep=1)
     for tracker in accelerator.trackers:
@@ -203,11 +218,13 @@ def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return product / (squares[0] * squares[1]).sqrt()
 
 
-def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
+def _take_steps(trainer: _Trainer, save: Save) -> None:
     """All steps from the last checkpoint on, with what is written on the way."""
     settings, folder, writes = trainer.settings, trainer.folder, trainer.accelerator.is_main_process
     num_steps, position = len(trainer.task.batches), _start(trainer)
     policy_steps = saved_steps(num_steps, settings.save_policies, idle=settings.idle_steps)
+    held_out = trainer.held_out
+    held_out.begin(folder / "metrics.jsonl", position.step)
     with (
         TrainingProgress(folder.name, num_steps=num_steps, done=position.step, visible=writes) as progress,
         MetricsLog(folder / "metrics.jsonl", step=position.step, writes=writes) as metrics,
@@ -219,8 +236,10 @@ def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
         if position.step:
             say(f"continues after step {position.step} of {num_steps}")
         try:
-            while position.step < num_steps:
+            while position.step < num_steps and not held_out.stops:
                 row = _take_step(trainer, position.step, say)
+                if held_out.groups and row["step"] in policy_steps:
+                    row |= _measured(trainer, row["step"])
                 trainer.accelerator.log({n: value for n, value in row.items() if value is not None}, step=row["step"])
                 metrics.append(row)
                 progress.update(row)
@@ -229,10 +248,10 @@ def _take_steps(trainer: _Trainer, save: Callable[[Path], None]) -> None:
                 if row["skipped"]:
                     _skip(trainer, row, in_a_row, say)
                 if position.step in policy_steps:
-                    save(folder / "policies" / f"step-{position.step:06d}")
+                    save(folder / "policies" / f"step-{position.step:06d}", verified=held_out.stop_after is not None)
                 # Among skipped steps there is none: a recovery begins before the first of them.
                 due = position.step % settings.checkpoint_every == 0 and not row["skipped"]
-                if due or position.step == num_steps:
+                if due or position.step == num_steps or held_out.stops:
                     metrics.sync()
                     save_checkpoint(folder / "checkpoints", position, trainer.model, trainer.optimizer, writes=writes)
                     trainer.saved_at = position.step
@@ -268,6 +287,13 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def _measured(trainer: _Trainer, step: int) -> dict[str, float | None]:
+    with trainer.accelerator.autocast():
+        loss_of, budget = partial(trainer.task.loss, trainer.model), trainer.token_budget
+        found = trainer.held_out.measure(loss_of, trainer.task.weight, step, token_budget=budget)
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _gradient(
@@ -329,7 +355,12 @@ def _start(trainer: _Trainer) -> Position:
 
 
 def _prepare(
-    task: Task, module: Trainable, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings, folder: Path
+    task: Task,
+    module: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    folder: Path,
+    held_out: HeldOut,
 ) -> _Trainer:
     sharding = sharding_wanted()
     accelerator = make_accelerator(
@@ -358,7 +389,8 @@ def _prepare(
     if sharding is None:
         prepared, optimizer = accelerator.prepare(module, optimizer)
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
-    return _Trainer(accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
+    trained = (accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
+    return _Trainer(*trained, held_out)
 
 
 def _sizes(module: nn.Module, settings: TrainSettings, accelerator: Accelerator, *, sharded: bool) -> tuple[int, bool]:
