@@ -127,3 +127,14 @@ def test_compiled_it_is_the_dense_twin_and_fifty_micro_batches_compile_it_three_
         layout = layout_of(random_shape(draw), window)
         assert difference(layout, states_of(layout, (4, 2, 64), torch.float32), softcap) < 1e-5
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 3
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not compiles(), reason="there is no C++ compiler for torch.compile")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("heads", HEADS)
+def test_compiled_for_heads_of_any_size_and_number(heads, dtype, tolerance) -> None:
+    torch._dynamo.reset()
+    attention._compiled_flex.cache_clear()
+    layout = layout_of(RAGGED[5])
+    assert difference(layout, states_of(layout, heads, dtype), None) < tolerance
