@@ -283,9 +283,11 @@ def engine_arguments(policy: PreTrainedModel, settings: SampleSettings) -> dict[
     """What `vllm.LLM` is given beside the folder.
 
     Only safetensors are read, no code of the model runs, and none of its own sampling settings take effect. On a
-    processor nothing is compiled, which takes minutes at every start, and prompts are shared in parts of 32 tokens.
+    processor nothing is compiled, which takes minutes at every start, prompts are shared in parts of 32 tokens, and
+    none is read in pieces: vLLM then sets its generator back, which a processor's cannot do, and its process ends.
     """
     base, own = base_of(policy), settings.vllm
+    on_processor = base.device.type == "cpu"
     return {
         "dtype": str(base.dtype).removeprefix("torch."),
         "max_model_len": settings.max_prompt_tokens + settings.max_new_tokens,
@@ -297,7 +299,7 @@ def engine_arguments(policy: PreTrainedModel, settings: SampleSettings) -> dict[
         "load_format": "safetensors",
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
-        **({"enforce_eager": True, "block_size": 32} if base.device.type == "cpu" else {}),
+        **({"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False} if on_processor else {}),
     }
 
 
