@@ -106,18 +106,20 @@ class OwnSamples:
         """What a step says of where its own samples came from, per prompt `[B]`, by the weights π_θ/q over the K.
 
         `kl` estimates KL(π_θ‖π_sft) and `kl_to_sampled` KL(π_θ‖q), in nats; `effective_samples`, from 1 to K, is how
-        many samples of π_θ the K are worth; `logprob_gap` as in `numbers`, where the step alone can say it.
+        many samples of π_θ the K are worth; `reward_correlation`, of log π_θ/π_sft with the reward, is 1 for every
+        optimum; `logprob_gap` as in `numbers`, where the step alone can say it.
         """
         from exalign import objectives
 
         policy, sampled, drawn = policy_logp.detach(), given.proposal_logp, self.drawn_by(policy_logp, given)
         reference, proposal = drawn.reference_logp, drawn.proposal_logp
-        assert reference is not None and proposal is not None and sampled is not None
+        assert reference is not None and proposal is not None and sampled is not None and given.rewards is not None
         weights = objectives.log_importance_weights(policy, proposal, given.mask)
         found = {
             "kl": objectives.weighted_mean(weights, policy - reference, given.mask),
             "kl_to_sampled": objectives.weighted_mean(weights, policy - proposal, given.mask),
             "effective_samples": objectives.effective_sample_size(weights, given.mask),
+            "reward_correlation": objectives.reward_correlation(policy, reference, given.rewards, given.mask),
         }
         if self.at_once:
             found["logprob_gap"] = ((sampled - policy).abs() / given.lengths).mean(dim=1)
