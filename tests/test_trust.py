@@ -100,7 +100,8 @@ def test_who_may_speak_to_a_network() -> None:
     assert users_of("openai") == {"judging/askers.py"}  # asks the endpoint that --endpoint names
     assert users_of("uvicorn") == {"judging/assess.py"}  # serves the assessment page
     assert users_of("datasets") == {"data/reading.py"}  # reads a data set from the hub by its name
-    assert users_of("huggingface_hub") == {"data/reading.py"}
+    # A data set is read by its name; `exalign push` uploads what it is told to.
+    assert users_of("huggingface_hub") == {"data/reading.py", "run/publish.py"}
     assert users_of("ray") == {"run/cluster.py"}  # joins the cluster that a recipe names, or starts one here
     assert users_of("vllm") == {"rollout/vllm.py"}
 

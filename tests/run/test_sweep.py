@@ -62,7 +62,7 @@ def test_the_beta_of_a_kl_is_that_of_the_optimum_so_far_away(swept: RunFolder) -
         assert np.mean([kl_of_optimum(rewards, beta) for rewards in pool]) == pytest.approx(kl, rel=1e-4)
     assert [len(method.points) for method in evidence.methods] == [2, 2, 1]
     told = tables(read_runs([swept.path], [0.1]), [0.1])
-    assert told.count("| exo | kl 0.") == 2 and "| dpo | beta_r 0.5 | 0.25 |" in told and "2 trainings" in told
+    assert told.count("| exo | kl 0.") == 2 and "| dpo | beta_r 0.5 | 0.250 |" in told and "2 trainings" in told
     page = swept.page.read_text(encoding="utf-8")
     assert "Each point of exo, dpo is the end of a training of its own." in page
 

@@ -53,6 +53,9 @@ def assert_same_run(folder: Path, other: Path, *, rel: float = 2e-4, abs_: float
     for row, other_row in zip(rows, other_rows, strict=True):
         assert [name for name in row if row[name] is None] == [name for name in other_row if other_row[name] is None]
         numbers, others = ({name: x for name, x in some.items() if x is not None} for some in (row, other_row))
+        # The first log-ratios are hardly above rounding, and a correlation has no scale.
+        correlations = [some.pop("reward_correlation", 0.0) for some in (numbers, others)]
+        assert correlations[0] == pytest.approx(correlations[1], abs=max(1e-3, 10 * abs_))
         assert numbers == pytest.approx(others, rel=rel, abs=abs_)
     models = sorted(path.relative_to(other) for path in other.rglob("model.safetensors"))
     assert sorted(path.relative_to(folder) for path in folder.rglob("model.safetensors")) == models
