@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -210,4 +211,5 @@ def _process(
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **LAYOUTS[layout]})
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    faulthandler.enable()  # a process that a library's fault ends says where it was
     function(*arguments)
