@@ -117,8 +117,10 @@ def test_of_a_single_run_kls_stand_beside_each_other(runs: list[Path]) -> None:
     text = tables(one, KLS)
     assert "| method | 0.5 nats | 1 nat | 3 nats |" in text and "over runs" not in text
     equal, rest = text.split("## Differences at equal KL")
+    rewards = [one[0].rewards["exo-rw"][kl] for kl in KLS]
     (row,) = [line for line in equal.splitlines() if line.startswith("| exo-rw |")]
-    assert row == "| " + " | ".join(["exo-rw", *(interval(one[0].rewards["exo-rw"][kl]) for kl in KLS)]) + " |"
+    assert row == "| exo-rw | " + " | ".join("–" if v is None else f"**{interval(v)}**" for v in rewards) + " |"
+    assert "| **" not in "".join(line for line in text.splitlines() if f"| {OPTIMUM} |" in line)
     assert sum(line.startswith("| exo-rw − dpo-rw |") for line in rest.splitlines()) == 1
 
 

@@ -18,13 +18,13 @@ from exalign.cli import draw_run_figures, main
 from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
-from exalign.evaluation.schema import Evidence, MethodEvidence
+from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, WinRate
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, draw_measure
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.paper_figures import ablations, draw_ablation
 from exalign.report.style import drawable, figure_style, looks_of
-from exalign.report.verdicts import draw_verdicts, win_table
+from exalign.report.verdicts import as_csv, as_markdown, draw_verdicts, win_table
 from judging.judged_run import assess_run, judge_run, longer, moody
 
 METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref": (0.5, (1.0,)), "ppo": (0.6, (0.9,))}
@@ -97,6 +97,20 @@ def test_the_table_has_every_method_and_best_of_n_in_three_formats(whole: Path, 
     assert r"plain \| judge" in markdown[0]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown if line.startswith("|")}) == 1
     assert [line.split("|")[1].strip() for line in markdown if line.startswith("|")][2:] == [*METHODS, "best of 32"]
+
+
+def test_the_best_method_of_a_column_is_bold_with_its_ties_and_best_of_n_is_not(evidence: Evidence) -> None:
+    rates = dict(zip(METHODS, [0.612, 0.6118, 0.58, 0.4, 0.5], strict=False))
+    best = BestOfN(8, Interval(1.0, None, None, 9), 1.0, [WinRate("SFT", Interval(0.9, 0.8, 1.0, 9), 0.0, 9, 0)])
+    methods = [
+        replace(m, win_rates=[WinRate("SFT", Interval(rates[m.name], 0.1, 0.9, 9), 0.0, 9, 0)])
+        for m in evidence.methods
+    ]
+    table = win_table(replace(evidence, methods=methods, best_of_n=[best], judgements=Judgements()))
+    rows = [line.split(" | ") for line in as_markdown(table).splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows if "**" in row[1]] == list(METHODS)[:2]  # 61.2 % both
+    assert rows[-1] == ["| best of 8", "90.0 [80.0, 100.0] (n 9) |"]
+    assert "*" not in as_csv(list(table.cells.values()))
 
 
 def test_the_page_has_the_new_figures_and_the_table(whole: Path) -> None:

@@ -18,7 +18,7 @@ from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Curve, Interval, MethodEvidence, Sweep
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, write_under
-from exalign.report.wording import duration, interval, number, percent
+from exalign.report.wording import best, duration, interval, number, percent
 from exalign.terminal import shown
 
 
@@ -28,7 +28,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     several, differences = len(runs) > 1, _differences(runs, kls)
     parts = [
         "## Reward at equal KL",
-        "With 95 % intervals over prompts"
+        "The best of a column in bold, which may be chance. With 95 % intervals over prompts"
         + ("; the mean over runs with Student's. " if several else ". ")
         + "“–”: the method does not reach this KL.",
         _at_equal_kl(runs, methods, kls, "rewards"),
@@ -70,11 +70,20 @@ def _at_equal_kl(
     if not any(getattr(run, what) for run in runs):
         return ""
     for kl in kls:
-        for method in methods:
-            found = [getattr(run, what).get(method, {}).get(kl) for run in runs]
-            mean = over_runs([value.estimate for value in found if value is not None])
-            rows.append([f"{kl:g}", method, *map(interval, found), across(mean)])
+        found = {method: [getattr(run, what).get(method, {}).get(kl) for run in runs] for method in methods}
+        means = [over_runs([value.estimate for value in values if value is not None]) for values in found.values()]
+        most = max((mean.runs for mean in means if mean is not None), default=0)
+        columns = [[(v and v.estimate, interval(v)) for v in values] for values in zip(*found.values(), strict=True)]
+        columns.append([(m.mean if m is not None and m.runs == most else None, across(m)) for m in means])
+        cells = [_bold(dict(zip(methods, column, strict=True)), but=OPTIMUM) for column in columns]
+        rows += [[f"{kl:g}", method, *(column[method] for column in cells)] for method in methods]
     return _side_by_side("method", runs, rows)
+
+
+def _bold(column: dict[str, tuple[float | None, str]], but: str = "") -> dict[str, str]:
+    """The texts of a column by method; the best of them in bold, of all that have a value `but` one."""
+    leading = best({name: (value, text) for name, (value, text) in column.items() if value is not None and name != but})
+    return {name: f"**{text}**" if name in leading else text for name, (_, text) in column.items()}
 
 
 def _mixed(runs: Sequence[RunResults]) -> str:
@@ -149,12 +158,13 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
     curves = run.evidence.curves
     if run.evidence.sft is not None:
         yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), "–", "–", "–", "–", "–"]
+    won = {who: _bold({m.name: _won(m, who) for m in run.evidence.methods}) for who in ("SFT", "reference texts")}
     for method in run.evidence.methods:
         if method.points:
             stage = f"align/{method.name}"
             yield [
                 run.name,
-                *_end(method),
+                *_end(method, [column[method.name] for column in won.values()]),
                 _training([c for c in curves if c.stage == stage or c.stage.startswith(f"{stage}/")]),
             ]
     if run.evidence.best_of_n:
@@ -174,16 +184,19 @@ def _total(values: Sequence[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def _end(method: MethodEvidence) -> list[str]:
+def _won(method: MethodEvidence, opponent: str) -> tuple[float | None, str]:
+    rate = next((rate.rate for rate in method.win_rates if rate.opponent == opponent), None)
+    return None if rate is None else rate.estimate, percent(rate)
+
+
+def _end(method: MethodEvidence, won: Sequence[str]) -> list[str]:
     last, gap = method.points[-1], method.gap
-    rates = {rate.opponent: percent(rate.rate) for rate in method.win_rates}
     return [
         method.name,
         str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
         interval(last.kl),
         interval(last.reward),
-        rates.get("SFT", "–"),
-        rates.get("reference texts", "–"),
+        *won,
         interval(None if gap is None else gap.gap),
         number(None if gap is None else gap.kl),
     ]

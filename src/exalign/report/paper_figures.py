@@ -25,7 +25,7 @@ from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, draw_frontier, draw_measure
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, write_under
-from exalign.report.verdicts import SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
+from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
 from exalign.report.wording import Captions, visible
 from exalign.storage import write_text
 
@@ -172,7 +172,7 @@ def _missing_from(table: WinTable, run: Path, *, scored: bool) -> Iterator[str]:
     if not table.cells:
         yield f"Tables 1 and 2 need an evaluated checkpoint: {again} makes them."
         return
-    if scored and not any(name.startswith("best of ") for name in table.methods):
+    if scored and not any(name.startswith(BEST_OF) for name in table.methods):
         yield f"Tables 1 and 2 lack best of N, which needs a pool: {again} evaluate.pool_prompts=128 draws it."
     if scored and (SCORER, "reference texts") not in table.columns:
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from exalign.evaluation.schema import Evidence, Interval, Tally, WinRate
 from exalign.report.style import LIGHT, Look, drawable
-from exalign.report.wording import visible, within_a_share
+from exalign.report.wording import best, percent, visible, within_a_share
 from exalign.spreadsheet import csv_text
 from exalign.storage import write_json, write_text
 
-SCORER = "scorer"
+SCORER, BEST_OF = "scorer", "best of "
 _OPPONENTS = {"sft": "SFT", "reference": "reference texts"}
 """How judged match-ups name what win rates are against."""
 
@@ -44,6 +44,12 @@ class WinTable:
     def cell(self, method: str, column: tuple[str, str]) -> WinCell | None:
         return self.cells.get((method, *column))
 
+    def best(self, column: tuple[str, str], shown: Callable[[Interval], str] = percent) -> set[str]:
+        """The methods with the highest win rate of a column, as it is `shown`; best of N is none of them."""
+        trained = [name for name in self.methods if not name.startswith(BEST_OF)]
+        cells = {name: cell.rate for name in trained if (cell := self.cell(name, column))}
+        return best({name: (rate.estimate, shown(rate)) for name, rate in cells.items()})
+
 
 def win_table(evidence: Evidence) -> WinTable:
     """Methods in the order of the evidence, then the best of the largest N; the scorer's columns, then the judges'.
@@ -52,8 +58,8 @@ def win_table(evidence: Evidence) -> WinTable:
     """
     rates = [(method.name, rate) for method in evidence.methods for rate in method.win_rates]
     if evidence.best_of_n:
-        best = evidence.best_of_n[-1]
-        rates += [(f"best of {best.n}", rate) for rate in best.win_rates]
+        most = evidence.best_of_n[-1]
+        rates += [(f"{BEST_OF}{most.n}", rate) for rate in most.win_rates]
     cells = [_by_scorer(name, rate) for name, rate in rates]
     known = {method.name for method in evidence.methods}
     for judge, tallies in judged_tallies(evidence):
@@ -81,9 +87,16 @@ def write_win_table(table: WinTable, folder: Path, name: str, caption: str) -> l
 
 
 def as_markdown(table: WinTable) -> str:
-    """One row per method, `win rate % [low, high] (n prompts)` in a cell."""
+    """One row per method, `win rate % [low, high] (n prompts)` in a cell, a column's best in bold."""
     heads = ["method", *(f"{by}: against {against}" for by, against in table.columns)]
-    rows = [[name, *(_text(table.cell(name, column)) for column in table.columns)] for name in table.methods]
+    leading = {column: table.best(column, _share) for column in table.columns}
+
+    def text(name: str, column: tuple[str, str]) -> str:
+        cell = table.cell(name, column)
+        told = "–" if cell is None else f"{_share(cell.rate)} (n {cell.rate.num_prompts})"
+        return f"**{told}**" if name in leading[column] else told
+
+    rows = [[name, *(text(name, column) for column in table.columns)] for name in table.methods]
     lines = [heads, ["---", *["---:"] * len(table.columns)], *rows]
     return "".join("| " + " | ".join(map(_escape, line)) + " |\n" for line in lines)
 
@@ -106,13 +119,11 @@ def _plain(cell: WinCell) -> dict[str, str | float | int | None]:
     return dict(zip(_FIELDS, (cell.method, cell.by, cell.against, *numbers), strict=True))
 
 
-def _text(cell: WinCell | None) -> str:
-    if cell is None:
-        return "–"
-    rate, text = cell.rate, f"{100 * cell.rate.estimate:.1f}"
-    if rate.low is not None and rate.high is not None:
-        text += f" [{100 * within_a_share(rate.low):.1f}, {100 * within_a_share(rate.high):.1f}]"
-    return f"{text} (n {rate.num_prompts})"
+def _share(rate: Interval) -> str:
+    text = f"{100 * rate.estimate:.1f}"
+    if rate.low is None or rate.high is None:
+        return text
+    return f"{text} [{100 * within_a_share(rate.low):.1f}, {100 * within_a_share(rate.high):.1f}]"
 
 
 def _escape(text: str) -> str:

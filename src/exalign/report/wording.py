@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,20 @@ def percent(value: Interval | None) -> str:
         return text
     low, high = within_a_share(value.low), within_a_share(value.high)
     return f"{text} [{100 * low:.0f},\N{NO-BREAK SPACE}{100 * high:.0f}]"
+
+
+def best(cells: Mapping[str, tuple[float, str]]) -> set[str]:
+    """Who has the highest value, and whose reads the same; cells are a value and its text, the estimate first.
+
+    >>> sorted(best({"exo": (0.612, "61 % [50, 70]"), "dpo": (0.608, "61 % [49, 68]"), "ppo": (0.58, "58 %")}))
+    ['dpo', 'exo']
+    >>> best({"exo": (0.612, "61 %")})
+    set()
+    """
+    if len(cells) < 2:
+        return set()
+    _, highest = max(cells.values(), key=lambda cell: cell[0])
+    return {name for name, (_, text) in cells.items() if text.split(" ")[0] == highest.split(" ")[0]}
 
 
 def within_a_share(bound: float) -> float:
@@ -194,7 +209,8 @@ class Captions:
         best = self.evidence.best_of_n[-1] if self.evidence.best_of_n else None
         text = (
             f"{self._data()} Win rate in % over all pairs of samples of a prompt, a tie counting half, n the number of "
-            f"prompts; in brackets {self._interval()}. The scorer is what the run evaluates with."
+            f"prompts; in brackets {self._interval()}. Bold: the highest of the methods. The scorer is what the run "
+            "evaluates with."
         )
         if best is not None:
             text += (
