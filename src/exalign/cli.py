@@ -307,11 +307,16 @@ def inspect(
     from exalign.data.inspection import inspect_source, render_inspection
     from exalign.data.reading import settings_of
     from exalign.models.loading import load_tokenizer
+    from exalign.run.begin import with_dialogues
 
     _quiet_libraries()
+    tokenizer = load_tokenizer(model)
+    source, _ = with_dialogues(settings_of(data, columns or (), settings or (), split), tokenizer)
+    if source.dialogues:
+        console.print("Turns of Human and Assistant are read as messages; dialogues=false reads them as text.", style="dim")
     found = inspect_source(
-        settings_of(data, columns or (), settings or (), split),
-        load_tokenizer(model),
+        source,
+        tokenizer,
         rows=rows,
         max_prompt_tokens=max_prompt_tokens,
         max_completion_tokens=max_completion_tokens,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from exalign.data.reading import DataSettings, read_source, settings_of
 from exalign.data.record import Record
@@ -142,18 +143,28 @@ def _scorer(reward: str | None, reward_model: str | None) -> dict[str, Any] | No
 
 
 def _rows(model: str, data: str, reading: Sequence[str]) -> tuple[DataSettings, list[Record]]:
-    """How the data is read, and its first rows; turns of Human and Assistant as such where the model has a template."""
+    """How the data is read, and its first rows."""
     settings = settings_of(data, (), reading)
     check_weights(model)
-    records = list(islice(read_source(whole(settings), Counter()), LOOKED_AT))
+    settings, records = with_dialogues(settings, load_tokenizer(model))
     if not records:
         raise InputError(
             f"{settings.source} has no usable rows; exalign inspect {settings.source} --model {model} shows what is "
             "in each."
         )
+    return settings, records
+
+
+def with_dialogues(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSettings, list[Record]]:
+    """The settings and the first rows, with turns of Human and Assistant as messages where most rows are made of them.
+
+    Only for a tokenizer with a chat template, and where `dialogues` is not set.
+    """
+    records = list(islice(read_source(whole(settings), Counter()), LOOKED_AT))
     turns: Counter[str] = Counter()
     read = [as_dialogue(record, turns) for record in records]
-    if load_tokenizer(model).chat_template and turns["texts_read_as_dialogues"] > len(records) / 2:
+    chat = tokenizer.chat_template and "dialogues" not in settings.model_fields_set
+    if chat and turns["texts_read_as_dialogues"] > len(records) / 2:
         return settings.model_copy(update={"dialogues": True}), read
     return settings, records
 
