@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from exalign.cli import app, main
 from exalign.data.synthetic import write_world
 from exalign.errors import InputError
+from exalign.models.loading import load_tokenizer
 from exalign.run.demo import RECIPE, copy_recipe
 from exalign.run.recipe import RECIPES, load_recipe
 from faults.starts import Starter
@@ -176,3 +177,15 @@ def test_inspect_shows_tokens_and_counts(world: Path) -> None:
     assert result.returncode == 0
     assert "preferred" in result.stdout
     assert "pairs equal" in result.stdout
+
+
+def test_inspect_reads_turns_of_human_and_assistant_as_align_does(world: Path, tmp_path: Path) -> None:
+    """As messages for a model with a chat template, unless told otherwise."""
+    tokenizer = load_tokenizer(str(world / "tokenizer"))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    said = {name: f"\n\nHuman: Was it good?\n\nAssistant: It was {name}." for name in ("fine", "dull")}
+    (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": said["fine"], "rejected": said["dull"]}) + "\n")
+    read = exalign("inspect", str(tmp_path / "hh.jsonl"), "--model", str(tmp_path / "chat")).stdout
+    told = exalign("inspect", str(tmp_path / "hh.jsonl"), "dialogues=false", "--model", str(tmp_path / "chat")).stdout
+    assert "texts read as dialogues" in read and "texts read as dialogues" not in told
