@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from markupsafe import Markup
 
+from exalign.data.store import read_header, read_records, write_records
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval, Judgements, MethodEvidence, Tally
 from exalign.judging.agreement import OVERALL, tally
 from exalign.judging.comparisons import read_comparisons
-from exalign.judging.judgements import stored_studies
+from exalign.judging.judgements import read_judgements, stored_studies
 from exalign.report.page import render_page
 from exalign.report.style import looks_of
 from exalign.report.verdicts import verdict_bar
@@ -100,6 +102,41 @@ def test_what_people_said_is_on_the_page(judged_run):
     html = (run / "report" / "index.html").read_text()
     assert "3 people gave 54 of 60 verdicts on 10 prompts." in html
     assert f"Krippendorff's alpha is {interval(study.agreement[0].alpha)}" in html.replace("&#39;", "'")
+
+
+def test_what_a_model_wrote_stands_in_both_orders_below_the_answers_it_is_about(judged_run):
+    run, _ = judged_run
+    asked = [c for file in run.glob("judging/llm/*/*/comparisons.jsonl") for c in read_comparisons(file)]
+    evidence = RunFolder(run).read_evidence()
+    assert evidence.judgements.remarks == []
+    rows = rows_of(run, "samples")
+    for example in evidence.examples:
+        texts = {answer.source: answer.text for answer in example.answers}
+        wanted = set()
+        for c in (c for c in asked if c.prompt_id == example.id):
+            a, b = (c.first_text, c.second_text) if c.left == "first" else (c.second_text, c.first_text)
+            winner = {"left": "A", "right": "B"}.get(c.shown_verdict, c.shown_verdict)
+            wanted.add((a, b, c.answer, winner))
+        assert wanted and wanted == {
+            (texts[r.a], texts[r.b], r.text, {r.a: "A", r.b: "B"}.get(r.in_favour_of, r.in_favour_of))
+            for r in example.remarks
+        }
+        assert all([r.a, r.b, r.text, r.in_favour_of] in [row[1:] for row in rows] for r in example.remarks)
+
+
+def test_an_answer_that_was_replaced_since_has_no_remark_beside_it(judged_run, tmp_path):
+    shutil.copytree(judged_run[0], tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    records = [
+        replace(record, completions=(replace(record.completions[0], text="anew"), *record.completions[1:]))
+        for record in read_records(folder.supervised)
+    ]
+    header = read_header(folder.supervised)
+    shutil.rmtree(folder.supervised)
+    write_records(folder.supervised, records, header)
+    before, after = judged_run[1].remarks, read_judgements(folder.path).remarks
+    assert {"SFT", "reference text"} == {r.b for r in before if r.a == "exo-rw"}
+    assert after == [r for r in before if "SFT" not in (r.a, r.b)]
 
 
 def test_where_nobody_judged_there_is_no_section(evidence_and_page):

@@ -42,6 +42,7 @@ from exalign.evaluation.schema import (
     Judgements,
     MethodEvidence,
     OptimumPoint,
+    Remark,
     Sweep,
     Verdict,
     WinRate,
@@ -117,7 +118,7 @@ def collect_evidence(
         comparisons=compare_pairs(paths),
         optimum=best,
         best_of_n=of_n,
-        examples=choose_examples(material.prompts, material.last_samples, num_examples=num_examples, seed=seed),
+        examples=choose_examples(material.prompts, material.last_samples, num_examples, seed, judgements.remarks),
         curves=curves,
         stages=folder.stages(),
         record_counts=folder.record_counts(),
@@ -126,7 +127,7 @@ def collect_evidence(
         + judgements.notes,
         environment=folder.environment_values(),
         recipe=folder.recipe_text(),
-        judgements=judgements,
+        judgements=replace(judgements, remarks=[]),
         searches=folder.searches(),
         density=density,
         courses=[*_courses(material, methods, seed)],
@@ -149,7 +150,7 @@ def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Ev
     theirs = material.last_samples[SFT]
     ours = complete_records(material.run.samples(to_ship.method, to_ship.step)) or []
     answers = {SFT: theirs, to_ship.method: ours}
-    drawn = choose_examples(material.prompts, answers, num_examples=1, seed=evidence.seed)
+    drawn = choose_examples(material.prompts, answers, 1, evidence.seed)
     folder = material.run.ships(to_ship.method, to_ship.step)
     shown = replace(to_ship, folder=folder, example=drawn[0] if drawn else None)
     return replace(evidence, verdict=shown, worst=_worst(theirs, ours, to_ship.method))
@@ -328,12 +329,17 @@ def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> Optim
 
 
 def choose_examples(
-    prompts: Sequence[Record], answers: Mapping[str, Sequence[Record]], *, num_examples: int, seed: int
+    prompts: Sequence[Record],
+    answers: Mapping[str, Sequence[Record]],
+    num_examples: int,
+    seed: int,
+    remarks: Sequence[Remark] = (),
 ) -> list[Example]:
     """`num_examples` prompts drawn with `seed`, never by reward, from those that every policy answered, with each one's
     first sample.
 
-    `answers` maps a policy's name to its records; `prompts` may carry a reference text each.
+    `answers` maps a policy's name to its records; `prompts` may carry a reference text each. Prompts with `remarks` on
+    these answers, which judges drew by chance too, come before others.
     """
     by_id = {name: {r.id: r for r in records if r.completions} for name, records in answers.items()}
     known = {record.id: record for records in answers.values() for record in records}
@@ -341,13 +347,17 @@ def choose_examples(
     shared = [key for key in known if all(key in records for records in by_id.values())]
     if not by_id or not shared:
         return []
-    drawn = np.random.default_rng(seed).permutation(len(shared))[:num_examples]
+    judged = {remark.prompt_id for remark in remarks if {remark.a, remark.b} <= {REFERENCE_TEXT, *answers}}
+    by_chance = np.random.default_rng(seed).permutation(len(shared))
+    drawn = sorted(by_chance, key=lambda i: shared[i] not in judged)[:num_examples]
     examples = []
     for key in (shared[i] for i in sorted(drawn)):
         rows = [_answer(name, records[key].completions[0]) for name, records in by_id.items()]
         if known[key].completions and any(record.id == key for record in prompts):
             rows.insert(0, _answer(REFERENCE_TEXT, known[key].completions[0]))
-        examples.append(Example(key, render_prompt(known[key].prompt), rows))
+        shown = {row.source for row in rows}
+        said = [remark for remark in remarks if remark.prompt_id == key and {remark.a, remark.b} <= shown]
+        examples.append(Example(key, render_prompt(known[key].prompt), rows, said))
     return examples
 
 
@@ -360,7 +370,7 @@ def _courses(material: _Material, methods: Sequence[MethodEvidence], seed: int) 
         places = np.linspace(0, len(steps) - 1, min(len(steps), COURSE_STEPS)).round().astype(int)
         shown = {method.at(steps[i]): material.first_samples[method.name][steps[i]] for i in places}
         answers = {SFT: material.last_samples[SFT]} | shown
-        examples = choose_examples([], answers, num_examples=NUM_COURSE, seed=seed)
+        examples = choose_examples([], answers, NUM_COURSE, seed)
         if examples:
             yield Course(method.name, examples)
 

@@ -255,12 +255,28 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """What a language model wrote about two answers to a prompt. `a` and `b` are the sources of those shown as A and B.
+
+    `in_favour_of` is one of the two, tie or unreadable.
+    """
+
+    prompt_id: str
+    judge: str
+    a: str
+    b: str
+    text: str
+    in_favour_of: str
+
+
+@dataclass(frozen=True)
 class Example:
-    """A prompt with the first sample of every policy on it."""
+    """A prompt with the first sample of every policy on it, and what judges wrote about these."""
 
     id: str
     prompt: str
     answers: list[Answer]
+    remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -393,7 +409,8 @@ class JudgeAgreement:
 class Judgements:
     """What language models and people said about the run's answers. Intervals are over prompts, as everywhere.
 
-    `seed` is that of their resamples; `notes` are sentences about what was left out.
+    `seed` is that of their resamples; `notes` are sentences about what was left out. `remarks` are on answers that the
+    run has now, each order its own; evidence keeps them beside the examples that it shows.
     """
 
     judges: list[ModelJudge] = field(default_factory=list)
@@ -401,6 +418,7 @@ class Judgements:
     agreement: list[JudgeAgreement] = field(default_factory=list)
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exalign.errors import InputError
-from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Interval, JudgeAgreement, Judgements, ModelJudge, ModelMatchUp, PeopleStudy, Tally
+from exalign.evaluation.evidence import REFERENCE_TEXT, SFT
+from exalign.evaluation.run_folder import REFERENCE, SUPERVISED, RunFolder
+from exalign.evaluation.schema import (
+    Interval,
+    JudgeAgreement,
+    Judgements,
+    ModelJudge,
+    ModelMatchUp,
+    PeopleStudy,
+    Remark,
+    Tally,
+)
 from exalign.judging.agreement import OVERALL, agreement, agreement_with, tally
-from exalign.judging.comparisons import CRITERIA, Comparison, read_comparisons
+from exalign.judging.comparisons import CRITERIA, OTHER, Comparison, read_comparisons
 from exalign.judging.pairing import system
 from exalign.judging.summary import SUMMARY_VERSION, num_measured
 from exalign.storage import read_json
@@ -91,6 +101,7 @@ def read_judgements(path: Path) -> Judgements:
         studies=[_study(one, answers) for one in said],
         agreement=list(_agreements(judged, said)),
         notes=notes,
+        remarks=[remark for one in judged for remark in one.remarks],
     )
 
 
@@ -102,6 +113,7 @@ class _Judged:
     template: str
     match_up: ModelMatchUp
     verdicts: list[Comparison]
+    remarks: list[Remark]
 
     @property
     def title(self) -> str:
@@ -139,9 +151,20 @@ def _judged(run: RunFolder, folder: Path, answers: _Answers) -> _Judged:
             answers_without_usage=summary["tokens"]["answers_without_usage"],
             outdated=answers.outdated(verdicts),
         )
-        return _Judged(summary["judge"], summary["template"], match_up, verdicts)
+        asked = (order for order in read_comparisons(folder / "comparisons.jsonl") if not answers.outdated([order]))
+        remarks = [_remark(f"{summary['judge']}, {summary['template']}", order) for order in asked]
+        return _Judged(summary["judge"], summary["template"], match_up, verdicts, remarks)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is of no match-up of this run ({error!r}).") from None
+
+
+def _remark(judge: str, order: Comparison) -> Remark:
+    known = {SUPERVISED: SFT, REFERENCE: REFERENCE_TEXT}
+    names = {"first": known.get(order.first, order.first), "second": known.get(order.second, order.second)}
+    left = order.left or "first"
+    favour = names.get(order.verdict, order.verdict)
+    said = (order.answer or "").rpartition("</think>")[2].strip()
+    return Remark(order.prompt_id, judge, names[left], names[OTHER[left]], said, favour)
 
 
 def _tally(first: str, second: str, verdicts: Sequence[Comparison]) -> Tally:
