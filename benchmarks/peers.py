@@ -93,7 +93,9 @@ def _check_uncut(recipe: Recipe, pairs: Sequence[Record]) -> None:
     for index, pair in enumerate(pairs):
         tokenize_record(pair, tokenizer, index=index, counts=counts, **limits)
     if cut := counts["prompts_cut"] + counts["completions_cut"]:
-        raise InputError(f"{cut} texts are over data.max_prompt_tokens or data.max_completion_tokens; TRL cuts otherwise.")
+        raise InputError(
+            f"{cut} texts are over data.max_prompt_tokens or data.max_completion_tokens; TRL cuts otherwise."
+        )
 
 
 def _row(pair: Record) -> dict[str, Any]:

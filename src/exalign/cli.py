@@ -313,7 +313,9 @@ def inspect(
     tokenizer = load_tokenizer(model)
     source, _ = with_dialogues(settings_of(data, columns or (), settings or (), split), tokenizer)
     if source.dialogues:
-        console.print("Turns of Human and Assistant are read as messages; dialogues=false reads them as text.", style="dim")
+        console.print(
+            "Turns of Human and Assistant are read as messages; dialogues=false reads them as text.", style="dim"
+        )
     found = inspect_source(
         source,
         tokenizer,

@@ -47,8 +47,19 @@ def recipe(world: Path, **changes: Any) -> Recipe:
         "divergence": "forward_kl", "target": "preference", "beta_pi": 0.3, "learning_rate": 1e-3, "epochs": 4,
         "batch_prompts": 16, "schedule": "constant", "warmup_fraction": 0.0, "save_policies": 2,
     }  # fmt: skip
-    data = {"preferences": {"source": str(world / "pairs.jsonl")}, "held_out": 0.1, "max_prompt_tokens": 48, "max_completion_tokens": 48}
-    values = {"name": "peers", "temperature": 1.0, "model": {"source": str(world / "model")}, "data": data, "align": {"dpo": dpo}}
+    data = {
+        "preferences": {"source": str(world / "pairs.jsonl")},
+        "held_out": 0.1,
+        "max_prompt_tokens": 48,
+        "max_completion_tokens": 48,
+    }
+    values = {
+        "name": "peers",
+        "temperature": 1.0,
+        "model": {"source": str(world / "model")},
+        "data": data,
+        "align": {"dpo": dpo},
+    }
     return make_recipe({**values, **changes})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -32,6 +33,14 @@ def test_built_in_templates_differ_between_orders_only_in_the_places_of_the_answ
     assert first.index("text of exo") < first.index("text of sft")
     assert "User: Say hi\n\nAssistant: No\n\nUser: ?" in first
     assert first.endswith("Verdict: A")
+
+
+def test_the_instruction_template_shows_the_reference_where_there_is_one_and_else_no_trace_of_it():
+    instructions, alone = load_instructions("instruction"), replace(PAIR, reference=None)
+    with_it, without = (instructions.render(pair, left="first") for pair in (PAIR, alone))
+    assert "</request>\n\n<reference>\nthe reference\n</reference>\n\n<answer_a>" in with_it
+    assert "eference" not in without
+    assert "</request>\n\n<answer_a>" in without and "in them.\n\n<request>" in without
 
 
 def split(text: str) -> list[str]:
