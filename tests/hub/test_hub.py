@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.synthetic_run import World, write_run
@@ -259,6 +260,15 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     assert front["library_name"] == "transformers" and "exalign" in front["tags"]
     assert f"| {interval(evidence.methods[0].points[0].kl)} |" in card
     assert str(tmp_path) not in card
+    adapter = RunFolder(tmp_path / "run").policy("exo-rw", chosen)
+    shutil.rmtree(adapter)
+    base = AutoModelForCausalLM.from_pretrained(repositories / "models/tiny")
+    adapted = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = "f/tiny"
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    assert load(code + published + MODEL, "f/adapter") == "3384 280"
+    card = (repositories / "models/adapter/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     with pytest.raises(InputError, match="'dpo' is no evaluated method of this run; there are exo-rw"):
         publish(tmp_path / "run", "dpo", "f/other")
     with pytest.raises(InputError, match="exo-rw was not evaluated at step 999"):

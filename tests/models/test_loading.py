@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import nn
@@ -225,6 +225,50 @@ def test_a_generation_config_that_contradicts_itself_is_mended(tmp_path: Path, t
         assert ("temperature" in again) == ("length_penalty" not in more) == again.get("do_sample", False)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("config", [CONFIG, LLAMA | {"tie_word_embeddings": True}])
+def test_an_adapter_alone_is_the_policy_that_was_trained(config, dora, tmp_path: Path, tokenizer) -> None:
+    base = load_policy(ModelSettings(config=config), tokenizer)
+    save_model(base, tokenizer, tmp_path / "base", card="")
+    expected = completion_logprobs(base, GROUPS, temperature=1.0)
+    lora = LoraSettings(rank=2, dora=dora, save="adapter")
+    model = load_policy(ModelSettings(source=str(tmp_path / "base"), lora=lora), tokenizer)
+    torch.testing.assert_close(completion_logprobs(model, GROUPS, temperature=1.0), expected, atol=1e-5, rtol=0)
+    trained = {name: weights for name, weights in model.named_parameters() if weights.requires_grad}
+    assert any("magnitude" in name for name in trained) == dora
+    before = {name: weights.clone() for name, weights in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
+    for _ in range(2):  # the first moves B and the lengths alone
+        completion_logprobs(model, GROUPS, temperature=1.0).sum().neg().backward()
+        optimizer.step()
+    assert not [name for name, weights in trained.items() if torch.equal(weights, before[name])]
+    moved = completion_logprobs(model, GROUPS, temperature=1.0)
+    assert (moved - expected).abs().min() > 0.01
+    save_model(model, tokenizer, tmp_path / "policy", card="# A policy\n", rows=GROUPS)
+    assert not (tmp_path / "policy" / "config.json").exists()
+    assert (tmp_path / "policy" / "README.md").read_text() == "# A policy\n"
+    for found in (
+        load_policy(ModelSettings(source=str(tmp_path / "policy")), load_tokenizer(str(tmp_path / "policy"))),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval(),
+    ):
+        again = completion_logprobs(found, GROUPS, temperature=1.0)
+        torch.testing.assert_close(again, moved, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_alone_needs_a_whole_base_and_dora_a_direction(tmp_path: Path, tokenizer) -> None:
+    lora = LoraSettings(rank=2, save="adapter")
+    with pytest.raises(InputError, match="lies in no folder for the adapter to name"):
+        load_policy(ModelSettings(config=LLAMA, lora=lora), tokenizer)
+    save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "base", card="")
+    first = load_policy(ModelSettings(source=str(tmp_path / "base"), lora=lora), tokenizer)
+    save_model(first, tokenizer, tmp_path / "first", card="")
+    with pytest.raises(InputError, match=r"first is an adapter itself.*set save: merged"):
+        load_policy(ModelSettings(source=str(tmp_path / "first"), lora=lora), tokenizer)
+    tied = LLAMA | {"tie_word_embeddings": True, "pad_token_id": 5}  # whose row of zeros the head shares
+    with pytest.raises(InputError, match=r"lora\.dora: lm_head has outputs without any weight"):
+        load_policy(ModelSettings(config=tied, lora=LoraSettings(dora=True, targets=("lm_head",))), tokenizer)
+
+
 class TestAnAdaptersFolder:
     def trained(self, tmp_path: Path, tokenizer, *, more: int = 0, targets=("q_proj", "v_proj")):
         """An adapter beside its base, and the model that both are; `more` tokens were added for it."""
@@ -246,6 +290,10 @@ class TestAnAdaptersFolder:
         ids = torch.tensor([[3, 4, len(own) - 1, 6]])
         with torch.no_grad():
             assert torch.allclose(found(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+            anew = load_policy(ModelSettings(source=str(tmp_path / "adapter"), lora=LoraSettings(rank=3)), own).eval()
+            assert torch.equal(anew(input_ids=ids).logits, found(input_ids=ids).logits)
+        assert all(weights.requires_grad for weights in found.parameters())
+        assert {weights.requires_grad for weights in anew.parameters()} == {True, False}
         save_model(found, own, tmp_path / "whole", card="", rows=GROUPS)
         assert (tmp_path / "whole" / "config.json").exists()
 

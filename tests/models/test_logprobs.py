@@ -144,12 +144,13 @@ def test_activation_checkpointing_changes_nothing(name, reentrant) -> None:
     assert_same(with_gradients(completion_logprobs, model, [groups]), expected, 1e-10)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", [None, ("c_attn", "c_fc", "lm_head"), ("lm_head",)])
-def test_adapters_on_body_and_head(tokenizer, targets) -> None:
-    settings = ModelSettings(config=ARCHITECTURES["gpt2 untied"], lora=LoraSettings(rank=3, targets=targets))
-    model = load_policy(settings, tokenizer).double()
+def test_adapters_on_body_and_head(tokenizer, targets, dora) -> None:
+    lora = LoraSettings(rank=3, targets=targets, dora=dora)
+    model = load_policy(ModelSettings(config=ARCHITECTURES["gpt2 untied"], lora=lora), tokenizer).double()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "magnitude" in name:
             nn.init.normal_(parameter, std=0.3)
     groups = make_groups()
     expected = exactly(plain_completion_logprobs, model, [groups])

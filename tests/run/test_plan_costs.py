@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_built_in_configurations_have_the_published_number_of_parameters(name: s
     assert set(PUBLIC_CONFIGURATIONS) >= {name}
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=3)])
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=3), LoraSettings(rank=3, dora=True)])
 @pytest.mark.parametrize("model_type", TINY)
 def test_counts_without_weights_are_those_of_the_real_model(model_type: str, lora: LoraSettings | None) -> None:
     config = {"model_type": model_type, "vocab_size": 50, **TINY[model_type]}
@@ -101,6 +102,11 @@ def test_counts_without_weights_are_those_of_the_real_model(model_type: str, lor
     assert planned.parameters == sum(p.numel() for p in real.parameters())
     assert planned.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert forward_flops(planned.module, groups_of(LOAD)) == forward_flops(real, groups_of(LOAD))
+
+
+def test_an_adapter_is_planned_as_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
+    assert architecture_of(ModelSettings(source=str(tmp_path)), "policy", None).parameters == 124_439_808
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=3)])

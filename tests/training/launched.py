@@ -114,7 +114,7 @@ TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
     "align": align,
     "align-untied": lambda folder, budget: align(folder, budget, model=ModelSettings(config=UNTIED)),
     "align-lora": lambda folder, budget: align(
-        folder, budget, model=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2))
+        folder, budget, model=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2, dora=True))
     ),
     "align-recomputed": lambda folder, budget: align(folder, budget, gradient_checkpointing=True),
     "align-bf16": lambda folder, budget: align(folder, budget, precision="bf16"),

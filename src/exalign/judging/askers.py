@@ -273,7 +273,7 @@ class LocalModel:
         self.judge = Path(source).resolve().name if Path(source).is_dir() else source
         self._source = source
         self._settings = settings
-        base = adapter_base(Path(source) / "adapter_config.json") if Path(source).is_dir() else None
+        base = adapter_base(Path(source))
         folders = [Path(name) for name in (source, base) if name and Path(name).is_dir()]
         self._weights = "-".join(map(fingerprint_path, folders)) or None
         self._loaded: tuple[Any, Any] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,12 +62,12 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with an end-of-sequence token (`InputError` without one).
 
-    An adapter's folder that holds none has its base's. A missing padding token becomes the end-of-sequence token;
+    An adapter that comes without one has its base's. A missing padding token becomes the end-of-sequence token;
     nothing here reads padding, so no result depends on it.
     `chat_template_kwargs` are settings of its chat template, say {"enable_thinking": False}, for every text of it.
     """
     _check_files(source, but=".safetensors")
-    if is_folder(source) and not any(Path(source).glob("*token*")) and (base := _adapter_base(source)) is not None:
+    if (base := _adapter_base(source)) is not None and not _has_tokenizer(source):
         source = base
     try:
         tokenizer = _openai_tokenizer(source) or AutoTokenizer.from_pretrained(
@@ -80,6 +81,14 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template_kwargs = dict(chat_template_kwargs or {})
     return tokenizer
+
+
+def _has_tokenizer(source: str) -> bool:
+    if is_folder(source):
+        return any(Path(source).glob("*token*"))
+    with suppress(OSError, ValueError):
+        return bool(cached_file(source, "tokenizer_config.json"))
+    return False
 
 
 def _openai_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -96,9 +105,19 @@ def _openai_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 
 
 def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal language model, dropout 0. The caller seeds torch before, for weights that start at random."""
-    model = _load(AutoModelForCausalLM, settings, tokenizer, num_labels=None)
-    return with_lora(model, settings.lora, task="CAUSAL_LM")
+    """A causal language model, dropout 0. The caller seeds torch before, for weights that start at random.
+
+    With `lora.save: adapter` what `save_model` writes of it is its adapter, on `settings.source`.
+    """
+    check_base(settings)
+    model = with_lora(
+        _load(AutoModelForCausalLM, settings, tokenizer, num_labels=None), settings.lora, task="CAUSAL_LM"
+    )
+    if settings.saves_adapter:
+        source = str(settings.source)
+        model.peft_config["default"].base_model_name_or_path = os.path.abspath(source) if is_folder(source) else source
+        model.saved_as_adapter = True  # type: ignore[assignment]
+    return model
 
 
 def load_reward_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -164,6 +183,19 @@ def check_trainable(settings: ModelSettings, where: str) -> None:
         )
 
 
+def check_base(settings: ModelSettings) -> None:
+    """An adapter that is saved alone needs a whole model to stand on; else this is an `InputError`."""
+    if not settings.saves_adapter:
+        return
+    if settings.source is None:
+        raise InputError("lora.save = adapter: a model from a config lies in no folder for the adapter to name.")
+    if _adapter_base(settings.source) is not None:
+        raise InputError(
+            f"lora.save = adapter: {settings.source} is an adapter itself, and one on another is read by no library; "
+            "set save: merged."
+        )
+
+
 def save_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,15 +206,18 @@ def save_model(
 ) -> None:
     """Write an ordinary transformers folder atomically: safetensors, tokenizer, `card` as README.md, and SHA256SUMS.
 
-    LoRA adapters are merged into a copy of the weights; the model that was passed in stays as it was. A model with a
-    scalar head gets a padding id that ends no text. What is written must give the numbers of `model` on `rows` (see
-    `verify_saved`), or nothing is.
+    LoRA adapters are merged into a copy of the weights, or are all that is written (see `load_policy`); the model that
+    was passed in stays as it was. A model with a scalar head gets a padding id that ends no text. What is written must
+    give the numbers of `model` on `rows` (see `verify_saved`), or nothing is.
     """
-    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
+    alone = hasattr(model, "saved_as_adapter")
+    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") and not alone else model
+    # No layer is resized here, which PEFT would ask the hub about.
+    options = {"save_embedding_layers": False} if alone else {}
     with atomic_path(Path(folder)) as temporary:
         temporary.mkdir(parents=True)
         with _own_padding(plain, tokenizer) as (state, its_tokenizer):
-            plain.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            plain.save_pretrained(temporary, state_dict=state, safe_serialization=True, **options)
             its_tokenizer.save_pretrained(temporary)
         del plain, state
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -210,9 +245,16 @@ def save_apart(model: Any, folder: Path) -> None:
 
 def _merged(model: Any) -> PreTrainedModel:
     """The model without PEFT's shell, its adapters added to its weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about what one library asks of the other
+    with _between_libraries():
         return model.merge_and_unload()
+
+
+@contextmanager
+def _between_libraries() -> Iterator[None]:
+    """Without what transformers says to PEFT about names that it is going to change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager
@@ -255,9 +297,9 @@ def _own_padding(
 
 
 def verify_saved(folder: Path, model: nn.Module, rows: Sequence[Group]) -> None:
-    """Load a saved model as anybody would, with transformers alone, and compare it with `model` on a few rows.
+    """Load a saved model as anybody would, with transformers alone, an adapter with PEFT, and compare it with `model`.
 
-    A language model must give log π(y|x) (τ = 1), a sequence classifier the outputs of its head. What may differ is the
+    On a few rows a language model must give log π(y|x) (τ = 1), a classifier the outputs of its head. May differ: the
     square root of the type's rounding, in nats per token or relative to the largest output: half of the digits, far
     more than another order of summation costs and far less than another model. Anything else is an `InputError`.
     """
@@ -301,10 +343,15 @@ def some_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Grou
 
 def _as_anybody(folder: Path, base: Any, rows: Sequence[Group], *, scores: bool, device: torch.device) -> Tensor:
     """What a saved model gives for the rows, by its own forward; where the accelerator has no room for it, on a CPU."""
-    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        auto = AutoPeftModelForCausalLM  # transformers 5.23 by itself leaves out what DoRA adds
     # The code of a model that needs its own is running already.
     trust_remote_code = type(base).__module__.startswith("transformers_modules")
-    plain = auto.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    with _between_libraries():
+        plain = auto.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
     try:
         plain.to(device)
         return _forward(plain, rows, scores=scores)
@@ -488,22 +535,20 @@ def _from_pretrained(
 
 def _adapter_base(source: str) -> str | None:
     """The model that a LoRA adapter was trained on, where `source` holds an adapter alone; else None."""
-    if is_folder(source):
-        whole = (Path(source) / "config.json").exists()
-        path = None if whole else str(Path(source) / "adapter_config.json")
-    else:
-        path = None if exists(Path(source)) else _hub_adapter(source)
-    return None if path is None else adapter_base(Path(path))
+    if exists(Path(source)):
+        return adapter_base(Path(source))
+    found = _hub_adapter(source)
+    return None if found is None else adapter_base(Path(found).parent)
 
 
 @cache
 def _hub_adapter(source: str) -> str | None:
     """The file that describes an adapter, of a hub name that has no whole model beside it."""
-    try:
-        cached_file(source, "config.json")
-    except (OSError, ValueError):  # where the hub cannot be asked, this finds nothing, and what loads it says why
-        with suppress(OSError, ValueError):
-            return find_adapter_config_file(source)
+    whole = None
+    with suppress(OSError, ValueError):
+        whole = cached_file(source, "config.json")
+    with suppress(OSError, ValueError):  # where the hub cannot be asked, this finds nothing, and what loads it says why
+        return None if whole else find_adapter_config_file(source)
     return None
 
 
@@ -519,7 +564,8 @@ def _adapted(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizer
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         targets = getattr(config, "target_modules", None) or ()
         untie(model, [targets] if isinstance(targets, str) else targets)
-        return _merged(PeftModel.from_pretrained(model, source, config=config))
+        with _between_libraries():
+            return _merged(PeftModel.from_pretrained(model, source, config=config)).requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The adapter {source} does not fit its base ({first_line(error)[:200]}).") from error
 
@@ -568,17 +614,24 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: st
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank: any number serves
         lora_dropout=0.0,
+        use_dora=settings.dora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         target_modules=list(settings.targets) if settings.targets else "all-linear",
         task_type=TaskType[task],
     )
     untie(model, settings.targets or ())
     try:
-        with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            return get_peft_model(model, config)  # type: ignore[return-value]
+        with _between_libraries():
+            adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"LoRA cannot be applied to this model ({first_line(error)}).") from error
+    for name, lengths in adapted.named_parameters():
+        if "lora_magnitude_vector" in name and not lengths.is_meta and bool((lengths == 0).any()):
+            layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            raise InputError(
+                f"lora.dora: {layer} has outputs without any weight, which have no direction; leave it out."
+            )
+    return adapted
 
 
 def untie(model: PreTrainedModel, targets: Sequence[str]) -> None:

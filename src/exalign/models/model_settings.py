@@ -10,15 +10,22 @@ from pydantic import Field
 
 from exalign.errors import InputError
 from exalign.settings import CONTENT, Settings, Source
+from exalign.storage import exists
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters: only they (and a new scalar head) are trained; `save_model` merges them into plain weights."""
+    """Low-rank adapters: only they (and a new scalar head) are trained."""
 
     rank: int = Field(16, gt=0, description="Rank of each adapter: more rank, more trained weights.")
     alpha: float = Field(32.0, gt=0, description="The adapters' product is scaled by alpha / rank.")
     targets: tuple[str, ...] | None = Field(
         None, strict=False, description="Module names that get adapters; none given: every linear layer of the body."
+    )
+    dora: bool = Field(False, description="DoRA: each column's length is trained apart from its direction.")
+    save: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="What a policy of the alignment is saved as: a whole model, or the adapter alone, which names its "
+        "base. Every other model is saved whole.",
     )
 
 
@@ -26,7 +33,9 @@ class ModelSettings(Settings):
     """Where a model comes from: exactly one of `source` and `config`."""
 
     source: Source | None = Field(
-        None, description="Folder or hub name of a transformers model.", json_schema_extra=CONTENT
+        None,
+        description="Folder or hub name of a transformers model, or of a PEFT adapter, which is merged into its base.",
+        json_schema_extra=CONTENT,
     )
     config: dict[str, Any] | None = Field(
         None, description="A transformers config with model_type: random weights, trained from scratch."
@@ -35,10 +44,20 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model; off for safety.")
 
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether a policy of these settings is saved as an adapter alone."""
+        return self.lora is not None and self.lora.save == "adapter"
 
-def adapter_base(path: Path) -> str | None:
-    """The model that a LoRA adapter was trained on, as its adapter_config.json says; None where there is none."""
-    if not path.is_file():
+    def saved_whole(self) -> ModelSettings:
+        """These settings for a model that is saved with all its weights."""
+        return self.model_copy(update={"lora": self.lora and self.lora.model_copy(update={"save": "merged"})})
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model that a folder's adapter was trained on; None where there is no adapter, or a whole model beside it."""
+    path = folder / "adapter_config.json"
+    if not exists(path) or exists(folder / "config.json"):
         return None
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])

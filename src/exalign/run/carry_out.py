@@ -20,6 +20,7 @@ from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
 from exalign.models.capability import check_positions
 from exalign.models.loading import (
+    check_base,
     check_trainable,
     check_weights,
     is_folder,
@@ -33,7 +34,7 @@ from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.rollout.settings import ScorerSettings
 from exalign.run import cluster
-from exalign.run.recipe import Recipe
+from exalign.run.recipe import Recipe, models_of
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import Proposer, validation_prompts
 from exalign.run.search_settings import changed
@@ -151,6 +152,8 @@ def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
     drawn = (data.max_prompt_tokens + recipe.sample.max_new_tokens, "data.max_prompt_tokens + sample.max_new_tokens")
     for where, model in models_of(recipe).items():
         check_model(model)
+        if where == "model" and recipe.sft is None:
+            check_base(model)
         if where != "model" or trains:
             check_trainable(model, where)
         if model.config is not None and tokenizer is None:
@@ -249,18 +252,6 @@ def scorers(recipe: Recipe) -> list[ScorerSettings]:
     """Every scorer that the recipe names."""
     named = [recipe.preferences and recipe.preferences.scorer, recipe.evaluate.scorer, recipe.score.scorer]
     return [scorer for scorer in named if scorer]
-
-
-def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
-    """Every model that the recipe names to start from, by the place where it stands."""
-    sections: dict[str, Any] = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
-    sections |= {f"align.{name}": method for name, method in recipe.align.items()}
-    return {
-        f"{where}.{name}".lstrip("."): value
-        for where, section in sections.items()
-        for name in (type(section).model_fields if section is not None else ())
-        if isinstance(value := getattr(section, name), ModelSettings)
-    }
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:

@@ -32,7 +32,7 @@ from rich.text import Text
 from exalign.data.reading import DataSettings, each
 from exalign.errors import InputError
 from exalign.judging.options import with_settings
-from exalign.models.model_settings import ModelSettings
+from exalign.models.model_settings import ModelSettings, adapter_base
 from exalign.models.sizes import Architecture, completions_at_once, tokens_to_read, training_sizes
 from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
 from exalign.run.devices import Assumptions, Machine, find_device
@@ -132,18 +132,19 @@ def _configuration(settings: ModelSettings, vocabulary: int | None) -> tuple[Pre
         raise InputError(
             f"There is no folder {settings.source} yet: carry out the run that makes it, then plan with it."
         )
+    source = adapter_base(Path(settings.source)) or settings.source
     for local in (True, False):
         try:
             found = AutoConfig.from_pretrained(
-                settings.source, trust_remote_code=settings.trust_remote_code, local_files_only=local
+                source, trust_remote_code=settings.trust_remote_code, local_files_only=local
             )
             return found, "its own configuration"
         except (OSError, ValueError, KeyError) as error:
-            if settings.source in PUBLIC_CONFIGURATIONS:  # without waiting for a hub that may not be reachable
-                return _from_values(PUBLIC_CONFIGURATIONS[settings.source]), "its published configuration, built in"
+            if source in PUBLIC_CONFIGURATIONS:  # without waiting for a hub that may not be reachable
+                return _from_values(PUBLIC_CONFIGURATIONS[source]), "its published configuration, built in"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise InputError(
-        f"The configuration of {settings.source} cannot be read ({reason}); plan with a local folder of it, or with "
+        f"The configuration of {source} cannot be read ({reason}); plan with a local folder of it, or with "
         f"one of {', '.join(PUBLIC_CONFIGURATIONS)}."
     )
 

@@ -11,6 +11,7 @@ from exalign.data.hub import hub_sentence
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence
+from exalign.models.model_settings import adapter_base
 from exalign.redaction import redact_values
 from exalign.report.wording import interval, number, percent
 from exalign.storage import exists
@@ -30,9 +31,15 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
     place = folder.policy(method, point.step)
     if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
         raise InputError(f"{place} holds no model of this run: there is nothing to upload.")
+    if (base := adapter_base(place)) is not None and exists(Path(base)):
+        raise InputError(f"{place} is an adapter on {base}, which nobody else has; align again with lora.save: merged.")
     files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "README.md"]
     parts = [CommitOperationAdd(file.relative_to(place).as_posix(), str(file)) for file in files]
-    parts.append(CommitOperationAdd("README.md", card(evidence, found, point, folder.recipe_values()).encode()))
+    parts.append(
+        CommitOperationAdd(
+            "README.md", card(evidence, found, point, folder.recipe_values(), adapter=base is not None).encode()
+        )
+    )
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -59,7 +66,9 @@ def _chosen(evidence: Evidence, method: str, step: int | None) -> tuple[MethodEv
     return found, point
 
 
-def card(evidence: Evidence, method: MethodEvidence, point: FrontierPoint, recipe: dict[str, Any]) -> str:
+def card(
+    evidence: Evidence, method: MethodEvidence, point: FrontierPoint, recipe: dict[str, Any], *, adapter: bool = False
+) -> str:
     """The model card in Markdown: front matter, what was made from what, results with intervals, warnings, settings.
 
     Data and models that are files or folders of a machine are not named.
@@ -67,7 +76,11 @@ def card(evidence: Evidence, method: MethodEvidence, point: FrontierPoint, recip
     base = (recipe.get("model") or {}).get("source")
     base = None if base is None or exists(Path(base)) else base
     data = sorted({name for name in _sources(recipe.get("data") or {}) if not exists(Path(name))})
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["exalign", "alignment"]}
+    front = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["exalign", "alignment"],
+    }
     front |= ({"base_model": base} if base else {}) | ({"datasets": data} if data else {})
     settings = yaml.safe_dump(redact_values(method.settings), sort_keys=False, allow_unicode=True)
     parts = [

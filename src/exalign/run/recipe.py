@@ -246,6 +246,10 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "sft needs data.sft (or data.preferences, whose preferred completions it then uses)"
     if recipe.sft is None and recipe.model.source is None:
         yield "sft: a model from scratch needs the sft section"
+    aligned = "" if any(not method.given for method in recipe.align.values()) else ", and this recipe trains none"
+    for where, model in models_of(recipe).items():
+        if model.saves_adapter and (where != "model" or aligned):
+            yield f"{where}.lora.save = adapter is for policies of the alignment{aligned}; remove it"
     if recipe.oracle is not None and recipe.data.labelled is None:
         yield "oracle needs data.labelled, rows with text and label"
     if recipe.oracle is None and recipe.data.labelled is not None:
@@ -256,6 +260,18 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
     yield from _scorer_problems(recipe)
     yield from _evaluation_problems(recipe)
     yield from _search_problems(recipe)
+
+
+def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
+    """Every model that the recipe names to start from, by the place where it stands."""
+    sections: dict[str, Any] = {"": recipe, "oracle": recipe.oracle, "reward": recipe.reward}
+    sections |= {f"align.{name}": method for name, method in recipe.align.items()}
+    return {
+        f"{where}.{name}".lstrip("."): value
+        for where, section in sections.items()
+        for name in (type(section).model_fields if section is not None else ())
+        if isinstance(value := getattr(section, name), ModelSettings)
+    }
 
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:

@@ -291,7 +291,7 @@ def _sft(view: View, *, source: str) -> None:
             best.append(preferred_only(record))
     groups = tokenize(view, best, tokenizer)
     torch.manual_seed(recipe.seed)
-    model = load_policy(recipe.model, tokenizer)
+    model = load_policy(recipe.model.saved_whole(), tokenizer)  # an adapter of the alignment names it as its base
     assert recipe.sft is not None
     train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), view.folder)
     record_training_speed(view, view.folder, model, groups, recipe.sft)

@@ -133,9 +133,8 @@ class Contents:
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.relative_to(path)}\0{self._of_file(file)}\0".encode())
-        if path.is_dir() and not (path / "config.json").exists():
-            base = adapter_base(path / "adapter_config.json")
-            digest.update(f"{base}\0{self.of(base)}".encode() if base else b"")
+        if (base := adapter_base(path)) is not None:
+            digest.update(f"{base}\0{self.of(base)}".encode())
         return digest.hexdigest()[:16]
 
     def of_function(self, name: str) -> str | None:
