@@ -14,6 +14,8 @@ from rich.console import Console
 from exalign.data.batching import group_of
 from exalign.data.store import read_header, read_records
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
+from exalign.judging.pairing import system
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.models.model_settings import ModelSettings
@@ -205,6 +207,37 @@ def test_density_prompts_says_for_how_many_and_0_for_none(
         f"evaluation/density/{method}" for method in recipe.align
     ]
     assert len(read_records(copy / "evaluation" / "density" / "exo-rw" / "samples")) == 2
+
+
+def test_answers_of_their_own_are_what_is_judged_and_change_no_kl(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    before = RunFolder(copy).read_evidence()
+    recipe = tiny("evaluate.answers={temperature: 0.5, top_p: 0.001}")  # of the likeliest token alone
+    printed = carry_out(recipe, copy)
+    made = [line.split()[1] for line in printed.splitlines() if line.startswith("▸")]
+    assert made == [f"evaluation/answers/{name}" for name in ("sft", *recipe.align)] + ["report"]
+    run, judged = RunFolder(copy), {}
+    for name in ("sft", *recipe.align):
+        judged[name] = {record.id: record for record in read_records(run.answers(name))}
+        for record in judged[name].values():
+            assert len({c.text for c in record.completions}) == 1 and len(record.completions) == 2
+            assert all(c.reference_logprob is None for c in record.completions)
+        assert read_header(run.answers(name)).temperature == 0.5
+        assert system(run, name).answers == {key: r.completions[0].text for key, r in judged[name].items()}
+    after = run.read_evidence()
+    for old, new in zip(before.methods, after.methods, strict=True):
+        assert [(p.kl, p.reward) for p in new.points] == [(p.kl, p.reward) for p in old.points]
+        pairs = [(r.rewards[0], judged["sft"][key].rewards[0]) for key, r in judged[new.name].items()]
+        share = sum((mine > theirs) + (mine == theirs) / 2 for mine, theirs in pairs) / len(pairs)
+        assert new.win_rates[0].rate.estimate == pytest.approx(share)
+        assert new.points[-1].win_vs_sft == new.win_rates[0]
+    texts = {answer.text for answer in after.examples[0].answers if answer.source == "exo-rw"}
+    assert texts == {judged["exo-rw"][after.examples[0].id].completions[0].text}
+    assert "at a temperature of 0.5 with top-p 0.001, and have no KL" in run.page.read_text()
 
 
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:

@@ -87,8 +87,7 @@ def collect_evidence(
     """Compute everything the report says about the run in folder `run`; nothing is written.
 
     Missing pieces (no scorer, no pool, no reference texts, a method that was stopped, one method only) leave their part
-    empty and a sentence in `notes`. `judgements` is what models and people said (`judging.judgements`). Without
-    samples of the supervised policy there is nothing to compare with: `InputError`.
+    empty and a sentence in `notes`. `judgements` is of `judging.judgements`. Without samples of π_sft: `InputError`.
     """
     folder = RunFolder(Path(run))
     judgements = Judgements() if judgements is None else judgements
@@ -109,6 +108,7 @@ def collect_evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
         temperature=read_header(folder.supervised).temperature,
+        answers=_answers_drawn(material.recipe),
         kl_budget=_kl_budget(material.recipe),
         confidence=CONFIDENCE,
         num_prompts=len(material.sft.ids),
@@ -118,7 +118,7 @@ def collect_evidence(
         comparisons=compare_pairs(paths),
         optimum=best,
         best_of_n=of_n,
-        examples=choose_examples(material.prompts, material.last_samples, num_examples, seed, judgements.remarks),
+        examples=choose_examples(material.prompts, material.answers, num_examples, seed, judgements.remarks),
         curves=curves,
         stages=folder.stages(),
         record_counts=folder.record_counts(),
@@ -172,6 +172,8 @@ class _Material:
     tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
     pairs: dict[str, dict[int, PairTable]] = field(default_factory=dict)
     last_samples: dict[str, list[Record]] = field(default_factory=dict)
+    judged: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
+    answers: dict[str, list[Record]] = field(default_factory=dict)
     first_samples: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -196,6 +198,7 @@ class _Material:
             last_samples={SFT: samples},
         )
         material._note_missing()
+        material._read_answers(SFT, 0, run.supervised, samples, material.sft)
         for method in material.methods:
             material._read_method(method)
             material._read_pairs(method)
@@ -206,7 +209,20 @@ class _Material:
         """Whom win rates are against, by name."""
         if not self.sft.scored:
             return {}
-        return {SFT: self.sft} | ({} if self.reference is None else {REFERENCE_TEXTS: self.reference})
+        sft = {} if 0 not in self.judged[SFT] else {SFT: self.judged[SFT][0]}
+        return sft | ({} if self.reference is None else {REFERENCE_TEXTS: self.reference})
+
+    def _read_answers(self, policy: str, step: int, folder: Path, samples: list[Record], table: SampleTable) -> None:
+        """What win rates and judges take: the samples, or where the run draws answers for that, these."""
+        records: list[Record] | None = samples
+        judged = self.judged.setdefault(policy, {})
+        if (answered := self.run.answered(folder)) != folder:
+            records, where = complete_records(answered), self.run.relative(answered)
+            if records is None:
+                self.notes.append(f"{where} is incomplete and left out.")
+                return
+            table = tabulate(records, where)
+        judged[step], self.answers[policy] = table, records or []
 
     def _read_method(self, method: str) -> None:
         self.tables[method], self.first_samples[method] = {}, {}
@@ -228,6 +244,7 @@ class _Material:
                 raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
             self.tables[method][step] = table
             self.last_samples[method] = records
+            self._read_answers(method, step, folder, records, table)
             first = [replace(record, completions=record.completions[:1]) for record in records]
             self.first_samples[method][step] = first
         stop = self.run.align(method) / "held-out.json"
@@ -274,19 +291,15 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
             table,
             step=step,
             rewards_are_log_odds=log_odds,
-            win_vs_sft=win_rate(table, material.sft, opponent=SFT, bootstrap=bootstrap) if scored else None,
+            win_vs_sft=_rates(material, name, step, bootstrap).get(SFT),
             gain=reward_gain(table, material.sft, bootstrap) if scored else None,
             bootstrap=bootstrap,
         )
         points.append(replace(point, held_out=held_out(pairs[step], bootstrap)) if step in pairs else point)
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
-    rates: dict[str, WinRate | None] = {}
+    rates = _rates(material, name, points[-1].step, bootstrap) if points else {}
     if points:
-        last = tables[points[-1].step]
-        rates = {
-            who: win_rate(last, table, opponent=who, bootstrap=bootstrap) for who, table in material.opponents.items()
-        }
         material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None
     if material.pool is not None and scored:
@@ -311,6 +324,13 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         aim=_aim(material, described.beta, bootstrap),
         sweep=_sweep(described.sweep),
     )
+
+
+def _rates(material: _Material, name: str, step: int, bootstrap: Bootstrap) -> dict[str, WinRate | None]:
+    """Win rates of a policy's answers, by opponent."""
+    ours = material.judged.get(name, {}).get(step)
+    against = {} if ours is None else material.opponents
+    return {who: win_rate(ours, table, opponent=who, bootstrap=bootstrap) for who, table in against.items() if ours}
 
 
 def _sweep(described: dict[str, Any] | None) -> Sweep | None:
@@ -395,6 +415,15 @@ def _worst(theirs: Sequence[Record], ours: Sequence[Record], method: str) -> lis
 
 def _answer(source: str, completion: Completion) -> Answer:
     return Answer(source, completion.text, completion.reward, log_ratio(completion), completion.finish_reason)
+
+
+def _answers_drawn(recipe: Mapping[str, Any]) -> str | None:
+    """How answers to be judged were drawn, in words; None where they are the samples."""
+    said = (recipe.get("evaluate") or {}).get("answers")
+    if said is None:
+        return None
+    top_p = said.get("top_p")
+    return f"at a temperature of {said['temperature']:g}" + ("" if top_p is None else f" with top-p {top_p:g}")
 
 
 def _kl_budget(recipe: Mapping[str, Any]) -> float | None:

@@ -7,6 +7,7 @@
     evaluation/prompts                       held-out prompts, with their reference texts
     evaluation/sft/samples                   samples of π_sft on them
     evaluation/METHOD/step-NNNNNN/samples    samples of every saved policy
+    evaluation/answers/sft, …/METHOD/step-N  answers for win rates and judges alone, where evaluate.answers has them
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
@@ -43,7 +44,7 @@ from exalign.strict_yaml import parse_yaml
 DONE, STARTED = "done.json", "started.json"
 SUPERVISED, REFERENCE = "sft", "reference"
 """What the supervised policy and the reference texts are called among the systems of a run."""
-NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs")
+NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs", "answers")
 """Folders of `evaluation/` that belong to no method."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
@@ -144,6 +145,11 @@ class RunFolder:
 
     def samples(self, method: str, step: int) -> Path:
         return self.evaluation / method / step_name(step) / "samples"
+
+    def answered(self, samples: Path) -> Path:
+        """What win rates, judges and people take in the place of these samples of a policy; often these themselves."""
+        own = (self.recipe_values().get("evaluate") or {}).get("answers")
+        return samples if own is None else self.evaluation / "answers" / samples.relative_to(self.evaluation)
 
     def pairs(self, method: str, step: int) -> Path:
         return self.evaluation / "pairs" / method / step_name(step)
@@ -247,17 +253,17 @@ class RunFolder:
         return _steps(self.evaluation / "pairs" / method)
 
     def answers(self, system: str) -> Path:
-        """The samples of `sft`, `reference` (the reference texts), METHOD (its last step) or METHOD@STEP.
+        """The answers of `sft`, `reference` (the reference texts), METHOD (its last step) or METHOD@STEP.
 
         What the run does not have is an `InputError` that says what it has.
         """
         method, _, wanted = system.partition("@")
         if system in (SUPERVISED, REFERENCE):
-            found = self.supervised if system == SUPERVISED else self.prompts
+            found = self.answered(self.supervised) if system == SUPERVISED else self.prompts
         else:
             steps = [] if method in NO_METHODS else self.sampled_steps(method)
             steps = [step for step in steps if str(step) == wanted.lstrip("0")] if wanted else steps[-1:]
-            found = self.samples(method, steps[0]) if steps else self.samples(method, 0)
+            found = self.answered(self.samples(method, steps[0] if steps else 0))
         if not found.is_dir():
             known = [SUPERVISED] if self.supervised.is_dir() else []
             known += [name for name in self.evaluated() if self.sampled_steps(name)]

@@ -512,7 +512,8 @@ class Verdict:
 class Evidence:
     """A run's evidence. `notes` are sentences about what is missing or was left out, `warnings` about what matters.
 
-    `worst` are the prompts on which the verdict's checkpoint lost most reward against π_sft.
+    `answers` says how those of win rates, judgements and examples were drawn, where they are not the samples that
+    rewards and KL are of. `worst` are the prompts on which the verdict's checkpoint lost most reward against π_sft.
     """
 
     name: str
@@ -543,6 +544,7 @@ class Evidence:
     warnings: list[str] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
     courses: list[Course] = field(default_factory=list)
+    answers: str | None = None
     version: int = EVIDENCE_VERSION
 
     @property

@@ -198,19 +198,23 @@ class Captions:
             )
         return text
 
+    def _answers(self) -> str:
+        drawn = self.evidence.answers
+        return "" if drawn is None else f" Compared are answers drawn {drawn}."
+
     def verdicts(self) -> str:
         return (
             f"Run {visible(self.evidence.name)}: n, the number of prompts, stands beside each bar; every prompt weighs "
-            f"the same. Line above a bar: {100 * self.evidence.confidence:.0f} % bootstrap interval of the wins over "
-            f"prompts (seed {self.evidence.judgements.seed})."
+            f"the same.{self._answers()} Line above a bar: {100 * self.evidence.confidence:.0f} % bootstrap interval of "
+            f"the wins over prompts (seed {self.evidence.judgements.seed})."
         )
 
     def win_rates(self) -> str:
         best = self.evidence.best_of_n[-1] if self.evidence.best_of_n else None
         text = (
-            f"{self._data()} Win rate in % over all pairs of samples of a prompt, a tie counting half, n the number of "
-            f"prompts; in brackets {self._interval()}. Bold: the highest of the methods. The scorer is what the run "
-            "evaluates with."
+            f"{self._data()}{self._answers()} Win rate in % over all pairs of samples of a prompt, a tie counting half, "
+            f"n the number of prompts; in brackets {self._interval()}. Bold: the highest of the methods. The scorer is "
+            "what the run evaluates with."
         )
         if best is not None:
             text += (

@@ -1,7 +1,7 @@
 """The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
 
 evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/pairs → evaluation/METHOD … →
-evaluation/density/METHOD … → report
+evaluation/answers/… → evaluation/density/METHOD … → report
 """
 
 from __future__ import annotations
@@ -69,10 +69,22 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
         before.append(f"evaluation/{name}")
         takes = sampled + Takes(needs=(f"align/{name}",))
         yield takes.stage(f"evaluation/{name}", partial(_method, name=name, judge=judge))
-    for stage in (*_pairs_stages(recipe), *_density_stages(recipe)):
+    for stage in (*_answers_stages(recipe, sampled, judge), *_pairs_stages(recipe), *_density_stages(recipe)):
         before.append(stage.name)
         yield stage
     yield Takes(("seed",), tuple(before)).stage("report", _report, always=True)
+
+
+def _answers_stages(recipe: Recipe, sampled: Takes, judge: Scoring | None) -> Iterator[Stage]:
+    """Answers of π_sft and of every saved policy that are drawn for win rates and judges alone."""
+    if recipe.evaluate.answers is None:
+        return
+    reads = tuple(path for path in sampled.reads if path != "temperature")
+    takes = Takes((*reads, "evaluate.answers"), sampled.needs)
+    yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True))
+    for name in recipe.align:
+        of_method = takes + Takes(needs=(f"align/{name}",))
+        yield of_method.stage(f"evaluation/answers/{name}", partial(_method, name=name, judge=judge, answers=True))
 
 
 def reads_pairs(recipe: Recipe) -> bool:
@@ -155,12 +167,22 @@ def _evaluation_prompts(view: View) -> list[Record]:
     return [_prompt_of(record) for record in read_records(view.path("evaluation/prompts"))]
 
 
-def _supervised(view: View, *, judge: Scoring | None) -> None:
-    tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, view.recipe.evaluate.samples)
+def _wanted(view: View, purpose: str, answers: bool) -> Wanted:
+    """Samples at τ from the whole distribution, with log π_sft; or answers, as the recipe has them drawn."""
+    settings, said = evaluation_sampling(view, view.recipe.evaluate.samples), None
+    if answers and (said := view.recipe.evaluate.answers) is not None:
+        settings = settings.model_copy(update={"top_p": said.top_p})
+    purpose = purpose if said is None else f"answers {purpose}"
+    return Wanted(_evaluation_prompts(view), settings, purpose, None if said is None else said.temperature)
+
+
+def _supervised(view: View, *, judge: Scoring | None, answers: bool = False) -> None:
+    tokenizer, wanted = run_tokenizer(view), _wanted(view, "evaluation", answers)
     model = supervised(view, tokenizer)
     scorer = None if judge is None else judge.load(view)
-    drawing = Drawing(model, tokenizer, settings, "evaluation")
-    draw(view, drawing, _evaluation_prompts(view), view.folder / "samples", scorer=scorer, reference=model)
+    drawing = Drawing(model, tokenizer, wanted.settings, wanted.purpose, wanted.temperature)
+    reference = model if wanted.temperature is None else None
+    draw(view, drawing, wanted.prompts, view.folder / "samples", scorer=scorer, reference=reference)
     say_speed(view, view.folder)
 
 
@@ -176,25 +198,28 @@ def _pool(view: View, *, judge: Scoring) -> None:
     write_beside_the_stage(view.folder, read_records(drawn), header)
 
 
-def _method(view: View, *, name: str, judge: Scoring | None) -> None:
-    settings = evaluation_sampling(view, view.recipe.evaluate.samples)
-    wanted = Wanted(_evaluation_prompts(view), settings, f"evaluation {name}")
+def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:
+    wanted = _wanted(view, f"evaluation {name}", answers)
     sample_policies(view, view.path(f"align/{name}"), wanted, view.folder, judge)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which samples are wanted of every policy; `purpose` seeds them."""
+    """Which samples are wanted of every policy; `purpose` seeds them.
+
+    At a `temperature` of their own they get no log π_sft, which is one at the training τ.
+    """
 
     prompts: list[Record]
     settings: SampleSettings
     purpose: str
+    temperature: float | None = None
 
 
 def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None) -> None:
     """Samples of every policy that was saved along the way of `trained`, scored, in `folder`/step-NNNNNN/samples."""
     tokenizer = run_tokenizer(view)
-    reference = supervised(view, tokenizer)
+    reference = supervised(view, tokenizer) if wanted.temperature is None else None
     scorer = None if judge is None else judge.load(view)
     for policy in saved_policies(trained):
         here = folder / policy.name / "samples"
@@ -203,7 +228,8 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
             continue
         own = own_tokenizer(view, policy, tokenizer)
         model = frozen_policy(view, policy, own or tokenizer)
-        drawing = Drawing(model, own or tokenizer, wanted.settings, f"{wanted.purpose} {policy.name}")
+        purpose = f"{wanted.purpose} {policy.name}"
+        drawing = Drawing(model, own or tokenizer, wanted.settings, purpose, wanted.temperature)
         draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference if own is None else None)
 
 

@@ -291,14 +291,14 @@ def evaluation_sampling(view: View, num_completions: int) -> SampleSettings:
     )
 
 
-def samples_header(view: View, settings: SampleSettings, purpose: str) -> Header:
+def samples_header(view: View, settings: SampleSettings, purpose: str, temperature: float) -> Header:
     """Where samples of a policy of the run came from."""
     recipe = view.recipe
     source = recipe.model.source
     return Header(
         model=redact(source or "trained by this run"),
         tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
-        temperature=recipe.temperature,
+        temperature=temperature,
         seed=recipe.seed,
         sampler="GroupedSampler" if settings.engine is None else settings.engine,
         fingerprint=fingerprint([settings.deciding(), purpose, recipe.seed]),
@@ -307,12 +307,16 @@ def samples_header(view: View, settings: SampleSettings, purpose: str) -> Header
 
 @dataclass(frozen=True)
 class Drawing:
-    """A policy that samples are drawn from, and how; `purpose` seeds them, so that each use gets others."""
+    """A policy that samples are drawn from, and how; `purpose` seeds them, so that each use gets others.
+
+    `temperature` is the training τ where it is None.
+    """
 
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: SampleSettings
     purpose: str
+    temperature: float | None = None
 
 
 def draw(
@@ -324,8 +328,9 @@ def draw(
     scorer: Scorer | None = None,
     reference: nn.Module | None = None,
 ) -> None:
-    """Write samples of the policy at τ to `folder`, continuing what stands there: scored, with log π_sft, as asked."""
-    policy, temperature = drawing.policy, view.recipe.temperature
+    """Write samples of the policy to `folder`, continuing what stands there: scored, with log π_sft, as asked."""
+    policy = drawing.policy
+    temperature = view.recipe.temperature if drawing.temperature is None else drawing.temperature
     seed = purpose_seed(view, drawing.purpose)
     sampler = _Timed(open_sampler(policy, drawing.tokenizer, drawing.settings, temperature=temperature, seed=seed))
     work, peak = 0.0, 0.0
@@ -340,7 +345,7 @@ def draw(
             # Before the shard: a kill cannot come between.
             record_speed(view.folder, sampler.counts["completion_tokens"], sampler.seconds, work, peak)
             writer.write_shard(records, counts)
-        header = samples_header(view, drawing.settings, drawing.purpose)
+        header = samples_header(view, drawing.settings, drawing.purpose, temperature)
         writer.close(header.with_counts(writer.counts))
     view.counts.update(writer.counts)
 

@@ -697,10 +697,10 @@ class Planner:
         if what == "pairs":
             pairs = Read(self.supervised(), self.loads.evaluation(settings.prompts, 2), None)
             return Work((pairs,), times=self.policies(name) if name else 1)
-        once = self._drawn(
-            self.loads.evaluation(settings.prompts, settings.samples), self.recipe.judging, reference=True
-        )
-        return once if what == "sft" else replace(once, times=self.policies(what))
+        load, answers = self.loads.evaluation(settings.prompts, settings.samples), what == "answers"
+        once = self._drawn(load, self.recipe.judging, reference=not answers)
+        whose = name if answers else what
+        return once if whose == "sft" else replace(once, times=self.policies(whose))
 
     def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Work:
         """Samples for a load, their rewards, and log π_sft of them."""

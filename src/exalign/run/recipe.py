@@ -100,6 +100,15 @@ class ScoreSettings(Settings):
     )
 
 
+class AnswerSettings(Settings):
+    """How answers are drawn that are judged: as a user would draw them, not as the methods' KL needs them."""
+
+    temperature: float = Field(gt=0, description="temperature of these answers alone")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="keep the most probable tokens up to this total probability; None: all"
+    )
+
+
 class EvaluateSettings(Settings):
     """The evidence: samples of every saved policy on held-out prompts, scored."""
 
@@ -110,6 +119,11 @@ class EvaluateSettings(Settings):
     )
     prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
     samples: int = Field(4, gt=0, description="samples of each policy for each prompt (M in the paper)")
+    answers: AnswerSettings | None = Field(
+        None,
+        description="samples of their own, as many again, for win rates, judges and people; None: those that rewards "
+        "and KL are measured on, which are drawn at τ and never truncated",
+    )
     pool_prompts: int = Field(
         128, ge=0, description="prompts with a pool of supervised samples for the optimal frontier; 0: none"
     )
@@ -229,7 +243,7 @@ class Recipe(Settings):
         return self
 
 
-TAKEN = {"sft", "prompts", "pool", "density", "pairs"}
+TAKEN = {"sft", "prompts", "pool", "density", "pairs", "answers"}
 """Folders beside those of the methods in evaluation/."""
 
 

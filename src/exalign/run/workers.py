@@ -43,7 +43,7 @@ def sample_by_workers(view: View, settings: SampleSettings, *, folder: Path, pur
     _write_prompts(view, prompts)
     map_shards(prompts, folder, partial(_sampling, _for_workers(view), settings, purpose), _cluster(view))
     drawn = counted_in(folder)
-    close(folder, samples_header(view, settings, purpose).with_counts(drawn))
+    close(folder, samples_header(view, settings, purpose, view.recipe.temperature).with_counts(drawn))
     view.counts.update(drawn)
     shutil.rmtree(prompts)
 
