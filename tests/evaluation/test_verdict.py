@@ -106,6 +106,8 @@ def test_a_policy_that_the_best_of_few_samples_beats_nearby_is_warned_of() -> No
     assert "exo is 2.5 nats away and has less reward than the best of 4 samples" in said(shown, best_of_n=best)
     assert said(point(1, span(1.2), kl=2.3), best_of_n=best) == ""
     assert said(point(1, span(2.2), kl=2.5), best_of_n=best) == ""
+    worse = said(shown, best_of_n=[BestOfN(1, span(2.4), 0.0)])
+    assert "has less reward than the supervised policy itself: its KL buys nothing" in worse
 
 
 def test_few_effective_samples_are_warned_of() -> None:

@@ -134,10 +134,15 @@ def _wasted(shown: Sequence[tuple[str, FrontierPoint]], best_of_n: Sequence[Best
         for best in best_of_n:
             low = best.reward.low
             if low is not None and low > point.reward.high and WASTED * best.kl_bound < point.nats:
+                better = (
+                    "the supervised policy itself: its KL buys nothing"
+                    if best.n == 1
+                    else f"the best of {best.n} samples of the supervised policy, which is {best.kl_bound:.1f} nats away "
+                    "at most: most of its KL buys nothing"
+                )
                 yield (
-                    f"{name} is {point.nats:.1f} nats away and has less reward than the best of {best.n} samples of "
-                    f"the supervised policy, which is {best.kl_bound:.1f} nats away at most: most of its KL buys "
-                    "nothing. A nearer checkpoint, or a larger β, is the better choice."
+                    f"{name} is {point.nats:.1f} nats away and has less reward than {better}. A nearer checkpoint, or a "
+                    "larger β, is the better choice."
                 )
                 break
 
