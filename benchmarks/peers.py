@@ -1,4 +1,4 @@
-"""What TRL's own DPO trainer makes of a recipe's model, pairs and settings: `python -m benchmarks.peers RECIPE METHOD OUT`.
+"""TRL's own DPO trainer on a recipe's model, pairs and settings: `python -m benchmarks.peers RECIPE METHOD OUT`.
 
 TRL gets the pairs as the run reads them, as messages or text; templates, tokens, batches, loss and optimizer are its
 own. Its settings are those of `align.METHOD`, by the names of docs/from-trl.md. The policies that it saves go beside

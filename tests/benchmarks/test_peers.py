@@ -78,7 +78,7 @@ def test_both_trainers_end_at_one_policy(world: Path, tmp_path: Path) -> None:
 
 
 def test_what_trl_does_not_train_is_said(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="temperature=1.0"):
+    with pytest.raises(InputError, match=r"temperature=1\.0"):
         peers.train(recipe(world, temperature=0.8), "dpo", tmp_path / "trl")
     data = {"preferences": {"source": str(world / "pairs.jsonl")}, "max_prompt_tokens": 48, "max_completion_tokens": 2}
     limited = recipe(world, data=data)

@@ -137,12 +137,12 @@ def _wasted(shown: Sequence[tuple[str, FrontierPoint]], best_of_n: Sequence[Best
                 better = (
                     "the supervised policy itself: its KL buys nothing"
                     if best.n == 1
-                    else f"the best of {best.n} samples of the supervised policy, which is {best.kl_bound:.1f} nats away "
-                    "at most: most of its KL buys nothing"
+                    else f"the best of {best.n} samples of the supervised policy, which is {best.kl_bound:.1f} nats "
+                    "away at most: most of its KL buys nothing"
                 )
                 yield (
-                    f"{name} is {point.nats:.1f} nats away and has less reward than {better}. A nearer checkpoint, or a "
-                    "larger β, is the better choice."
+                    f"{name} is {point.nats:.1f} nats away and has less reward than {better}. A nearer checkpoint, or "
+                    "a larger β, is the better choice."
                 )
                 break
 

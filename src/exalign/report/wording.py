@@ -205,16 +205,16 @@ class Captions:
     def verdicts(self) -> str:
         return (
             f"Run {visible(self.evidence.name)}: n, the number of prompts, stands beside each bar; every prompt weighs "
-            f"the same.{self._answers()} Line above a bar: {100 * self.evidence.confidence:.0f} % bootstrap interval of "
-            f"the wins over prompts (seed {self.evidence.judgements.seed})."
+            f"the same.{self._answers()} Line above a bar: {100 * self.evidence.confidence:.0f} % bootstrap interval "
+            f"of the wins over prompts (seed {self.evidence.judgements.seed})."
         )
 
     def win_rates(self) -> str:
         best = self.evidence.best_of_n[-1] if self.evidence.best_of_n else None
         text = (
-            f"{self._data()}{self._answers()} Win rate in % over all pairs of samples of a prompt, a tie counting half, "
-            f"n the number of prompts; in brackets {self._interval()}. Bold: the highest of the methods. The scorer is "
-            "what the run evaluates with."
+            f"{self._data()}{self._answers()} Win rate in % over all pairs of samples of a prompt, a tie counting "
+            f"half, n the number of prompts; in brackets {self._interval()}. Bold: the highest of the methods. The "
+            "scorer is what the run evaluates with."
         )
         if best is not None:
             text += (
