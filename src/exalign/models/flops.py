@@ -122,6 +122,14 @@ def _head(model: nn.Module) -> list[tuple[bool, Tensor]]:
 
 
 def matrices(module: nn.Module) -> list[tuple[bool, Tensor]]:
-    """The weights of all linear layers, each with whether it is trained."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D)]
-    return [(bool(layer.weight.requires_grad), layer.weight) for layer in layers]
+    """The weights of all linear layers, each with whether it is trained; packed bits in the shape they stand for."""
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    return [(bool(layer.weight.requires_grad), _unpacked(layer)) for layer in layers]
+
+
+def _unpacked(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    if weight.is_floating_point():
+        return weight
+    one = torch.empty(1, dtype=getattr(layer, "compute_dtype", None), device=weight.device)
+    return one.expand(layer.out_features, layer.in_features)

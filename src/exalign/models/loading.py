@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -110,9 +111,10 @@ def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
     With `lora.save: adapter` what `save_model` writes of it is its adapter, on `settings.source`.
     """
     check_base(settings)
-    model = with_lora(
-        _load(AutoModelForCausalLM, settings, tokenizer, num_labels=None), settings.lora, task="CAUSAL_LM"
-    )
+    loaded = _load(AutoModelForCausalLM, settings, tokenizer, num_labels=None)
+    if settings.lora is not None:
+        check_quantised(loaded.config, settings)
+    model = with_lora(loaded, settings.lora, task="CAUSAL_LM")
     if settings.saves_adapter:
         source = str(settings.source)
         model.peft_config["default"].base_model_name_or_path = os.path.abspath(source) if is_folder(source) else source
@@ -232,6 +234,8 @@ def save_apart(model: Any, folder: Path) -> None:
     Where head and embedding are one matrix, such a program may renew one of the two only.
     """
     plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
+    if is_quantised(plain.config):
+        raise InputError("vLLM gets no quantised weights from here: remove sample.engine, or name a whole model.")
     state, head = plain.state_dict(), plain.get_output_embeddings()
     name = next(f"{name}.weight" for name, module in plain.named_modules() if module is head)
     state[name] = state[name].clone()
@@ -352,6 +356,7 @@ def _as_anybody(folder: Path, base: Any, rows: Sequence[Group], *, scores: bool,
     trust_remote_code = type(base).__module__.startswith("transformers_modules")
     with _between_libraries():
         plain = auto.from_pretrained(folder, trust_remote_code=trust_remote_code).eval()
+    _keep_differentiable(plain)
     try:
         plain.to(device)
         return _forward(plain, rows, scores=scores)
@@ -410,6 +415,7 @@ def _load(
         whole = settings if adapter is None else settings.model_copy(update={"source": adapter})
         head = num_labels is not None and (new_head or adapter is not None)
         model = _from_pretrained(auto_class, whole, config, dtype, new_head=head)
+        _keep_differentiable(model)
         if adapter is not None:
             model = _adapted(model, settings.source, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -486,12 +492,39 @@ def read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | No
     assert settings.source is not None
     source = _adapter_base(settings.source) or settings.source
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if source != settings.source:
             why = str(_unreadable("model", source, error))
             raise InputError(f"{settings.source} holds a LoRA adapter alone, to be added to its base. {why}") from error
         raise _unreadable("model", source, error) from error
+    if is_quantised(config):
+        try:
+            AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True).validate_environment()
+        except Exception as error:  # of each kind of quantisation its own
+            raise InputError(f"{source} has quantised weights: {first_line(error)}") from error
+    return config
+
+
+def is_quantised(config: PreTrainedConfig) -> bool:
+    """Whether the weights are stored in few bits, so that they cannot be trained and nothing be merged into them."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes 0.50 from packing 4 bits anew at a first pass on a CPU: that way has no gradient, silently."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in modules:
+        module.support_avx512bf16_for_cpu = False
+
+
+def check_quantised(config: PreTrainedConfig, settings: ModelSettings, where: str = "model") -> None:
+    """An `InputError` for a training on quantised weights whose result is to be saved whole."""
+    if is_quantised(config) and not settings.saves_adapter:
+        raise InputError(
+            f"{where}: {settings.source} has quantised weights, which take no steps and no merged adapter: set "
+            "model.lora.save: adapter, and train SFT, reward models and classifiers on whole models."
+        )
 
 
 def _check_kind(auto_class: Any, config: PreTrainedConfig) -> None:
@@ -565,7 +598,8 @@ def _adapted(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizer
         targets = getattr(config, "target_modules", None) or ()
         untie(model, [targets] if isinstance(targets, str) else targets)
         with _between_libraries():
-            return _merged(PeftModel.from_pretrained(model, source, config=config)).requires_grad_(True)
+            adapted: Any = PeftModel.from_pretrained(model, source, config=config)
+        return adapted if is_quantised(model.config) else _merged(adapted).requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The adapter {source} does not fit its base ({first_line(error)[:200]}).") from error
 

@@ -21,6 +21,7 @@ from exalign.errors import InputError
 from exalign.models.capability import check_positions
 from exalign.models.loading import (
     check_base,
+    check_quantised,
     check_trainable,
     check_weights,
     is_folder,
@@ -158,6 +159,9 @@ def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
             check_trainable(model, where)
         if model.config is not None and tokenizer is None:
             continue
+        if model.config is None and (where != "model" or trains):
+            whole = where != "model" or recipe.sft or (recipe.reward and recipe.reward.model is None)
+            check_quantised(read_config(model, tokenizer), model.saved_whole() if whole else model, where)
         config = policy_skeleton(model, tokenizer).config if where == "model" else read_config(model, tokenizer)
         sums = [texts] if given and (where == "reward.model" or (where == "model" and trains)) else []
         if where == "oracle.model" and recipe.oracle is not None:

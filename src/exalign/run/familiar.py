@@ -18,7 +18,7 @@ SETTINGS = {
     "merge_lora": "model.lora.save: merged, or adapter for the adapter alone",
     "adapter_name_or_path": "model.source, a whole model or an adapter, which is merged into its base",
     "lora_dropout": "none: dropout is 0 everywhere, or log-ratios would not be 0 before the first step",
-    "load_in_4bit load_in_8bit quantization_bit": "none; nearest is model.dtype: bfloat16 with model.lora",
+    "load_in_4bit load_in_8bit quantization_bit": "model.source, stored in 4 bits, with model.lora: {save: adapter}",
     "ref_model": "none: the reference is the model that alignment starts from, and is computed once",
     "template": "none: the chat template of the tokenizer, and tokenizer.chat_template_kwargs",
     "dataset dataset_name train_file": "data.preferences.source; or that of data.sft, data.prompts, data.rewards",
