@@ -18,13 +18,13 @@ from exalign.cli import draw_run_figures, main
 from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
-from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, WinRate
+from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, Tally, WinRate
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, draw_measure
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.paper_figures import ablations, draw_ablation
 from exalign.report.style import drawable, figure_style, looks_of
-from exalign.report.verdicts import as_csv, as_markdown, draw_verdicts, win_table
+from exalign.report.verdicts import OVERALL, as_csv, as_markdown, draw_verdicts, win_table
 from judging.judged_run import assess_run, judge_run, longer, moody
 
 METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref": (0.5, (1.0,)), "ppo": (0.6, (0.9,))}
@@ -111,6 +111,13 @@ def test_the_best_method_of_a_column_is_bold_with_its_ties_and_best_of_n_is_not(
     assert [row[0].strip("| ") for row in rows if "**" in row[1]] == list(METHODS)[:2]  # 61.2 % both
     assert rows[-1] == ["| best of 8", "90.0 [80.0, 100.0] (n 9) |"]
     assert "*" not in as_csv(list(table.cells.values()))
+    half = Interval(0.5, 0.4, 0.6, 9)
+    said = Tally("best-of-8", "sft", OVERALL, half, half, half, Interval(0.7, 0.6, 0.8, 9), 9, 0)
+    match_up = replace(evidence.judgements.judges[0].match_ups[0], tally=said)
+    judged = Judgements([replace(evidence.judgements.judges[0], match_ups=[match_up])])
+    table = win_table(replace(evidence, methods=methods, best_of_n=[best], judgements=judged))
+    assert table.methods[-1] == "best of 8" and len(table.columns) == 2
+    assert as_markdown(table).splitlines()[-1] == "| best of 8 | 90.0 [80.0, 100.0] (n 9) | 70.0 [60.0, 80.0] (n 9) |"
 
 
 def test_the_page_has_the_new_figures_and_the_table(whole: Path) -> None:

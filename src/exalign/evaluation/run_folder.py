@@ -46,6 +46,8 @@ SUPERVISED, REFERENCE = "sft", "reference"
 """What the supervised policy and the reference texts are called among the systems of a run."""
 NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs", "answers")
 """Folders of `evaluation/` that belong to no method."""
+BEST_OF = "best-of-"
+"""With N behind it, the best of N samples of the supervised policy among the systems of a run."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
 _FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}

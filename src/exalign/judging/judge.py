@@ -28,6 +28,10 @@ ModelOption = Annotated[str | None, typer.Option(help="Name of the model at the 
 PathOption = Annotated[
     str | None, typer.Option(help="Instead of an endpoint: folder or hub name of a transformers model to load here.")
 ]
+BestOfOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Besides the methods, the best by reward of so many samples of SFT (evaluation/pool)."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be asked and what it would cost.")]
 
 _TITLES = ("", "win", "tie", "lose", "win rate", "at equal length", "flips", "shown first", "unreadable", "tokens")
@@ -41,6 +45,7 @@ def judge(
     endpoint: EndpointOption = None,
     model: ModelOption = None,
     model_path: PathOption = None,
+    best_of: BestOfOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Ask a language model which answers are better: every method of RUN against one opponent.
@@ -50,7 +55,7 @@ def judge(
     """
     console = Console()
     instructions = load_instructions(settings.template)
-    opened, found = match_ups(run, against)
+    opened, found = match_ups(run, against, best_of)
     asker = asker_for(endpoint, model, model_path, settings)
     home = opened.judgements / slug(f"{asker.judge}-{instructions.name}")
     rows = []

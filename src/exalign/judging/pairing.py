@@ -1,23 +1,25 @@
 """What is compared: answers of two systems of a run to the same prompts. Models and people are shown the same pairs.
 
 A system is `sft`, `reference` (the reference texts of the evaluation prompts), a method (at its last evaluated step) or
-METHOD@STEP. Its first sample of a prompt is its answer, so that nobody chose it.
+METHOD@STEP. Its first sample of a prompt is its answer, so that nobody chose it. `best-of-N` answers with the one of
+the highest reward of the first N samples of π_sft that the evaluation's pool has.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from exalign.data.record import Record
+from exalign.data.record import Completion, Record
 from exalign.data.store import iter_records
 from exalign.errors import InputError
-from exalign.evaluation.run_folder import REFERENCE, SUPERVISED, RunFolder
+from exalign.evaluation.run_folder import BEST_OF, REFERENCE, SUPERVISED, RunFolder
 from exalign.judging.comparisons import Pair
 
 P = TypeVar("P", bound=Pair)
@@ -25,15 +27,17 @@ P = TypeVar("P", bound=Pair)
 
 @dataclass(frozen=True)
 class System:
-    """Where the answers of one system stand, and what it is called."""
+    """Where the answers of one system stand, and what it is called; with `best_of`, of how many the best is taken."""
 
     name: str
     samples: Path
+    best_of: int | None = None
 
     @cached_property
     def records(self) -> dict[str, Record]:
         """Its samples by prompt; read when they are first asked for."""
-        return {record.id: record for record in iter_records(self.samples)}
+        records = iter_records(self.samples)
+        return {r.id: r if self.best_of is None else _with_the_best(r, self.best_of) for r in records}
 
     @property
     def answers(self) -> dict[str, str]:
@@ -54,7 +58,22 @@ class MatchUp:
 
 def system(run: RunFolder, name: str) -> System:
     """A system of a run by its name; `InputError` where the run has no answers of it."""
-    return System(name, run.answers(name))
+    if not (n := name.removeprefix(BEST_OF)).isdecimal() or n == name:
+        return System(name, run.answers(name))
+    if not (run.pool / "header.json").is_file():
+        raise InputError(f"{run.path} has no pool of samples for {name}; evaluate.pool_prompts draws one.")
+    return System(name, run.pool, int(n))
+
+
+def _with_the_best(record: Record, n: int) -> Record:
+    """Of equal rewards the first; fewer than N samples are an `InputError`."""
+    if not 1 <= n <= len(record.completions):
+        raise InputError(f"{BEST_OF}{n}: the pool has {len(record.completions)} samples of the prompt {record.id}.")
+
+    def reward(completion: Completion) -> float:
+        return -math.inf if completion.reward is None else completion.reward
+
+    return replace(record, completions=(max(record.completions[:n], key=reward),))
 
 
 def _systems(path: Path) -> tuple[RunFolder, list[System]]:
@@ -68,12 +87,14 @@ def _systems(path: Path) -> tuple[RunFolder, list[System]]:
     return run, [system(run, name) for name in names]
 
 
-def match_ups(path: Path, against: str) -> tuple[RunFolder, list[MatchUp]]:
-    """The run, and one match-up for each of its systems that `path` names against `sft`, `chosen` (the reference
-    texts), another system of the same run, or another run directory (there: the method of the same name, or its only
-    one).
+def match_ups(path: Path, against: str, best_of: int | None = None) -> tuple[RunFolder, list[MatchUp]]:
+    """The run, and one match-up for each of its systems that `path` names, and for the best of `best_of`, against
+    `sft`, `chosen` (the reference texts), another system of the same run, or another run directory (there: the method
+    of the same name, or its only one).
     """
     run, named = _systems(path)
+    if best_of is not None:
+        named.append(system(run, f"{BEST_OF}{best_of}"))
     references = reference_texts(run)
     met = [(one, other) for one in named if (other := _opponent(run, one, against)).samples != one.samples]
     if not met:

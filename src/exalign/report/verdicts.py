@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from exalign.evaluation.run_folder import BEST_OF as SYSTEM_BEST_OF
 from exalign.evaluation.schema import Evidence, Interval, Tally, WinRate
 from exalign.report.style import LIGHT, Look, drawable
 from exalign.report.wording import best, percent, visible, within_a_share
@@ -65,9 +67,10 @@ def win_table(evidence: Evidence) -> WinTable:
     for judge, tallies in judged_tallies(evidence):
         for opponent, against in _OPPONENTS.items():
             for tally in tallies:
-                if tally.first in known and tally.second == opponent and tally.score is not None:
+                name = re.sub(f"^{SYSTEM_BEST_OF}", BEST_OF, tally.first)
+                if (name in known or name != tally.first) and tally.second == opponent and tally.score is not None:
                     ties = 0.0 if tally.tie is None else tally.tie.estimate
-                    cells.append(WinCell(tally.first, judge, against, tally.score, ties, tally.num_judgements))
+                    cells.append(WinCell(name, judge, against, tally.score, ties, tally.num_judgements))
     methods = dict.fromkeys([*(method.name for method in evidence.methods), *(cell.method for cell in cells)])
     filled = {cell.method for cell in cells}
     return WinTable(

@@ -289,10 +289,13 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
-    if any(not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in TAKEN for name in recipe.align):
+    if any(
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in TAKEN or name.startswith("best-of-")
+        for name in recipe.align
+    ):
         yield (
-            "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', and is not "
-            + ", ".join(repr(name) for name in sorted(TAKEN))
+            "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', does not begin "
+            "with 'best-of-', and is not " + ", ".join(repr(name) for name in sorted(TAKEN))
         )
     for name, method in recipe.align.items():
         problems = [*method.problems()]

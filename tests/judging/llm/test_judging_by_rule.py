@@ -10,9 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
 from exalign.judging.judgements import read_judgements
+from exalign.judging.study import plan_study
 
 PROMPTS = {str(i): f"Question {i}" for i in range(10)}
 SFT = dict.fromkeys(PROMPTS, ("plain answer",))
@@ -203,6 +206,30 @@ def test_every_method_of_a_run_is_judged(make_run, rules, invoke):
     assert result.exit_code == 0, (result.output, result.exception)
     shares = {m: summary_of(run, "good-instruction", f"{m}-vs-sft")["win"]["estimate"] for m in ("exo", "dpo")}
     assert shares == {"exo": 0.6, "dpo": 0.0}
+
+
+def pool_of(run: Path, samples: list[tuple[str, float]]) -> None:
+    rows = [Record(key, PROMPTS[key], tuple(Completion(t, reward=r) for t, r in samples)) for key in ("0", "1", "2")]
+    write_records(run / "evaluation" / "pool", rows, Header())
+
+
+def test_the_best_of_n_of_the_pool_is_judged_like_a_method(make_run, rules, invoke):
+    run = make_run("best", PROMPTS, {}, sft=dict.fromkeys(PROMPTS, ("plain",)), exo=EXO)
+    pool_of(run, [("bad", 0.0), ("a good one", 2.0), ("plain too", 2.0), ("worse", 9.0)])
+    arguments = ("--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    result = invoke("judge", run, "--against", "sft", "--best-of", 3, *arguments)
+    assert result.exit_code == 0, result.output
+    summary = summary_of(run, "good-instruction", "best-of-3-vs-sft")  # its fourth sample does not count
+    assert (summary["pairs"], summary["win"]["estimate"]) == (3, 1.0)
+    verdicts = run / "judging" / "llm" / "good-instruction" / "best-of-3-vs-sft" / "verdicts.jsonl"
+    assert {c.first_text for c in read_comparisons(verdicts)} == {"a good one"}  # of two equal rewards the first
+    assert invoke("judge", run, "--against", "best-of-4", *arguments).exit_code == 0
+    assert summary_of(run, "good-instruction", "exo-vs-best-of-4")["win"]["estimate"] == 1.0
+    study = plan_study(run, [("best-of-3", "sft")], name="s", num_prompts=3, assessors=["a"])
+    assert {item.first_text for item in study.items} == {"a good one"}
+    assert read_judgements(run).judges[0].match_ups[0].outdated == 0
+    too_many = invoke("judge", run, "--against", "sft", "--best-of", 5, *arguments)
+    assert "best-of-5: the pool has 4 samples of the prompt 0" in str(too_many.exception)
 
 
 def test_one_step_of_one_method(run, rules, invoke):
