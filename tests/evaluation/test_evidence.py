@@ -11,7 +11,9 @@ from evaluation.synthetic_run import World, write_run
 from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, read_evidence, write_evidence
+from exalign.report import write_report
 
 SMALL = World(
     methods={"exo-rw": (0.9, (0.7, 1.4)), "dpo-rw": (0.5, (0.8, 1.6))}, num_prompts=40, pool=64, steps=40, ragged=True
@@ -52,6 +54,30 @@ def test_what_the_recipe_says_is_used(finished):
     assert [(m.family, m.target) for m in evidence.methods] == [("exo", "reward"), ("dpo", "reward")]
     assert [m.selected_step for m in evidence.methods] == [20, 20]
     assert evidence.sft.accuracy is not None
+
+
+def test_every_category_has_the_win_rate_of_its_prompts(run):
+    folder = RunFolder(run)
+    kinds = {f"p{i}": "poem" if i % 3 else "quiz" for i in range(40)}
+    rows = [replace(record, columns={"kind": kinds[record.id]}) for record in read_records(folder.prompts)]
+    shutil.rmtree(folder.prompts)
+    write_records(folder.prompts, rows, Header())
+    folder.recipe.write_text(folder.recipe_text().replace("evaluate:", "evaluate:\n  category: kind"))
+    evidence = build_evidence(run, num_resamples=50)
+    theirs = {record.id: record.rewards for record in read_records(folder.supervised)}
+    for method in evidence.methods:
+        shares = {"poem": [], "quiz": []}
+        for record in read_records(folder.samples(method.name, method.points[-1].step)):
+            pairs = [(a > b) + (a == b) / 2 for a in record.rewards for b in theirs[record.id]]
+            shares[kinds[record.id]].append(sum(pairs) / len(pairs))
+        assert list(method.by_category) == ["poem", "quiz"]
+        for kind, (against_sft, against_texts) in method.by_category.items():
+            assert against_sft.rate.estimate == pytest.approx(sum(shares[kind]) / len(shares[kind]))
+            assert (against_sft.opponent, against_texts.opponent) == ("SFT", "reference texts")
+            assert against_sft.rate.num_prompts == against_texts.rate.num_prompts == len(shares[kind])
+            assert against_sft.missing_prompts == 0
+    page = write_report(run).read_text()
+    assert page.count("<th>poem<small>") == page.count("<th>quiz<small>") == 2
 
 
 def test_examples_show_the_first_sample_of_every_policy(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,20 @@ def test_answers_of_their_own_are_what_is_judged_and_change_no_kl(
     texts = {answer.text for answer in after.examples[0].answers if answer.source == "exo-rw"}
     assert texts == {judged["exo-rw"][after.examples[0].id].completions[0].text}
     assert "at a temperature of 0.5 with top-p 0.001, and have no KL" in run.page.read_text()
+
+
+def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"kind": "poem"} for line in (world / "test.jsonl").read_text().splitlines()]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, scorer = f"data.evaluation.source={tmp_path}/test.jsonl", "{function: exalign.data.synthetic:reward}"
+    recipe = tiny(data, f"evaluate.scorer={scorer}", "evaluate.category=kind")
+    carry_out(recipe, tmp_path / "run", "evaluation/prompts")
+    records = read_records(tmp_path / "run" / "evaluation" / "prompts")
+    assert {(record.columns or {}).get("kind") for record in records} == {"poem"}
+    with pytest.raises(InputError, match="no evaluation prompt has a column 'king'"):
+        carry_out(
+            tiny(data, f"evaluate.scorer={scorer}", "evaluate.category=king"), tmp_path / "2", "evaluation/prompts"
+        )
 
 
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -322,15 +322,30 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         label=described.label,
         line=described.line,
         aim=_aim(material, described.beta, bootstrap),
+        by_category=_by_category(material, name, points[-1].step, bootstrap) if points else {},
         sweep=_sweep(described.sweep),
     )
 
 
-def _rates(material: _Material, name: str, step: int, bootstrap: Bootstrap) -> dict[str, WinRate | None]:
-    """Win rates of a policy's answers, by opponent."""
-    ours = material.judged.get(name, {}).get(step)
-    against = {} if ours is None else material.opponents
-    return {who: win_rate(ours, table, opponent=who, bootstrap=bootstrap) for who, table in against.items() if ours}
+def _rates(
+    material: _Material, name: str, step: int, bootstrap: Bootstrap, among: Collection[str] | None = None
+) -> dict[str, WinRate | None]:
+    """Win rates of a policy's answers, by opponent: on all prompts, or on those `among` these."""
+    ours, against = material.judged.get(name, {}).get(step), material.opponents
+    if ours is None:
+        return {}
+    if among is not None:
+        ours, against = ours.among(among), {who: table.among(among) for who, table in against.items()}
+    return {who: win_rate(ours, table, opponent=who, bootstrap=bootstrap) for who, table in against.items()}
+
+
+def _by_category(material: _Material, name: str, step: int, bootstrap: Bootstrap) -> dict[str, list[WinRate]]:
+    column = (material.recipe.get("evaluate") or {}).get("category")
+    ids: dict[str, set[str]] = {}
+    for record in material.prompts if column is not None else ():
+        ids.setdefault(str((record.columns or {}).get(str(column), "none")), set()).add(record.id)
+    found = {kind: _rates(material, name, step, bootstrap, among) for kind, among in sorted(ids.items())}
+    return {kind: [rate for rate in rates.values() if rate is not None] for kind, rates in found.items()}
 
 
 def _sweep(described: dict[str, Any] | None) -> Sweep | None:

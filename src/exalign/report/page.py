@@ -20,7 +20,7 @@ from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_front
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
 from exalign.report.tables import write_tables
-from exalign.report.verdicts import verdict_bar, win_table
+from exalign.report.verdicts import category_table, verdict_bar, win_table
 from exalign.report.wording import Captions, duration, interval, number, percent, setting, visible, words
 from exalign.storage import write_text
 
@@ -66,6 +66,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         looks=looks,
         describe=describe,
         wins=win_table(evidence),
+        by_category=category_table(evidence),
         captions=Captions(evidence),
         verdict_bar=lambda tally: verdict_bar(tally, looks),
         light=LIGHT,

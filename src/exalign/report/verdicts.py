@@ -80,6 +80,21 @@ def win_table(evidence: Evidence) -> WinTable:
     )
 
 
+def category_table(evidence: Evidence) -> WinTable:
+    """The scorer's win rates of every method on the prompts of each category, which stands where a judge would."""
+    cells = [
+        WinCell(method.name, category, rate.opponent, rate.rate, rate.ties, rate.num_pairs)
+        for method in evidence.methods
+        for category, rates in method.by_category.items()
+        for rate in rates
+    ]
+    return WinTable(
+        methods=list(dict.fromkeys(cell.method for cell in cells)),
+        columns=sorted({(cell.by, cell.against) for cell in cells}, key=lambda column: column[::-1]),
+        cells={(cell.method, cell.by, cell.against): cell for cell in cells},
+    )
+
+
 def write_win_table(table: WinTable, folder: Path, name: str, caption: str) -> list[Path]:
     """Write `name`.md, .csv and .json; return the paths."""
     paths = [folder / f"{name}.{kind}" for kind in ("md", "csv", "json")]

@@ -56,7 +56,9 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     settings, judge = recipe.evaluate, judging(recipe)
     judged = Takes() if judge is None else judge.takes
     chosen = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
-    yield (chosen + judged + Takes(("evaluate.prompts",))).stage("evaluation/prompts", partial(_prompts, judge=judge))
+    yield (chosen + judged + Takes(("evaluate.prompts", "evaluate.category"))).stage(
+        "evaluation/prompts", partial(_prompts, judge=judge)
+    )
     drawn = takes_supervised(recipe) + judged + Takes(SAMPLED, ("evaluation/prompts",))
     sampled = drawn + Takes(("evaluate.samples",))
     before = ["evaluation/sft"]
@@ -130,6 +132,9 @@ def _prompts(view: View, *, judge: Scoring | None) -> None:
     records = list(islice(different_prompts(_evaluation_rows(view)), view.recipe.evaluate.prompts))
     if not records:
         raise InputError("data.evaluation has no usable rows.")
+    category = view.recipe.evaluate.category
+    if category is not None and not any(category in (record.columns or {}) for record in records):
+        raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
     chosen = [_with_reference_text(record) for record in records]
     if judge is not None and all(record.completions for record in chosen):
         chosen = scored(judge.load(view), chosen, view.counts)

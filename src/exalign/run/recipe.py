@@ -134,6 +134,12 @@ class EvaluateSettings(Settings):
         description="pool prompts, the first ones, on whose samples every method's density ratio to the supervised "
         "model is computed; 0: none",
     )
+    category: str | None = Field(
+        None,
+        min_length=1,
+        description="column of data.evaluation that says of which kind a prompt is; each has win rates of its own",
+        json_schema_extra=NO_RESULT,
+    )
     kl_budget: float | None = Field(
         None,
         gt=0,
