@@ -307,9 +307,17 @@ class _Flex(torch.autograd.Function):
 
 
 def _flex_attention(
-    query: Any, key: Any, value: Any, *, score_mod: Any, block_mask: BlockMask, scale: float, enable_gqa: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    score_mod: Any,
+    block_mask: BlockMask,
+    scale: float,
+    enable_gqa: bool,
+    kernel_options: dict[str, int] | None,
 ) -> Any:
-    """What FlexAttention computes, from its block mask alone, with what it refuses."""
+    """What FlexAttention computes, from its block mask alone, with what it refuses; options are for speed alone."""
     if min(query.shape[-1], value.shape[-1]) < 16:
         raise NotImplementedError("NYI: embedding dimension of the query, key, and value must be at least 16")
     if not query.dtype == key.dtype == value.dtype:

@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
 CONTINUED = [path for path in SHIPPED if (load_recipe(path).model.source or "").startswith("runs/")]
 WHOLE = [path for path in SHIPPED if path not in CONTINUED]
-LARGE = [path for path in WHOLE if path.name != "demo.yaml" and "-cpu" not in path.stem]
+LARGE = [path for path in WHOLE if path.name != "demo.yaml" and "-cpu" not in path.stem and "-smol" not in path.stem]
 WITH_PPO = ["align.ppo={method: ppo}"]
 
 

@@ -83,6 +83,17 @@ _QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28
 PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "EleutherAI/pythia-2.8b": {**_PYTHIA, "model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False},
     "Qwen/Qwen2.5-7B-Instruct": {
         **_QWEN,
