@@ -81,6 +81,8 @@ def saved_steps(num_steps: int, count: int, *, idle: int = 0) -> list[int]:
 
     >>> saved_steps(24, 4), saved_steps(3, 5), saved_steps(24, 3, idle=8)
     ([2, 6, 14, 24], [1, 2, 3], [10, 16, 24])
+    >>> [step for step in saved_steps(391, 20) if step <= 100]  # IMDB's epoch, for the paper's Figure 8
+    [1, 4, 9, 16, 25, 36, 48, 63, 80, 98]
     """
     idle = min(idle, num_steps - 1)
     moving, steps = num_steps - idle, [0]
