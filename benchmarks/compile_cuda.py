@@ -34,7 +34,7 @@ SHAPES: dict[str, tuple[int, int, int, int | None, float | None]] = {
     "Mistral: 32/8 × 128, window": (32, 8, 128, 64, None),
     "Gemma 1: 8/1 × 256": (8, 1, 256, None, None),
     "Phi, Cohere, Granite: 32/32 × 64": (32, 32, 64, None, None),
-    "StableLM 2: 32/8 × 160": (32, 8, 160, None, None),
+    "StableLM 2 of 12B: 32/8 × 160": (32, 8, 160, None, None),
     "the narrowest: 4/2 × 16": (4, 2, 16, None, None),
 }
 """Query heads / heads of keys × their size, window and soft cap of the architectures that share prompts."""

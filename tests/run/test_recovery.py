@@ -91,6 +91,10 @@ def test_a_recovery_changes_how_far_steps_go_and_nothing_else(copy: Path, tiny: 
     for other in ("sft.weight_decay=0", "seed=1", "data.max_prompt_tokens=48"):
         with pytest.raises(InputError, match=r"was made by another recipe .*what differs\.$"):
             carry_out(tiny(DIVERGES, LOWER, other), copy, "sft", recover=True)
+    with pytest.raises(InputError, match=r"recipe \((?!.*(align|evaluate))[^)]*sft.weight_decay was"):  # what it reads
+        carry_out(
+            tiny(DIVERGES, LOWER, "sft.weight_decay=0", "align.exo-rw.epochs=7", "evaluate.prompts=9"), copy, "sft"
+        )
     carry_out(tiny(DIVERGES, LOWER), copy, "sft", redo=True)
     assert not (copy / "sft" / "recoveries.json").exists()
     assert len(read_metrics(copy / "sft")) == 24

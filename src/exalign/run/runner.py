@@ -148,7 +148,8 @@ class Run:
             third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
             third += " (what was tried on the same models and data is not tried again)" if stage.stays else ""
             raise InputError(
-                f"{self.folder}: the stage {stage.name} was made by another recipe ({self._difference()}). "
+                f"{self.folder}: the stage {stage.name} was made by another recipe "
+                f"({self._difference(stage, stages)}). "
                 f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
             )
 
@@ -170,13 +171,19 @@ class Run:
             return {"fingerprint": None}
         return {}
 
-    def _difference(self) -> str:
+    def _difference(self, stage: Stage, stages: list[Stage]) -> str:
+        """What changed of the recipe, of it what the stage and those that it needs read."""
+        behind = {stage.name}
+        for one in reversed(stages):
+            behind.update(one.needs if one.name in behind else ())
+        reads = tuple(path for one in stages if one.name in behind for path in one.reads)
         path = self.path("recipe.yaml")
         before = (
             flatten(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))) if path.exists() else {}
         )
         now = flatten(dump_recipe(self.recipe))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        changed = [name for name in changed if any(f"{name}.".startswith(f"{read}.") for read in reads)] or changed
         if not changed:
             return "the content of its data or of a model it starts from changed"
         shown = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed[:3]]
