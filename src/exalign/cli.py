@@ -508,6 +508,38 @@ def select(
         console.print(shown(f"{method} has no checkpoint within {kl_budget:g} nats"), soft_wrap=True)
 
 
+@app.command("benchmark", rich_help_panel=RESULT)
+def benchmark_(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A finished run, or a model's folder or hub name.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval: hellaswag,arc_easy.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML.")] = None,
+    method: Annotated[str | None, typer.Option(help="One method of the run (default: all).")] = None,
+    against: Annotated[str | None, typer.Option(help="For a model: the one it started from.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch; changes no result.")] = 1,
+) -> None:
+    """What was lost: tasks of lm-eval before and after alignment, of every method of a run, or of any model."""
+    from exalign.evaluation.run_folder import RunFolder
+    from exalign.models.model_settings import ModelSettings
+    from exalign.run.benchmark import benchmark_run, benchmark_table, compare, find_tasks
+
+    run = RunFolder(Path(model))
+    is_run = run.recipe.is_file()
+    if against is not None if is_run else method is not None:
+        raise InputError("--against is for a model, --method for a run, which is measured against where it started.")
+    _quiet_libraries()
+
+    def find() -> Any:
+        return find_tasks(tasks, include_path, limit, batch_size)
+
+    if is_run:
+        console.print(benchmark_table(benchmark_run(run, method, find)))
+        console.print(shown(f"wrote {run.benchmark}; exalign report RECIPE shows it"), soft_wrap=True)
+    else:
+        before = None if against is None else ModelSettings(source=against)
+        console.print(benchmark_table(compare(find(), before, {model: ModelSettings(source=model)}, {})))
+
+
 @app.command(rich_help_panel=RESULT)
 def push(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],

@@ -16,6 +16,8 @@ from exalign.data.store import read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import (
+    Benchmark,
+    BenchmarkRow,
     Comparison,
     EqualKL,
     Evidence,
@@ -26,7 +28,7 @@ from exalign.evaluation.schema import (
     Standing,
 )
 from exalign.report import write_report
-from exalign.report.page import describe, headline
+from exalign.report.page import describe, headline, render_page
 from exalign.report.wording import number, visible
 
 
@@ -100,6 +102,23 @@ def test_figures_are_saved(evidence_and_page):
     drawn = {path.name for path in folder.iterdir() if path.suffix != ".csv"}
     assert drawn == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_lost_is_told_where_it_was_measured(evidence_and_page):
+    evidence = evidence_and_page[0]
+    assert 'id="benchmark"' not in text_of(evidence_and_page[1])
+    lost = BenchmarkRow(
+        "exo-rw@40", "arc<b>", "acc", True, (0.5, 0.01), (0.56, 0.02), Interval(-0.06, -0.09, -0.03, 900), True
+    )
+    rows = [lost, replace(lost, metric="bits", higher_is_better=False, paired=False)]
+    rows += [replace(lost, difference=Interval(-0.06, None, None, 900), before=(0.56, None))]
+    assert [row.outcome for row in rows] == ["lost", "gained", "may be chance"]
+    html = render_page(replace(evidence, benchmark=Benchmark("lm-eval 1", 900, rows, outdated=["SFT"])), {})
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html[html.index('id="benchmark"') :]))
+    assert "by lm-eval 1, before (SFT) and after, on the first 900 documents" in text
+    assert "exo-rw step 40 arc&lt;b&gt; acc 0.560 ± 0.020 0.500 ± 0.010 −0.060 [−0.090, −0.030] n 900 lost" in text
+    assert "n 900, not paired gained" in text and "0.560 0.500 ± 0.010 −0.06 n 900 may be chance" in text
+    assert "SFT: the run has since replaced this" in text
 
 
 def test_importing_the_report_does_not_load_torch():

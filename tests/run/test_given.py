@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from exalign import evidence
@@ -18,9 +24,13 @@ from exalign.cli import app
 from exalign.data.store import read_records
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
+from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
+from exalign.report import write_report
+from exalign.report.wording import number
+from exalign.run.benchmark import benchmark_run, find_tasks
 from exalign.run.recipe import make_recipe
 
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
@@ -129,6 +139,123 @@ def test_other_tokens_have_rewards_and_no_kl(given: RunFolder, models: Path) -> 
     assert not given.density("other").exists()
     page = given.page.read_text()
     assert "no KL" in page and "{{" not in page
+
+
+CHOICES = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+QUESTIONS = [
+    {"question": f"Part {number} was", "choices": [f" {word}" for word in "abcdefghijklmnopqrstuvwxyz"[number:][:3]],
+     "answer": number % 3} for number in range(24)
+]  # fmt: skip
+FIRST = QUESTIONS[:7]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tasks of lm-eval from local files, of 7 and of all questions, and groups: by document, and each task alike."""
+    found = pytest.importorskip("lm_eval.tasks", reason="the harness is in the extra 'lm-eval'")
+    folder = tmp_path_factory.mktemp("tasks")
+    for group, by_size in (("documents", "true"), ("alike", "false")):
+        for name, rows in ((f"first_{group}", FIRST), (f"all_{group}", QUESTIONS)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / f"{name}.yaml").write_text(CHOICES.format(name=name, file=folder / f"{name}.jsonl"))
+        how = f"[{{metric: acc, weight_by_size: {by_size}}}]"
+        both = f"group: {group}\ntask: [first_{group}, all_{group}]\naggregate_metric_list: {how}\n"
+        (folder / f"{group}.yaml").write_text(both)
+    with pytest.MonkeyPatch.context() as patch:  # reading the names of its own 14,000 tasks takes ten seconds
+        patch.setattr(found, "TaskManager", partial(found.TaskManager, include_defaults=False))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def right(models: Path) -> dict[str, list[float]]:
+    """For each question whether the right choice is the likeliest, by one plain pass for every choice."""
+    found: dict[str, list[float]] = {}
+    for name in ("reference", "copy", "moved", "adapter", "other"):
+        auto = AutoPeftModelForCausalLM if name == "adapter" else AutoModelForCausalLM
+        model = auto.from_pretrained(models / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(models / ("reference" if name == "adapter" else name))
+        for row in QUESTIONS:
+            prompt = tokenizer(row["question"])["input_ids"]
+            whole = [tokenizer(row["question"] + choice)["input_ids"] for choice in row["choices"]]
+            values = [logprob(model, prompt, tuple(ids[len(prompt) :])) for ids in whole]
+            found.setdefault(name, []).append(float(values.index(max(values)) == row["answer"]))
+    return found
+
+
+def test_what_was_lost_is_what_a_plain_count_says(given: RunFolder, tasks: Path, right: dict[str, list[float]]) -> None:
+    found = benchmark_run(given, None, lambda: find_tasks("documents, alike", tasks, None, 4))
+    assert found == given.read_benchmark()  # as it stands in the run
+    policies = {f"{name}@{step}" for name, step in (("line", 1), ("line", 2), ("adapter", 1), ("other", 1))}
+    assert {row.policy for row in found.rows} <= policies and len({row.policy for row in found.rows}) == 3
+    before = right["reference"]
+    assert len({sum(values) for values in right.values()}) > 2  # the models differ in what they know
+    for row in found.rows:
+        after = right[{"line@1": "copy", "line@2": "moved"}.get(row.policy, row.policy.partition("@")[0])]
+        assert row.before is not None and row.difference is not None and row.higher_is_better and row.metric == "acc"
+        if row.task == "alike":  # every task weighs the same: no mean over documents, so the standard errors are added
+            each = [(mean(values[:7]) + mean(values)) / 2 for values in (before, after)]
+            error = math.hypot(*(value[1] or 0.0 for value in (row.before, row.after)))
+        else:
+            kept = {"first": [*range(7)], "all": [*range(24)]}.get(row.task.partition("_")[0], [*range(7), *range(24)])
+            each = [mean(values[place] for place in kept) for values in (before, after)]
+            error = stdev(after[place] - before[place] for place in kept) / len(kept) ** 0.5
+            assert row.difference.num_prompts == len(kept)
+        assert [row.before[0], row.after[0]] == pytest.approx(each)
+        ends = [each[1] - each[0] + sign * 1.96 * error for sign in (-1, 1)]
+        assert row.paired == (row.task != "alike")
+        assert [row.difference.low, row.difference.high] == pytest.approx(ends)
+    assert {row.task for row in found.rows} >= {"documents", "alike", "first_documents", "all_alike"}
+
+
+def test_what_was_lost_is_in_the_report(given: RunFolder, tasks: Path, models: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(given.path, tmp_path / "run"))
+    run.benchmark.unlink(missing_ok=True)
+    command = ["benchmark", str(run.path), "--tasks", "documents", "--include-path", str(tasks)]
+    ended = CliRunner().invoke(app, [*command, "--method", "adapter"])
+    assert ended.exit_code == 0 and "What was lost" in ended.output and "adapter@1" in ended.output, ended.output
+    build_evidence(run.path, num_resamples=50)
+    page = write_report(run.path).read_text()
+    assert 'id="benchmark"' in page and page.count("first_documents") == 1 and "has since replaced" not in page
+    sums = models / "reference" / "SHA256SUMS"
+    written = sums.read_text()
+    try:
+        sums.write_text(written + "\n")
+        again = build_evidence(run.path, num_resamples=50).benchmark
+    finally:
+        sums.write_text(written)
+    assert again is not None and again.outdated == ["SFT"]
+    ended = CliRunner().invoke(app, [*command, "--against", "x"])
+    assert isinstance(ended.exception, InputError) and "--against is for a model" in str(ended.exception)
+
+
+def test_any_model_can_be_measured(models: Path, tasks: Path, right: dict[str, list[float]]) -> None:
+    command = ["benchmark", str(models / "moved"), "--tasks", "all_alike", "--include-path", str(tasks), "--limit", "9"]
+    alone = CliRunner().invoke(app, command)
+    assert alone.exit_code == 0, alone.output
+    assert f"{number(mean(right['moved'][:9]))}\N{NO-BREAK SPACE}±" in alone.output and "before" not in alone.output
+    with pytest.raises(InputError, match=r"'all_alik' is no task of lm-eval or of .*, where there is all_alike.*; --"):
+        find_tasks("all_alik", tasks, None, 1)
+    (tasks / "all_alike.jsonl").unlink()
+    with pytest.raises(InputError, match=r"all_alike cannot be read: .*all_alike\.jsonl"):
+        find_tasks("all_alike", tasks, None, 1)
+
+
+def test_without_the_harness_it_says_what_to_install(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    ended = CliRunner().invoke(app, ["benchmark", str(models / "copy"), "--tasks", "arc_easy"])
+    assert isinstance(ended.exception, InputError)
+    assert str(ended.exception) == "benchmark needs lm_eval: pip install 'exalign[lm-eval]'."
 
 
 def test_its_recipe_can_be_planned(given: RunFolder) -> None:

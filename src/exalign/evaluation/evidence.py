@@ -102,6 +102,7 @@ def collect_evidence(
     best = None if material.pool is None else optimum(material.pool, bootstrap)
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)
+    counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
     chosen = verdict(methods, _kl_budget(material.recipe))
     evidence = Evidence(
@@ -122,15 +123,14 @@ def collect_evidence(
         curves=curves,
         stages=folder.stages(),
         record_counts=folder.record_counts(),
-        notes=material.notes
-        + [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
-        + judgements.notes,
+        notes=material.notes + counted + judgements.notes,
         environment=folder.environment_values(),
         recipe=folder.recipe_text(),
         judgements=replace(judgements, remarks=[]),
         searches=folder.searches(),
         density=density,
         courses=[*_courses(material, methods, seed)],
+        benchmark=folder.read_benchmark(),
         warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
         num_resamples=num_resamples,
         seed=seed,

@@ -11,6 +11,7 @@
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
+    evaluation/benchmark.json                what lm-eval measured before and after
     evaluation/evidence.json                 every number of the report
     judging/llm, assessment                  what language models and people said
     report/index.html, report/figures        the page
@@ -25,19 +26,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
+from exalign.checksums import NAME as SUMS
 from exalign.checksums import check_file, checksum
 from exalign.data.record import Record
 from exalign.data.store import iter_records, read_header
 from exalign.errors import InputError
-from exalign.evaluation.schema import Curve, Evidence, Search, Stage, Trial, read_evidence
+from exalign.evaluation.schema import Benchmark, Curve, Evidence, Search, Stage, Trial, read_evidence
 from exalign.storage import read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
@@ -109,6 +112,15 @@ class RunFolder:
         """The policy that was saved at a step."""
         return self.policies(method) / step_name(step)
 
+    def policy_source(self, name: str) -> str | None:
+        """Folder or hub name of `SFT`, or of a policy METHOD@STEP; None where the run began with random weights."""
+        method, _, step = name.rpartition("@")
+        if method:
+            folder = self.policy(method, int(step))
+            return trained_elsewhere(folder) or str(folder)
+        trained = self.path / SUPERVISED / "model"
+        return str(trained) if trained.is_dir() else (self.recipe_values().get("model") or {}).get("source")
+
     def ships(self, method: str, step: int) -> str:
         """What to load to have the policy of a step: its folder in the run, or where it was trained."""
         folder = self.policy(method, step)
@@ -131,6 +143,10 @@ class RunFolder:
     @property
     def evidence(self) -> Path:
         return self.evaluation / "evidence.json"
+
+    @property
+    def benchmark(self) -> Path:
+        return self.evaluation / "benchmark.json"
 
     @property
     def prompts(self) -> Path:
@@ -209,6 +225,21 @@ class RunFolder:
         if not self.evidence.is_file():
             raise InputError(f"{self.path} has no evidence; finish it with exalign run RECIPE --run {self.path}.")
         return read_evidence(self.evidence)
+
+    def read_benchmark(self) -> Benchmark | None:
+        """What lm-eval measured of the run's policies; None where it was not asked."""
+        if not self.benchmark.is_file():
+            return None
+        try:
+            found = TypeAdapter(Benchmark).validate_python(read_sealed(self.benchmark))
+        except ValidationError:
+            raise InputError(f"{self.benchmark} is not of a format that this exalign reads; benchmark again.") from None
+        return replace(found, outdated=[name for name, known in found.sums.items() if self.policy_sum(name) != known])
+
+    def policy_sum(self, name: str) -> str:
+        """The checksum of a policy's list of checksums, by the names of `policy_source`; empty where it has none."""
+        sums = Path(self.policy_source(name) or "") / SUMS
+        return checksum(sums) if sums.is_file() else ""
 
     def methods(self) -> list[str]:
         """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""

@@ -424,6 +424,49 @@ class Judgements:
 
 
 @dataclass(frozen=True)
+class BenchmarkRow:
+    """A metric of a task of lm-eval for one policy (`after`) and for what it started from (`before`), where asked for.
+
+    A value stands with its standard error, None where the harness has none. `difference` is after less before with a
+    95 % interval, ±1.96 standard errors: where `paired`, those of the mean of the differences document by document,
+    else those of two independent values. No interval where a standard error is missing.
+    """
+
+    policy: str
+    task: str
+    metric: str
+    higher_is_better: bool | None
+    after: tuple[float, float | None]
+    before: tuple[float, float | None] | None
+    difference: Interval | None
+    paired: bool
+
+    @property
+    def outcome(self) -> str:
+        """What the interval of the difference says."""
+        found = self.difference
+        if found is None or found.low is None or found.high is None or found.low <= 0 <= found.high:
+            return "may be chance"
+        if self.higher_is_better is None:
+            return "changed"
+        return "gained" if (found.estimate > 0) == self.higher_is_better else "lost"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `harness` measured, on the first `limit` documents of a task where one was set.
+
+    `sums` are the checksums of the policies by name as they were; `outdated` those that the run has since replaced.
+    """
+
+    harness: str
+    limit: int | None
+    rows: list[BenchmarkRow]
+    sums: dict[str, str] = field(default_factory=dict)
+    outdated: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Trial:
     """What one trial tried, and what came of it: `value` is the mean reward at `kl` nats, or None where it `failed`.
 
@@ -547,6 +590,7 @@ class Evidence:
     worst: list[Example] = field(default_factory=list)
     courses: list[Course] = field(default_factory=list)
     answers: str | None = None
+    benchmark: Benchmark | None = None
     version: int = EVIDENCE_VERSION
 
     @property

@@ -21,7 +21,7 @@ from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_o
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
 from exalign.report.tables import write_tables
 from exalign.report.verdicts import category_table, verdict_bar, win_table
-from exalign.report.wording import Captions, duration, interval, number, percent, setting, visible, words
+from exalign.report.wording import Captions, duration, interval, number, percent, plus_minus, setting, visible, words
 from exalign.storage import write_text
 
 WIDE, NARROW = 8.8, 3.75
@@ -52,7 +52,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         # Every printed value passes here before it is escaped, so no text can be forgotten.
         finalize=_finalize,
     )
-    for function in (number, interval, percent, duration, words, setting):
+    for function in (number, interval, percent, plus_minus, duration, words, setting):
         environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
     names = [method.name for method in evidence.methods]

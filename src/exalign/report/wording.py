@@ -67,6 +67,17 @@ def interval(value: Interval | None) -> str:
     return texts[0] if len(texts) < 3 else f"{texts[0]} [{texts[1]},\N{NO-BREAK SPACE}{texts[2]}]"
 
 
+def plus_minus(value: tuple[float, float | None] | None) -> str:
+    """A value with its standard error.
+
+    >>> plus_minus((0.612, 0.0134)), plus_minus((0.612, None)), plus_minus(None)
+    ('0.612\xa0±\xa00.013', '0.612', '–')
+    """
+    if value is None or value[1] is None:
+        return number(value and value[0])
+    return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join((number(value[0]), number(value[1], 2)))
+
+
 def percent(value: Interval | None) -> str:
     """A share with its interval, in per cent, cut to what a share can be: widened for few prompts, it can reach beyond.
 

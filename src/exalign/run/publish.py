@@ -27,7 +27,7 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
 
     folder = RunFolder(run)
     evidence = folder.read_evidence()
-    found, point = _chosen(evidence, method, step)
+    found, point = chosen(evidence, method, step)
     place = folder.policy(method, point.step)
     if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
         raise InputError(f"{place} holds no model of this run: there is nothing to upload.")
@@ -52,7 +52,8 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
     return str(address)
 
 
-def _chosen(evidence: Evidence, method: str, step: int | None) -> tuple[MethodEvidence, FrontierPoint]:
+def chosen(evidence: Evidence, method: str, step: int | None = None) -> tuple[MethodEvidence, FrontierPoint]:
+    """A method and its checkpoint at `step`, without one that which the report ships, else the last."""
     found = next((each for each in evidence.methods if each.name == method and each.points), None)
     if found is None:
         known = ", ".join(each.name for each in evidence.methods if each.points) or "none"
