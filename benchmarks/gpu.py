@@ -240,7 +240,7 @@ def _step(name: str, shape: str, k: int, size: Size) -> list[Row]:
     ours = Exalign(model, groups, precision="bf16", copied=False)
     ours.sizes = size.budgets
     ways: dict[str, Any] = {"exalign": ours, "padded rows": Plain(ours, groups, size.budgets[-1])}
-    if find_spec("trl"):
+    if find_spec("trl") and device().type in ("cpu", "cuda"):  # its trainer knows no other
         from benchmarks.trl_peers import TrlStep
 
         ways["TRL"] = TrlStep("TRL", model, groups, {"bf16": True, "gradient_checkpointing": False})

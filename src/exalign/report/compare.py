@@ -30,7 +30,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         "## Reward at equal KL",
         "The best of a column in bold, which may be chance. With 95 % intervals over prompts"
         + ("; the mean over runs with Student's. " if several else ". ")
-        + "“–”: the method does not reach this KL.",
+        + "“–”: the method has no more reward for going this far.",
         _at_equal_kl(runs, methods, kls, "rewards"),
         _mixed(runs),
         *(_differences_heading(several) if differences else ()),
