@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from exalign.data.vocabulary import build_tokenizer
 from exalign.rollout.settings import SampleSettings
 from exalign.rollout.vllm import VLLMSampler, close_engine
+from exalign.run.cluster import check_installed
+from exalign.run.recipe import ClusterSettings
 
 TAU = 0.8
 CACHE = {"cache_gib": 0.25}
@@ -26,6 +29,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         except PackageNotFoundError:
             pass
     pytest.skip("vLLM is not installed: make test-vllm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_is_closed() -> None:
+    """As a run does before it draws: vLLM imports Ray, which reads then to whom its clusters are open."""
+    if find_spec("ray") is not None:
+        check_installed(ClusterSettings())
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from exalign.data.store import Header, read_header, read_records, shard_path, wr
 from exalign.rollout import vllm
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.run.carry_out import run_recipe
-from exalign.run.cluster import ShardWork, check_installed, map_shards
+from exalign.run.cluster import ShardWork, map_shards
 from exalign.run.materials import frozen_policy, offline_sampling, run_tokenizer
 from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
@@ -41,8 +40,6 @@ PROMPTS = 256 + 40
 @pytest.fixture(scope="module")
 def make(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Makes a recipe that draws with vLLM for everything it draws for, two shards of prompts."""
-    if find_spec("ray") is not None:
-        check_installed(ClusterSettings())  # as a run does before it draws
     folder = tmp_path_factory.mktemp("policy")
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
