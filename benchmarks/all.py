@@ -36,7 +36,7 @@ def plan() -> dict[str, list[str]]:
         tasks[f"sample-tldr-{k}"] += ["--contenders", "exalign,generate" + (",continuous" if k == 4 else "")]
     for k in (4, 8):
         tasks[f"score-tldr-{k}"] = ["score", "--k", str(k), "--rounds", "3", "--seconds-each", "10"]
-    tasks["on_policy-hh-8"] = ["on_policy", "--shape", "hh", "--k", "8"]
+    tasks["on_policy-hh-4"] = ["on_policy", "--shape", "hh", "--k", "4", "--steps", "2", "--rounds", "1"]
     tasks["sweep"] = ["sweep", "--rounds", "3"]
     for shape, k in (("tldr", 4), ("imdb", 4)):
         tasks[f"profile-{shape}-{k}"] = ["profile", "--shape", shape, "--k", str(k), "--prompts", "8"]

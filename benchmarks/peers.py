@@ -34,10 +34,13 @@ LOSSES = {"forward_kl": "sigmoid", "reverse_kl": "exo_pair"}
 def train(recipe: Recipe, name: str, out: Path, *, folder: Path | None = None, micro: int = 2) -> list[Path]:
     """Train what `align.NAME` trains with TRL's trainer and return the folders of its policies in their order."""
     settings = _comparable(recipe, name)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; name another folder for TRL's policies.")
+    micro = math.gcd(micro, settings.batch_prompts)
     source = str(recipe.model.source)
     run = run_recipe(recipe, "preferences", folder=folder)
     pairs = read_records(run.folder / "preferences" / "records")
-    _check_uncut(recipe, pairs)
+    _check_whole(recipe, pairs)
     steps = settings.epochs * math.ceil(len(pairs) / settings.batch_prompts)
     options = DPOConfig(
         output_dir=str(out),
@@ -81,12 +84,19 @@ def _comparable(recipe: Recipe, name: str) -> Matching:
         raise InputError(f"align.{name} is no DPO or EXO on preferences, which is what TRL's DPO trainer trains.")
     if recipe.temperature != 1.0:
         raise InputError(f"temperature is {recipe.temperature}, and TRL's log-probabilities are at 1: temperature=1.0")
-    if recipe.model.source is None or recipe.model.lora is not None:
-        raise InputError("model must be a source, without lora: all of its weights are trained.")
+    if recipe.model.source is None or recipe.model.lora is not None or recipe.sft is not None:
+        raise InputError(
+            "model must be a source, without lora and without an sft section: TRL trains all weights of it."
+        )
+    if settings.precision != "fp32" or settings.sweep is not None:
+        raise InputError(f"align.{name} has a precision or a sweep that is not handed on to TRL; leave it out.")
     return settings
 
 
-def _check_uncut(recipe: Recipe, pairs: Sequence[Record]) -> None:
+def _check_whole(recipe: Recipe, pairs: Sequence[Record]) -> None:
+    """Refuse pairs of which TRL would see something else."""
+    if any(pair.weight not in (None, 1.0) or pair.tools for pair in pairs):
+        raise InputError("The pairs have weights or tools, which TRL's trainer is not given.")
     counts: Counter[str] = Counter()
     tokenizer = load_tokenizer(str(recipe.model.source))
     limits = recipe.data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
