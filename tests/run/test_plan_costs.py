@@ -21,18 +21,17 @@ from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.models.sizes import Architecture
 from exalign.rollout.sampler import Branches, SharedDecoder
 from exalign.rollout.settings import SampleSettings
-from exalign.run.devices import Assumptions, Machine, find_device
 from exalign.run.plan import (
     PUBLIC_CONFIGURATIONS,
-    Draw,
+    Assumptions,
     Load,
-    Read,
-    Train,
-    Work,
     architecture_of,
     cache_tokens,
-    cost_of,
-    training_state,
+    draw,
+    find_machine,
+    in_turn,
+    read,
+    train,
 )
 from exalign.training.loop import adamw, set_learning_rate
 
@@ -74,8 +73,7 @@ def groups_of(load: Load) -> list[Group]:
     return [Group(index, ids[: load.prompt_tokens], completions) for index in range(load.prompts)]
 
 
-def machine(count: int = 1) -> Machine:
-    return Machine(find_device("H100", Assumptions()), count, Assumptions())
+MACHINE = find_machine("H100", 1, Assumptions())
 
 
 @pytest.mark.parametrize(
@@ -113,18 +111,17 @@ def test_an_adapter_is_planned_as_its_base(tmp_path: Path) -> None:
 def test_operations_are_the_necessary_work_of_all_groups(lora: LoraSettings | None) -> None:
     real, groups = tiny("qwen2", lora), groups_of(LOAD)
     model = Architecture("tiny", real, "")
-    train = Train([model], Matching(), LOAD, passes=3)
-    assert cost_of("", Work((train,)), machine()).flops == 3 * training_flops(real, groups)
-    for part in (Read(model, LOAD, token_budget=64), Draw(model, LOAD, SampleSettings())):
-        assert cost_of("", Work((part,)), machine()).flops == forward_flops(real, groups)
-    both = cost_of("", Work((train, Draw(model, LOAD, SampleSettings())), times=2), machine())
-    assert both.flops == 2 * (3 * training_flops(real, groups) + forward_flops(real, groups))
+    trained = train([model], Matching(), LOAD, MACHINE, passes=3)
+    assert trained.flops == 3 * training_flops(real, groups)
+    drawn = draw(model, LOAD, SampleSettings(), MACHINE)
+    assert read(model, LOAD, MACHINE, 64).flops == drawn.flops == forward_flops(real, groups)
+    assert in_turn([trained, drawn], 2).flops == 2 * (trained.flops + drawn.flops)
 
 
 def test_an_encoder_reads_the_prompt_again_for_every_completion() -> None:
     config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = architecture_of(ModelSettings(config=config), "classifier", 50)
-    cost = cost_of("", Work((Read(encoder, LOAD, token_budget=64),)), machine())
+    cost = read(encoder, LOAD, MACHINE, 64)
     assert not encoder.shares_prompts
     assert cost.tokens == LOAD.prompts * LOAD.completions * (LOAD.prompt_tokens + LOAD.completion_tokens)
 
@@ -141,7 +138,7 @@ def test_weights_gradients_and_moments_are_those_of_a_real_step(lora: LoraSettin
     set_learning_rate(optimizer, 1e-3)
     policy(groups_of(LOAD), temperature=1.0).sum().backward()
     optimizer.step()
-    planned = training_state(Architecture("tiny", model, ""))
+    planned = train([Architecture("tiny", model, "")], Matching(), LOAD, MACHINE, passes=1).replicated
     assert planned.weights == bytes_of(model.parameters())
     assert planned.gradients == bytes_of(p.grad for p in model.parameters() if p.grad is not None)
     # Beside its two moments AdamW keeps a count of four bytes for each tensor.

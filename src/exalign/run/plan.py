@@ -1,8 +1,8 @@
 """`exalign plan`: what a recipe would cost, worked out before it is run: memory, tokens, operations, hours, what fits.
 
 Nothing here measures: every number is a formula of the recipe, the architecture and the assumptions that are printed.
-A stage is described by its `Work`, what is drawn, read and trained, each for a `Load` of prompts and completions; the
-rest turns work into operations (`models.flops`, counted on torch's meta device), bytes on one device, and seconds:
+A stage draws, reads and trains, each for a `Load` of prompts and completions, and each is a `Cost`: operations
+(`models.flops`, counted on torch's meta device), bytes on one device, and seconds.
 
 * training: whole micro-batches go to devices, so a step takes ⌈micro-batches / devices⌉ of them in a row. What devices
   exchange is not in the seconds: it depends on links that a plan knows nothing about;
@@ -15,15 +15,17 @@ torch and transformers are imported where they are used: this module is loaded b
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -35,17 +37,42 @@ from exalign.judging.options import with_settings
 from exalign.models.model_settings import ModelSettings, adapter_base
 from exalign.models.sizes import Architecture, completions_at_once, tokens_to_read, training_sizes
 from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
-from exalign.run.devices import Assumptions, Machine, find_device
-from exalign.run.recipe import Recipe, load_recipe
-from exalign.settings import Auto
+from exalign.run.recipe import Recipe, load_recipe, nearest
+from exalign.settings import Auto, Settings
 from exalign.terminal import shown
 from exalign.training.train_settings import TrainSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from exalign.data.batching import Group
     from exalign.methods.method import Method
+
+
+class Assumptions(Settings):
+    """Lengths and sizes that the recipe does not know, and how much of a device's limits is reached.
+
+    Lengths are means. Memory is reserved for the recipe's maxima, time is spent on the means.
+    """
+
+    prompt_tokens: int | None = Field(
+        None, gt=0, description="mean tokens of a prompt; default: data.*.prompt_tokens, else half of max_prompt_tokens"
+    )
+    completion_tokens: int | None = Field(
+        None, gt=0, description="mean tokens of a completion; default: half of the longest that is allowed"
+    )
+    prompts: int | None = Field(
+        None, gt=0, description="rows of every data set but data.evaluation; default: counted, or the published size"
+    )
+    training_share: float = Field(
+        0.4, gt=0, le=1, description="share of the device's peak that necessary work reaches in training and scoring"
+    )
+    sampling_share: float = Field(
+        0.1, gt=0, le=1, description="the same in sampling, whose steps are small; exalign bench measures both"
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="share of the memory that tensors may take; the rest is context and fragments"
+    )
+    gflops: float | None = Field(None, gt=0, description="cpu only: peak GFLOP/s of matrix products (exalign bench)")
+    memory: float | None = Field(None, gt=0, description="cpu only: GB of memory; default: this machine's")
 
 
 @with_settings(Assumptions)
@@ -61,7 +88,7 @@ def plan(
 ) -> None:
     """Work out what a recipe would cost before it is run: memory, tokens, operations, hours, and whether it fits."""
     loaded = load_recipe(recipe, overrides or ())
-    machine = Machine(find_device(gpu, settings), count, settings)
+    machine = find_machine(gpu, count, settings)
 
     import transformers
 
@@ -73,10 +100,76 @@ def plan(
         print_budget(budget, Console())
 
 
+# ---- Devices
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`count` equal devices, and what is assumed about them. `memory` of one in bytes; `bf16` and `fp32` are its dense
+    matrix products in operations/s, summed in float32. `fp32` is without TF32, as torch multiplies unless told
+    otherwise."""
+
+    name: str
+    memory: float
+    bf16: float
+    fp32: float
+    specification: str
+    count: int
+    assumed: Assumptions
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one device that tensors may take."""
+        return self.memory * self.assumed.memory_share
+
+    @property
+    def sizing(self) -> float | None:
+        """Bytes that sizes left to choose follow from; None for a CPU (`models.sizes`)."""
+        return None if self.name == "cpu" else self.memory
+
+    def rate(self, precision: str, *, sampling: bool = False) -> float:
+        """Operations per second of necessary work that a device is assumed to do in `fp32` or `bf16`."""
+        share = self.assumed.sampling_share if sampling else self.assumed.training_share
+        return (self.bf16 if precision == "bf16" else self.fp32) * share
+
+
+GPUS = {
+    "A100-40": (40, 312, 19.5, "NVIDIA A100 datasheet, SXM4 40 GB"),
+    "A100-80": (80, 312, 19.5, "NVIDIA A100 datasheet, SXM4 80 GB"),
+    "H100": (80, 989, 67, "NVIDIA H100 datasheet, SXM5 80 GB (1,979 with sparsity, halved)"),
+    "H200": (141, 989, 67, "NVIDIA H200 datasheet, SXM5 141 GB (1,979 with sparsity, halved)"),
+    "L40S": (48, 362, 91.6, "NVIDIA L40S datasheet"),
+    "RTX-4090": (24, 165.2, 82.6, "NVIDIA Ada GPU architecture whitepaper, RTX 4090"),
+}
+"""By name: GB, TFLOP/s in bf16 and in fp32, and where this is published."""
+
+
+def find_machine(name: str, count: int, assumed: Assumptions) -> Machine:
+    """`count` devices of this name, in any case; `cpu` has the rate `assumed.gflops`.
+
+    An unknown name, a cpu without a rate, or a cpu's numbers given for another device, is an `InputError`.
+    """
+    name = {known.lower(): known for known in (*GPUS, "cpu")}.get(name.lower(), name)
+    if name == "cpu":
+        if assumed.gflops is None:
+            raise InputError(
+                "--gpu cpu needs --gflops, the peak of its matrix products; `exalign bench MODEL` measures it."
+            )
+        here, rate = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), assumed.gflops * 1e9
+        memory = float(here) if assumed.memory is None else assumed.memory * 1e9
+        return Machine("cpu", memory, rate, rate, "--gflops, --memory", count, assumed)
+    if name not in GPUS:
+        raise InputError(f"--gpu {name} is not a device whose specification is known; {nearest(name, [*GPUS, 'cpu'])}")
+    for option in ("gflops", "memory"):
+        if getattr(assumed, option) is not None:
+            raise InputError(f"--{option} is that of a cpu, and {name} has its own; remove it, or give --gpu cpu.")
+    gigabytes, bf16, fp32, source = GPUS[name]
+    return Machine(name, gigabytes * 1e9, bf16 * 1e12, fp32 * 1e12, source, count, assumed)
+
+
 # ---- Models, without their weights
 
 Kind = Literal["policy", "reward model", "classifier"]
-_LABELS: dict[Kind, int | None] = {"policy": None, "reward model": 1, "classifier": 2}
 
 _PYTHIA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
 _QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "intermediate_size": 18944}
@@ -109,65 +202,38 @@ PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
 @lru_cache(maxsize=32)
 def _architecture(settings_json: str, kind: Kind, vocabulary: int | None) -> Architecture:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from exalign.models.loading import with_lora
+    from exalign.models.loading import first_line, read_config, with_lora
 
     settings = ModelSettings.model_validate_json(settings_json)
-    config, origin = _configuration(settings, vocabulary)
-    labels = _LABELS[kind]
-    if labels is not None:
-        config.num_labels = labels
-    auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    source = settings.source and (adapter_base(Path(settings.source)) or settings.source)
+    if source is not None and source.startswith("runs/") and not Path(source).is_dir():
+        raise InputError(f"There is no folder {source} yet: carry out the run that makes it, then plan with it.")
+    auto_class: Any = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     try:
+        if source is None:
+            scratch = {} if vocabulary is None else {"vocab_size": vocabulary}
+            config, origin = AutoConfig.for_model(**{**scratch, **(settings.config or {})}), "the recipe's config"
+        elif source in PUBLIC_CONFIGURATIONS:  # without waiting for a hub that may not be reachable
+            config, origin = AutoConfig.for_model(**PUBLIC_CONFIGURATIONS[source]), "its published configuration"
+        else:
+            config, origin = read_config(settings, None), "its own configuration"
+        if kind != "policy":
+            config.num_labels = 1 if kind == "reward model" else 2
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in a way that will go
             model = auto_class.from_config(
                 config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
             )
-            model = with_lora(model, settings.lora, task="CAUSAL_LM" if labels is None else "SEQ_CLS")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"No {kind} can be made of {settings.source or 'this config'} ({error}).") from None
-    return Architecture(settings.source or str(config.model_type), model, origin)
-
-
-def _configuration(settings: ModelSettings, vocabulary: int | None) -> tuple[PreTrainedConfig, str]:
-    from transformers import AutoConfig
-
-    if settings.source is None:
-        values = dict(settings.config or {})
-        if vocabulary is not None:
-            values.setdefault("vocab_size", vocabulary)
-        return _from_values(values), "the recipe's config"
-    if settings.source.startswith("runs/") and not Path(settings.source).is_dir():
-        raise InputError(
-            f"There is no folder {settings.source} yet: carry out the run that makes it, then plan with it."
-        )
-    source = adapter_base(Path(settings.source)) or settings.source
-    for local in (True, False):
-        try:
-            found = AutoConfig.from_pretrained(
-                source, trust_remote_code=settings.trust_remote_code, local_files_only=local
-            )
-            return found, "its own configuration"
-        except (OSError, ValueError, KeyError) as error:
-            if source in PUBLIC_CONFIGURATIONS:  # without waiting for a hub that may not be reachable
-                return _from_values(PUBLIC_CONFIGURATIONS[source]), "its published configuration, built in"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise InputError(
-        f"The configuration of {source} cannot be read ({reason}); plan with a local folder of it, or with "
-        f"one of {', '.join(PUBLIC_CONFIGURATIONS)}."
-    )
-
-
-def _from_values(values: dict[str, Any]) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        rest = {name: value for name, value in values.items() if name != "model_type"}
-        return AutoConfig.for_model(str(values.get("model_type")), **rest)
+            model = with_lora(model, settings.lora, task="CAUSAL_LM" if kind == "policy" else "SEQ_CLS")
+    except InputError:
+        raise
     except Exception as error:  # transformers raises many kinds here, all of them about the given values
-        raise InputError(f"The model config is not valid ({str(error).splitlines()[0]}).") from error
+        raise InputError(
+            f"No {kind} can be made of {settings.source or 'this config'} ({first_line(error)})."
+        ) from None
+    return Architecture(settings.source or str(config.model_type), model, origin)
 
 
 def architecture_of(settings: ModelSettings, kind: Kind, vocabulary: int | None) -> Architecture:
@@ -230,29 +296,348 @@ class Load:
         return Group(0, torch.zeros(self.prompt_tokens, dtype=torch.long), (completion,) * self.completions)
 
 
+def rows_of(source: DataSettings) -> tuple[int, str]:
+    """How many rows a source has after `skip` and `limit`, and how that is known. Local data is read to its end."""
+    from exalign.data.reading import read_source
+
+    if Path(source.source).expanduser().exists():
+        counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
+        return counted, f"counted in {source.source}"
+    published = "/".join(filter(None, (source.source, source.data_dir)))
+    if (rows := PUBLISHED_ROWS.get((published, source.split or "train"))) is not None:
+        left = round(source.share * max(0, rows - source.skip))
+        return min(left, source.limit or left), f"published size of {published}"
+    if source.limit is not None:
+        return source.limit, f"limit; {source.source} is not here to be counted"
+    return UNKNOWN_ROWS, f"assumed, {source.source} is not here to be counted: give --prompts"
+
+
+# ---- The cost of training, reading and drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one device by what they are for; `copies` are autocast's, `exchange` what several devices need to work
+    together."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    copies: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0
+    exchange: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A stage, or a part of one. `tokens` counts each prompt once.
+
+    `replicated` is the memory of a device that holds everything, `sharded` that of one under a full shard (training on
+    all devices only). `bound`: `operations`, or `batch` where a step has fewer micro-batches than devices.
+    """
+
+    tokens: int
+    flops: float
+    seconds: float
+    bound: str
+    replicated: Memory
+    sharded: Memory | None = None
+    stage: str = ""
+
+    def fits(self, usable: float) -> str:
+        """`yes`, `sharded` where only a full shard fits, or `no`."""
+        if self.replicated.total <= usable:
+            return "yes"
+        return "sharded" if self.sharded is not None and self.sharded.total <= usable else "no"
+
+
+def in_turn(parts: Sequence[Cost], times: int = 1) -> Cost:
+    """Parts that follow one another, `times`: the longest gives the bound, the fullest the memory."""
+    fullest = max(parts, key=lambda part: part.replicated.total)
+    tokens, flops, seconds = (times * sum(getattr(part, n) for part in parts) for n in ("tokens", "flops", "seconds"))
+    bound = max(parts, key=lambda part: part.seconds).bound
+    return Cost(tokens, flops, seconds, bound, fullest.replicated, fullest.sharded)
+
+
+def train(
+    models: Sequence[Architecture], settings: TrainSettings, load: Load, machine: Machine, *, passes: int
+) -> Cost:
+    """`models` trained together on every group, `passes` times."""
+    from exalign.models.flops import forward_flops, training_flops
+
+    groups, group, half = passes * load.prompts, [load.group()], settings.precision == "bf16"
+    again, batch = settings.gradient_checkpointing, min(settings.batch_prompts, load.prompts)
+    budget, again = training_sizes(
+        models, machine.sizing, token_budget=settings.token_budget, checkpointing=again, autocast=half
+    )
+    necessary = groups * sum(training_flops(model.module, group) for model in models)
+    repeated = again * groups * sum(forward_flops(model.module, group) for model in models)
+    micro = -(-batch // max(1, budget // load.group_tokens))  # micro-batches of a step: what devices can share
+    rounds = -(-micro // machine.count) / micro
+    # A micro-batch is at its fullest with the budget, with one group of the longest texts, or with the whole step.
+    tokens = min(max(budget, load.longest_group), batch * load.longest_group)
+    activations = sum(
+        tokens * model.training_activations(autocast=half, checkpointed=again)
+        + model.head_activations(tokens, machine.sizing)
+        for model in models
+    )
+    trained = sum(model.trained_bytes for model in models)
+    whole = Memory(
+        weights=sum(model.weight_bytes for model in models),
+        gradients=trained,
+        optimizer=2 * trained,  # AdamW's moments, of the weights' type
+        copies=half * sum(model.half_copies for model in models),
+        activations=activations,
+        exchange=trained if machine.count > 1 else 0,  # DDP's buckets
+    )
+    return Cost(
+        passes * load.tokens,
+        necessary,
+        (necessary + repeated) * rounds / machine.rate(settings.precision),
+        "batch" if micro < machine.count else "operations",
+        whole,
+        _sharded(whole, models, machine.count, half=half),
+    )
+
+
+def _sharded(whole: Memory, models: Sequence[Architecture], count: int, *, half: bool) -> Memory:
+    """The same under a full shard (FSDP2) over `count` devices.
+
+    Gathered at a time: the embeddings and the head, the block that works and the one that comes next, in the type of
+    the products, and the gradient of the largest of these before it is scattered.
+    """
+    exchange = 0.0
+    for model in models:
+        factor = 0.5 if half and model.element_size == 4 else 1.0
+        root = model.weight_bytes - model.layers * model.layer_bytes
+        trained_share = model.trained_bytes / model.weight_bytes
+        exchange += factor * (root + 2 * model.layer_bytes) + max(root, model.layer_bytes) * trained_share
+    divided = {name: getattr(whole, name) / count for name in ("weights", "gradients", "optimizer")}
+    return replace(whole, **divided, copies=0.0, exchange=exchange)  # what is gathered has the products' type
+
+
+def read(
+    model: Architecture,
+    load: Load,
+    machine: Machine,
+    token_budget: int | Auto | None = "auto",
+    precision: str = "fp32",
+) -> Cost:
+    """Groups computed without gradients: scores, and log-probabilities of a policy. `bf16` is autocast."""
+    if not model.shares_prompts:
+        load = replace(load, prompts=load.prompts * load.completions, completions=1)
+    tokens = max(tokens_to_read([model], machine.sizing, token_budget), load.longest_group)
+    half = precision == "bf16"
+    memory = replace(_reading(model, tokens, machine), copies=model.half_copies if half else 0.0)
+    return _dealt_out(model, load, machine, machine.rate("bf16" if half else model.precision), memory)
+
+
+def _reading(model: Architecture, tokens: int, machine: Machine) -> Memory:
+    """One device that computes `tokens` tokens at a time without gradients."""
+    activations = tokens * model.reading_activations() + 2 * model.head_activations(tokens, machine.sizing, kept=False)
+    return Memory(weights=model.weight_bytes, activations=activations)
+
+
+_FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
+
+
+def draw(
+    model: Architecture, load: Load, settings: SampleSettings, machine: Machine, together: int | None = None
+) -> Cost:
+    """K completions for each prompt of `load`, of which `together` prompts (None: all) are at hand at a time.
+
+    Memory is the weights, the cache of all groups in flight at their longest, and the logits of a step.
+    """
+    from exalign.run.materials import SHARD
+
+    share = -(-load.prompts // min(machine.count, load.prompts))  # of the device that has most
+    rows = completions_at_once(
+        [model],
+        machine.sizing,
+        settings.batch_completions,
+        prompt_tokens=load.longest_prompt / load.completions,
+        tokens=load.longest_completion,
+    )
+    groups = max(1, min(rows // load.completions, share, SHARD, together or SHARD))  # whole ones, at least one
+    rows = groups * load.completions
+    working = _reading(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, machine)
+    logits = rows * model.vocabulary * (4 + model.element_size)
+    cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
+    memory = replace(working, cache=cache, activations=working.activations + logits)
+    return _dealt_out(model, load, machine, machine.rate(model.precision, sampling=True), memory)
+
+
+def cache_tokens(load: Load) -> int:
+    """Tokens for which one group's cache has room when its completions are as long as they may be.
+
+    A prompt's are kept once per group, a completion's in rows that grow by doubling from 32. The last token of a
+    completion is never read, so T − 1 are cached.
+    """
+    room, last = _FIRST_CAPACITY, load.longest_completion - 1
+    while room < last:
+        room *= 2
+    return load.longest_prompt + (load.completions * room if last else 0)
+
+
+def _dealt_out(model: Architecture, load: Load, machine: Machine, rate: float, memory: Memory) -> Cost:
+    from exalign.models.flops import forward_flops
+
+    flops = load.prompts * forward_flops(model.module, [load.group()])
+    return Cost(load.tokens, flops, flops / rate / min(machine.count, load.prompts), "operations", memory)
+
+
+# ---- The stages of a recipe
+
+
 @dataclass
-class Loads:
-    """The loads of a recipe's stages; `said` collects what had to be assumed, each sentence once."""
+class Planner:
+    """What every stage of a recipe costs on a machine. `said`: what it had to assume, each sentence once."""
 
     recipe: Recipe
-    assumed: Assumptions
+    machine: Machine
     said: dict[str, None] = field(default_factory=dict)
     _known: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # each file is read once
 
-    def supervised(self) -> Load:
-        """Texts, K = 1: of data.sft, or the preferred completions of the preferences."""
-        load = self.given("sft" if self.recipe.data.sft is not None else "preferences", 1)
-        if self.recipe.sft is None or not self.recipe.sft.train_on_prompts:
-            return load
-        whole, longest = load.group_tokens - 1, load.longest_group - 1  # every token but the first is a target
-        return replace(load, prompt_tokens=1, completion_tokens=whole, longest_prompt=1, longest_completion=longest)
+    def cost(self, stage: str) -> Cost | None:
+        """The cost of a stage, which one function for each kind knows; None where it computes with no model."""
+        kind, _, rest = stage.partition("/")
+        known = getattr(self, f"_{kind}", None)
+        found = None if known is None else known(rest)
+        return found and replace(found, stage=stage)
 
-    def labelled(self, longest: int) -> Load:
-        """Labelled texts, of which a classifier reads `longest` tokens at most."""
-        load = self.given("labelled", 1)
-        completion = min(self.assumed.completion_tokens or max(1, longest // 2), longest)
-        short = replace(load, longest_prompt=min(load.longest_prompt, longest))
-        return replace(short, completion_tokens=completion, longest_completion=longest)
+    def _sft(self, _: str) -> Cost:
+        settings, load = self.recipe.sft, self.given("sft" if self.recipe.data.sft is not None else "preferences", 1)
+        assert settings is not None
+        if settings.train_on_prompts:  # every token but the first is a target
+            whole, longest = load.group_tokens - 1, load.longest_group - 1
+            load = replace(load, prompt_tokens=1, completion_tokens=whole, longest_prompt=1, longest_completion=longest)
+        return train([self.policy()], settings, load, self.machine, passes=settings.epochs)
+
+    def _oracle(self, _: str) -> Cost:
+        settings = self.recipe.oracle
+        assert settings is not None
+        load = self._load("labelled", 1, settings.max_tokens)
+        load = replace(load, longest_prompt=min(load.longest_prompt, settings.max_tokens))
+        model = self.model(settings.model, "classifier")
+        return train([model], settings, load, self.machine, passes=settings.epochs)
+
+    def _reward(self, _: str) -> Cost:
+        settings = self.recipe.reward
+        assert settings is not None
+        model = self.model(settings.model or self.recipe.model, "reward model")
+        return train([model], settings, self.pairs(), self.machine, passes=settings.epochs)
+
+    def _preferences(self, _: str) -> Cost | None:
+        settings = self.recipe.preferences
+        return None if settings is None else self._drawn(self.sampled(2), settings.scorer)
+
+    def _rollouts(self, _: str) -> Cost:
+        return draw(self.supervised(), self.rewarded(), self.recipe.sample, self.machine)
+
+    def _scored(self, _: str) -> Cost | None:
+        scorers = self.scorers(self.recipe.scoring) if self.recipe.data.rewards is None else []
+        return in_turn([read(scorer, self.rewarded(), self.machine) for scorer in scorers]) if scorers else None
+
+    def _reference(self, rest: str) -> Cost:
+        """log π_sft of what methods align on that share it: by their target and precision."""
+        from exalign.run.stages import reference_of
+
+        method = next(one for one in self.recipe.align.values() if reference_of(one) == f"reference/{rest}")
+        return read(self.supervised(), self.load_of(method), self.machine, method.token_budget, method.precision)
+
+    def _align(self, name: str) -> Cost | None:
+        """The method's training; none where a search before it has done so, or where it is given."""
+        searched = self.recipe.search is not None and name in self.recipe.search.methods
+        return None if searched or self.recipe.align[name].given else self.method(name)
+
+    def _search(self, name: str) -> Cost:
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
+        assert self.recipe.search is not None
+        tried = in_turn([self._validation("")], self.policies(name))
+        return in_turn([self.method(name), tried], self.recipe.search.trials)
+
+    def method(self, name: str) -> Cost:
+        """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
+        settings = self.recipe.align[name]
+        load, amount, draws = self.load_of(settings), settings.amount, settings.trains_on == "prompts"
+        machine = replace(self.machine, count=1) if draws else self.machine
+        times = 1 if settings.swept is None else len(settings.swept[1])
+        models = [self.policy()]
+        if amount.critic is not None:
+            models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "reward model"))
+        trained = train(models, settings, load, machine, passes=times * amount.passes)
+        every = replace(load, prompts=load.prompts * times * (amount.draws if draws else amount.reads))
+        how = (settings.token_budget, settings.precision)
+        if not draws:
+            return in_turn([trained, read(models[0], every, machine, *how)]) if amount.reads else trained
+        reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
+        drawn = draw(reference, every, self.recipe.sample, machine, amount.together)
+        told = [reference, *(models if amount.critic is not None else [])]
+        reads = [*(read(model, every, machine, *how) for model in told), *(read(s, every, machine) for s in scorers)]
+        # All models stand on the device. Gradients are gone while completions are drawn, moments are not.
+        state = trained.replicated
+        drawing = replace(drawn.replicated, weights=state.weights, optimizer=state.optimizer)
+        fullest = max(state, drawing, key=lambda one: one.total)
+        beside = sum(model.weight_bytes for model in (reference, *scorers))
+        memory = replace(fullest, weights=fullest.weights + beside)
+        return replace(in_turn([trained, drawn, *reads]), replicated=memory, sharded=None)
+
+    def _validation(self, _: str) -> Cost:
+        search = self.recipe.search
+        assert search is not None
+        return self._drawn(self.evaluation(search.prompts, search.samples), self.recipe.judging, reference=True)
+
+    def _evaluation(self, rest: str) -> Cost | None:
+        """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them.
+
+        For density ratios π_sft and a method's last policy read the pool's samples of a few prompts; held-out pairs are
+        read by π_sft and by every policy saved.
+        """
+        settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
+        pool = self.evaluation(min(settings.pool_prompts, settings.prompts), settings.pool_samples)
+        if what == "prompts":
+            return None
+        if what == "pool":
+            return self._drawn(pool, self.recipe.judging)
+        if what == "density":
+            few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
+            return in_turn([read(self.supervised(), few, self.machine, None)], 2)
+        whose = name if what in ("pairs", "answers") else what
+        times = 1 if whose in ("", "sft") else self.policies(whose)
+        if what == "pairs":
+            pairs = self.evaluation(settings.prompts, 2)
+            return in_turn([read(self.supervised(), pairs, self.machine, None)], times)
+        load = self.evaluation(settings.prompts, settings.samples)
+        return in_turn([self._drawn(load, self.recipe.judging, reference=what != "answers")], times)
+
+    def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Cost:
+        """Samples for a load, their rewards, and log π_sft of them."""
+        policy = self.supervised()
+        parts = [draw(policy, load, self.recipe.sample, self.machine)]
+        parts += [read(scorer, load, self.machine) for scorer in self.scorers(settings)]
+        return in_turn([*parts, read(policy, load, self.machine, None)] if reference else parts)
+
+    def policies(self, name: str) -> int:
+        """How many policies a method saves."""
+        from exalign.training.batches import saved_steps
+
+        method = self.recipe.align[name]
+        if several := method.given or (method.swept or ("", ()))[1]:
+            return len(several)
+        steps = method.amount.passes * -(-self.load_of(method).prompts // method.batch_prompts)
+        return len(saved_steps(steps, method.save_policies, idle=method.idle_steps))
+
+    # -- Loads
+
+    def load_of(self, method: Method) -> Load:
+        if method.trains_on == "prompts":
+            return self.sampled(self.recipe.sample.num_completions)
+        return self.pairs() if method.trains_on == "preferences" else self.rewarded()
 
     def pairs(self) -> Load:
         """The preferences: given, or two samples of the supervised model for each prompt."""
@@ -279,461 +664,20 @@ class Loads:
         return replace(load, prompts=min(prompts, load.prompts))
 
     def _load(self, name: str, completions: int, longest: int) -> Load:
-        sources = each(getattr(self.recipe.data, name))
-        longest_prompt, given = self.recipe.data.max_prompt_tokens, self.assumed.prompt_tokens
+        sources, assumed = each(getattr(self.recipe.data, name)), self.machine.assumed
+        longest_prompt, given = self.recipe.data.max_prompt_tokens, assumed.prompt_tokens
         if given is not None and given > longest_prompt:
             raise InputError(f"--prompt-tokens {given} is above data.max_prompt_tokens = {longest_prompt}; lower it.")
         prompt = given or min(sources[0].prompt_tokens or max(1, longest_prompt // 2), longest_prompt)
-        completion = min(self.assumed.completion_tokens or max(1, longest // 2), longest)
-        return Load(self._rows(sources, name), completions, prompt, completion, longest_prompt, longest)
-
-    def _rows(self, sources: list[DataSettings], name: str) -> int:
-        if self.assumed.prompts is not None and name != "evaluation":
-            found = [(self.assumed.prompts, "--prompts")]
+        completion = min(assumed.completion_tokens or max(1, longest // 2), longest)
+        if assumed.prompts is not None and name != "evaluation":
+            found = [(assumed.prompts, "--prompts")]
         else:
             found = self._known[name] = self._known.get(name) or [rows_of(source) for source in sources]
-        for rows, how in found:
-            self.said[f"data.{name}: {rows:,} rows ({how})"] = None
-        return sum(rows for rows, _ in found)
+        self.said |= {f"data.{name}: {rows:,} rows ({how})": None for rows, how in found}
+        return Load(sum(rows for rows, _ in found), completions, prompt, completion, longest_prompt, longest)
 
-
-def rows_of(source: DataSettings) -> tuple[int, str]:
-    """How many rows a source has after `skip` and `limit`, and how that is known. Local data is read to its end."""
-    from exalign.data.reading import read_source
-
-    if Path(source.source).expanduser().exists():
-        counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
-        return counted, f"counted in {source.source}"
-    published = "/".join(filter(None, (source.source, source.data_dir)))
-    if (rows := PUBLISHED_ROWS.get((published, source.split or "train"))) is not None:
-        left = round(source.share * max(0, rows - source.skip))
-        return min(left, source.limit or left), f"published size of {published}"
-    if source.limit is not None:
-        return source.limit, f"limit; {source.source} is not here to be counted"
-    return UNKNOWN_ROWS, f"assumed, {source.source} is not here to be counted: give --prompts"
-
-
-# ---- Bytes on one device
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes by what they are for; `copies` are autocast's, `exchange` what several devices need to work together."""
-
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    copies: float = 0.0
-    activations: float = 0.0
-    cache: float = 0.0
-    exchange: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, part.name) for part in fields(self))
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-
-def training_state(model: Architecture) -> Memory:
-    """Weights, gradients and AdamW's two moments, each of the type of the weight it belongs to."""
-    return Memory(weights=model.weight_bytes, gradients=model.trained_bytes, optimizer=2 * model.trained_bytes)
-
-
-def training_memory(part: Train, machine: Machine) -> Memory:
-    """One of the devices that train these models together; from two on, buckets of the gradients' size (DDP)."""
-    models, settings, load, count = part.models, part.settings, part.load, machine.count
-    budget, checkpointed = part.sizes(machine)
-    whole_step = min(settings.batch_prompts, load.prompts) * load.longest_group
-    tokens = min(max(budget, load.longest_group), whole_step)  # of the fullest micro-batch
-    whole = Memory()
-    half = settings.precision == "bf16"
-    for model in models:
-        copies = model.half_copies if half else 0
-        activations = tokens * model.training_activations(autocast=half, checkpointed=checkpointed)
-        activations += model.head_activations(tokens, machine.sizing)
-        buckets = model.trained_bytes if count > 1 else 0
-        whole += replace(training_state(model), copies=copies, activations=activations, exchange=buckets)
-    return whole
-
-
-def sharded_memory(memory: Memory, models: Sequence[Architecture], settings: TrainSettings, count: int) -> Memory:
-    """The same under a full shard (FSDP2) over `count` devices.
-
-    Gathered at a time: the embeddings and the head, the block that works and the one that comes next, in the type of
-    the products, and the gradient of the largest of these before it is scattered.
-    """
-    exchange = 0.0
-    for model in models:
-        factor = 0.5 if settings.precision == "bf16" and model.element_size == 4 else 1.0
-        root = model.weight_bytes - model.layers * model.layer_bytes
-        trained_share = model.trained_bytes / model.weight_bytes
-        exchange += factor * (root + 2 * model.layer_bytes) + max(root, model.layer_bytes) * trained_share
-    divided = {name: getattr(memory, name) / count for name in ("weights", "gradients", "optimizer")}
-    return replace(memory, **divided, copies=0.0, exchange=exchange)  # what is gathered has the products' type
-
-
-def inference_memory(model: Architecture, tokens: int, sizing: float | None) -> Memory:
-    """One device that computes `tokens` tokens at a time without gradients."""
-    activations = tokens * model.reading_activations() + 2 * model.head_activations(tokens, sizing, kept=False)
-    return Memory(weights=model.weight_bytes, activations=activations)
-
-
-_FIRST_CAPACITY, _ENTERING_TOKENS = 32, 2048  # the sampler's: rows of a new cache, and prompt tokens read in one step
-
-
-def sampling_memory(model: Architecture, load: Load, batch_completions: int, sizing: float | None) -> Memory:
-    """One device that samples: weights, the cache of all groups in flight at their longest, and the logits of a step.
-
-    A prompt's keys and values are kept once per group, a completion's in rows that grow by doubling from 32.
-    """
-    groups = max(1, min(batch_completions // load.completions, load.prompts))  # whole ones, at least one
-    rows = groups * load.completions
-    logits = rows * model.vocabulary * (4 + model.element_size)
-    working = inference_memory(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, sizing)
-    cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
-    return replace(working, cache=cache, activations=working.activations + logits)
-
-
-def cache_tokens(load: Load) -> int:
-    """Tokens for which one group's cache has room when its completions are as long as they may be.
-
-    The last token of a completion is never read, so T − 1 are cached.
-    """
-    room, read = _FIRST_CAPACITY, load.longest_completion - 1
-    while room < read:
-        room *= 2
-    return load.longest_prompt + (load.completions * room if read else 0)
-
-
-# ---- The work of a stage, and its cost
-
-
-@dataclass(frozen=True)
-class Draw:
-    """K completions for each prompt of `load`, of which `together` prompts (None: all) are at hand at a time."""
-
-    model: Architecture
-    load: Load
-    settings: SampleSettings
-    together: int | None = None
-
-
-@dataclass(frozen=True)
-class Read:
-    """Groups computed without gradients: scores, and log-probabilities of a policy. `bf16` is autocast."""
-
-    model: Architecture
-    load: Load
-    token_budget: int | Auto | None = "auto"
-    precision: str = "fp32"
-
-
-@dataclass(frozen=True)
-class Train:
-    """`models` trained together on every group, `passes` times."""
-
-    models: Sequence[Architecture]
-    settings: TrainSettings
-    load: Load
-    passes: int
-
-    def sizes(self, machine: Machine) -> tuple[int, bool]:
-        """The token budget, and whether activations are recomputed."""
-        settings = self.settings
-        return training_sizes(
-            self.models,
-            machine.sizing,
-            token_budget=settings.token_budget,
-            checkpointing=settings.gradient_checkpointing,
-            autocast=settings.precision == "bf16",
-        )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage computes, part after part, `times`; 0: a search before it has done so.
-
-    `on_one_device`: its models stand side by side on a device, and `beside` are those that are only read there.
-    """
-
-    parts: tuple[Draw | Read | Train | Work, ...]
-    times: int = 1
-    on_one_device: bool = False
-    beside: tuple[Architecture, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """A stage, or a part of one. `tokens` counts each prompt once; `stored` are bytes of models and checkpoints.
-
-    `replicated` is the memory of a device that holds everything, `sharded` that of one under a full shard (training on
-    all devices only). `bound`: `operations`, `batch` where a step has fewer micro-batches than devices, or `search`.
-    """
-
-    stage: str
-    parameters: int
-    trained: int
-    tokens: int
-    flops: float
-    seconds: float
-    bound: str
-    replicated: Memory
-    sharded: Memory | None = None
-    stored: float = 0.0
-
-    def fits(self, usable: float) -> str:
-        """`yes`, `sharded` where only a full shard fits, or `no`."""
-        if self.replicated.total <= usable:
-            return "yes"
-        return "sharded" if self.sharded is not None and self.sharded.total <= usable else "no"
-
-
-def cost_of(stage: str, work: Work, machine: Machine) -> Cost:
-    """The parts of a stage follow one another; the longest gives its bound, the fullest its memory."""
-    alone = replace(machine, count=1) if work.on_one_device else machine
-    parts = [_PRICE[type(part)](part, alone) for part in work.parts]
-    fullest = max(parts, key=lambda part: part.replicated.total)
-    return Cost(
-        stage,
-        parts[0].parameters,
-        max(part.trained for part in parts),
-        work.times * sum(part.tokens for part in parts),
-        work.times * sum(part.flops for part in parts),
-        work.times * sum(part.seconds for part in parts),
-        max(parts, key=lambda part: part.seconds).bound if work.times else "search",
-        _side_by_side(work, parts) if work.on_one_device else fullest.replicated,
-        None if work.on_one_device else fullest.sharded,
-        sum(part.stored for part in parts),  # each of several trainings writes over the one before it
-    )
-
-
-def _side_by_side(work: Work, parts: Sequence[Cost]) -> Memory:
-    """Training or drawing, whichever needs more. Gradients are gone while completions are drawn, moments are not."""
-    memory = {type(part): cost.replicated for part, cost in zip(work.parts, parts, strict=True)}
-    drawing = replace(memory[Draw], weights=memory[Train].weights, optimizer=memory[Train].optimizer)
-    largest = max(memory[Train], drawing, key=lambda one: one.total)
-    return largest + Memory(weights=sum(model.weight_bytes for model in work.beside))
-
-
-def _train_cost(part: Train, machine: Machine) -> Cost:
-    from exalign.models.flops import forward_flops, training_flops
-
-    models, settings, load, group = part.models, part.settings, part.load, [part.load.group()]
-    groups, trained = part.passes * load.prompts, sum(model.trained_bytes for model in models)
-    necessary = groups * sum(training_flops(model.module, group) for model in models)
-    budget, checkpointed = part.sizes(machine)
-    again = checkpointed * groups * sum(forward_flops(model.module, group) for model in models)
-    in_budget = max(1, budget // load.group_tokens)
-    micro = -(-min(settings.batch_prompts, load.prompts) // in_budget)  # of a step: what devices can share
-    policies = min(settings.save_policies, part.passes * -(-load.prompts // settings.batch_prompts)) + 1
-    whole = training_memory(part, machine)
-    return Cost(
-        "",
-        sum(model.parameters for model in models),
-        sum(model.trained for model in models),
-        part.passes * load.tokens,
-        necessary,
-        (necessary + again) * -(-micro // machine.count) / micro / machine.rate(settings.precision),
-        "batch" if micro < machine.count else "operations",
-        whole,
-        sharded_memory(whole, models, settings, machine.count),
-        # The checkpoint under way is written beside the last.
-        float(policies * models[0].weight_bytes + 2 * (models[0].weight_bytes + 2 * trained)),
-    )
-
-
-def _read_cost(part: Read, machine: Machine) -> Cost:
-    half, load = part.precision == "bf16", part.load
-    if not part.model.shares_prompts:
-        load = replace(load, prompts=load.prompts * load.completions, completions=1)
-    budget = tokens_to_read([part.model], machine.sizing, part.token_budget)
-    memory = inference_memory(part.model, max(budget, load.longest_group), machine.sizing)
-    memory = replace(memory, copies=part.model.half_copies if half else 0.0)
-    return _dealt_out(part.model, load, machine, machine.rate("bf16" if half else part.model.precision), memory)
-
-
-def _draw_cost(part: Draw, machine: Machine) -> Cost:
-    from exalign.run.materials import SHARD
-
-    share = -(-part.load.prompts // min(machine.count, part.load.prompts))  # of the device that has most
-    at_hand = replace(part.load, prompts=min(share, SHARD, part.together or SHARD))
-    together = completions_at_once(
-        [part.model],
-        machine.sizing,
-        part.settings.batch_completions,
-        prompt_tokens=at_hand.longest_prompt / at_hand.completions,
-        tokens=at_hand.longest_completion,
-    )
-    memory = sampling_memory(part.model, at_hand, together, machine.sizing)
-    return _dealt_out(part.model, part.load, machine, machine.rate(part.model.precision, sampling=True), memory)
-
-
-def _dealt_out(model: Architecture, load: Load, machine: Machine, rate: float, memory: Memory) -> Cost:
-    from exalign.models.flops import forward_flops
-
-    flops = load.prompts * forward_flops(model.module, [load.group()])
-    seconds = flops / rate / min(machine.count, load.prompts)
-    return Cost("", model.parameters, 0, load.tokens, flops, seconds, "operations", memory)
-
-
-_PRICE: dict[type, Callable[[Any, Machine], Cost]] = {
-    Draw: _draw_cost,
-    Read: _read_cost,
-    Train: _train_cost,
-    Work: lambda work, machine: cost_of("", work, machine),
-}
-
-
-# ---- The stages of a recipe
-
-
-class Planner:
-    """The work of every stage of a recipe. `said` are the assumptions that it called for, as sentences."""
-
-    def __init__(self, recipe: Recipe, assumed: Assumptions) -> None:
-        self.recipe = recipe
-        self.loads = Loads(recipe, assumed)
-        self.said: dict[str, None] = {}
-
-    def work(self, stage: str) -> Work | None:
-        """The work of a stage, which one function for each kind knows; None where it computes with no model."""
-        kind, _, rest = stage.partition("/")
-        known = getattr(self, f"_{kind}", None)
-        return None if known is None else known(rest)
-
-    def _sft(self, _: str) -> Work:
-        assert self.recipe.sft is not None
-        return self._trained(self.policy(), self.recipe.sft, self.loads.supervised())
-
-    def _oracle(self, _: str) -> Work:
-        oracle = self.recipe.oracle
-        assert oracle is not None
-        return self._trained(self.model(oracle.model, "classifier"), oracle, self.loads.labelled(oracle.max_tokens))
-
-    def _reward(self, _: str) -> Work:
-        settings = self.recipe.reward
-        assert settings is not None
-        model = self.model(settings.model or self.recipe.model, "reward model")
-        return self._trained(model, settings, self.loads.pairs())
-
-    @staticmethod
-    def _trained(model: Architecture, settings: TrainSettings, load: Load) -> Work:
-        return Work((Train([model], settings, load, settings.epochs),))
-
-    def _preferences(self, _: str) -> Work | None:
-        settings = self.recipe.preferences
-        return None if settings is None else self._drawn(self.loads.sampled(2), settings.scorer)
-
-    def _rollouts(self, _: str) -> Work:
-        return Work((Draw(self.supervised(), self.loads.rewarded(), self.recipe.sample),))
-
-    def _scored(self, _: str) -> Work | None:
-        if self.recipe.data.rewards is not None:
-            return None
-        load = self.loads.rewarded()
-        scores = tuple(Read(scorer, load) for scorer in self.scorers(self.recipe.scoring))
-        return Work(scores) if scores else None
-
-    def _reference(self, rest: str) -> Work:
-        """log π_sft of what methods align on that share it: by their target and precision."""
-        from exalign.run.stages import reference_of
-
-        name = next(n for n, method in self.recipe.align.items() if reference_of(method) == f"reference/{rest}")
-        method = self.recipe.align[name]
-        return Work((Read(self.supervised(), self.load_of(method), method.token_budget, method.precision),))
-
-    def _align(self, name: str) -> Work | None:
-        """The method's training, which is done where a search comes before it."""
-        if self.recipe.align[name].given:
-            return None
-        searched = self.recipe.search is not None and name in self.recipe.search.methods
-        return replace(self.method(name), times=0 if searched else 1)
-
-    def _search(self, name: str) -> Work:
-        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
-        assert self.recipe.search is not None
-        tried = self._validation("").parts * self.policies(name)
-        return Work((self.method(name), *tried), times=self.recipe.search.trials)
-
-    def method(self, name: str) -> Work:
-        """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
-        settings = self.recipe.align[name]
-        load, amount = self.load_of(settings), settings.amount
-        times = 1 if settings.swept is None else len(settings.swept[1])
-        policies = [self.policy()]
-        if amount.critic is not None:
-            critic = self.recipe.model if amount.critic == "policy" else amount.critic
-            policies.append(self.model(critic, "reward model"))
-        trained = Train(policies, settings, load, times * amount.passes)
-        if settings.trains_on != "prompts":
-            again = replace(load, prompts=load.prompts * times * amount.reads)
-            read = (Read(policies[0], again, settings.token_budget, settings.precision),) if amount.reads else ()
-            return Work((trained, *read))
-        reference, scorers = self.supervised(), self.scorers(self.recipe.scoring)
-        every = replace(load, prompts=load.prompts * times * amount.draws)
-        reading = [reference, *(policies if amount.critic is not None else [])]
-        return Work(
-            (
-                trained,
-                Draw(reference, every, self.recipe.sample, amount.together),
-                *(Read(model, every, settings.token_budget, settings.precision) for model in reading),
-                *(Read(scorer, every) for scorer in scorers),
-            ),
-            on_one_device=True,
-            beside=(reference, *scorers),
-        )
-
-    def _validation(self, _: str) -> Work:
-        search = self.recipe.search
-        assert search is not None
-        return self._drawn(self.loads.evaluation(search.prompts, search.samples), self.recipe.judging, reference=True)
-
-    def _evaluation(self, rest: str) -> Work | None:
-        """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them.
-
-        For density ratios π_sft and a method's last policy read the pool's samples of a few prompts; held-out pairs are
-        read by π_sft and by every policy saved.
-        """
-        settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
-        pool = self.loads.evaluation(min(settings.pool_prompts, settings.prompts), settings.pool_samples)
-        if what == "prompts":
-            return None
-        if what == "pool":
-            return self._drawn(pool, self.recipe.judging)
-        if what == "density":
-            few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
-            return Work((Read(self.supervised(), few, None),), times=2)
-        if what == "pairs":
-            pairs = Read(self.supervised(), self.loads.evaluation(settings.prompts, 2), None)
-            return Work((pairs,), times=self.policies(name) if name else 1)
-        load, answers = self.loads.evaluation(settings.prompts, settings.samples), what == "answers"
-        once = self._drawn(load, self.recipe.judging, reference=not answers)
-        whose = name if answers else what
-        return once if whose == "sft" else replace(once, times=self.policies(whose))
-
-    def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Work:
-        """Samples for a load, their rewards, and log π_sft of them."""
-        policy = self.supervised()
-        scores = [Read(scorer, load) for scorer in self.scorers(settings)]
-        read = [Read(policy, load, None)] if reference else []
-        return Work((Draw(policy, load, self.recipe.sample), *scores, *read))
-
-    def load_of(self, method: Method) -> Load:
-        if method.trains_on == "prompts":
-            return self.loads.sampled(self.recipe.sample.num_completions)
-        return self.loads.pairs() if method.trains_on == "preferences" else self.loads.rewarded()
-
-    def policies(self, name: str) -> int:
-        """How many policies a method saves."""
-        from exalign.training.batches import saved_steps
-
-        method = self.recipe.align[name]
-        if several := method.given or (method.swept or ("", ()))[1]:
-            return len(several)
-        steps = method.amount.passes * -(-self.load_of(method).prompts // method.batch_prompts)
-        return len(saved_steps(steps, method.save_policies, idle=method.idle_steps))
+    # -- Models
 
     def scorers(self, settings: ScorerSettings | None) -> list[Architecture]:
         """The models behind a scorer, or behind each part of a sum."""
@@ -793,7 +737,7 @@ class Budget:
     costs: tuple[Cost, ...]
     said: tuple[str, ...]
 
-    def total(self, name: Literal["tokens", "flops", "seconds", "stored"]) -> float:
+    def total(self, name: Literal["tokens", "flops", "seconds"]) -> float:
         """Of all stages, one after the other."""
         return sum(getattr(cost, name) for cost in self.costs)
 
@@ -802,10 +746,9 @@ def budget_of(recipe: Recipe, machine: Machine) -> Budget:
     """The costs of all stages that compute with a model, and what was assumed about data and models."""
     from exalign.run.stages import plan as stages_of
 
-    planner = Planner(recipe, machine.assumed)
-    works = [(stage.name, work) for stage in stages_of(recipe) if (work := planner.work(stage.name)) is not None]
-    costs = tuple(cost_of(name, work, machine) for name, work in works)
-    return Budget(recipe, machine, costs, (*planner.loads.said, *planner.said))
+    planner = Planner(recipe, machine)
+    costs = [cost for stage in stages_of(recipe) if (cost := planner.cost(stage.name)) is not None]
+    return Budget(recipe, machine, tuple(costs), tuple(planner.said))
 
 
 # ---- Printing
@@ -814,55 +757,41 @@ _FITS = {"yes": "[green]yes[/]", "sharded": "[yellow]sharded[/]", "no": "[bold r
 
 
 def print_budget(budget: Budget, console: Console) -> None:
-    """Work and hours, memory by what it is for, the totals, and every assumption."""
+    """Work and hours, memory of one device, the totals, and every assumption."""
     machine = budget.machine
-    about = f" on {machine.count} × {machine.device.name}. Nothing here was measured: every number follows from the "
-    about += "recipe, formulas and the assumptions below."
-    console.print(Text.assemble(shown(budget.recipe.name, "bold"), about))
-    console.print(_table(budget))
+    about = f" on {machine.count} × {machine.name}. Nothing here was measured: every number follows from the "
+    console.print(
+        Text.assemble(shown(budget.recipe.name, "bold"), about, "recipe, formulas and the assumptions below.")
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0))
+    for name in ("stage", "tokens", "PFLOP", "time", "bound", "GB", "sharded", "fits"):
+        table.add_column(name, justify="left" if name in ("stage", "bound") else "right", no_wrap=True)
+    for cost in budget.costs:
+        memory = (_gigabytes(cost.replicated), _gigabytes(cost.sharded) if cost.sharded else "–")
+        bound = "" if cost.bound == "operations" else cost.bound
+        table.add_row(shown(cost.stage), *_work(cost), bound, *memory, _FITS[cost.fits(machine.usable)])
+    table.add_section()
+    table.add_row("all", *_work(budget))
+    console.print(table)
     console.print("[bold]Assumed[/]")
     for sentence in assumptions(budget):
         console.print(Text.assemble("  • ", shown(sentence)))
 
 
-def _table(budget: Budget) -> Table:
-    """A row for each stage, and the totals of stages that follow one another. GB of memory are those of one device."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0))
-    for name in ("stage", "tokens", "PFLOP", "time", "bound", "GB", "sharded", "fits", "disk"):
-        table.add_column(name, justify="left" if name in ("stage", "bound") else "right", no_wrap=True)
-    for cost in budget.costs:
-        memory = (_gigabytes(cost.replicated.total), _gigabytes(cost.sharded.total) if cost.sharded else "–")
-        table.add_row(
-            shown(cost.stage),
-            quantity(cost.tokens),
-            _petaflop(cost.flops),
-            duration(cost.seconds),
-            "" if cost.bound == "operations" else cost.bound,
-            *memory,
-            _FITS[cost.fits(budget.machine.usable)],
-            _gigabytes(cost.stored),
-        )
-    table.add_section()
-    tokens, flops, seconds = (budget.total(name) for name in ("tokens", "flops", "seconds"))
-    done = (quantity(tokens), _petaflop(flops), duration(seconds), "", "", "", "")
-    table.add_row("all", *done, _gigabytes(budget.total("stored")))
-    return table
-
-
 def assumptions(budget: Budget) -> list[str]:
     """Every assumption as a sentence: the device's specification, the shares, the lengths, the data and the models."""
-    device, assumed = budget.machine.device, budget.machine.assumed
+    machine, assumed = budget.machine, budget.machine.assumed
     prompt = assumed.prompt_tokens or "half the longest, or data.*.prompt_tokens where set"
     return [
-        f"{device.name}: {device.memory / 1e9:,.0f} GB, dense products {device.bf16 / 1e12:,.3g} TFLOP/s in bf16 and "
-        f"{device.fp32 / 1e12:,.3g} in fp32 ({device.specification})",
+        f"{machine.name}: {machine.memory / 1e9:,.0f} GB, dense products {machine.bf16 / 1e12:,.3g} TFLOP/s in bf16 "
+        f"and {machine.fp32 / 1e12:,.3g} in fp32 ({machine.specification})",
         f"{assumed.training_share:.0%} of that rate for necessary work (--training-share), "
         f"{assumed.sampling_share:.0%} in sampling (--sampling-share), {assumed.memory_share:.0%} of the memory "
         "(--memory-share); what devices exchange is not in the time",
         f"tokens: mean prompt {prompt}; mean completion {assumed.completion_tokens or 'half the longest'} "
         "(--prompt-tokens, --completion-tokens). Memory is for the longest",
-        "GB: of one device, then of one under a full shard in the manner of FSDP2; disk: GB of models and checkpoints",
-        "bound by operations, or: batch, with fewer micro-batches than devices; search, which has done it",
+        "GB: of one device, then of one under a full shard in the manner of FSDP2",
+        "bound by operations, or: batch, with fewer micro-batches than devices",
         "methods that sample while they train: one device",
         *budget.said,
     ]
@@ -870,18 +799,24 @@ def assumptions(budget: Budget) -> list[str]:
 
 def as_values(budget: Budget) -> dict[str, Any]:
     """The same in seconds, bytes and operations, for JSON."""
-
     usable = budget.machine.usable
     return {
         "recipe": budget.recipe.name,
-        "device": asdict(budget.machine.device),
-        "count": budget.machine.count,
-        "assumed": budget.machine.assumed.model_dump(),
+        "machine": {**asdict(budget.machine), "assumed": budget.machine.assumed.model_dump()},
         "said": assumptions(budget),
         "usable_bytes": usable,
         "stages": [{**asdict(cost), "fits": cost.fits(usable)} for cost in budget.costs],
-        "total": {name: budget.total(name) for name in ("tokens", "flops", "seconds", "stored")},
+        "total": {name: budget.total(name) for name in ("tokens", "flops", "seconds")},
     }
+
+
+def _work(of: Cost | Budget) -> tuple[str, str, str]:
+    tokens, flops, seconds = (
+        of.total(name) if isinstance(of, Budget) else getattr(of, name) for name in ("tokens", "flops", "seconds")
+    )
+    operations = flops / 1e15
+    said = "<0.01" if operations < 0.01 else f"{operations:.3g}" if operations < 1000 else f"{operations:,.0f}"
+    return quantity(tokens), said, duration(seconds)
 
 
 def quantity(number: float) -> str:
@@ -909,12 +844,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
 
 
-def _gigabytes(size: float) -> str:
-    """One decimal below 1,000; a dash for nothing."""
-    gigabytes = size / 1e9
-    return "–" if not size else "<0.1" if gigabytes < 0.05 else f"{gigabytes:,.{1 if gigabytes < 1000 else 0}f}"
-
-
-def _petaflop(flops: float) -> str:
-    petaflop = flops / 1e15
-    return "<0.01" if petaflop < 0.01 else f"{petaflop:.3g}" if petaflop < 1000 else f"{petaflop:,.0f}"
+def _gigabytes(memory: Memory) -> str:
+    gigabytes = memory.total / 1e9
+    return "<0.1" if gigabytes < 0.05 else f"{gigabytes:,.{1 if gigabytes < 1000 else 0}f}"
