@@ -379,7 +379,7 @@ def bench(
     shape = BenchShape(
         prompts=prompts, num_completions=k, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
     )
-    console.print(bench_table(measure(ModelSettings(source=model), shape)))
+    console.print(bench_table(shape, *measure(ModelSettings(source=model), shape)))
 
 
 @app.command(rich_help_panel=RESULT)

@@ -34,6 +34,6 @@ def searched_recipe(world: Path, *overrides: str) -> Recipe:
     return load_recipe(RECIPE, tiny_overrides(world, *ALONE, *SEARCH, *overrides))
 
 
-def searched_run(world: Path, folder: Path, *overrides: str) -> None:
+def searched_run(world: Path, folder: Path, *targets: str) -> None:
     torch.set_num_threads(1)
-    run_recipe(searched_recipe(world, *overrides), folder=folder)
+    run_recipe(searched_recipe(world), *targets, folder=folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import signal
@@ -18,9 +17,8 @@ from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.methods.matching import Matching
 from exalign.run.carry_out import check_inputs, run_recipe
-from exalign.run.recipe import Recipe, load_recipe
-from exalign.run.search import Proposer, Trial, best_of, trials_csv
-from exalign.run.search_settings import Range
+from exalign.run.recipe import Range, Recipe, load_recipe
+from exalign.run.search import Trial, best_of, propose
 from exalign.run.stages import plan
 from exalign.storage import read_json
 from run.conftest import tiny_overrides
@@ -100,12 +98,7 @@ def test_validation_prompts_are_none_of_the_evaluation(searched: Path) -> None:
     assert len(validation) == 4 and len(evaluation) == 8 and not validation & evaluation
 
 
-def test_trials_are_listed_and_leave_the_report_its_curves(searched: Path) -> None:
-    for method in METHODS:
-        rows = list(csv.DictReader((searched / "search" / method / "trials.csv").open()))
-        found = results(searched, method)
-        assert [float(row["value"]) for row in rows] == [trial["value"] for trial in found]
-        assert [{name: float(row[name]) for name in found[0]["values"]} for row in rows] == [t["values"] for t in found]
+def test_trials_leave_the_report_its_curves(searched: Path) -> None:
     stages = [curve["stage"] for curve in read_json(searched / "evaluation" / "evidence.json")["curves"]]
     assert sorted(stages) == ["align/exo-rw", "align/ppo", "sft"]
 
@@ -115,32 +108,28 @@ def test_killed_at_random_moments_and_restarted_the_trials_are_the_same(
 ) -> None:
     """SIGKILL in or after the second trial of either method."""
     folder, moments, hits = tmp_path / "run", random.Random(), 0
-    for method, number in (("exo-rw", 1), ("ppo", 1)):
-        process = workers.Process(target=searched_run, args=(world, folder))
+    for method in METHODS:
+        process = workers.Process(target=searched_run, args=(world, folder, "search"))
         process.start()
-        log = folder / f"search/{method}/trial-{number:03d}/metrics.jsonl"
-        while process.is_alive() and not log.exists():
+        while process.is_alive() and len([*folder.glob(f"search/{method}/trial-*/metrics.jsonl")]) < 2:
             time.sleep(0.002)
         time.sleep(moments.uniform(0.0, 0.3))
         process.kill()
         process.join()
         hits += process.exitcode == -signal.SIGKILL
     assert hits >= 1, "no kill hit the run: nothing was tested"
-    process = workers.Process(target=searched_run, args=(world, folder))
+    process = workers.Process(target=searched_run, args=(world, folder, "search"))
     process.start()
     process.join()
     assert process.exitcode == 0
     for method in METHODS:
         assert without_clock(results(folder, method)) == without_clock(results(searched, method))
-        assert read_metrics(folder / "align" / method, without=TIMINGS) == read_metrics(
-            searched / "align" / method, without=TIMINGS
-        )
 
 
 def stamps(run: Path) -> dict[str, int]:
-    """When the metrics of every trial were written, by what it tried."""
+    """When the metrics of every trial were written, by its folder, which is named by what it tried."""
     return {
-        json.dumps(read_json(log.with_name("tried.json"))["settings"]): log.stat().st_mtime_ns
+        log.parent.relative_to(run).as_posix(): log.stat().st_mtime_ns
         for log in run.glob("search/*/trial-*/metrics.jsonl")
     }
 
@@ -226,14 +215,17 @@ def test_the_better_of_two_learning_rates_is_found(world: Path, tmp_path: Path) 
 
 def test_a_trial_that_fails_is_kept_and_the_search_goes_on(world: Path, tmp_path: Path) -> None:
     """One rate overflows the weights in its first step, so that nothing is finite after it."""
-    recipe = searched_recipe(
-        world,
-        "align.ppo=null",
-        "align.exo-rw={learning_rate: 1e30, batch_prompts: 2, target: reward}",
-        "search={trials: 4, kl: 1, prompts: 4}",
-        "search.methods={exo-rw: {learning_rate: {choices: [1e30, 1e-3]}}}",
-    )
-    run_recipe(recipe, "align", folder=tmp_path)
+
+    def recipe(trials: int, choices: list[float]) -> Recipe:
+        return searched_recipe(
+            world,
+            "align.ppo=null",
+            "align.exo-rw={learning_rate: 1e30, batch_prompts: 2, target: reward}",
+            f"search={{trials: {trials}, kl: 1, prompts: 4}}",
+            f"search.methods={{exo-rw: {{learning_rate: {{choices: {choices}}}}}}}",
+        )
+
+    run_recipe(recipe(4, [1e30, 1e-3]), "align", folder=tmp_path)
     trials = results(tmp_path, "exo-rw")
     assert trials[0]["settings"]["learning_rate"] == 1e30
     for trial in trials:
@@ -246,14 +238,16 @@ def test_a_trial_that_fails_is_kept_and_the_search_goes_on(world: Path, tmp_path
     assert twins.count(None) == 2 and len(trials) == 4
     counts = read_json(tmp_path / "search/exo-rw/done.json")["counts"]
     assert counts["failed_trials"] == sum(trial["value"] is None for trial in trials)
+    with pytest.raises(InputError, match=r"every trial failed, the first one because: .*Choose other ranges"):
+        run_recipe(recipe(2, [1e30, 1e29]), "search", folder=tmp_path, redo=True)
 
 
 def proposals(count: int, seed: int, worth: Callable[[Any], float]) -> list[dict[str, Any]]:
     ranges = {"learning_rate": Range(low=1e-6, high=1e-1, log=True), "epochs": Range(low=1, high=8)}
-    proposer, tried = Proposer(ranges, Matching, trials=count, seed=seed), []
+    tried: list[dict[str, Any]] = []
     for _ in range(count):
-        values = proposer.propose([(values, worth(values)) for values in tried])
-        tried.append(values)
+        results = [(values, worth(values)) for values in tried]
+        tried.append(propose(ranges, Matching, results, trials=count, seed=seed))
     return tried
 
 
@@ -275,30 +269,28 @@ def test_proposals_stay_in_their_ranges_and_gather_where_it_is_good() -> None:
 
 def test_lists_with_no_more_combinations_than_trials_are_a_grid() -> None:
     ranges = {"learning_rate": Range(choices=(1e-4, 1e-3, 1e-2)), "epochs": Range(choices=(1, 2))}
-    proposer = Proposer(ranges, Matching, trials=6, seed=0)
     tried: list[dict[str, Any]] = [{"learning_rate": 1e-3, "epochs": 2}]
     for _ in range(5):
-        tried.append(proposer.propose([(values, None) for values in tried]))
+        tried.append(propose(ranges, Matching, [(values, None) for values in tried], trials=6, seed=0))
     assert {(v["learning_rate"], v["epochs"]) for v in tried} == {(r, e) for r in (1e-4, 1e-3, 1e-2) for e in (1, 2)}
-    assert proposer.propose([({"learning_rate": 5.0, "epochs": 9}, 1.0)]) == {"learning_rate": 1e-4, "epochs": 1}
+    outside = [({"learning_rate": 5.0, "epochs": 9}, 1.0)]
+    assert propose(ranges, Matching, outside, trials=6, seed=0) == {"learning_rate": 1e-4, "epochs": 1}
 
 
 def test_results_outside_the_ranges_and_failures_do_not_stop_the_search() -> None:
     rates = {"learning_rate": Range(low=1e-4, high=1e-2, log=True)}
-    proposer = Proposer(rates, Matching, trials=3, seed=0)
     results: list[Any] = [({"learning_rate": 1.0}, 9.0), ({"learning_rate": 1e-3}, None)]
-    assert 1e-4 <= proposer.propose(results)["learning_rate"] <= 1e-2  # type: ignore[operator]
+    assert 1e-4 <= propose(rates, Matching, results, trials=3, seed=0)["learning_rate"] <= 1e-2  # type: ignore[operator]
 
 
-def test_of_equal_trials_the_first_is_best_and_without_any_there_is_a_sentence() -> None:
+def test_of_equal_trials_the_first_is_best() -> None:
     def trial(number: int, value: float | None) -> Trial:
         return Trial(number, {"beta_pi": 1.0}, {}, value, failed=None if value is not None else "It broke.")
 
     trials = [trial(0, None), trial(1, -2.0), trial(2, -2.0), trial(3, -3.0)]
-    assert best_of(trials, "exo").number == 1
-    assert trials_csv(trials).splitlines()[1] == "0,1.0,,,,,0.0,,It broke."
-    with pytest.raises(InputError, match=r"every trial failed, the first one because: It broke\. Choose other ranges"):
-        best_of([trial(0, None)], "exo")
+    best = best_of(trials)
+    assert best is not None and best.number == 1
+    assert best_of([trial(0, None)]) is None
 
 
 RATE = "search.methods.exo-rw.learning_rate"

@@ -24,13 +24,12 @@ from exalign.data.store import Header, read_header, read_records, shard_path, wr
 from exalign.rollout import vllm
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.run.carry_out import run_recipe
-from exalign.run.cluster import ShardWork, map_shards
+from exalign.run.cluster import ShardWork, _for_workers, _sampling, map_shards
 from exalign.run.materials import frozen_policy, offline_sampling, run_tokenizer
 from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
 from exalign.run.view import View
-from exalign.run.workers import _for_workers, _sampling
 from exalign.storage import read_json
 
 Make = Callable[..., Recipe]
@@ -84,7 +83,7 @@ def test_methods_draw_with_it_on_policy_and_evaluation_and_pool_do(make: Make, t
     recipe = make("few", align={"exo": own, "rloo": {"method": "rloo", **own}})
     run = run_recipe(recipe, folder=tmp_path)
     assert not vllm._running
-    drawn = ["evaluation/sft/samples", "evaluation/pool/drawn"]
+    drawn = ["evaluation/sft/samples", "evaluation/pool"]
     drawn += [str(path.relative_to(tmp_path)) for path in tmp_path.glob("evaluation/*/step-*/samples")]
     assert len(drawn) > 3
     for place in drawn:

@@ -3,7 +3,7 @@
     recipe.yaml · environment.json           what was asked for, and on what it ran
     STAGE/done.json, STAGE/started.json      a stage that is complete, and one under way
     align/METHOD/                            method.json · settings.json · model · policies/step-NNNNNN · metrics.jsonl
-    search/METHOD/                           best.json · trials.json · trial-NNN
+    search/METHOD/                           best.json · trials.json · trial-…
     evaluation/prompts                       held-out prompts, with their reference texts
     evaluation/sft/samples                   samples of π_sft on them
     evaluation/METHOD/step-NNNNNN/samples    samples of every saved policy

@@ -18,7 +18,7 @@ from exalign.data.reading import DataSettings, read_source, settings_of
 from exalign.data.record import Record
 from exalign.data.shapes import as_dialogue
 from exalign.data.tokenization import tokenize_records
-from exalign.device import device
+from exalign.device import device, device_memory
 from exalign.errors import InputError
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
@@ -35,6 +35,7 @@ TOKENISED = 500
 BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments in float32, where all weights are trained."""
 EVALUATED = 64
+LIMITS = ("max_prompt_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,9 @@ def align(
     change it. The result is in `out` (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be
     edited for the next time.
     """
-    console = console or Console()
     ours = [text for text in overrides if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
     begun = begin(model, data, ours, out=out, reward=reward, reward_model=reward_model)
-    write_down(begun, console)
-    run = Run(load_recipe(begun.file, [text for text in overrides if text not in ours]), begun.folder, console)
-    carry_out(run)
-    return run
+    return _carried_out(begun, [text for text in overrides if text not in ours], console)
 
 
 def begin(
@@ -87,9 +84,9 @@ def begin(
     model, scorer = os.path.expanduser(model), _scorer(reward, reward_model)
     settings, records = _rows(model, data, reading)
     values: dict[str, Any] = {"model": {"source": model}}
-    kind, reasons = _sources(values, settings, records, scorer)
-    reasons[0] += _read_as(settings)
-    reasons += [_lengths(values, model, records), _weights(values, model), _method(values, kind, len(records))]
+    target, what = _sources(values, settings, records, scorer)
+    reasons = [what + _read_as(settings), _lengths(values, model, records), _weights(values, model)]
+    reasons.append(_method(values, target, len(records)))
     _evaluation(values, scorer)
     return _begun(values, out, f"{_stem(model)}-{_stem(settings.source)}", reasons)
 
@@ -128,10 +125,13 @@ def evidence(
     reasons.append(f"policies: {', '.join(policies)}; {reference}, which they are compared with, is called SFT")
     values["evaluate"] = {} if scorer is None else {"scorer": scorer}
     _evaluation(values, scorer)
-    begun = _begun(values, out, f"evidence-{_stem(settings.source)}", reasons)
+    return _carried_out(_begun(values, out, f"evidence-{_stem(settings.source)}", reasons), (), console)
+
+
+def _carried_out(begun: Begun, overrides: Sequence[str], console: Console | None) -> Run:
     console = console or Console()
     write_down(begun, console)
-    run = Run(load_recipe(begun.file), begun.folder, console)
+    run = Run(load_recipe(begun.file, overrides), begun.folder, console)
     carry_out(run)
     return run
 
@@ -207,68 +207,53 @@ def _stem(name: str) -> str:
 
 def _sources(
     values: dict[str, Any], settings: DataSettings, records: Sequence[Record], scorer: dict[str, Any] | None
-) -> tuple[str, list[str]]:
-    """What the data is and how it is used; `preference` or `reward` is what the method's target is made from."""
+) -> tuple[str, str]:
+    """What the method's target is made from, `preference` or `reward`; and what the data is and how it is used."""
     source = settings.model_dump(mode="json", exclude_defaults=True)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = _some(records)
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
-        values["data"] = {"preferences": source}
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
-        values["data"]["held_out"] = share
-        held = f"{share:.0%} of the prompts are held out and never trained on"
-        return "preference", [f"data: {some} {what}; {held}"]
+        values["data"] = {"preferences": source, "held_out": share}
+        return "preference", f"data: {some} {what}; {share:.0%} of the prompts are held out and never trained on"
     if scorer is None:
         raise InputError(
             f"{settings.source} has {some} rows without a preference or rewards: say what is good with --reward "
             "module:function or --reward-model MODEL, or give rows with prompt, chosen and rejected."
         )
     kept = max(min(len(records) // 20, EVALUATED), 1)
-    used = "rewards" if ranked else "prompts"
-    start = settings.skip
+    used, start = "rewards" if ranked else "prompts", settings.skip
     values["data"] = {used: {**source, "skip": start + kept}, "evaluation": {**source, "skip": start, "limit": kept}}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
-    return "reward", [f"data: {some} {what}; the first {kept} rows are held out for the evidence"]
+    return "reward", f"data: {some} {what}; the first {kept} rows are held out for the evidence"
 
 
 def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:
     """Limits that leave 99 of 100 texts whole, as far as the model's positions allow."""
     tokenizer = load_tokenizer(model)
-    positions = (
-        getattr(policy_skeleton(ModelSettings(source=model)).config.get_text_config(), "max_position_embeddings", None)
-        or 4096
-    )
-    some = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED]
-    whole: dict[str, Any] = {"max_prompt_tokens": positions, "max_completion_tokens": positions}
-    groups = list(tokenize_records(some, tokenizer, counts=Counter(), **whole))
+    config = policy_skeleton(ModelSettings(source=model)).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 4096
+    some, limits = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED], dict.fromkeys(LIMITS, positions)
+    groups = list(tokenize_records(some, tokenizer, counts=Counter(), **limits))
     if not groups:
         raise InputError("No row can be tokenised; exalign inspect DATA --model MODEL shows what happens to each.")
     prompts = sorted(len(group.prompt_ids) for group in groups)
     completions = sorted(len(ids) for group in groups for ids in group.completion_ids)
     longest = [lengths[int(0.99 * (len(lengths) - 1))] if lengths else 256 for lengths in (prompts, completions)]
-    prompt, completion = (min(_rounded(length), positions // 2) for length in longest)
-    values["data"] |= {"max_prompt_tokens": prompt, "max_completion_tokens": completion}
+    prompt, completion = (min(-(-length // 32) * 32, positions // 2) for length in longest)
+    values["data"] |= dict(zip(LIMITS, (prompt, completion), strict=True))
     values["sample"] = {"max_new_tokens": min(completion, 128)}
     return f"lengths: prompts up to {prompt} tokens, answers up to {completion} (99 of 100 rows are shorter)"
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // 32) * 32
 
 
 def _weights(values: dict[str, Any], model: str) -> str:
     """All weights where they, their gradients and AdamW's moments take at most half of the memory, else LoRA."""
     parameters = sum(parameter.numel() for parameter in policy_skeleton(ModelSettings(source=model)).parameters())
     here = device()
-    if here.type == "cuda":
-        import torch
-
-        memory = torch.cuda.get_device_properties(here).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = device_memory(here) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = BYTES_PER_PARAMETER * parameters <= memory / 2
     if not fits:
         values["model"] |= {"lora": {"rank": 16}, **({} if 4 * parameters <= memory / 2 else {"dtype": "bfloat16"})}
@@ -277,16 +262,15 @@ def _weights(values: dict[str, Any], model: str) -> str:
     return f"weights: {'all are trained' if fits else 'LoRA of rank 16'} ({size})"
 
 
-def _method(values: dict[str, Any], kind: str, rows: int) -> str:
+def _method(values: dict[str, Any], target: str, rows: int) -> str:
     lora = "lora" in values["model"]
     batch = next(size for size in (64, 32, 16, 8, 4) if size == 4 or rows >= 24 * size)
     on_cpu = device().type == "cpu"
-    method: dict[str, Any] = {"divergence": "reverse_kl", "target": kind, "beta_pi": 0.5}
+    method: dict[str, Any] = {"divergence": "reverse_kl", "target": target, "beta_pi": 0.5}
     method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
     method |= {"token_budget": 2048} if on_cpu else {"precision": "bf16"}
-    values["align"] = {f"exo-{'pref' if kind == 'preference' else 'rw'}": method}
-    source = "the preferences" if kind == "preference" else "the rewards"
-    return f"method: EXO on {source}, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
+    values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
+    return f"method: EXO on the {target}s, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
 
 
 def _evaluation(values: dict[str, Any], scorer: dict[str, Any] | None) -> None:

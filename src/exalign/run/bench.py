@@ -29,6 +29,11 @@ from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import adamw, set_learning_rate
 
+TOKEN_BUDGETS = (1024, 4096, 16384)
+"""Values of token_budget that training is tried with."""
+REPEATS = 3
+"""Times each thing is measured; the median counts."""
+
 
 class BenchShape(Settings):
     """The shape of the data; token ids are random, because cost depends on lengths only."""
@@ -37,53 +42,27 @@ class BenchShape(Settings):
     num_completions: int = Field(4, ge=2, description="K, the completions of each prompt")
     prompt_tokens: int = Field(350, ge=1, description="tokens of each prompt")
     completion_tokens: int = Field(40, ge=1, description="tokens of each completion")
-    token_budgets: tuple[int, ...] = Field(
-        (1024, 4096, 16384), min_length=1, strict=False, description="values of token_budget to try for training"
-    )
-    repeats: int = Field(3, ge=1, description="times each thing is measured; the median counts")
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
     """A measured speed. `tokens` counts each prompt once and every completion; `flops` is the necessary work."""
 
+    what: str
     seconds: float
     tokens: int
     flops: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
 
-    def share_of(self, peak: float) -> float:
-        """The rate of the necessary work over `peak`, both in operations per second."""
-        return self.flops / self.seconds / peak
+def bench(
+    settings: ModelSettings, shape: BenchShape, *, tokenizer: str | None = None, budgets: Sequence[int] = TOKEN_BUDGETS
+) -> tuple[float, list[Rate]]:
+    """Load the model, train on it for a few steps with each token budget and sample from it; nothing is written.
 
-
-@dataclass(frozen=True, slots=True)
-class BenchResult:
-    """`peak`: the best rate of this model's matrix products. `training`: by token budget."""
-
-    shape: BenchShape
-    peak: float
-    training: dict[int, Rate]
-    sampling: Rate
-
-    @property
-    def best_budget(self) -> int:
-        return min(self.training, key=lambda budget: self.training[budget].seconds)
-
-
-def bench(settings: ModelSettings, shape: BenchShape, *, tokenizer: str | None = None) -> BenchResult:
-    """Load the model, train on it for a few steps and sample from it; nothing is written.
-
-    `tokenizer` is the source of a tokenizer, by default the one that comes with the model. A shape that exceeds the
-    model's positions, or a model without tokenizer, is an `InputError`.
+    Returns the best rate of its matrix products in operations/s, and what was measured. `tokenizer` is the source of a
+    tokenizer, by default the one that comes with the model. A shape that exceeds its positions is an `InputError`.
     """
-    source = tokenizer or settings.source
-    if source is None:
-        raise InputError("A model from a config needs a tokenizer; name a folder or hub name that has one.")
-    loaded = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
+    loaded = load_tokenizer(tokenizer or str(settings.source), trust_remote_code=settings.trust_remote_code)
     torch.manual_seed(0)
     model: Any = load_policy(settings, loaded)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -93,11 +72,10 @@ def bench(settings: ModelSettings, shape: BenchShape, *, tokenizer: str | None =
             f"the model's {limit} positions; ask for shorter ones."
         )
     sampling = measure_sampling(model, loaded, shape)
-    training = measure_training(model, shape)
-    return BenchResult(shape, matmul_peak(model), training, sampling)
+    return matmul_peak(model), [*measure_training(model, shape, budgets), sampling]
 
 
-def measure_training(model: Any, shape: BenchShape) -> dict[int, Rate]:
+def measure_training(model: Any, shape: BenchShape, budgets: Sequence[int] = TOKEN_BUDGETS) -> list[Rate]:
     """Seconds of a whole EXO step: forward, backward, clipping, AdamW. The model's weights change a little."""
     settings = Matching(learning_rate=1e-6, batch_prompts=shape.prompts)
     groups = with_reference_logp(model, _groups(model, shape), settings, temperature=1.0)
@@ -115,13 +93,12 @@ def measure_training(model: Any, shape: BenchShape) -> dict[int, Rate]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step(shape.token_budgets[0])  # the first step allocates what later ones reuse
-    seconds: dict[int, list[float]] = {budget: [] for budget in shape.token_budgets}
-    for _ in range(shape.repeats):
-        for budget, measured in seconds.items():
-            measured.append(_timed(partial(step, budget), model.device))
+    step(budgets[0])  # the first step allocates what later ones reuse
+    times = [[_timed(partial(step, budget), model.device) for budget in budgets] for _ in range(REPEATS)]
     model.eval()
-    return {budget: Rate(statistics.median(measured), tokens, work) for budget, measured in seconds.items()}
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    rates = zip(budgets, medians, strict=True)
+    return [Rate(f"training, token_budget {budget}", took, tokens, work) for budget, took in rates]
 
 
 def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: BenchShape) -> Rate:
@@ -135,38 +112,31 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
         max_prompt_tokens=shape.prompt_tokens,
     )
     rates = []
-    for seed in range(shape.repeats):
+    for seed in range(REPEATS):
         sampler = open_sampler(model, tokenizer, settings, temperature=1.0, seed=seed)
         drawn: list[Record] = []
         seconds = _timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
-        groups = [group_of(record, index) for index, record in enumerate(drawn)]
+        work = forward_flops(model, [group_of(record, index) for index, record in enumerate(drawn)])
         tokens = sampler.counts["completion_tokens"]
-        rates.append(Rate(seconds, tokens, forward_flops(model, groups)))
-    rates.sort(key=lambda rate: rate.tokens_per_second)
-    return rates[len(rates) // 2]
+        rates.append(Rate("sampling, drawn tokens", seconds, tokens, work))
+    return sorted(rates, key=lambda rate: rate.tokens / rate.seconds)[len(rates) // 2]
 
 
-def bench_table(result: BenchResult) -> Table:
+def bench_table(shape: BenchShape, peak: float, rates: Sequence[Rate]) -> Table:
     """The result for a terminal: tokens per second, and the share of the peak that necessary work reached."""
-    shape = result.shape
     table = Table(
         title=f"{shape.prompts} prompts × {shape.num_completions} completions, "
         f"{shape.prompt_tokens} + {shape.completion_tokens} tokens, {torch.get_num_threads()} CPU threads",
-        caption=f"Best rate of this model's matrix products: {result.peak / 1e9:,.0f} GFLOP/s. The share counts "
-        "each prompt once, no padding, the head on completion tokens only.",
+        caption=f"Best rate of this model's matrix products: {peak / 1e9:,.0f} GFLOP/s. The share counts each prompt "
+        "once, no padding, the head on completion tokens only.",
     )
     table.add_column("")
     for name in ("seconds", "tokens/s", "share of peak"):
         table.add_column(name, justify="right")
-    for budget, rate in result.training.items():
-        best = " (fastest)" if budget == result.best_budget and len(result.training) > 1 else ""
-        table.add_row(f"training, token_budget {budget}{best}", *_cells(rate, result.peak))
-    table.add_row("sampling, drawn tokens", *_cells(result.sampling, result.peak))
+    for rate in rates:
+        share = rate.flops / rate.seconds / peak
+        table.add_row(rate.what, f"{rate.seconds:.3g}", f"{rate.tokens / rate.seconds:,.0f}", f"{share:.0%}")
     return table
-
-
-def _cells(rate: Rate, peak: float) -> Sequence[str]:
-    return f"{rate.seconds:.3g}", f"{rate.tokens_per_second:,.0f}", f"{rate.share_of(peak):.0%}"
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

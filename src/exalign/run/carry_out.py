@@ -33,12 +33,10 @@ from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
 from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
-from exalign.rollout.settings import ScorerSettings
 from exalign.run import cluster
-from exalign.run.recipe import Recipe, models_of
+from exalign.run.recipe import Recipe, changed, models_of
 from exalign.run.runner import Run, pin_to_run
-from exalign.run.search import Proposer, validation_prompts
-from exalign.run.search_settings import changed
+from exalign.run.search import propose, validation_prompts
 from exalign.run.stages import plan, texts_of
 from exalign.storage import exists
 from exalign.terminal import shown
@@ -48,8 +46,7 @@ def run_recipe(
     recipe: Recipe, *targets: str, folder: str | Path | None = None, redo: bool = False, recover: bool = False
 ) -> Run:
     """Carry out a recipe in `folder` (default `runs/NAME`) up to the stages named; see `Run` and `Run.carry_out`."""
-    place: Path = Path(folder) if folder is not None else None  # type: ignore[assignment]
-    run = Run(recipe, place, redo=redo, recover=recover)
+    run = Run(recipe, folder, redo=redo, recover=recover)  # type: ignore[arg-type]
     carry_out(run, *targets)
     return run
 
@@ -59,25 +56,20 @@ def carry_out(run: Run, *targets: str) -> None:
 
     Of several processes the first one does so, and calls the others to the stages that train.
     """
+    stages = {stage.name: stage for stage in plan(run.recipe)}
     try:
-        _carry_out(run, targets)
+        if not leads():
+            for name in calls():
+                pin_to_run(run.folder)
+                stages[name].work(run.view(stages[name]))
+            return
+        with leading():
+            if not all(run.path(name, "done.json").exists() for name in stages):
+                for sentence in check_inputs(run.recipe):
+                    run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
+            run.carry_out([*stages.values()], targets)
     finally:
         vllm.close_engine()
-
-
-def _carry_out(run: Run, targets: tuple[str, ...]) -> None:
-    stages = plan(run.recipe)
-    if not leads():
-        by_name = {stage.name: stage for stage in stages}
-        for name in calls():
-            pin_to_run(run.folder)
-            by_name[name].work(run.view(by_name[name]))
-        return
-    with leading():
-        if not run.is_complete(stages):
-            for sentence in check_inputs(run.recipe):
-                run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
-        run.carry_out(stages, targets)
 
 
 def check_inputs(recipe: Recipe) -> list[str]:
@@ -88,8 +80,10 @@ def check_inputs(recipe: Recipe) -> list[str]:
     """
     looked = {name: _look(name, sources) for name, sources in local_sources(recipe).items()}
     sampled = [looked[name] for name in ("prompts", "preferences", "evaluation", "validation") if name in looked]
-    for scorer in scorers(recipe):
-        check_scorer(scorer, [record for found in sampled for record in found.patterns.values()])
+    making = None if recipe.preferences is None else recipe.preferences.scorer
+    for scorer in (making, recipe.evaluate.scorer, recipe.score.scorer):
+        if scorer is not None:
+            check_scorer(scorer, [record for found in sampled for record in found.patterns.values()])
     tokenizer = _tokenizer(recipe, looked)
     said = [f"align.{name}: {method.warning}." for name, method in recipe.align.items() if method.warning is not None]
     said += [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
@@ -229,7 +223,7 @@ def _check_search(recipe: Recipe) -> None:
     """A first proposal for every method, and enough validation prompts, as far as they are local and not to be cut."""
     assert recipe.search is not None
     for method, ranges in recipe.search.methods.items():
-        Proposer(ranges, type(recipe.align[method]), trials=recipe.search.trials, seed=0).propose([])
+        propose(ranges, type(recipe.align[method]), [], trials=recipe.search.trials, seed=0)
     names = ("evaluation",) if recipe.data.validation is None else ("evaluation", "validation")
     local = local_sources(recipe)
     if all(name in local and all(one.prompt_tokens is None for one in each(local[name])) for name in names):
@@ -250,12 +244,6 @@ def local_sources(recipe: Recipe) -> dict[str, Sources]:
 
 def _looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix != ""
-
-
-def scorers(recipe: Recipe) -> list[ScorerSettings]:
-    """Every scorer that the recipe names."""
-    named = [recipe.preferences and recipe.preferences.scorer, recipe.evaluate.scorer, recipe.score.scorer]
-    return [scorer for scorer in named if scorer]
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:

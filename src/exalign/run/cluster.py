@@ -1,4 +1,7 @@
-"""A pool of workers on Ray Data: shards of records in, shards of records out. Ray is known in this file only.
+"""A pool of workers on Ray Data that samples and scores where a recipe has a `cluster`. Ray is known here only.
+
+The records are those that the stages write without one: the same shards of the same prompts, drawn with the same
+numbers. One shard is in memory at a time, here and in each worker.
 
 Nothing but numbers of shards travels through Ray. A worker reads a shard from the source folder and writes what it
 makes of it, atomically and under the same number, to the target folder; all machines see both. A shard that stands is
@@ -11,23 +14,53 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from exalign import checksums
 from exalign.data.record import Record
-from exalign.data.store import iter_shard, num_rows, shard_path, shards_of, write_shard
+from exalign.data.store import (
+    Header,
+    RecordWriter,
+    counted_in,
+    iter_shard,
+    num_rows,
+    read_header,
+    shard_path,
+    shards_of,
+    write_header,
+    write_shard,
+)
 from exalign.errors import InputError
+from exalign.rollout.rollout import Numerics, open_sampler, rollout
+from exalign.rollout.scorers import scored
+from exalign.rollout.settings import SampleSettings
+from exalign.run.materials import (
+    SHARD,
+    Scoring,
+    iter_prompts,
+    purpose_seed,
+    run_tokenizer,
+    samples_header,
+    supervised,
+)
 from exalign.run.recipe import ClusterSettings
+from exalign.run.runner import pin_to_run
+from exalign.run.view import View
+from exalign.storage import remove_leftovers
 
 ShardWork = Callable[[Sequence[Record]], tuple[list[Record], Counter[str]]]
 """What a worker makes of the records of a shard: as many records, and what was counted."""
@@ -36,6 +69,74 @@ _OBJECT_STORE = 100_000_000
 """Bytes of shared memory of a cluster that is started here: it holds numbers of shards only."""
 _BLOCKS = 16
 """Portions that each worker's share is divided into: the smaller they are, the more evenly the pool ends."""
+
+
+def sample_by_workers(view: View, settings: SampleSettings, *, folder: Path, purpose: str) -> None:
+    """Write samples of π_sft to `folder`, continuing what stands there, and count what was read and drawn."""
+    prompts = folder.with_name("prompts")
+    _write_prompts(view, prompts)
+    work = partial(_sampling, _for_workers(view), settings, purpose)
+    header = samples_header(view, settings, purpose, view.recipe.temperature)
+    view.counts.update(_filled(view, prompts, folder, work, header))
+    shutil.rmtree(prompts)
+
+
+def score_by_workers(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[str]:
+    """Write the records of `source` with the scorer's rewards to `target`, continuing what stands there.
+
+    Returns what the scorer cut.
+    """
+    return _filled(view, source, target, partial(_scoring, _for_workers(view), scorer), read_header(source))
+
+
+def _filled(view: View, source: Path, target: Path, make: Callable[[], ShardWork], header: Header) -> Counter[str]:
+    assert view.recipe.cluster is not None
+    map_shards(source, target, make, view.recipe.cluster)
+    counted = counted_in(target)
+    write_header(target, header.with_counts(counted))
+    return counted
+
+
+def _for_workers(view: View) -> View:
+    """The view as it can be sent to another process, which may stand in another folder."""
+    return replace(view, run=view.run.resolve(), console=None, counts=Counter())  # type: ignore[arg-type]
+
+
+def _write_prompts(view: View, folder: Path) -> None:
+    """The prompts as shards for the workers, read as a stream; once per stage."""
+    if not (folder / "header.json").exists():
+        found: Counter[str] = Counter()
+        with RecordWriter(folder, shard_size=SHARD) as writer:
+            for record in islice(iter_prompts(view, found), writer.written, None):
+                writer.write(record)
+            writer.close(Header(counts=dict(found)))
+    view.counts.update(read_header(folder).counts)
+
+
+def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
+    """What a worker holds to sample: the model with its sampler."""
+    view = replace(view, console=Console(quiet=True))
+    pin_to_run(view.run)
+    recipe, tokenizer = view.recipe, run_tokenizer(view)
+    numbers = {"temperature": recipe.temperature, "seed": purpose_seed(view, purpose)}
+    sampler = open_sampler(supervised(view, tokenizer), tokenizer, settings, **numbers)  # type: ignore[arg-type]
+
+    def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+        counts: Counter[str] = Counter()
+        return rollout(records, sampler, counts, Numerics(recipe.temperature)), counts
+
+    return work
+
+
+def _scoring(view: View, scorer: Scoring) -> ShardWork:
+    """What a worker holds to score: the scorer."""
+    loaded = scorer.load(replace(view, console=Console(quiet=True)))
+
+    def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+        cut: Counter[str] = Counter()
+        return scored(loaded, records, cut), cut
+
+    return work
 
 
 def check_installed(settings: ClusterSettings) -> None:
@@ -55,40 +156,26 @@ def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settin
     """
     source, target = source.resolve(), target.resolve()
     target.mkdir(parents=True, exist_ok=True)
-    wanted = len(shards_of(source))
-    _forget_damaged(target)
-    left = _unfinished(source, target, wanted)
-    if left:
-        _sweep(target)
+    for shard in checksums.unvouched(target, shards_of(target)):
+        warnings.warn(f"{shard} is damaged; it is made again.", stacklevel=2)
+        shard.unlink()
+    if left := _unfinished(source, target):
+        remove_leftovers(target)  # of a run that was killed: how often each shard was begun
         with connected(settings) as ray:
             _carry_out(ray, left, (make, source, target, Path.cwd(), settings), settings)
-        _sweep(target)
-    missing = _unfinished(source, target, wanted)
-    if missing:
+        remove_leftovers(target)
+    if missing := _unfinished(source, target):
         raise InputError(
-            f"The workers wrote {wanted - len(missing)} of {wanted} shards to {target}: every machine of the cluster "
-            "must see this folder under this name."
+            f"The workers did not write {len(missing)} of {len(shards_of(source))} shards to {target}: every machine "
+            "of the cluster must see this folder under this name."
         )
     checksums.settle(target, {})
 
 
-def _forget_damaged(target: Path) -> None:
-    """Remove shards that are not what was written."""
-    for shard in checksums.unvouched(target, shards_of(target)):
-        warnings.warn(f"{shard} is damaged; it is made again.", stacklevel=3)
-        shard.unlink()
-
-
-def _unfinished(source: Path, target: Path, wanted: int) -> list[int]:
+def _unfinished(source: Path, target: Path) -> list[int]:
     """The shards that are absent, damaged, or not of as many records as they are made from."""
-    rows = [num_rows(shard_path(source, n)) for n in range(wanted)]
-    return [n for n in range(wanted) if rows[n] is None or num_rows(shard_path(target, n)) != rows[n]]
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what workers left that died: shards under way, and how often each was begun."""
-    for leftover in [*folder.glob(".part-*.tmp"), *folder.glob(".part-*.tries")]:
-        leftover.unlink(missing_ok=True)
+    rows = [num_rows(shard) for shard in shards_of(source)]
+    return [n for n, wanted in enumerate(rows) if wanted is None or num_rows(shard_path(target, n)) != wanted]
 
 
 def _carry_out(ray: Any, numbers: list[int], given: tuple[Any, ...], settings: ClusterSettings) -> None:
@@ -116,8 +203,7 @@ class _Worker:
     def __init__(
         self, make: Callable[[], ShardWork], source: Path, target: Path, here: Path, settings: ClusterSettings
     ) -> None:
-        self._make, self._source, self._target, self._here = make, source, target, here
-        self._settings = settings
+        self._make, self._source, self._target, self._here, self._settings = make, source, target, here, settings
         self._work: ShardWork | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -135,16 +221,8 @@ class _Worker:
             raise InputError(f"{self._source} does not hold shard {number} where a worker looked for it.")
         if num_rows(made) == wanted:  # by the worker that died before it could say so
             return
-        tries = self._target / f".{made.stem}.tries"
-        self._count(tries, made)
-        if self._work is None:
-            self._work = self._begin()
-        records, counts = self._work(list(iter_shard(shard_path(self._source, number))))
-        write_shard(made, records, counts)
-        tries.unlink(missing_ok=True)
-
-    def _count(self, tries: Path, made: Path) -> None:
-        """Ray begins a dead worker's task again without end; a shard that kills whoever takes it is given up."""
+        # Ray begins a dead worker's task again without end; a shard that kills whoever takes it is given up.
+        tries = self._target / f".{made.stem}.tries.tmp"
         with tries.open("ab") as stream:
             stream.write(b".")
         if tries.stat().st_size > self._settings.tries:
@@ -152,14 +230,15 @@ class _Worker:
                 f"{made.name} was begun {self._settings.tries} times, and its worker died each time, perhaps for lack "
                 "of memory; what was finished stays, and the same command continues."
             )
-
-    def _begin(self) -> ShardWork:
-        try:
-            os.chdir(self._here)  # names of local data, models and functions are relative to it
-        except OSError as error:
-            raise InputError(f"A worker cannot enter {self._here} ({error.strerror}).") from None
-        torch.set_num_threads(self._settings.cpus_per_worker)
-        return self._make()
+        if self._work is None:
+            try:
+                os.chdir(self._here)  # names of local data, models and functions are relative to it
+            except OSError as error:
+                raise InputError(f"A worker cannot enter {self._here} ({error.strerror}).") from None
+            torch.set_num_threads(self._settings.cpus_per_worker)
+            self._work = self._make()
+        records, counts = self._work(list(iter_shard(shard_path(self._source, number))))
+        write_shard(made, records, counts)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ evaluation/answers/… → evaluation/density/METHOD … → report
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,12 @@ from exalign.judging.judgements import read_judgements
 from exalign.report.page import write_report
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import scored
-from exalign.rollout.settings import SampleSettings
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
-    Drawing,
     Scoring,
     Takes,
+    Wanted,
     different_prompts,
     draw,
     evaluation_sampling,
@@ -36,7 +35,6 @@ from exalign.run.materials import (
     own_tokenizer,
     records_of,
     run_tokenizer,
-    say_speed,
     supervised,
     takes_data,
     takes_supervised,
@@ -141,21 +139,14 @@ def _prompts(view: View, *, judge: Scoring | None) -> None:
     elif judge is not None or not all(record.completions for record in chosen):
         chosen = [_prompt_of(record) for record in chosen]
     view.counts["prompts"] = len(chosen)
-    write_beside_the_stage(view.folder, chosen, Header(counts=dict(view.counts)))
+    with RecordWriter(view.folder) as writer:
+        for record in chosen[writer.written :]:
+            writer.write(record)
+        writer.close(Header(counts=dict(view.counts)))
 
 
 def _prompt_of(record: Record) -> Record:
     return replace(record, completions=(), preferred=None)
-
-
-def write_beside_the_stage(folder: Path, records: list[Record], header: Header) -> None:
-    """Write records into a stage's own folder, next to the file that says how far the stage is."""
-    for shard in folder.glob("part-*.parquet"):
-        shard.unlink()
-    with RecordWriter(folder) as writer:
-        for record in records:
-            writer.write(record)
-        writer.close(header)
 
 
 def _with_reference_text(record: Record) -> Record:
@@ -185,40 +176,21 @@ def _supervised(view: View, *, judge: Scoring | None, answers: bool = False) -> 
     tokenizer, wanted = run_tokenizer(view), _wanted(view, "evaluation", answers)
     model = supervised(view, tokenizer)
     scorer = None if judge is None else judge.load(view)
-    drawing = Drawing(model, tokenizer, wanted.settings, wanted.purpose, wanted.temperature)
     reference = model if wanted.temperature is None else None
-    draw(view, drawing, wanted.prompts, view.folder / "samples", scorer=scorer, reference=reference)
-    say_speed(view, view.folder)
+    draw(view, model, tokenizer, wanted, view.folder / "samples", scorer=scorer, reference=reference)
 
 
 def _pool(view: View, *, judge: Scoring) -> None:
     """Many samples of π_sft for some prompts: what the optimal frontier is estimated from."""
     evaluate = view.recipe.evaluate
     prompts, tokenizer = _evaluation_prompts(view)[: evaluate.pool_prompts], run_tokenizer(view)
-    settings = evaluation_sampling(view, evaluate.pool_samples)
-    model, drawn = supervised(view, tokenizer), view.folder / "drawn"
-    draw(view, Drawing(model, tokenizer, settings, "pool"), prompts, drawn, scorer=judge.load(view))
-    say_speed(view, view.folder)
-    header = Header(temperature=view.recipe.temperature, counts=dict(view.counts))
-    write_beside_the_stage(view.folder, read_records(drawn), header)
+    wanted = Wanted(prompts, evaluation_sampling(view, evaluate.pool_samples), "pool")
+    draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder, scorer=judge.load(view))
 
 
 def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:
     wanted = _wanted(view, f"evaluation {name}", answers)
     sample_policies(view, view.path(f"align/{name}"), wanted, view.folder, judge)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which samples are wanted of every policy; `purpose` seeds them.
-
-    At a `temperature` of their own they get no log π_sft, which is one at the training τ.
-    """
-
-    prompts: list[Record]
-    settings: SampleSettings
-    purpose: str
-    temperature: float | None = None
 
 
 def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None) -> None:
@@ -233,9 +205,9 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
             continue
         own = own_tokenizer(view, policy, tokenizer)
         model = frozen_policy(view, policy, own or tokenizer)
-        purpose = f"{wanted.purpose} {policy.name}"
-        drawing = Drawing(model, own or tokenizer, wanted.settings, purpose, wanted.temperature)
-        draw(view, drawing, wanted.prompts, here, scorer=scorer, reference=reference if own is None else None)
+        of_policy = replace(wanted, purpose=f"{wanted.purpose} {policy.name}")
+        comparable = reference if own is None else None
+        draw(view, model, own or tokenizer, of_policy, here, scorer=scorer, reference=comparable)
 
 
 def saved_policies(trained: Path) -> list[Path]:

@@ -6,7 +6,6 @@ A stage is put together from `Takes`: the settings and folders that it needs for
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data.batching import Group, group_of
+from exalign.data.batching import Group
 from exalign.data.reading import each, named, read_source
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, iter_records
@@ -26,19 +24,16 @@ from exalign.data.tokenization import tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import trained_elsewhere
-from exalign.models.flops import forward_flops, matmul_peak, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
-from exalign.processes import leads, number
 from exalign.redaction import redact
 from exalign.rollout.rollout import Numerics, open_sampler, rollout
-from exalign.rollout.sampler import Sampler
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.rollout.vllm import close_engine
 from exalign.run.recipe import Recipe
 from exalign.run.view import Stage, View
-from exalign.storage import fingerprint, read_sealed, write_sealed
+from exalign.storage import fingerprint
 from exalign.training.train_settings import TrainSettings
 
 SHARD = 256
@@ -123,20 +118,17 @@ class Scoring:
         return open_scorer(settings, lambda stage: str(view.path(stage, "model")))
 
 
-def scoring_at(place: str, settings: ScorerSettings | None, *, given: bool = True) -> Scoring | None:
-    """The scorer `settings`, which stand at `place` if they are given; None where there is none."""
-    return None if settings is None else Scoring(place if given else None, settings.stages)
-
-
 def scoring(recipe: Recipe) -> Scoring | None:
     """What gives the rollouts their rewards."""
-    return scoring_at("score.scorer", recipe.scoring, given=recipe.score.scorer is not None)
+    if recipe.score.scorer is not None:
+        return Scoring("score.scorer", recipe.score.scorer.stages)
+    return None if recipe.reward is None else Scoring(None, ("reward",))
 
 
 def judging(recipe: Recipe) -> Scoring | None:
     """What judges the samples of the evaluation."""
     if recipe.evaluate.scorer is not None:
-        return scoring_at("evaluate.scorer", recipe.evaluate.scorer)
+        return Scoring("evaluate.scorer", recipe.evaluate.scorer.stages)
     return scoring(recipe) if recipe.oracle is None else Scoring(None, ("oracle",))
 
 
@@ -306,14 +298,13 @@ def samples_header(view: View, settings: SampleSettings, purpose: str, temperatu
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A policy that samples are drawn from, and how; `purpose` seeds them, so that each use gets others.
+class Wanted:
+    """Which samples are wanted of a policy; `purpose` seeds them, so that each use gets others.
 
-    `temperature` is the training τ where it is None.
+    At a `temperature` of their own, and not the training τ, they get no log π_sft, which is one at τ.
     """
 
-    policy: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Record]
     settings: SampleSettings
     purpose: str
     temperature: float | None = None
@@ -321,82 +312,30 @@ class Drawing:
 
 def draw(
     view: View,
-    drawing: Drawing,
-    prompts: Sequence[Record],
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
     folder: Path,
     *,
     scorer: Scorer | None = None,
     reference: nn.Module | None = None,
 ) -> None:
     """Write samples of the policy to `folder`, continuing what stands there: scored, with log π_sft, as asked."""
-    policy = drawing.policy
-    temperature = view.recipe.temperature if drawing.temperature is None else drawing.temperature
-    seed = purpose_seed(view, drawing.purpose)
-    sampler = _Timed(open_sampler(policy, drawing.tokenizer, drawing.settings, temperature=temperature, seed=seed))
-    work, peak = 0.0, 0.0
+    temperature = view.recipe.temperature if wanted.temperature is None else wanted.temperature
+    seed = purpose_seed(view, wanted.purpose)
+    sampler = open_sampler(policy, tokenizer, wanted.settings, temperature=temperature, seed=seed)
     with RecordWriter(folder) as writer:
-        left = prompts[writer.written :]
+        left = wanted.prompts[writer.written :]
         for start in range(0, len(left), SHARD):
             counts: Counter[str] = Counter()
             part = left[start : start + SHARD]
             records = rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, reference=reference)
-            work += forward_flops(policy, [group_of(record, 0) for record in records])
-            peak = peak or matmul_peak(policy)
-            # Before the shard: a kill cannot come between.
-            record_speed(view.folder, sampler.counts["completion_tokens"], sampler.seconds, work, peak)
             writer.write_shard(records, counts)
-        header = samples_header(view, drawing.settings, drawing.purpose, temperature)
+        header = samples_header(view, wanted.settings, wanted.purpose, temperature)
         writer.close(header.with_counts(writer.counts))
     view.counts.update(writer.counts)
-
-
-class _Timed:
-    """A sampler that says for how many seconds it drew."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.counts, self.seconds, self._sampler = sampler.counts, 0.0, sampler
-
-    def sample(self, records: Iterable[Record]) -> Iterator[Record]:
-        started = time.perf_counter()
-        drawn = list(self._sampler.sample(records))
-        self.seconds += time.perf_counter() - started
-        yield from drawn
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:
     """What a training wrote of each of its steps."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def record_training_speed(
-    view: View, folder: Path, model: nn.Module, groups: Sequence[Group], settings: TrainSettings
-) -> None:
-    """Write how fast the steps in `folder`/metrics.jsonl were to `folder`/speed.json, and say it.
-
-    Necessary work counts each prompt once, no padding, and the head on completion tokens only (`models.flops`). Of
-    several processes the first does so; the peak is then its own, times their number.
-    """
-    if not leads():
-        return
-    rows = metric_rows(folder)
-    peak = matmul_peak(model, dtype=torch.bfloat16 if settings.precision == "bf16" else None) * number()
-    work = training_flops(model, groups) * settings.epochs
-    record_speed(folder, sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows), work, peak)
-    say_speed(view, folder)
-
-
-def say_speed(view: View, folder: Path) -> None:
-    """Print what `folder`/speed.json holds, where there is one."""
-    if (folder / "speed.json").exists():
-        speed = read_sealed(folder / "speed.json")
-        view.console.print(
-            f"  [dim]{speed['tokens_per_second']:,.0f} tokens/s; necessary work at {speed['share_of_peak']:.0%} "
-            "of this machine's matrix-product peak[/dim]",
-            highlight=False,
-        )
-
-
-def record_speed(folder: Path, tokens: int, seconds: float, work: float, peak: float) -> None:
-    """Write `folder`/speed.json: `work` in operations, `peak` in operations per second."""
-    speed = {"tokens_per_second": tokens / seconds, "share_of_peak": work / seconds / peak, "peak_flops": peak}
-    write_sealed(folder / "speed.json", speed)

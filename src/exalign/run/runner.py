@@ -91,10 +91,6 @@ class Run:
         """What the work of a stage gets."""
         return View(stage, self.recipe, self.folder, self.console, key=key or {})
 
-    def is_complete(self, stages: Sequence[Stage]) -> bool:
-        """Whether every stage stands, whatever it was made from."""
-        return all(self.path(stage.name, "done.json").exists() for stage in stages)
-
     def carry_out(self, stages: Sequence[Stage], targets: Sequence[str] = ()) -> None:
         """Carry out the stages that `targets` name (all by default), and whatever they need.
 

@@ -2,11 +2,11 @@
 
 validation → search/METHOD → align/METHOD, which takes over the weights of the best trial.
 
-A trial is a training with other settings, in a folder `search/METHOD/trial-000` that ends with `result.json`. It is
-known by what it tried: its settings, and what they were tried on. What a later trial tries is a function of the seed
-and of the results before it, for which Optuna's study is built anew each time: so a search that was killed goes on as
-if it had not been, and one with more trials, other ranges or another KL carries out what is new. The best trial keeps
-its weights, of which the method's stage gets second names; all other trials keep settings, metrics and scored samples.
+A trial is a training with other settings in a folder that ends with `result.json`, named by what was tried: what it
+was tried on, and its settings. What a later trial tries is a function of the seed and of the results before it, for
+which Optuna's study is built anew each time: so a search that was killed goes on as if it had not been, and one with
+more trials, other ranges or another KL carries out what is new. The best trial keeps its weights, of which the method's
+stage gets second names; all other trials keep metrics and scored samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from exalign.checksums import damaged_files
 from exalign.data.record import Record
@@ -35,16 +34,17 @@ from exalign.evaluation.sample_table import tabulate
 from exalign.evaluation.schema import Trial
 from exalign.methods.method import Material, Method
 from exalign.processes import gathered, leads, several
-from exalign.run.evaluating import Wanted, sample_policies
+from exalign.run.evaluating import sample_policies
 from exalign.run.materials import (
     SAMPLED,
-    Drawing,
     Scoring,
     Takes,
+    Wanted,
     different_prompts,
     draw,
     evaluation_sampling,
     judging,
+    metric_rows,
     records_of,
     run_tokenizer,
     seeded,
@@ -52,10 +52,8 @@ from exalign.run.materials import (
     takes_data,
     takes_supervised,
 )
-from exalign.run.recipe import Recipe
-from exalign.run.search_settings import Range, Value, changed
+from exalign.run.recipe import Range, Recipe, Value, changed
 from exalign.run.view import Stage, View
-from exalign.spreadsheet import csv_text
 from exalign.storage import (
     atomic_path,
     fingerprint,
@@ -65,14 +63,12 @@ from exalign.storage import (
     remove_folder,
     write_json,
     write_sealed,
-    write_text,
 )
 from exalign.terminal import shown
 from exalign.training.guards import NotFiniteError
 
 STARTUP = 4
 """Results that the estimator needs; before them values are drawn from the ranges at random."""
-WEIGHTS = ("policies", "checkpoints")
 
 
 def validation_stage(recipe: Recipe) -> Iterator[Stage]:
@@ -122,7 +118,7 @@ def _take_over(trial: Path, folder: Path) -> bool:
         return False  # taken before, or a training is under way
     if not (trial / "checkpoints").exists() or any(damaged_files(trial)):
         return False
-    for file in (each for each in trial.iterdir() if each.is_file() and each.name not in ("tried.json", "result.json")):
+    for file in (each for each in trial.iterdir() if each.is_file() and each.name != "result.json"):
         with atomic_path(folder / file.name) as temporary:
             shutil.copyfile(file, temporary)
     for each in sorted(each for each in trial.iterdir() if each.is_dir() and each.name != "evaluated"):
@@ -168,8 +164,8 @@ def _validation(view: View, *, judge: Scoring) -> None:
     write_records(view.folder / "prompts", prompts, Header(counts=dict(view.counts)))
     tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, search.samples)
     model = supervised(view, tokenizer)
-    drawing, scorer = Drawing(model, tokenizer, settings, "validation"), judge.load(view)
-    draw(view, drawing, prompts, view.folder / "samples", scorer=scorer, reference=model)
+    wanted = Wanted(prompts, settings, "validation")
+    draw(view, model, tokenizer, wanted, view.folder / "samples", scorer=judge.load(view), reference=model)
 
 
 def _search(view: View, *, name: str, material: Callable[[View], Material], judge: Scoring) -> None:
@@ -177,77 +173,51 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
         raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
     search, own = view.recipe.search, view.recipe.align[name]
     assert search is not None
-    base = _tried_on(view, name)
+    ranges, tried_on = search.methods[name], _tried_on(view, name)
     for folder in view.folder.glob("trial-*"):
-        if (_tried(folder) or {}).get("base") != base:
+        if not folder.name.startswith(f"trial-{tried_on}-"):
             remove_folder(folder)  # a search that tries its settings has other results
-    # Methods with the same ranges start with the same draws.
-    seed = [view.recipe.seed, "search"]
-    proposer = Proposer(search.methods[name], type(own), trials=search.trials, seed=seed)
     trials: list[Trial] = []
     places: list[Path] = []
     for number in range(search.trials):
-        results = [(trial.values, trial.value) for trial in trials]
-        values = proposer.propose(results) if trials else {name: getattr(own, name) for name in proposer.ranges}
+        values = {setting: getattr(own, setting) for setting in ranges}
+        if trials:  # methods with the same ranges start with the same draws
+            results, seed = [(trial.values, trial.value) for trial in trials], [view.recipe.seed, "search"]
+            values = propose(ranges, type(own), results, trials=search.trials, seed=seed)
         settings = changed(own, values)
         trial = Trial(number, values, settings.model_dump(mode="json"))
-        twin = next((other for other in trials if other.settings == trial.settings), None)
-        if twin is None:
-            places.append(_place(view.folder, {"settings": trial.settings, "base": base}, places))
-            trial = _carried_out(view, places[-1], settings, trial, material, judge)
-        else:
-            places.append(places[twin.number])
-            trial = _same_as(twin, trial)
+        place = view.folder / f"trial-{tried_on}-{fingerprint(trial.settings)[:8]}"
+        trial = _carried_out(view, place, settings, trial, material, judge)
+        if place in places:
+            trial = replace(trial, seconds=0.0, counts={}, same_as=places.index(place))
         trials.append(trial)
-        _keep_weights_of_the_best(trials, places)
+        places.append(place)
+        best = best_of(trials)
+        _forget_weights(places, None if best is None else places[best.number])
         view.counts.update(trial.counts)
         view.console.print(shown(f"  {_sentence(trial)}", "dim"), soft_wrap=True)
-    _finish(view, name, trials, places)
-
-
-def _finish(view: View, name: str, trials: Sequence[Trial], places: Sequence[Path]) -> None:
-    """What the search found, beside its trials."""
-    assert view.recipe.search is not None
-    kl, best = view.recipe.search.kl, best_of(trials, name)
-    for earlier in set(view.folder.glob("trial-*")) - set(places):
-        _forget_weights(earlier)
+    best = best_of(trials)
+    if best is None:
+        raise InputError(
+            f"search/{name}: every trial failed, the first one because: {trials[0].failed} "
+            f"Choose other ranges in search.methods.{name}."
+        )
+    place = places[best.number]
+    _forget_weights([*view.folder.glob("trial-*")], place)
     view.counts["trials"] = len(trials)
     view.counts["failed_trials"] = sum(trial.value is None for trial in trials)
-    write_text(view.folder / "trials.csv", trials_csv(trials))
-    listed = {"trials": [asdict(trial) for trial in trials], "folders": [place.name for place in places]}
+    listed = {"trials": [asdict(trial) for trial in trials], "folders": [each.name for each in places]}
     write_sealed(view.folder / "trials.json", listed)
-    found = {"trial": best.number, "folder": places[best.number].name, "value": best.value, "kl": best.kl}
-    write_json(view.folder / "best.json", {**found, "ranked_at": kl, "settings": best.settings})
-    title = f"search/{name}: reward at a KL of {kl:g} nats, or as far as a trial went"
-    view.console.print(_table(trials, best, title))
+    found = {"trial": best.number, "folder": place.name, "value": best.value, "kl": best.kl}
+    write_json(view.folder / "best.json", {**found, "ranked_at": search.kl, "settings": best.settings})
+    view.console.print(shown(f"  best: trial {best.number}, in {place.name}", "dim"), soft_wrap=True)
 
 
 def _tried_on(view: View, name: str) -> str:
     """What all trials share: the stages they are made from, and every setting but those of the search itself."""
     own = {path: value for path, value in view.key.items() if not path.startswith(("search.", f"align.{name}"))}
     needs = [read_sealed(view.path(need, "done.json"))["fingerprint"] for need in view.stage.needs]
-    return fingerprint([own, view.key.get("search.samples"), needs])
-
-
-def _place(search: Path, tried: dict[str, Any], taken: Sequence[Path]) -> Path:
-    """The folder of the trial that tried this, or a new one."""
-    folders = [folder for folder in sorted(search.glob("trial-*")) if folder not in taken]
-    same = next((folder for folder in folders if _tried(folder) == tried), None)
-    if same is not None:
-        return same
-    place = next(folder for n in range(10**6) if not (folder := search / f"trial-{n:03d}").exists())
-    with atomic_path(place) as temporary:
-        temporary.mkdir()
-        write_sealed(temporary / "tried.json", tried)
-    return place
-
-
-def _tried(folder: Path) -> dict[str, Any] | None:
-    """What was tried in a folder; None where that does not stand there whole."""
-    try:
-        return read_sealed(folder / "tried.json")
-    except (InputError, OSError):
-        return None
+    return fingerprint([own, view.key.get("search.samples"), needs])[:8]
 
 
 def _carried_out(
@@ -255,7 +225,7 @@ def _carried_out(
 ) -> Trial:
     """Train with these settings in `place`, continuing what stands there, and evaluate every policy saved.
 
-    Where a trial of the same stands complete, only its value is computed again, at this search's KL.
+    Where that is done, only the value is computed again, at this search's KL.
     """
     search, values = view.recipe.search, asdict(trial)
     assert search is not None
@@ -264,6 +234,7 @@ def _carried_out(
         values |= {name: done[name] for name in ("seconds", "counts", "failed")}
     else:
         alone = replace(view, counts=Counter())
+        place.mkdir(exist_ok=True)
         own = seeded(settings, view.recipe)
         try:
             torch.manual_seed(own.seed)
@@ -283,23 +254,15 @@ def _carried_out(
 
 def _training_seconds(place: Path) -> float:
     """Seconds of the training steps: of each once, however often the trial was interrupted."""
-    rows = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return round(sum(json.loads(row)["seconds"] for row in rows), 2)
+    return round(sum(row["seconds"] for row in metric_rows(place)), 2)
 
 
-def _keep_weights_of_the_best(trials: Sequence[Trial], places: Sequence[Path]) -> None:
-    best = best_so_far(trials)
+def _forget_weights(places: Iterable[Path], best: Path | None) -> None:
+    """Remove weights of trials but the best's, and of that the last model, which its last checkpoint holds too."""
     for place in set(places):
-        if best is None or place != places[best.number]:
-            _forget_weights(place)
-        elif (place / "model").exists():
-            remove_folder(place / "model")  # the last checkpoint holds it too
-
-
-def _forget_weights(trial: Path) -> None:
-    for name in (*WEIGHTS, "model"):
-        if (trial / name).exists():
-            remove_folder(trial / name)
+        for name in ("model",) if place == best else ("policies", "checkpoints", "model"):
+            if (place / name).exists():
+                remove_folder(place / name)
 
 
 def value_of(supervised: Path, evaluated: Path, kl: float) -> dict[str, Any]:
@@ -322,126 +285,60 @@ def value_of(supervised: Path, evaluated: Path, kl: float) -> dict[str, Any]:
     return {"value": float(reward_at_kl(kls, rewards, at).mean()), "kl": at, "points": points}
 
 
-def best_of(trials: Sequence[Trial], method: str) -> Trial:
-    """The trial with the highest value, of equal ones the first; an `InputError` where every trial failed."""
-    best = best_so_far(trials)
-    if best is None:
-        raise InputError(
-            f"search/{method}: every trial failed, the first one because: {trials[0].failed} "
-            f"Choose other ranges in search.methods.{method}."
-        )
-    return best
-
-
-def best_so_far(trials: Sequence[Trial]) -> Trial | None:
+def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the highest value, of equal ones the first; None where every trial failed."""
     done = [trial for trial in trials if trial.value is not None]
     return max(done, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def _same_as(twin: Trial, trial: Trial) -> Trial:
-    """A trial that tries what its twin tried, with what came of that."""
-    first = twin.number if twin.same_as is None else twin.same_as
-    return replace(trial, value=twin.value, kl=twin.kl, points=twin.points, failed=twin.failed, same_as=first)
-
-
-def _shown(values: Mapping[str, Value]) -> str:
-    return ", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in values.items())
-
-
 def _sentence(trial: Trial) -> str:
     """What is printed of a finished trial."""
+    values = ", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in trial.values.items())
     if trial.value is None:
         outcome = f"failed: {trial.failed}"
     else:
         outcome = f"reward {trial.value:.3f} at KL {trial.kl:.2f}"
     again = "" if trial.same_as is None else f" (the same as trial {trial.same_as})"
-    return f"trial {trial.number}: {_shown(trial.values)}: {outcome}{again}"
+    return f"trial {trial.number}: {values}: {outcome}{again}"
 
 
-def _table(trials: Sequence[Trial], best: Trial, title: str) -> Table:
-    """What is printed of a finished search."""
-    table = Table(title=title)
-    for name in ("trial", "settings", "reward", "KL", "seconds"):
-        table.add_column(name, justify="left" if name == "settings" else "right")
-    for trial in trials:
-        numbers = ("failed", "–") if trial.value is None else (f"{trial.value:.3f}", f"{trial.kl:.2f}")
-        style = "bold" if trial is best else None
-        number = f"{trial.number} (best)" if trial is best else str(trial.number)
-        table.add_row(number, shown(_shown(trial.values)), *numbers, f"{trial.seconds:.1f}", style=style)
-    return table
+def propose(
+    ranges: Mapping[str, Range],
+    owner: type[Method],
+    results: Sequence[tuple[Mapping[str, Value], float | None]],
+    *,
+    trials: int,
+    seed: Any,
+) -> dict[str, Value]:
+    """Values of settings of `owner` to try after these results, which have None for what failed.
 
-
-def trials_csv(trials: Sequence[Trial]) -> str:
-    """A row per trial: its number, what was searched over, value and KL, its last policy, seconds and what failed."""
-    outcome = ["value", "kl", "last_reward", "last_kl", "seconds", "same_as", "failed"]
-    rows: list[list[object]] = [["trial", *trials[0].values, *outcome]]
-    for t in trials:
-        last = t.points[-1] if t.points else {}
-        row = [t.value, t.kl, last.get("reward"), last.get("kl"), t.seconds, t.same_as, t.failed]
-        rows.append([t.number, *t.values.values(), *row])
-    return csv_text(rows)
-
-
-class Proposer:
-    """Proposes values from `ranges`, which are those of settings of the class `owner`, for the highest value.
-
-    A proposal is a function of `seed`, the number of trials and the results alone.
+    Where every range is a list and there are no more combinations than trials, each is tried once before any is
+    tried again: a grid. Results from outside the ranges are not learned from.
     """
-
-    def __init__(self, ranges: Mapping[str, Range], owner: type[Any], *, trials: int, seed: Any) -> None:
-        self.ranges = ranges
-        self._owner = owner
-        self._trials = trials
-        self._seed = seed
-
-    def propose(self, results: Sequence[tuple[Mapping[str, Value], float | None]]) -> dict[str, Value]:
-        """What to try after these results: values with what came of them, None where that failed.
-
-        Where every range is a list and there are no more combinations than trials, each is tried once before any is
-        tried again: a grid. Results from outside the ranges are not learned from.
-        """
-        optuna = _optuna()
-        tried = [dict(values) for values, _ in results]
-        untried = [values for values in self._grid() if values not in tried]
-        if untried:
-            return untried[0]
-        seed = int(fingerprint([self._seed, len(results)]), 16) % 2**32
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        distributions = {name: self._distribution(name) for name in self.ranges}
-        states = optuna.trial.TrialState
-        for values, value in results:
-            if all(self.ranges[name].contains(found) for name, found in values.items()):
-                outcome = {"state": states.FAIL} if value is None else {"value": value}
-                study.add_trial(optuna.create_trial(params=dict(values), distributions=distributions, **outcome))
-        return dict(study.ask(distributions).params)
-
-    def _grid(self) -> list[dict[str, Value]]:
-        """Every combination, in the order of the lists; none where they are more than the trials, or no lists."""
-        lists = [values.choices for values in self.ranges.values()]
-        if (
-            any(choices is None for choices in lists)
-            or prod(len(choices) for choices in lists if choices) > self._trials
-        ):
-            return []
-        return [
-            dict(zip(self.ranges, values, strict=True)) for values in product(*(choices or () for choices in lists))
-        ]
-
-    def _distribution(self, name: str) -> Any:
-        optuna, values = _optuna(), self.ranges[name]
-        if values.choices is not None:
-            return optuna.distributions.CategoricalDistribution(values.choices)
-        if self._owner.model_fields[name].annotation in (int, int | None):
-            return optuna.distributions.IntDistribution(values.low, values.high, log=values.log)
-        return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
-
-
-def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
         raise InputError('A search needs Optuna: pip install "exalign[search]".') from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    lists = [values.choices or () for values in ranges.values()]
+    if all(lists) and prod(map(len, lists)) <= trials:
+        tried = [dict(values) for values, _ in results]
+        for values in product(*lists):
+            if (untried := dict(zip(ranges, values, strict=True))) not in tried:
+                return untried
+    seed = int(fingerprint([seed, len(results)]), 16) % 2**32
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    distributions: dict[str, Any] = {}
+    for name, given in ranges.items():
+        whole = owner.model_fields[name].annotation in (int, int | None)
+        kind: Any = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+        if given.choices is None:
+            distributions[name] = kind(given.low, given.high, log=given.log)
+        else:
+            distributions[name] = optuna.distributions.CategoricalDistribution(given.choices)
+    for params, value in results:
+        if all(ranges[name].contains(one) for name, one in params.items()):
+            outcome = {"state": optuna.trial.TrialState.FAIL} if value is None else {"value": value}
+            study.add_trial(optuna.create_trial(params=dict(params), distributions=distributions, **outcome))
+    return dict(study.ask(distributions).params)

@@ -76,11 +76,8 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
     """Before an interrupted stage continues: files of finished records that are damaged, removed to be made again.
 
     With a shard goes the header of its folder, which says that the folder is complete. A damaged model, which only
-    training anew could make again, is an `InputError`, and so is a speed that may not be measured again. Files from
-    before their SHA256SUMS was written are not read.
+    training anew could make again, is an `InputError`. Files from before their SHA256SUMS was written are not read.
     """
-    for path in folder.rglob("speed.json"):
-        read_sealed(path)
     for path in list(checksums.damaged_files(folder, newer=True)):
         header = path.parent / "header.json"
         if not header.exists():

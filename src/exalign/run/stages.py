@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,8 @@ from exalign.data.store import (
 from exalign.data.tokenization import TokenLimits
 from exalign.data.vocabulary import build_tokenizer
 from exalign.errors import InputError
-from exalign.evaluation.run_folder import step_name
+from exalign.evaluation.pool import beta_at
+from exalign.evaluation.run_folder import pool_rewards, step_name
 from exalign.evaluation.verdict import own_sample_warnings
 from exalign.methods.method import Material, Method
 from exalign.methods.oracle import train_classifier
@@ -39,28 +40,26 @@ from exalign.methods.reward_model import train_reward_model
 from exalign.methods.sft import train_sft
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
-from exalign.processes import leads
+from exalign.processes import gathered, leads
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
+from exalign.run.cluster import sample_by_workers, score_by_workers
 from exalign.run.evaluating import PAIRS, evaluation_stages, reads_pairs, with_ids
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
     SHARD,
-    Drawing,
     Scoring,
     Takes,
+    Wanted,
     draw,
     metric_rows,
     offline_sampling,
     prompts_of,
-    record_training_speed,
     records_of,
     run_tokenizer,
-    say_speed,
     scoring,
-    scoring_at,
     seeded,
     supervised,
     supervised_settings,
@@ -72,12 +71,11 @@ from exalign.run.materials import (
 )
 from exalign.run.recipe import Recipe, holds_out, trained_on
 from exalign.run.search import search_stage, searched_settings, validation_stage
-from exalign.run.sweep import POOL, described, trained
 from exalign.run.view import Stage, View
-from exalign.run.workers import sample_by_workers, score_by_workers
-from exalign.storage import fingerprint, write_json
+from exalign.storage import fingerprint, link_folder, write_json
 from exalign.terminal import shown
 
+POOL = "evaluation/pool"
 SEED = Takes(("seed",))
 OFFLINE = Takes((*SAMPLED, "sample.top_p", "sample.top_k"))
 """What the samples that methods train on depend on, besides the policy and their number."""
@@ -120,8 +118,7 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         takes = SEED + own + Takes(("oracle", "data.labelled"))
         yield takes.stage("oracle", _oracle, together=True)
     if recipe.preferences is not None:
-        scorer = scoring_at("preferences.scorer", recipe.preferences.scorer)
-        assert scorer is not None
+        scorer = Scoring("preferences.scorer", recipe.preferences.scorer.stages)
         takes = policy + OFFLINE + _pool(recipe) + takes_data(recipe, "prompts") + scorer.takes
         yield takes.stage("preferences", partial(_sampled_preferences, scorer=scorer))
     if recipe.reward is not None:
@@ -242,24 +239,68 @@ def _material(view: View, *, reference: str | None, scorer: Scoring | None, crit
 
 
 def _align(view: View, *, name: str, material: partial[Material], pool_scorer: Scoring | None) -> None:
-    """Train a method with its settings, or with those of its search's best trial, whose weights it takes over."""
+    """Train a method with its settings, or with those of its search's best trial, whose weights it takes over.
+
+    A sweep is one training for each value, in `at-1`, `at-2`, … of the method's folder. Their last policies get second
+    names as `policies/step-000001`, …, where everything that reads a method's policies finds them: the ends of the
+    trainings are the points of its frontier, as optima are a family over β.
+    """
     method = view.recipe.align[name]
     if view.has(f"search/{name}"):
         method = searched_settings(view, name, method)
     if leads():
         write_json(view.folder / "method.json", method.described())
-    members = []
-    for settings, given, place in trained(view, method, material, view.folder, pool_scorer):
-        members.append(settings)
-        if given.groups:
-            record_training_speed(view, place, given.policy, given.groups, settings)
+    members = [(method, view.folder)]
+    if method.swept is not None:
+        each = enumerate(_swept(view, method, pool_scorer), start=1)
+        members = [(one, view.folder / f"at-{number}") for number, one in each]
+    for number, (one, place) in enumerate(members, start=1):
+        if len(members) > 1:
+            view.console.print(shown(f"  {number} of {len(members)}: {one.line}", "dim"), soft_wrap=True)
+        settings = seeded(one, view.recipe)
+        torch.manual_seed(settings.seed)
+        settings.train(material(view), place)
         if leads():
             rows = metric_rows(place)
             metrics = {metric: [row.get(metric) for row in rows] for metric in rows[0]}
             for sentence in own_sample_warnings(place.relative_to(view.folder.parent).as_posix(), metrics):
                 view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)
-    if method.sweep is not None and leads():
-        write_json(view.folder / "method.json", described(method, members))
+    if method.swept is not None:
+        if leads():
+            for number, (_, place) in enumerate(members, start=1):
+                link_folder(place / "model", view.folder / "policies" / step_name(number))
+            link_folder(members[-1][1] / "model", view.folder / "model")
+            write_json(view.folder / "method.json", _sweep_described(method, [one for one, _ in members]))
+        gathered(None)
+
+
+def _swept(view: View, method: Method, scorer: Scoring | None) -> list[Method]:
+    """The methods that a sweep consists of; for `kl` with the β at which the optimum lies at so many nats.
+
+    `scorer` rewards the pool's samples again where their rewards are not those that it trains on.
+    """
+    assert method.swept is not None
+    setting, values = method.swept
+    if setting != "kl":
+        return [method.at(setting, value) for value in values]
+    if scorer is None:
+        rewards = pool_rewards(view.path(POOL))
+    else:
+        records = scored(scorer.load(view), read_records(view.path(POOL)), view.counts)
+        rewards = {record.id: [c.reward for c in record.completions if c.reward is not None] for record in records}
+    return [method.at_beta(beta_at(rewards, kl)) for kl in values]
+
+
+def _sweep_described(method: Method, members: Sequence[Method]) -> dict[str, Any]:
+    """What a report knows of a sweep: its last policy's method, and of each policy its value and the β aimed at."""
+    assert method.swept is not None
+    setting, values = method.swept
+    points = [{"value": value, "beta": one.optimum_beta} for value, one in zip(values, members, strict=True)]
+    what = "the β of an optimum" if setting == "kl" else setting
+    listed = ", ".join(f"{value:g}" for value in values) + (" nats" if setting == "kl" else "")
+    line = f"{method.label}, a policy trained for {what} at each of {listed}"
+    own = {"line": line, "settings": method.model_dump(mode="json")}
+    return members[-1].described() | own | {"sweep": {"setting": setting, "points": points}}
 
 
 def _tokenizer(view: View) -> None:
@@ -294,7 +335,6 @@ def _sft(view: View, *, source: str) -> None:
     model = load_policy(recipe.model.saved_whole(), tokenizer)  # an adapter of the alignment names it as its base
     assert recipe.sft is not None
     train_sft(model, tokenizer, groups, seeded(recipe.sft, recipe), view.folder)
-    record_training_speed(view, view.folder, model, groups, recipe.sft)
 
 
 def preferred_only(record: Record) -> Record:
@@ -322,7 +362,6 @@ def _oracle(view: View) -> None:
     model = load_classifier(own, tokenizer)
     keep_limits(model, TokenLimits(max_prompt_tokens=settings.max_tokens, max_completion_tokens=settings.max_tokens))
     train_classifier(model, tokenizer, groups, labels, seeded(settings, recipe), view.folder)
-    record_training_speed(view, view.folder, model, groups, settings)
 
 
 def labels_of(record: Record) -> int:
@@ -406,7 +445,6 @@ def _reward(view: View) -> None:
     limits = TokenLimits(max_prompt_tokens=data.max_prompt_tokens, max_completion_tokens=data.max_completion_tokens)
     keep_limits(model, limits)
     train_reward_model(model, tokenizer, groups, seeded(settings, recipe), view.folder)
-    record_training_speed(view, view.folder, model, groups, settings)
 
 
 def _rollouts(view: View) -> None:
@@ -420,8 +458,7 @@ def _sample(view: View, settings: SampleSettings, folder: Path, purpose: str) ->
         sample_by_workers(view, settings, folder=folder, purpose=purpose)
         return
     tokenizer = run_tokenizer(view)
-    draw(view, Drawing(supervised(view, tokenizer), tokenizer, settings, purpose), prompts_of(view), folder)
-    say_speed(view, view.folder)
+    draw(view, supervised(view, tokenizer), tokenizer, Wanted(prompts_of(view), settings, purpose), folder)
 
 
 def _scored(view: View, *, scorer: Scoring) -> None:
