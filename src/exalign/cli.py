@@ -390,14 +390,10 @@ def figures(
     ] = None,
 ) -> None:
     """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
-    if run is None:
-        paths, missing = _draw_exact_figures(Path("figures") if out is None else out), []
-    else:
-        written = draw_run_figures(run, out)
-        paths, missing = written.paths, written.missing
-    for path in paths:
+    written = _draw_exact_figures(out or Path("figures")) if run is None else draw_run_figures(run, out)
+    for path in written.paths:
         console.print(shown(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}"), soft_wrap=True)
-    for sentence in missing:
+    for sentence in written.missing:
         console.print(Text.assemble(("missing", "yellow"), " ", shown(sentence)), soft_wrap=True)
 
 
@@ -423,10 +419,10 @@ def draw_run_figures(run: Path, out: Path | None = None) -> Written:
     return write_paper_figures(evidence, run, folder.figures if out is None else out)
 
 
-def _draw_exact_figures(folder: Path) -> list[Path]:
+def _draw_exact_figures(folder: Path) -> Written:
     """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
     from exalign.exact.figures_data import gradient_error_figure, objective_figure, on_policy_figure, two_mode_figure
-    from exalign.report.paper_figures import draw_divergences
+    from exalign.report.paper_figures import Written, draw_divergences
     from exalign.report.style import save_figure
 
     modes, objectives = two_mode_figure(), objective_figure()
@@ -443,7 +439,7 @@ def _draw_exact_figures(folder: Path) -> list[Path]:
     figures["on-policy"] = _errors_against_k(on_policy_figure().curves)
     for name, figure in figures.items():
         save_figure(figure, folder, name)
-    return [folder / f"{name}.png" for name in figures]
+    return Written([folder / f"{name}.png" for name in figures], [])
 
 
 def _errors_against_k(curves: Mapping[str, Any]) -> Any:

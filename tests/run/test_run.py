@@ -98,7 +98,6 @@ def test_the_report_shows_what_was_judged_since(finished: tuple[Recipe, Path], t
     recipe, folder = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    carry_out(recipe, copy, "report")
     assert "judged-by-model" not in (copy / "report" / "index.html").read_text()
     judge_run(copy, "machine", longer, prompts=3)
     carry_out(recipe, copy, "report")

@@ -6,7 +6,7 @@ evaluation/answers/… → evaluation/density/METHOD … → report
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -44,78 +44,56 @@ from exalign.run.recipe import Recipe, holds_out, trained_on
 from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
-PAIRS = "evaluation/pairs"
+POOL, PAIRS = "evaluation/pool", "evaluation/pairs"
 
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     """Every stage after alignment; none where there is nothing to align."""
-    if not recipe.align:
-        return
-    settings, judge = recipe.evaluate, judging(recipe)
+    stages = [*_evaluation_stages(recipe)] if recipe.align else []
+    yield from stages
+    if stages:
+        before = tuple(stage.name for stage in stages[1:])
+        yield Takes(("seed",), before).stage("report", _report, always=True)
+
+
+def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
+    settings, judge, supervised = recipe.evaluate, judging(recipe), takes_supervised(recipe)
     judged = Takes() if judge is None else judge.takes
-    chosen = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
-    yield (chosen + judged + Takes(("evaluate.prompts", "evaluate.category"))).stage(
-        "evaluation/prompts", partial(_prompts, judge=judge)
-    )
-    drawn = takes_supervised(recipe) + judged + Takes(SAMPLED, ("evaluation/prompts",))
+    rows = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
+
+    def of_every_method(below: str, takes: Takes, work: Callable[..., None]) -> Iterator[Stage]:
+        """A stage of its own for each, so that a method that is added later changes no other's."""
+        for name in recipe.align:
+            own = takes + Takes(needs=(f"align/{name}",))
+            yield own.stage(f"evaluation/{below}{name}", partial(work, name=name))
+
+    takes = rows + judged + Takes(("evaluate.prompts", "evaluate.category"))
+    yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge))
+    drawn = supervised + judged + Takes(SAMPLED, ("evaluation/prompts",))
     sampled = drawn + Takes(("evaluate.samples",))
-    before = ["evaluation/sft"]
     yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge))
     if settings.pool_prompts and judge is not None:
-        before.append("evaluation/pool")
-        pool = drawn + Takes(("evaluate.pool_prompts", "evaluate.pool_samples"))
-        yield pool.stage("evaluation/pool", partial(_pool, judge=judge))
-    for name in recipe.align:
-        before.append(f"evaluation/{name}")
-        takes = sampled + Takes(needs=(f"align/{name}",))
-        yield takes.stage(f"evaluation/{name}", partial(_method, name=name, judge=judge))
-    for stage in (*_answers_stages(recipe, sampled, judge), *_pairs_stages(recipe), *_density_stages(recipe)):
-        before.append(stage.name)
-        yield stage
-    yield Takes(("seed",), tuple(before)).stage("report", _report, always=True)
-
-
-def _answers_stages(recipe: Recipe, sampled: Takes, judge: Scoring | None) -> Iterator[Stage]:
-    """Answers of π_sft and of every saved policy that are drawn for win rates and judges alone."""
-    if recipe.evaluate.answers is None:
-        return
-    reads = tuple(path for path in sampled.reads if path != "temperature")
-    takes = Takes((*reads, "evaluate.answers"), sampled.needs)
-    yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True))
-    for name in recipe.align:
-        of_method = takes + Takes(needs=(f"align/{name}",))
-        yield of_method.stage(f"evaluation/answers/{name}", partial(_method, name=name, judge=judge, answers=True))
+        takes = drawn + Takes(("evaluate.pool_prompts", "evaluate.pool_samples"))
+        yield takes.stage(POOL, partial(_pool, judge=judge))
+    yield from of_every_method("", sampled, partial(_method, judge=judge))
+    if settings.answers is not None:  # drawn for win rates and judges alone
+        reads = tuple(path for path in sampled.reads if path != "temperature")
+        takes = Takes((*reads, "evaluate.answers"), sampled.needs)
+        yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True))
+        yield from of_every_method("answers/", takes, partial(_method, judge=judge, answers=True))
+    if reads_pairs(recipe):
+        takes = supervised + Takes(("temperature", *LIMITS))
+        yield (takes + rows + Takes(("evaluate.prompts",))).stage(PAIRS, _pairs)
+        yield from of_every_method("pairs/", takes + Takes(needs=(PAIRS,)), _pairs_of)
+    if settings.pool_prompts and settings.density_prompts and judge is not None:
+        takes = supervised + Takes(("temperature", "evaluate.density_prompts"), (POOL,))
+        yield from of_every_method("density/", takes, _density)
 
 
 def reads_pairs(recipe: Recipe) -> bool:
     """Whether held-out preferences are read: the run has any, and a method or a reader would look."""
     there = recipe.data.preferences is not None or trained_on(recipe) == {"nothing"}
     return there and (bool(trained_on(recipe) & {"preferences", "nothing"}) or judging(recipe) is None)
-
-
-def _pairs_stages(recipe: Recipe) -> Iterator[Stage]:
-    """Held-out preferences under every saved policy."""
-    if not reads_pairs(recipe):
-        return
-    policy = takes_supervised(recipe) + Takes(("temperature", *LIMITS))
-    source = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
-    yield (policy + source + Takes(("evaluate.prompts",))).stage(PAIRS, _pairs)
-    for name in recipe.align:
-        takes = policy + Takes(needs=(PAIRS, f"align/{name}"))
-        yield takes.stage(f"evaluation/pairs/{name}", partial(_pairs_of, name=name))
-
-
-def _density_stages(recipe: Recipe) -> Iterator[Stage]:
-    """π_sft's own samples under each final policy, for density ratios: a stage for every method.
-
-    So a method that is added later changes no other's.
-    """
-    if not min(recipe.evaluate.density_prompts, recipe.evaluate.pool_prompts) or judging(recipe) is None:
-        return
-    reads = Takes(("temperature", "evaluate.density_prompts"), ("evaluation/pool",))
-    for name in recipe.align:
-        takes = takes_supervised(recipe) + reads + Takes(needs=(f"align/{name}",))
-        yield takes.stage(f"evaluation/density/{name}", partial(_density, name=name))
 
 
 def _evaluation_rows(view: View) -> Iterator[Record]:
@@ -260,11 +238,11 @@ def _density(view: View, *, name: str) -> None:
     last = view.path(f"align/{name}", "model")
     if own_tokenizer(view, last, tokenizer) is not None:
         return
-    pool = read_records(view.path("evaluation/pool"))[: view.recipe.evaluate.density_prompts]
+    pool = read_records(view.path(POOL))[: view.recipe.evaluate.density_prompts]
     known = with_logprobs(pool, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
     policy = frozen_policy(view, last, tokenizer)
     done = with_logprobs(known, policy, "logprob", Numerics(temperature))
-    header = replace(read_header(view.path("evaluation/pool")), counts={})
+    header = replace(read_header(view.path(POOL)), counts={})
     write_records(view.folder / "samples", done, header)
     view.counts["samples"] = sum(len(record.completions) for record in done)
 

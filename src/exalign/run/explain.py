@@ -112,8 +112,7 @@ def print_settings(console: Console, below: str | None = None) -> None:
     if below is not None:
         settings = [each for each in known if f"{each.name}.".startswith(f"{below}.")]
         if not settings:
-            names = {name for each in known for name in _prefixes(each.name)}
-            close = difflib.get_close_matches(below, sorted(names), n=1, cutoff=0.5)
+            close = difflib.get_close_matches(below, [each.name for each in known], n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
             raise InputError(f"{below} is no setting of a recipe; {hint}")
     else:
@@ -147,12 +146,6 @@ def _once(settings: Sequence[Explained]) -> Iterator[Explained]:
             names = [s.name for s in settings if s.owner is setting.owner and s.name.rpartition(".")[0] == place]
             meaning = f"as above: {names[0]} to {names[-1]}"
             yield replace(setting, name=f"{section}.…", type="", default="", meaning=meaning)
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
-    parts = name.split(".")
-    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
 
 
 def print_recipe(recipe: Recipe, console: Console) -> None:

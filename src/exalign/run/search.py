@@ -245,16 +245,12 @@ def _carried_out(
             sample_policies(alone, place, Wanted(prompts, sampling, "validation"), place / "evaluated", judge)
         except NotFiniteError as error:
             values["failed"] = str(error)
-        values |= {"seconds": _training_seconds(place), "counts": dict(alone.counts)}
+        seconds = sum(row["seconds"] for row in metric_rows(place))  # of each step once, however often interrupted
+        values |= {"seconds": round(seconds, 2), "counts": dict(alone.counts)}
         write_sealed(place / "result.json", {name: values[name] for name in ("seconds", "counts", "failed")})
     if values["failed"] is None:
         values |= value_of(view.path("validation", "samples"), place / "evaluated", search.kl)
     return Trial(**values)
-
-
-def _training_seconds(place: Path) -> float:
-    """Seconds of the training steps: of each once, however often the trial was interrupted."""
-    return round(sum(row["seconds"] for row in metric_rows(place)), 2)
 
 
 def _forget_weights(places: Iterable[Path], best: Path | None) -> None:

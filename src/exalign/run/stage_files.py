@@ -9,9 +9,8 @@ checkpoints by their own hashes. `verify` reads everything.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def check_inputs(stage: str, folder: Path) -> None:
 
     Models and records are checked by their readers, with the SHA256SUMS of their folders, which is one of these files.
     """
-    for name, (*_, digest) in read_sealed(folder / "done.json").get("files", {}).items():
+    for name, digest in _listed(folder / "done.json").items():
         path = folder / name
         vouched = path.name != checksums.NAME and _owner(path, folder) is not None
         if not (vouched or path.relative_to(folder).parts[0] in _NO_INPUT) and not _holds(path, digest):
@@ -94,53 +93,46 @@ def forget_damaged_records(folder: Path) -> Iterator[Path]:
         yield path
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verified:
     """What `verify` found: how many files and bytes it read, and which of the files are not what was written."""
 
-    files: int = 0
-    size: int = 0
-    damaged: list[Path] = field(default_factory=list)
+    files: int
+    size: int
+    damaged: list[Path]
 
 
 def verify(run: Path) -> Verified:
     """Read every file of a run that something vouches for, in stages that are complete or under way."""
-    found = Verified()
+    run, intact = Path(run), dict[Path, bool]()
 
-    def look(path: Path, intact: bool) -> None:
-        found.files += 1
-        found.size += path.stat().st_size if path.is_file() else 0
-        if not intact:
-            found.damaged.append(path)
+    def look(lists: Iterable[Path], read: Callable[[Path], Mapping[str, str]]) -> None:
+        """The files beside each list, by the checksums that stand in it; a damaged list is one of the damaged files."""
+        for path in sorted({*lists} - {*intact}):
+            try:
+                for name, digest in read(path).items():
+                    file = path.parent / name
+                    intact[file] = _holds(file, digest) and intact.get(file, True)
+            except (InputError, OSError):
+                intact[path] = False
 
-    listed: set[Path] = set()
-    for marker in sorted(path for name in MARKERS for path in Path(run).rglob(name)):
-        with _damage_of(marker, look):
-            for name, (*_, digest) in read_sealed(marker).get("files", {}).items():
-                listed.add(marker.parent / name)
-                look(marker.parent / name, _holds(marker.parent / name, digest))
-    for sums in sorted(set(Path(run).rglob(checksums.NAME)) - listed):
-        with _damage_of(sums, look):
-            for name, digest in checksums.read_sums(sums.parent).items():
-                look(sums.parent / name, _holds(sums.parent / name, digest))
-    for begun in sorted(Path(run).rglob(checksums.BEGUN)):
-        for name, written in checksums.begun(begun.parent).items():
-            look(begun.parent / name, _holds(begun.parent / name, written.sha256))
-    for checkpoint in sorted(set(Path(run).rglob("checkpoint.json")) - listed):
-        with _damage_of(checkpoint, look):
-            state = checkpoint.with_name("state.pt")
-            look(state, read_sealed(checkpoint).get("state") == fingerprint_path(state))
-    if not found.files:
+    look((path for name in MARKERS for path in run.rglob(name)), _listed)
+    look(run.rglob(checksums.NAME), lambda path: checksums.read_sums(path.parent))
+    look(run.rglob(checksums.BEGUN), lambda path: {n: w.sha256 for n, w in checksums.begun(path.parent).items()})
+    for checkpoint in sorted({*run.rglob("checkpoint.json")} - {*intact}):
+        state = checkpoint.with_name("state.pt")
+        try:
+            intact[state] = read_sealed(checkpoint).get("state") == fingerprint_path(state)
+        except (InputError, OSError):
+            intact[checkpoint] = False
+    if not intact:
         raise InputError(f"{run} holds no stage of a run.")
-    return found
+    size = sum(path.stat().st_size for path in intact if path.is_file())
+    return Verified(len(intact), size, [path for path, whole in intact.items() if not whole])
 
 
-@contextmanager
-def _damage_of(path: Path, look: Callable[[Path, bool], None]) -> Iterator[None]:
-    try:
-        yield
-    except (InputError, OSError):
-        look(path, False)
+def _listed(marker: Path) -> dict[str, str]:
+    return {name: digest for name, (*_, digest) in read_sealed(marker).get("files", {}).items()}
 
 
 def _holds(path: Path, digest: str) -> bool:

@@ -45,7 +45,7 @@ from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
-from exalign.run.evaluating import PAIRS, evaluation_stages, reads_pairs, with_ids
+from exalign.run.evaluating import PAIRS, POOL, evaluation_stages, reads_pairs, with_ids
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
@@ -75,7 +75,6 @@ from exalign.run.view import Stage, View
 from exalign.storage import fingerprint, link_folder, write_json
 from exalign.terminal import shown
 
-POOL = "evaluation/pool"
 SEED = Takes(("seed",))
 OFFLINE = Takes((*SAMPLED, "sample.top_p", "sample.top_k"))
 """What the samples that methods train on depend on, besides the policy and their number."""
@@ -356,19 +355,15 @@ def _oracle(view: View) -> None:
     )
     assert recipe.data.labelled is not None
     records = list(read_source(recipe.data.labelled, view.counts, tokenizer))
-    labels = [labels_of(record) for record in records]
+    for record in records:
+        if record.rewards is None:
+            raise InputError(f"data.labelled: row {record.id} has no label (0 or 1).")
+    labels = [int(record.rewards[0]) for record in records if record.rewards is not None]
     groups = tokenize(view, records, tokenizer, longest=settings.max_tokens)
     torch.manual_seed(recipe.seed)
     model = load_classifier(own, tokenizer)
     keep_limits(model, TokenLimits(max_prompt_tokens=settings.max_tokens, max_completion_tokens=settings.max_tokens))
     train_classifier(model, tokenizer, groups, labels, seeded(settings, recipe), view.folder)
-
-
-def labels_of(record: Record) -> int:
-    """The label of a text row; a row without one is an error."""
-    if record.rewards is None:
-        raise InputError(f"data.labelled: row {record.id} has no label (0 or 1).")
-    return int(record.rewards[0])
 
 
 def _given_preferences(view: View) -> None:
