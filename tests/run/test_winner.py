@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -49,6 +50,13 @@ PPO = (
 """Under the other's name, so that the rest of the test is the same."""
 
 
+@pytest.fixture(scope="module")
+def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    run_recipe(searched_recipe(world, *SEARCH), "search", folder=folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -58,9 +66,11 @@ PPO = (
     ],
 )
 def test_the_weights_are_those_of_a_training_without_search(
-    extra: tuple[str, ...], world: Path, tmp_path: Path
+    extra: tuple[str, ...], searched: Path, world: Path, tmp_path: Path
 ) -> None:
     recipe = searched_recipe(world, *SEARCH, *extra)
+    if not extra:
+        shutil.copytree(searched, tmp_path / "run")
     run_recipe(recipe, "align", folder=tmp_path / "run")
     place = tmp_path / "run/search/exo-rw"
     best = read_json(place / "best.json")
@@ -82,24 +92,24 @@ def test_the_weights_are_those_of_a_training_without_search(
     )
 
 
-def test_damaged_weights_are_trained_again(world: Path, tmp_path: Path) -> None:
-    recipe = searched_recipe(world, *SEARCH)
-    run_recipe(recipe, "search", folder=tmp_path)
+def test_damaged_weights_are_trained_again(searched: Path, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(searched, tmp_path, dirs_exist_ok=True)
     trial = tmp_path / "search/exo-rw" / read_json(tmp_path / "search/exo-rw/best.json")["folder"]
     files = {path: path.read_bytes() for path in trial.glob("policies/*/model.safetensors")}
     file = next(iter(files))
     times = file.stat()
     file.write_bytes(files[file][:-1] + bytes([files[file][-1] ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # a start does not see it; what reads it does
-    run_recipe(recipe, "align", folder=tmp_path)
+    run_recipe(searched_recipe(world, *SEARCH), "align", folder=tmp_path)
     for path, expected in files.items():
         assert (tmp_path / "align/exo-rw" / path.relative_to(trial)).read_bytes() == expected
 
 
 def test_a_search_made_again_trains_only_what_is_new_and_what_was_best_may_be_so_again(
-    world: Path, tmp_path: Path
+    searched: Path, world: Path, tmp_path: Path
 ) -> None:
     """Ranked at another KL; without the best of three; and with it again."""
+    shutil.copytree(searched, tmp_path, dirs_exist_ok=True)
     place, stage = tmp_path / "search/exo-rw", tmp_path / "align/exo-rw"
     run_recipe(searched_recipe(world, *SEARCH), "align", folder=tmp_path)
     best, expected, trained = read_json(place / "best.json"), weights(stage), inodes(stage)
