@@ -68,13 +68,17 @@ Recover = Annotated[
 ]
 
 STAGES = {
-    "sft": ("sft", "Fine-tune the supervised policy."),
-    "reward": ("reward", "Train the reward model on the preferences."),
-    "sample": ("rollouts", "Sample K completions per prompt from the supervised policy."),
-    "score": ("scored", "Score the samples."),
-    "search": ("search", "Search for the settings of the methods that the recipe's search names."),
-    "evaluate": ("evaluation", "Sample and score every aligned policy on held-out prompts."),
-    "report": ("report", "Write the evidence and the report."),
+    "run": (
+        (),
+        "Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues.",
+    ),
+    "sft": (("sft",), "Fine-tune the supervised policy."),
+    "reward": (("reward",), "Train the reward model on the preferences."),
+    "sample": (("rollouts",), "Sample K completions per prompt from the supervised policy."),
+    "score": (("scored",), "Score the samples."),
+    "search": (("search",), "Search for the settings of the methods that the recipe's search names."),
+    "evaluate": (("evaluation",), "Sample and score every aligned policy on held-out prompts."),
+    "report": (("report",), "Write the evidence and the report."),
 }
 
 
@@ -194,15 +198,7 @@ def evidence_(
     )
 
 
-@app.command("run", rich_help_panel=BEGIN)
-def run_all(
-    recipe: RecipeFile, overrides: Overrides = None, run: Folder = None, redo: Redo = False, recover: Recover = False
-) -> None:
-    """Carry out a whole recipe, from data to report. What is done is skipped, what was interrupted continues."""
-    _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover})
-
-
-def _add_stage(name: str, target: str, text: str) -> None:
+def _add_stage(name: str, targets: tuple[str, ...], text: str) -> None:
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
@@ -210,13 +206,14 @@ def _add_stage(name: str, target: str, text: str) -> None:
         redo: Redo = False,
         recover: Recover = False,
     ) -> None:
-        _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, target)
+        _carry_out(recipe, overrides, {"folder": run, "redo": redo, "recover": recover}, *targets)
 
-    app.command(name, help=f"{text} Stages it needs run first unless they are done.", rich_help_panel=STAGE)(command)
+    more, panel = (" Stages it needs run first unless they are done.", STAGE) if targets else ("", BEGIN)
+    app.command(name, help=text + more, rich_help_panel=panel)(command)
 
 
-for _name, (_target, _text) in STAGES.items():
-    _add_stage(_name, _target, _text)
+for _name, (_targets, _text) in STAGES.items():
+    _add_stage(_name, _targets, _text)
 
 
 @app.command(rich_help_panel=BEGIN)
