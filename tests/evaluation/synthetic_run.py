@@ -188,6 +188,10 @@ def _write_training(run: Path, world: World, generator: np.random.Generator) -> 
             )
         _metrics(folder, rows)
         (folder / "model").mkdir()
+        settings = _settings(name)
+        family, target = "exo" if settings["divergence"] == "reverse_kl" else "dpo", settings["target"]
+        described = {"label": family.upper(), "family": family, "target": target, "settings": settings}
+        (folder / "method.json").write_text(json.dumps(described), encoding="utf-8")
         _done(folder, 60 + 10 * generator.random(), {"groups": 400, "completions_cut": 5})
     _done(run / "evaluation", 80.0, {})
 
@@ -224,7 +228,11 @@ def _recipe(world: World) -> str:
         "align:",
     ]
     for name in world.methods:
-        divergence = "reverse_kl" if name.startswith("exo") else "forward_kl"
-        target = "preference" if "pref" in name else "reward"
-        lines.append(f"  {name}: {{divergence: {divergence}, target: {target}, beta_pi: 0.1, beta_r: 0.1}}")
+        lines.append(f"  {name}: {{{', '.join(f'{key}: {value}' for key, value in _settings(name).items())}}}")
     return "\n".join(lines) + "\n"
+
+
+def _settings(name: str) -> dict[str, str | float]:
+    divergence = "reverse_kl" if name.startswith("exo") else "forward_kl"
+    target = "preference" if "pref" in name else "reward"
+    return {"divergence": divergence, "target": target, "beta_pi": 0.1, "beta_r": 0.1}

@@ -120,7 +120,7 @@ def test_without_log_probabilities_there_is_no_kl_and_without_samples_nothing():
 def test_win_rate_by_hand():
     ours = tabulate(records([completion(1.0), completion(3.0)], [completion(0.0)], [completion(9.0)]), "ours")
     theirs = tabulate(records([completion(1.0), completion(2.0)], [completion(0.0), completion(-1.0)]), "theirs")
-    rate = win_rate(ours, theirs, opponent="SFT")
+    rate = win_rate(ours.by_prompt, theirs.by_prompt, opponent="SFT")
     # p0: tie, loss, win, win → 2.5 of 4; p1: tie, win → 1.5 of 2; p2 has no opponent.
     assert rate.rate.estimate == pytest.approx((2.5 / 4 + 1.5 / 2) / 2)
     assert rate.ties == pytest.approx((1 / 4 + 1 / 2) / 2)
@@ -129,7 +129,7 @@ def test_win_rate_by_hand():
 
 def test_win_rates_of_two_sides_sum_to_one():
     generator = np.random.default_rng(0)
-    ours, theirs = (table_of(generator.integers(0, 3, 30), np.zeros(30)) for _ in range(2))
+    ours, theirs = (table_of(generator.integers(0, 3, 30), np.zeros(30)).by_prompt for _ in range(2))
     there, back = win_rate(ours, theirs, opponent="b"), win_rate(theirs, ours, opponent="a")
     assert there.rate.estimate + back.rate.estimate == pytest.approx(1)
     assert there.ties == back.ties
@@ -137,7 +137,7 @@ def test_win_rates_of_two_sides_sum_to_one():
 
 def test_no_shared_prompt_means_no_win_rate():
     other = tabulate([Record("elsewhere", "x", (completion(1.0),))], "other")
-    assert win_rate(tabulate(RAGGED, "test"), other, opponent="SFT") is None
+    assert win_rate(tabulate(RAGGED, "test").by_prompt, other.by_prompt, opponent="SFT") is None
     assert reward_gain(tabulate(RAGGED, "test"), other) is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -41,6 +40,7 @@ def test_a_method_is_what_it_says_of_itself(run: RunFolder) -> None:
         "further": 1,
     }
     assert (run.describe("exo-rw").family, run.describe("exo-rw").target) == ("exo", "reward")
+    assert (run.describe("gone").label, run.describe("gone").settings) == ("gone", {})
     run.description("mine").write_text(json.dumps(said), encoding="utf-8")
     evidence = build_evidence(run.path, num_resamples=20)
     assert [method.name for method in evidence.methods] == ["exo-rw", "mine"]
@@ -50,14 +50,3 @@ def test_a_method_is_what_it_says_of_itself(run: RunFolder) -> None:
     run.description("mine").write_text('{"label": "MINE"}', encoding="utf-8")
     with pytest.raises(InputError, match="does not describe a method"):
         run.describe("mine")
-
-
-def test_where_it_says_nothing_the_recipe_does(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    methods = {"a": {"divergence": "forward_kl", "target": "preference"}, "b": {"method": "ppo", "target": "reward"}}
-    run.recipe.write_text(json.dumps({"align": methods}), encoding="utf-8")
-    assert [(run.describe(name).family, run.describe(name).target) for name in methods] == [
-        ("dpo", "preference"),
-        ("ppo", "reward"),
-    ]
-    assert run.methods_of_recipe() == ["a", "b"] and run.methods() == []

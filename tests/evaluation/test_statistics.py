@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.evaluation.statistics import BOOTSTRAP, mean_interval, resample_weights
+from exalign.evaluation.statistics import BOOTSTRAP, Bootstrap, mean_interval, resample_weights
 
 
 def coverage(draw, truth: float, trials: int = 600) -> float:
@@ -13,7 +13,7 @@ def coverage(draw, truth: float, trials: int = 600) -> float:
     generator = np.random.default_rng(0)
     hits = 0
     for trial in range(trials):
-        interval = mean_interval(draw(generator), num_resamples=400, seed=trial)
+        interval = Bootstrap(400, trial).mean(draw(generator))
         hits += interval.low <= truth <= interval.high
     return hits / trials
 
@@ -47,7 +47,7 @@ def test_prompts_are_the_unit_not_samples():
 
 def test_width_is_that_of_the_normal_approximation():
     values = np.random.default_rng(2).normal(size=400)
-    interval = mean_interval(values, num_resamples=4000)
+    interval = Bootstrap(4000).mean(values)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * values.std(ddof=1) / 20, rel=0.05)
 
 
@@ -63,7 +63,7 @@ def test_pairing_removes_what_both_share():
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
 def test_the_interval_holds_the_estimate(values):
-    interval = mean_interval(np.array(values), num_resamples=50)
+    interval = Bootstrap(50).mean(np.array(values))
     assert interval.estimate == pytest.approx(np.mean(values))
     if len(values) == 1:
         assert interval.low is None
@@ -75,8 +75,8 @@ def test_the_interval_holds_the_estimate(values):
 
 def test_the_same_seed_gives_the_same_interval():
     values = np.random.default_rng(4).normal(size=20)
-    assert mean_interval(values, seed=7) == mean_interval(values, seed=7)
-    assert mean_interval(values, seed=7) != mean_interval(values, seed=8)
+    assert Bootstrap(seed=7).mean(values) == Bootstrap(seed=7).mean(values)
+    assert Bootstrap(seed=7).mean(values) != Bootstrap(seed=8).mean(values)
 
 
 def test_weights_are_resamples():

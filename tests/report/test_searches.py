@@ -27,19 +27,14 @@ def searched(folder: Path) -> Path:
     write_json(
         run / "search/exo-rw/best.json", {"trial": 2, "value": 0.75, "kl": 1.25, "ranked_at": 2.0, "settings": {}}
     )
-    settings = {"trial": 2, "settings": {"divergence": "forward_kl", "target": "reward", "weight": None}}
-    write_json(run / "align/exo-rw/settings.json", settings)
     return run
 
 
-def test_the_evidence_holds_the_trials_and_what_was_trained_with(tmp_path: Path) -> None:
+def test_the_evidence_holds_the_trials(tmp_path: Path) -> None:
     run = searched(tmp_path)
     build_evidence(run, num_resamples=20)
     evidence = read_evidence(run / "evaluation" / "evidence.json")
     assert evidence.searches == [Search("exo-rw", 2.0, 2, TRIALS)]
-    chosen, own = evidence.methods
-    assert chosen.settings == {"divergence": "forward_kl", "target": "reward"} and chosen.family == "dpo"
-    assert own.settings["divergence"] == "forward_kl" and own.settings["beta_pi"] == 0.1
 
 
 def test_the_page_lists_every_trial(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from exalign.methods.contrastive import Contrastive, ContrastiveTask
 from exalign.methods.cpo import CPO
 from exalign.methods.dpo_norm import DPONorm
 from exalign.methods.ipo import IPO
-from exalign.methods.kto import KTO, KTOTask, UnrelatedBatches, unrelated_to
+from exalign.methods.kto import KTO, KTOTask, unrelated_to
 from exalign.methods.matching import with_reference_logp
 from exalign.methods.method import Material, Method, available, method_class
 from exalign.methods.orpo import ORPO
@@ -28,6 +28,7 @@ from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, plain_completion_logprobs
 from exalign.models.model_settings import ModelSettings
 from exalign.storage import read_json
+from exalign.training.batches import EpochBatches
 from training.tiny_world import (
     TIMINGS,
     assert_same_outcome,
@@ -89,12 +90,8 @@ def material(policy: Any, groups: list[Group]) -> Material:
 
 
 def task_of(settings: Contrastive, policy: Any, groups: list[Group]) -> ContrastiveTask:
-    given = material(policy, groups)
-    if isinstance(settings, KTO):
-        return KTOTask(
-            UnrelatedBatches(settings.order(given), PackedPolicy(policy), given, settings), settings, TEMPERATURE
-        )
-    return ContrastiveTask(settings.order(given), settings, TEMPERATURE)
+    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=1, seed=0)
+    return settings.task_of(PackedPolicy(policy), material(policy, groups))(batches)
 
 
 def logps(policy: Any, groups: list[Group]) -> Tensor:
@@ -270,7 +267,7 @@ def test_what_is_measured_on_held_out_pairs_is_the_loss_of_the_policy_that_is_sa
     stopping(tmp_path, stop_after=None)
     policy: Any = load_policy(ModelSettings(source=str(tmp_path / "model")), make_tokenizer())
     groups = with_reference_logp(by_formula(make_policy()), make_groups(8, num_completions=2), IPO(), temperature=0.8)
-    loss, metrics = ContrastiveTask(IPO().order(material(policy, groups)), IPO(), 0.8).loss(policy, groups)
+    loss, metrics = task_of(IPO(), policy, groups).loss(policy, groups)
     last = read_metrics(tmp_path)[-1]
     assert last["held_out_loss"] == pytest.approx(float(loss.detach()) / 8, rel=1e-4)
     assert last["held_out_accuracy"] == float(metrics["accuracy"]) / 8

@@ -100,7 +100,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     world = World({"exo": (0.9, (1.0,)), "dpo": (0.5, (1.0,))}, num_prompts=3, pool=4, steps=2)
     run = write_run(tmp_path_factory.mktemp("runs") / "run", world)
-    build_evidence(run, num_resamples=10, num_examples=1)
+    build_evidence(run, num_resamples=10)
     found: dict[str, Any] = json.loads((run / "evaluation" / "evidence.json").read_text())
     return found
 

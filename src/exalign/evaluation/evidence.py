@@ -48,41 +48,29 @@ from exalign.evaluation.schema import (
     WinRate,
     write_evidence,
 )
-from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Bootstrap
+from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, Bootstrap
 from exalign.evaluation.verdict import verdict, warnings
 from exalign.storage import read_json
 
 SFT = "SFT"
 REFERENCE_TEXTS = "reference texts"
 REFERENCE_TEXT = "reference text"
-NUM_WORST = 3
+NUM_EXAMPLES, NUM_WORST = 8, 3
 NUM_COURSE, COURSE_STEPS = 3, 5
 """Prompts on which a method's checkpoints are shown one beside the other, and at most how many of these."""
 
 
 def build_evidence(
-    run: Path,
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-    num_examples: int = 8,
-    judgements: Judgements | None = None,
+    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
 ) -> Evidence:
     """`collect_evidence`, with its arguments and errors, written to `evaluation/evidence.json`."""
-    evidence = collect_evidence(
-        run, seed=seed, num_resamples=num_resamples, num_examples=num_examples, judgements=judgements
-    )
+    evidence = collect_evidence(run, seed=seed, num_resamples=num_resamples, judgements=judgements)
     write_evidence(RunFolder(Path(run)).evidence, evidence)
     return evidence
 
 
 def collect_evidence(
-    run: Path,
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-    num_examples: int = 8,
-    judgements: Judgements | None = None,
+    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
 ) -> Evidence:
     """Compute everything the report says about the run in folder `run`; nothing is written.
 
@@ -104,13 +92,13 @@ def collect_evidence(
     curves = folder.curves(counts)
     counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
-    chosen = verdict(methods, _kl_budget(material.recipe))
+    chosen = verdict(methods, material.kl_budget)
     evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
         temperature=read_header(folder.supervised).temperature,
-        answers=_answers_drawn(material.recipe),
-        kl_budget=_kl_budget(material.recipe),
+        answers=_answers_drawn(material.evaluate.get("answers")),
+        kl_budget=material.kl_budget,
         confidence=CONFIDENCE,
         num_prompts=len(material.sft.ids),
         sft=sft,
@@ -119,7 +107,7 @@ def collect_evidence(
         comparisons=compare_pairs(paths),
         optimum=best,
         best_of_n=of_n,
-        examples=choose_examples(material.prompts, material.answers, num_examples, seed, judgements.remarks),
+        examples=choose_examples(material.prompts, material.answers, NUM_EXAMPLES, seed, judgements.remarks),
         curves=curves,
         stages=folder.stages(),
         record_counts=folder.record_counts(),
@@ -203,6 +191,15 @@ class _Material:
             material._read_method(method)
             material._read_pairs(method)
         return material
+
+    @property
+    def evaluate(self) -> dict[str, Any]:
+        """The recipe's section of that name."""
+        return self.recipe.get("evaluate") or {}
+
+    @property
+    def kl_budget(self) -> float | None:
+        return self.evaluate.get("kl_budget")
 
     @property
     def opponents(self) -> dict[str, SampleTable]:
@@ -305,8 +302,7 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
     if material.pool is not None and scored:
         known = [table for table in tables.values() if table.log_ratios is not None]
         gap = gap_to_optimum(material.pool, material.sft, known, bootstrap)
-    budget = _kl_budget(material.recipe)
-    selected = None if budget is None else select_within(points, budget)
+    selected = None if material.kl_budget is None else select_within(points, material.kl_budget)
     described = material.run.describe(name)
     return MethodEvidence(
         name=name,
@@ -331,16 +327,21 @@ def _rates(
     material: _Material, name: str, step: int, bootstrap: Bootstrap, among: Collection[str] | None = None
 ) -> dict[str, WinRate | None]:
     """Win rates of a policy's answers, by opponent: on all prompts, or on those `among` these."""
-    ours, against = material.judged.get(name, {}).get(step), material.opponents
+    ours = material.judged.get(name, {}).get(step)
     if ours is None:
         return {}
-    if among is not None:
-        ours, against = ours.among(among), {who: table.among(among) for who, table in against.items()}
-    return {who: win_rate(ours, table, opponent=who, bootstrap=bootstrap) for who, table in against.items()}
+
+    def chosen(table: SampleTable) -> dict[str, Array]:
+        return {key: rewards for key, rewards in table.by_prompt.items() if among is None or key in among}
+
+    return {
+        who: win_rate(chosen(ours), chosen(table), opponent=who, bootstrap=bootstrap)
+        for who, table in material.opponents.items()
+    }
 
 
 def _by_category(material: _Material, name: str, step: int, bootstrap: Bootstrap) -> dict[str, list[WinRate]]:
-    column = (material.recipe.get("evaluate") or {}).get("category")
+    column = material.evaluate.get("category")
     ids: dict[str, set[str]] = {}
     for record in material.prompts if column is not None else ():
         ids.setdefault(str((record.columns or {}).get(str(column), "none")), set()).add(record.id)
@@ -432,17 +433,12 @@ def _answer(source: str, completion: Completion) -> Answer:
     return Answer(source, completion.text, completion.reward, log_ratio(completion), completion.finish_reason)
 
 
-def _answers_drawn(recipe: Mapping[str, Any]) -> str | None:
+def _answers_drawn(said: Mapping[str, Any] | None) -> str | None:
     """How answers to be judged were drawn, in words; None where they are the samples."""
-    said = (recipe.get("evaluate") or {}).get("answers")
     if said is None:
         return None
     top_p = said.get("top_p")
     return f"at a temperature of {said['temperature']:g}" + ("" if top_p is None else f" with top-p {top_p:g}")
-
-
-def _kl_budget(recipe: Mapping[str, Any]) -> float | None:
-    return (recipe.get("evaluate") or {}).get("kl_budget")
 
 
 def _scored_as_trained(recipe: Mapping[str, Any]) -> bool:

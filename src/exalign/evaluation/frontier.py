@@ -8,7 +8,7 @@ differences between methods are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.special import expit
 from exalign.errors import InputError
 from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
 from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
-from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, interval_of
+from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap
 
 
 def frontier_point(
@@ -37,23 +37,22 @@ def frontier_point(
     """
     if not table.ids:
         raise InputError(f"step {step}: there are no samples to evaluate.")
-    weights = bootstrap.weights(len(table.ids))
 
-    def interval(means: Array) -> Interval:
-        return interval_of(means.mean(), weights @ means, len(means))
+    def mean(values: Ragged | None) -> float | None:
+        return None if values is None else float(prompt_means(values).mean())
 
     return FrontierPoint(
         step=step,
-        reward=interval(prompt_means(table.rewards)) if table.scored else None,
-        kl=None if table.log_ratios is None else interval(prompt_means(table.log_ratios)),
+        reward=bootstrap.mean(prompt_means(table.rewards)) if table.scored else None,
+        kl=None if table.log_ratios is None else bootstrap.mean(prompt_means(table.log_ratios)),
         reward_std=_spread(table.rewards) if table.scored else None,
-        num_samples=table.num_samples,
-        accuracy=interval(_mean_sigmoid(table.rewards)) if rewards_are_log_odds else None,
-        tokens=None if table.lengths is None else float(prompt_means(table.lengths).mean()),
-        finished=None if table.finished is None else float(prompt_means(table.finished).mean()),
+        num_samples=sum(map(len, table.rewards)),
+        accuracy=bootstrap.mean(np.array([expit(r).mean() for r in table.rewards])) if rewards_are_log_odds else None,
+        tokens=mean(table.lengths),
+        finished=mean(table.finished),
         win_vs_sft=win_vs_sft,
         reward_std_within=_spread_within(table.rewards) if table.scored else None,
-        repetition=None if table.repeated is None else float(prompt_means(table.repeated).mean()),
+        repetition=mean(table.repeated),
         gain=gain,
         parts=dict(table.parts),
     )
@@ -144,11 +143,6 @@ def _neighbours(mean_kl: Array, mean_reward: Array, kl: float) -> tuple[int, int
     return kept[last - 1], kept[last]
 
 
-def _mean_sigmoid(rewards: Ragged) -> Array:
-    """`[P]` means of σ(reward)."""
-    return np.array([expit(values).mean() for values in rewards])
-
-
 def _spread(rewards: Ragged) -> float:
     """Standard deviation over samples, every prompt weighing the same."""
     mean = prompt_means(rewards).mean()
@@ -173,28 +167,24 @@ def pair_shares(ours: Array, theirs: Array) -> tuple[float, float]:
 
 
 def win_rate(
-    ours: SampleTable,
-    theirs: SampleTable,
+    ours: Mapping[str, Array],
+    theirs: Mapping[str, Array],
     *,
     opponent: str,
+    shares: Callable[[Array, Array], tuple[float, float]] = pair_shares,
     bootstrap: Bootstrap = BOOTSTRAP,
 ) -> WinRate | None:
-    """Win rate of `ours` over `theirs`, both scored by the same scorer: the mean over prompts of the share of pairs.
+    """Win rate of `ours` over `theirs`, rewards by prompt of one scorer: the mean over prompts of the share of pairs.
 
-    Prompts that only one side has are counted in `missing_prompts`; None where no prompt is shared.
+    `shares` are those of wins and of ties on one prompt. Prompts that only one side has are counted in
+    `missing_prompts`; None where no prompt is shared.
     """
-    ids = common_prompts([ours, theirs])
-    if not ids:
+    pairs = [(rewards, theirs[name]) for name, rewards in ours.items() if name in theirs]
+    if not pairs:
         return None
-    pairs = [(ours.rewards[i], theirs.rewards[j]) for i, j in zip(ours.at(ids), theirs.at(ids), strict=True)]
-    shares = np.array([pair_shares(mine, other) for mine, other in pairs])
-    return WinRate(
-        opponent=opponent,
-        rate=bootstrap.mean(shares[:, 0]),
-        ties=float(shares[:, 1].mean()),
-        num_pairs=sum(len(mine) * len(other) for mine, other in pairs),
-        missing_prompts=len(set(ours.ids).symmetric_difference(theirs.ids)),
-    )
+    wins, ties = np.array([shares(*pair) for pair in pairs]).T
+    num_pairs = sum(len(mine) * len(other) for mine, other in pairs)
+    return WinRate(opponent, bootstrap.mean(wins), float(ties.mean()), num_pairs, len(ours.keys() ^ theirs.keys()))
 
 
 LEAST_MOVE = 0.05

@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.evaluation.frontier import path, reach, reward_at_kl
+from exalign.evaluation.frontier import path, reach, reward_at_kl, win_rate
 from exalign.evaluation.sample_table import SampleTable, prompt_means, render_prompt
 from exalign.evaluation.schema import (
     BestOfN,
@@ -39,7 +40,6 @@ from exalign.evaluation.schema import (
     Optimum,
     OptimumPoint,
     PromptDensity,
-    WinRate,
 )
 from exalign.evaluation.statistics import BOOTSTRAP, CONFIDENCE, Array, Bootstrap, interval_of
 
@@ -236,30 +236,15 @@ def best_of_n(
     independent of the pool, on the prompts that both have.
     """
     fewest = min(map(len, pool.values()), default=0)
+    arrays = {name: np.array(rewards) for name, rewards in pool.items()}
     points = []
     for n in sorted({2**power for power in range(fewest.bit_length())} | ({fewest} if fewest else set())):
         best = np.array([expected_best(rewards, n) for rewards in pool.values()])
-        rates = [_pool_win_rate(pool, table, n, who, bootstrap) for who, table in (opponents or {}).items()]
+        how = {"shares": partial(best_of_n_shares, n=n), "bootstrap": bootstrap}
+        rates = [win_rate(arrays, table.by_prompt, opponent=who, **how) for who, table in (opponents or {}).items()]
         won = [rate for rate in rates if rate is not None]
         points.append(BestOfN(n, bootstrap.mean(best), math.log(n) - (n - 1) / n, won))
     return points
-
-
-def _pool_win_rate(
-    pool: Mapping[str, Sequence[float]], theirs: SampleTable, n: int, opponent: str, bootstrap: Bootstrap
-) -> WinRate | None:
-    """As `winrate.win_rate`, with the pairs weighted by `rank_weights`; `num_pairs` counts them before that."""
-    against = {key: rewards for key, rewards in zip(theirs.ids, theirs.rewards, strict=True) if key in pool}
-    if not against:
-        return None
-    shares = np.array([best_of_n_shares(pool[key], rewards, n) for key, rewards in against.items()])
-    return WinRate(
-        opponent=opponent,
-        rate=bootstrap.mean(shares[:, 0]),
-        ties=float(shares[:, 1].mean()),
-        num_pairs=sum(len(pool[key]) * len(rewards) for key, rewards in against.items()),
-        missing_prompts=len(set(pool).symmetric_difference(theirs.ids)),
-    )
 
 
 OPTIMUM = "estimated optimum"

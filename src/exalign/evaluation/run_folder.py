@@ -44,7 +44,7 @@ from exalign.evaluation.schema import Benchmark, Curve, Evidence, Search, Stage,
 from exalign.storage import read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
-DONE, STARTED = "done.json", "started.json"
+DONE = "done.json"
 SUPERVISED, REFERENCE = "sft", "reference"
 """What the supervised policy and the reference texts are called among the systems of a run."""
 NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs", "answers")
@@ -53,16 +53,13 @@ BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
-_FAMILIES = {"reverse_kl": "exo", "forward_kl": "dpo"}
 
 
 @dataclass(frozen=True)
 class MethodDescription:
-    """What a method says of itself in `align/METHOD/method.json`.
+    """What a method says of itself in `align/METHOD/method.json`: what `schema.MethodEvidence` has of these names.
 
-    `label` is its short name (EXO), `family` how it is drawn, `target` reward, preference or None, `line` a sentence,
-    `beta` that of the optimum that it aims at. `sweep` is the setting that differs between its policies, with the value
-    and the β of each, where they are the ends of trainings of their own.
+    `beta` is that of the optimum that it aims at.
     """
 
     label: str
@@ -74,29 +71,21 @@ class MethodDescription:
     sweep: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """A run's directory. Properties and methods without a verb are places, whether anything stands there or not."""
+    """A run's directory. Attributes and methods without a verb are places, whether anything stands there or not."""
 
-    path: Path
-
-    def stage(self, name: str) -> Path:
-        """The folder of a stage, as `align/exo-rw`."""
-        return self.path / name
-
-    def done(self, stage: str) -> Path:
-        return self.path / stage / DONE
-
-    def started(self, stage: str) -> Path:
-        return self.path / stage / STARTED
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe, self.environment = path / "recipe.yaml", path / "environment.json"
+        self.evaluation = path / "evaluation"
+        self.evidence, self.benchmark = self.evaluation / "evidence.json", self.evaluation / "benchmark.json"
+        self.prompts, self.pool = self.evaluation / "prompts", self.evaluation / "pool"
+        self.supervised = self.evaluation / SUPERVISED / "samples"
+        self.judgements = path / "judging" / "llm"
+        self.assessment = path / "assessment"
+        self.studies = self.assessment / "study.sqlite"
+        self.report = path / "report"
+        self.page, self.figures = self.report / "index.html", self.report / "figures"
 
     def align(self, method: str) -> Path:
         return self.path / "align" / method
@@ -105,12 +94,9 @@ class RunFolder:
         """The policy at the end of training."""
         return self.align(method) / "model"
 
-    def policies(self, method: str) -> Path:
-        return self.align(method) / "policies"
-
     def policy(self, method: str, step: int) -> Path:
         """The policy that was saved at a step."""
-        return self.policies(method) / step_name(step)
+        return self.align(method) / "policies" / step_name(step)
 
     def policy_source(self, name: str) -> str | None:
         """Folder or hub name of `SFT`, or of a policy METHOD@STEP; None where the run began with random weights."""
@@ -129,37 +115,8 @@ class RunFolder:
     def description(self, method: str) -> Path:
         return self.align(method) / "method.json"
 
-    def found_settings(self, method: str) -> Path:
-        """The settings that a search chose."""
-        return self.align(method) / "settings.json"
-
     def search(self, method: str) -> Path:
         return self.path / "search" / method
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
-
-    @property
-    def evidence(self) -> Path:
-        return self.evaluation / "evidence.json"
-
-    @property
-    def benchmark(self) -> Path:
-        return self.evaluation / "benchmark.json"
-
-    @property
-    def prompts(self) -> Path:
-        return self.evaluation / "prompts"
-
-    @property
-    def supervised(self) -> Path:
-        """Samples of π_sft on the evaluation's prompts."""
-        return self.evaluation / SUPERVISED / "samples"
-
-    @property
-    def pool(self) -> Path:
-        return self.evaluation / "pool"
 
     def samples(self, method: str, step: int) -> Path:
         return self.evaluation / method / step_name(step) / "samples"
@@ -175,48 +132,19 @@ class RunFolder:
     def density(self, method: str) -> Path:
         return self.evaluation / "density" / method / "samples"
 
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def page(self) -> Path:
-        return self.report / "index.html"
-
-    @property
-    def figures(self) -> Path:
-        return self.report / "figures"
-
-    @property
-    def judgements(self) -> Path:
-        """What language models said, `JUDGE/MATCH-UP` below it."""
-        return self.path / "judging" / "llm"
-
-    @property
-    def assessment(self) -> Path:
-        """What people said."""
-        return self.path / "assessment"
-
-    @property
-    def studies(self) -> Path:
-        """The database of the people's studies, unless they are kept elsewhere."""
-        return self.assessment / "study.sqlite"
-
     def relative(self, path: Path) -> str:
         """A place in the run as messages and the report name it."""
         return path.relative_to(self.path).as_posix()
 
     def recipe_text(self) -> str:
-        """The resolved recipe; empty where there is none."""
+        """Empty where there is none."""
         return self.recipe.read_text(encoding="utf-8", errors="replace") if self.recipe.is_file() else ""
 
     def recipe_values(self) -> dict[str, Any]:
-        """The resolved recipe as a mapping; empty where there is none."""
         values = parse_yaml(self.recipe_text(), str(self.recipe))
         return values if isinstance(values, dict) else {}
 
     def environment_values(self) -> dict[str, Any]:
-        """What `environment.json` holds; empty where there is none."""
         values = read_json(self.environment) if self.environment.is_file() else {}
         return values if isinstance(values, dict) else {"environment": values}
 
@@ -256,25 +184,17 @@ class RunFolder:
         return sorted({path.parent.name for path in folders if path.is_dir()})
 
     def describe(self, method: str) -> MethodDescription:
-        """What the method says of itself; while its stage has not said it, what the recipe's settings tell."""
-        if self.description(method).is_file():
-            values = read_json(self.description(method))
-            known = MethodDescription.__dataclass_fields__
-            try:
-                return MethodDescription(**{name: value for name, value in values.items() if name in known})
-            except (TypeError, AttributeError):
-                raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
-        in_recipe = (self.recipe_values().get("align") or {}).get(method)
-        settings = self.searched_settings(method) or (in_recipe if isinstance(in_recipe, dict) else {})
-        return MethodDescription("", _family(method, settings), _target(method, settings), settings)
-
-    def searched_settings(self, method: str) -> dict[str, Any]:
-        """The settings that a search chose and the method was aligned with; empty where there was none."""
-        path = self.found_settings(method)
-        return {k: v for k, v in read_json(path)["settings"].items() if v is not None} if path.is_file() else {}
+        """What the method says of itself; its name alone where its folder is not there."""
+        if not self.description(method).is_file():
+            return MethodDescription(method, "other", None, {})
+        values, known = read_json(self.description(method)), MethodDescription.__dataclass_fields__
+        try:
+            return MethodDescription(**{name: value for name, value in values.items() if name in known})
+        except (TypeError, AttributeError):
+            raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
 
     def is_finished(self, method: str) -> bool:
-        """Whether alignment came to its end: its final model is there, or it was not trained in this run at all."""
+        """Whether its final model is there, or it was not trained in this run at all."""
         return self.model(method).is_dir() or not self.align(method).is_dir()
 
     def sampled_steps(self, method: str) -> list[int]:
@@ -400,9 +320,7 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
         check_file(shard)
         try:
             table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
-            rows = [
-                (row["id"], [completion["reward"] for completion in row["completions"]]) for row in table.to_pylist()
-            ]
+            rows = [(row["id"], [one["reward"] for one in row["completions"]]) for row in table.to_pylist()]
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             said = " ".join(str(error).split())[:200]
             raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
@@ -415,7 +333,7 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
 
 def _check_listed(path: Path) -> None:
     """A file of a complete stage must be what the stage wrote."""
-    done = path.with_name("done.json")
+    done = path.with_name(DONE)
     files = read_sealed(done).get("files") if done.is_file() else None
     if isinstance(files, dict) and path.name in files and files[path.name][-1] != checksum(path):
         raise InputError(f"{path} is damaged: it is not what its stage wrote; restore it, or make the stage again.")
@@ -447,7 +365,8 @@ def _metric_rows(path: Path, notes: Counter[str]) -> Iterator[dict[str, float]]:
         try:
             row = json.loads(line)
             # The training loop writes null for a value that was not finite.
-            numbers = {k: math.nan if v is None else float(v) for k, v in row.items() if _is_number_or_none(v)}
+            known = {k: v for k, v in row.items() if v is None or isinstance(v, int | float)}
+            numbers = {k: math.nan if v is None else float(v) for k, v in known.items()}
         except (ValueError, AttributeError, OverflowError, RecursionError):
             # A kill in the middle of a write leaves half a line.
             notes["unreadable_metric_rows"] += 1
@@ -456,24 +375,5 @@ def _metric_rows(path: Path, notes: Counter[str]) -> Iterator[dict[str, float]]:
             yield numbers
 
 
-def _is_number_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
-
-
 def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name)))
-
-
-def _family(name: str, settings: dict[str, Any]) -> str:
-    """By the divergence or the method that the recipe names, else by the name it was given; other otherwise."""
-    if "divergence" in settings:
-        return _FAMILIES.get(str(settings["divergence"]), "other")
-    by_name = (family for family in _FAMILIES.values() if family in name.lower())
-    return str(settings.get("method") or next(by_name, "other"))
-
-
-def _target(name: str, settings: dict[str, Any]) -> str | None:
-    if "target" in settings:
-        return str(settings["target"])
-    endings = {"pref": "preference", "rw": "reward"}
-    return next((target for ending, target in endings.items() if ending in name.lower()), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,17 +40,13 @@ class SampleTable:
         return not any(np.isnan(values).any() for values in self.rewards)
 
     @property
-    def num_samples(self) -> int:
-        return sum(len(values) for values in self.rewards)
+    def by_prompt(self) -> dict[str, Array]:
+        """The rewards of each prompt's samples."""
+        return dict(zip(self.ids, self.rewards, strict=True))
 
     def as_reference(self) -> SampleTable:
         """The same samples as those of π_sft itself, whose log-ratios are 0 by definition."""
         return replace(self, log_ratios=tuple(np.zeros(len(values)) for values in self.rewards))
-
-    def among(self, ids: Collection[str]) -> SampleTable:
-        """Ids and rewards of these prompts alone."""
-        rows = [i for i, name in enumerate(self.ids) if name in ids]
-        return SampleTable(tuple(self.ids[i] for i in rows), tuple(self.rewards[i] for i in rows), None, None, None)
 
     def at(self, ids: Sequence[str]) -> list[int]:
         """Positions of `ids` in this table; each must be there."""

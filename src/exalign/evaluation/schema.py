@@ -218,9 +218,7 @@ class MethodEvidence:
 
     @property
     def called(self) -> str:
-        """Its label; while it has none, its family or its divergence."""
-        family = str(self.settings.get("divergence", "")) if self.family == "other" else self.family.upper()
-        return self.label or family.replace("_", " ")
+        return self.label or self.name
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,15 @@ class Bootstrap:
         return resample_weights(num_prompts, num_resamples=self.num_resamples, seed=self.seed)
 
     def mean(self, prompt_means: Array) -> Interval:
-        """As `mean_interval`."""
-        return mean_interval(prompt_means, num_resamples=self.num_resamples, seed=self.seed)
+        """The mean of `[P]` per-prompt values with its bootstrap interval over prompts; P = 0 raises `ValueError`.
+
+        A quantity averaged within each prompt first weighs every prompt alike, however many samples it has.
+
+        >>> Bootstrap().mean(np.array([1.0, 2.0, 3.0])).estimate
+        2.0
+        """
+        values = _finite(prompt_means)
+        return interval_of(values.mean(), self.weights(len(values)) @ values, len(values))
 
     def difference(self, first: Array, second: Array) -> Interval:
         """Mean of `first − second` over the same P prompts, with an interval that uses the pairing."""
@@ -72,6 +79,7 @@ class Bootstrap:
 
 
 BOOTSTRAP = Bootstrap()
+mean_interval = BOOTSTRAP.mean
 
 
 def interval_of(estimate: float, resampled: Array, num_prompts: int) -> Interval:
@@ -86,19 +94,6 @@ def interval_of(estimate: float, resampled: Array, num_prompts: int) -> Interval
     low, high = np.quantile(resampled, [tail, 1 - tail]) - estimate
     widen = np.sqrt(num_prompts / (num_prompts - 1))
     return Interval(float(estimate), float(estimate + low * widen), float(estimate + high * widen), num_prompts)
-
-
-def mean_interval(prompt_means: Array, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of `[P]` per-prompt values with its bootstrap interval over prompts; P = 0 raises `ValueError`.
-
-    A quantity averaged within each prompt first weighs every prompt alike, however many samples it has.
-
-    >>> mean_interval(np.array([1.0, 2.0, 3.0])).estimate
-    2.0
-    """
-    values = _finite(prompt_means)
-    weights = resample_weights(len(values), num_resamples=num_resamples, seed=seed)
-    return interval_of(values.mean(), weights @ values, len(values))
 
 
 def _finite(values: Array) -> Array:

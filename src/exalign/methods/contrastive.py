@@ -8,13 +8,14 @@ reference log by it how far they have gone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exalign.methods.matching import check_rows, log_ratio_metrics
-from exalign.methods.method import Material, Method, TrainsOn
+from exalign.methods.matching import check_groups, log_ratio_metrics
+from exalign.methods.method import Material, Method, TrainsOn, train_on
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,22 +32,28 @@ class Contrastive(Method):
     def trains_on(self) -> TrainsOn:
         return "preferences"
 
+    @property
+    def fewest(self) -> int:
+        """Completions that a row must have."""
+        return 2
+
     @abstractmethod
     def losses(self, logp: Tensor, given: GroupValues) -> Tensor:
         """Of every prompt `[B]`, with gradient, from log π_θ(y_i|x) `[B, K]` and what its rows say."""
 
-    def order(self, material: Material) -> EpochBatches:
-        """The groups as batches."""
-        from exalign.training.batches import EpochBatches
-
-        return EpochBatches(material.groups, batch_prompts=self.batch_prompts, epochs=self.epochs, seed=self.seed)
+    def task_of(self, module: PackedPolicy, material: Material) -> Callable[[EpochBatches], ContrastiveTask]:
+        """The task, of the groups as batches."""
+        return partial(ContrastiveTask, settings=self, temperature=material.temperature)
 
     def train(self, material: Material, folder: Path) -> Path:
         from exalign.models.logprobs import PackedPolicy
 
-        check_rows(material.groups, self, target="preference")
-        task = ContrastiveTask(self.order(material), self, material.temperature)
-        return train_contrastive(task, PackedPolicy(material.policy), material, folder)
+        check_groups(material.groups, self, fewest=self.fewest)
+        module = PackedPolicy(material.policy)
+        text = f"A language model aligned by {self.line}, at τ = {material.temperature}."
+        how = (self.task_of(module, material), module, material.tokenizer, self, folder)
+        card = ("Aligned policy", text, "text-generation")
+        return train_on(material.groups, *how, card=card, held_out=material.held_out)
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,3 @@ class ContrastiveTask:
     def metrics(self, logp: Tensor, given: GroupValues) -> dict[str, Tensor]:
         """Per prompt `[B]`."""
         return log_ratio_metrics(given, logp, pairs=True)
-
-
-def train_contrastive(task: ContrastiveTask, module: PackedPolicy, material: Material, folder: Path) -> Path:
-    """Align a policy by the task's losses; `loop.train` says what is written."""
-    from exalign.training.held_out import HeldOut
-    from exalign.training.loop import model_card, train
-
-    settings, held_out = task.settings, HeldOut(material.held_out, task.settings.stop_after)
-    text = f"A language model aligned by {settings.line}, at τ = {task.temperature}."
-    card = model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
-    return train(task, module, material.tokenizer, settings, folder, card=card, held_out=held_out)

@@ -5,7 +5,7 @@ Lambert et al. 2024 (arXiv 2411.15124, §5). It is the forward KL of `methods.ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 class DPONorm(Contrastive):
     """DPO on log-ratios per token, so that long completions count no more than short ones."""
 
+    label: ClassVar[str] = "DPO-norm"
     beta: float = Field(5.0, gt=0, description="β: scale of the log-ratios per token (5 in the paper)")
     epsilon: float = Field(0.0, ge=0, lt=0.5, description="ε: mass that the target leaves the others (Eq. 18)")
-
-    @property
-    def label(self) -> str:
-        return "DPO-norm"
 
     @property
     def line(self) -> str:

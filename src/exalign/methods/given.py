@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,20 +14,14 @@ from exalign.settings import CONTENT, Source
 class Given(Method):
     """A policy that was trained elsewhere, evaluated as it is."""
 
+    trains_on: ClassVar[TrainsOn] = "nothing"
+    label: ClassVar[str] = "trained elsewhere"
     method: Literal["given"] = Field("given", description="policies that were trained elsewhere")
     policies: list[Source] = Field(
         min_length=1,
         description="folders or hub names, LoRA adapters too, in the order in which they were trained",
         json_schema_extra=CONTENT,
     )
-
-    @property
-    def trains_on(self) -> TrainsOn:
-        return "nothing"
-
-    @property
-    def label(self) -> str:
-        return "trained elsewhere"
 
     def described(self) -> dict[str, Any]:
         return super().described() | {"settings": {"method": self.method, "policies": self.policies}}

@@ -9,7 +9,7 @@ Mathematics: `objectives.policy_gradient`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class GRPO(RLOO):
     """Clipped policy gradient on own samples, against the mean of the prompt's completions, a KL penalty per token."""
 
+    family: ClassVar[str] = "grpo"
     beta: float = Field(0.04, ge=0, description="β: what a nat of KL to the supervised policy costs, per token")
     scale_by_spread: bool = Field(True, description="divide advantages by the spread of the prompt's rewards")
     ratio: Literal["token", "sequence"] = Field(
@@ -36,10 +37,6 @@ class GRPO(RLOO):
     @property
     def label(self) -> str:
         return "GRPO" if self.ratio == "token" else "GSPO"
-
-    @property
-    def family(self) -> str:
-        return "grpo"
 
     @property
     def optimum_beta(self) -> float | None:

@@ -7,17 +7,16 @@ completion, label), K completions with rewards, or pairs, of which each side is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from exalign.errors import InputError
-from exalign.methods.contrastive import Contrastive, ContrastiveTask, train_contrastive
-from exalign.methods.matching import check_rows, log_ratio_metrics, with_reference_logp
+from exalign.methods.contrastive import Contrastive, ContrastiveTask
+from exalign.methods.matching import log_ratio_metrics, with_reference_logp
 from exalign.methods.method import Amount, Material, TrainsOn
 from exalign.processes import gathered, in_order, share_of
 
@@ -81,20 +80,20 @@ class KTO(Contrastive):
             undesirable_weight=self.undesirable_weight,
         )
 
-    def train(self, material: Material, folder: Path) -> Path:
-        from exalign.models.logprobs import PackedPolicy
+    @property
+    def fewest(self) -> int:
+        return 1 if self.target == "reward" else 2
 
-        check_rows(material.groups, self, target=self.target, fewest=1 if self.target == "reward" else 2)
+    def task_of(self, module: PackedPolicy, material: Material) -> Callable[[EpochBatches], ContrastiveTask]:
         if self.target == "reward":
             self._check_labels(material.groups)
-        module = PackedPolicy(material.policy)
-        batches = UnrelatedBatches(self.order(material), module, material, self)
-        return train_contrastive(KTOTask(batches, self, material.temperature), module, material, folder)
+        return lambda batches: KTOTask(
+            UnrelatedBatches(batches, module, material, self), settings=self, temperature=material.temperature
+        )
 
     def _check_labels(self, groups: Sequence[Group]) -> None:
-        above = {
-            reward > self.desirable_above for g in groups if g.rewards is not None for reward in g.rewards.tolist()
-        }
+        rewards = [reward for group in groups if group.rewards is not None for reward in group.rewards.tolist()]
+        above = {reward > self.desirable_above for reward in rewards}
         if len(above) < 2:
             raise InputError(
                 f"KTO: every completion is {'' if above == {True} else 'un'}desirable, all rewards are on one side of "

@@ -22,14 +22,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from pydantic import Field, model_validator
 
 from exalign.errors import InputError
-from exalign.methods.method import Amount, Material, Method, TrainsOn
-from exalign.methods.on_policy import (
-    OwnSamples,
-    drawn_how,
-    fresh_problems,
-    own_amount,
-    train_on_own_samples,
-)
+from exalign.methods.method import Amount, Material, Method, TrainsOn, train_on
+from exalign.methods.on_policy import OwnSamples, drawn_how, fresh_problems, own_amount, train_on_own_samples
 from exalign.rollout.settings import SampleSettings
 
 if TYPE_CHECKING:
@@ -38,8 +32,6 @@ if TYPE_CHECKING:
 
     from exalign.data.batching import Group, GroupValues
     from exalign.training.batches import Batches
-
-# What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "jeffreys", "alpha"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -139,10 +131,17 @@ class Matching(Method):
         )
 
     def train(self, material: Material, folder: Path) -> Path:
-        if self.fresh_every is not None:
-            return train_fresh(material, self, folder)
-        how = (material.policy, material.tokenizer, material.groups, self, folder)
-        return train_matching(*how, temperature=material.temperature, held_out=material.held_out)
+        if self.fresh_every is None:
+            given = (material.policy, material.tokenizer, material.groups, self, folder)
+            return train_matching(*given, temperature=material.temperature, held_out=material.held_out)
+        from exalign.models.logprobs import PackedPolicy
+
+        module, took = PackedPolicy(material.policy), partial(check_groups, settings=self)
+        own = OwnSamples(module, material, self, Path(folder) / "rollouts.json", took=took)
+        how = f"to a {self.target} target, {drawn_how(self.fresh_every)}, at τ = {material.temperature}"
+        card = ("Aligned policy", f"A language model aligned by {self.divergence} {how}.")
+        task = MatchingTask(own.batches, self, material.temperature, own)
+        return train_on_own_samples(task, module, own, self, folder, card=card)
 
 
 def distance_of(settings: Matching) -> Callable[..., Tensor]:
@@ -282,16 +281,12 @@ def train_matching(
     `temperature` is the recipe's τ, under which the reference log-probabilities were computed.
     """
     from exalign.models.logprobs import PackedPolicy
-    from exalign.training.batches import EpochBatches
-    from exalign.training.held_out import HeldOut
-    from exalign.training.loop import model_card, train
 
     check_groups(groups, settings)
-    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
     text = f"A language model aligned by {settings.divergence} to a {settings.target} target at τ = {temperature}."
-    card = model_card("Aligned policy", text, settings, pipeline_tag="text-generation")
-    task, measured = MatchingTask(batches, settings, temperature), HeldOut(held_out, settings.stop_after)
-    return train(task, PackedPolicy(model), tokenizer, settings, folder, card=card, held_out=measured)
+    task = partial(MatchingTask, settings=settings, temperature=temperature)
+    card = ("Aligned policy", text, "text-generation")
+    return train_on(groups, task, PackedPolicy(model), tokenizer, settings, folder, card=card, held_out=held_out)
 
 
 def with_reference_logp(
@@ -312,13 +307,9 @@ def with_reference_logp(
     return filled
 
 
-def check_groups(groups: Sequence[Group], settings: Matching) -> None:
-    """Raise an `InputError` that names the first row which lacks what the settings need."""
-    check_rows(groups, settings, target=settings.target, own=settings.fresh_every is not None)
-
-
-def check_rows(groups: Sequence[Group], settings: Method, *, target: str, own: bool = False, fewest: int = 2) -> None:
-    """The same of any method that trains on groups with `fewest` completions and what its `target` is made of."""
+def check_groups(groups: Sequence[Group], settings: Method, *, fewest: int = 2) -> None:
+    """Raise an `InputError` that names the first row which lacks what the settings need, or `fewest` completions."""
+    prefers = settings.trains_on == "preferences"
     for group in groups:
         if group.num_completions < fewest:
             raise InputError(f"Row {group.index} has one completion; alignment compares at least two.")
@@ -326,11 +317,11 @@ def check_rows(groups: Sequence[Group], settings: Method, *, target: str, own: b
             raise InputError(
                 f"Row {group.index} has no reference_logp, log π_sft(y|x); fill it in with `with_reference_logp`."
             )
-        if target == "preference" and group.preferred is None and not own:
+        if prefers and group.preferred is None:
             raise InputError(f"Row {group.index} has no preferred completion, which target 'preference' needs.")
         if (problem := settings.problem_with(group.num_completions)) is not None:
             raise InputError(f"Row {group.index}: {problem}")
-        if (target == "reward" or own) and group.rewards is None:
+        if not prefers and group.rewards is None:
             raise InputError(f"Row {group.index} has no rewards, which target 'reward' needs.")
         for name in ("rewards", "reference_logp", "proposal_logp"):
             values = getattr(group, name)
@@ -356,17 +347,3 @@ def pairs_of(group: Group) -> Iterator[Group]:
             proposal_logp=None,
             weight=share if rewards[0] != rewards[1] else 0.0,
         )
-
-
-def train_fresh(material: Material, settings: Matching, folder: Path) -> Path:
-    """Align a policy on its own samples, drawn while it trains; `loop.train` says what is written."""
-    from exalign.models.logprobs import PackedPolicy
-
-    module = PackedPolicy(material.policy)
-    path = Path(folder) / "rollouts.json"
-    own = OwnSamples(module, material, settings, path, took=partial(check_groups, settings=settings))
-    assert settings.fresh_every is not None
-    how = f"to a {settings.target} target, {drawn_how(settings.fresh_every)}, at τ = {material.temperature}"
-    card = ("Aligned policy", f"A language model aligned by {settings.divergence} {how}.")
-    task = MatchingTask(own.batches, settings, material.temperature, own)
-    return train_on_own_samples(task, module, own, settings, folder, card=card)

@@ -11,7 +11,7 @@ import inspect
 import json
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from exalign.data.batching import Group
     from exalign.data.record import Record
     from exalign.rollout.scorers import Scorer
+    from exalign.training.batches import EpochBatches
+    from exalign.training.loop import Task, Trainable
+
+# What needs torch is imported where it is used: a recipe is checked by settings before anything is loaded.
 
 TrainsOn = Literal["preferences", "rewards", "prompts", "nothing"]
 
@@ -179,6 +183,28 @@ class Method(TrainSettings):
     def train(self, material: Material, folder: Path) -> Path:
         """Train `material.policy` in `folder`, continuing what stands there; `loop.train` says what is written."""
         raise NotImplementedError
+
+
+def train_on(
+    groups: Sequence[Group],
+    task_of: Callable[[EpochBatches], Task],
+    module: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    card: tuple[str, str, str],
+    held_out: Sequence[Group] = (),
+) -> Path:
+    """Train on epochs of `groups`; `loop.train` says what is written. `card`: title, text and tag of the model card."""
+    from exalign.training.batches import EpochBatches
+    from exalign.training.held_out import HeldOut
+    from exalign.training.loop import model_card, train
+
+    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
+    text = model_card(*card[:2], settings, pipeline_tag=card[2])
+    measured = HeldOut(held_out, settings.stop_after if isinstance(settings, Method) else None)
+    return train(task_of(batches), module, tokenizer, settings, folder, card=text, held_out=measured)
 
 
 def available() -> list[str]:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from exalign.training.loop import Task, Trainable
     from exalign.training.rollouts import RolloutPlan
 
-# What needs torch is imported where it is used: a recipe is checked by settings before anything is loaded.
-
 Compute = Callable[["nn.Module", "nn.Module", "Sequence[Group]"], "tuple[Tensor, ...]"]
 """Of a module, π_sft and groups: what a method keeps of every token, `[B, K, T]` each: log π_sft, then log q if any."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from exalign.errors import InputError
+from exalign.methods.method import train_on
 from exalign.models.model_settings import ModelSettings
 from exalign.training.train_settings import TrainSettings
 
@@ -60,17 +62,10 @@ def train_classifier(
 ) -> Path:
     """Train a two-label sequence classifier; see `loop.train` for what is written."""
     from exalign.models.heads import PackedScorer
-    from exalign.training.batches import EpochBatches
-    from exalign.training.loop import model_card, train
 
     for group in groups:
         if group.num_completions != 1 or not 0 <= group.index < len(labels) or labels[group.index] not in (0, 1):
             raise InputError(f"Row {group.index} is not one text with a label 0 or 1, as a classifier needs.")
-    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
-    card = model_card(
-        "Classifier",
-        "A sequence classifier with two labels; its log-odds are a reward.",
-        settings,
-        pipeline_tag="text-classification",
-    )
-    return train(BinaryCrossEntropy(batches, labels), PackedScorer(model), tokenizer, settings, folder, card=card)
+    card = ("Classifier", "A sequence classifier with two labels; its log-odds are a reward.", "text-classification")
+    task = partial(BinaryCrossEntropy, labels=labels)
+    return train_on(groups, task, PackedScorer(model), tokenizer, settings, folder, card=card)

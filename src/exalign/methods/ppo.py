@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 MAX_KL_ERROR = 0.2
 """c: how far a rollout's KL counts as being from the target, as a share of it."""
 
-# What needs torch is imported where it is used: a recipe is checked by these settings before anything is loaded.
-
 
 class PPO(Method):
     """Policy and critic by clipped steps on rollouts of the policy, with a KL penalty per token.
@@ -39,6 +37,8 @@ class PPO(Method):
     `max_grad_norm` is of both together.
     """
 
+    family: ClassVar[str] = "ppo"
+    trains_on: ClassVar[TrainsOn] = "prompts"
     critic: ModelSettings | None = Field(
         None,
         description="the critic to start from, with the policy's tokenizer; None: this run's reward model where it "
@@ -69,26 +69,15 @@ class PPO(Method):
     value_clip: float = Field(0.2, gt=0, description="how far a value may go in one rollout, in units of reward")
 
     def rate_of(self, name: str) -> float:
-        """The critic has its own learning rate, on the same schedule."""
         return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
 
     @property
     def leaves_some_out(self) -> bool:
-        """While the critic is trained alone, the policy gets no gradient."""
         return self.critic_steps > 0
 
     @property
     def idle_steps(self) -> int:
-        """The critic's own steps."""
         return self.critic_steps
-
-    @property
-    def trains_on(self) -> TrainsOn:
-        return "prompts"
-
-    @property
-    def family(self) -> str:
-        return "ppo"
 
     @property
     def optimum_beta(self) -> float | None:

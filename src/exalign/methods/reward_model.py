@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from exalign.errors import InputError
+from exalign.methods.method import train_on
 from exalign.models.model_settings import ModelSettings
 from exalign.training.train_settings import TrainSettings
 
@@ -58,19 +59,12 @@ def train_reward_model(
 ) -> Path:
     """Train a one-label sequence classifier on groups with `preferred`; see `loop.train` for what is written."""
     from exalign.models.heads import PackedScorer
-    from exalign.training.batches import EpochBatches
-    from exalign.training.loop import model_card, train
 
     for group in groups:
         if group.preferred is None or group.num_completions < 2:
             raise InputError(
                 f"Row {group.index} has no preference between two completions, which a reward model is trained on."
             )
-    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
-    card = model_card(
-        "Reward model",
-        "A sequence classifier with one label, r(x, y), trained on preferences under the Bradley–Terry model.",
-        settings,
-        pipeline_tag="text-classification",
-    )
-    return train(BradleyTerry(batches), PackedScorer(model), tokenizer, settings, folder, card=card)
+    text = "A sequence classifier with one label, r(x, y), trained on preferences under the Bradley–Terry model."
+    card = ("Reward model", text, "text-classification")
+    return train_on(groups, BradleyTerry, PackedScorer(model), tokenizer, settings, folder, card=card)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -36,18 +36,12 @@ if TYPE_CHECKING:
 class RLOO(Method):
     """Policy gradient on own samples, against the mean of the prompt's other completions, with the KL in the reward."""
 
+    trains_on: ClassVar[TrainsOn] = "prompts"
+    family: ClassVar[str] = "rloo"
     fresh_every: int = Field(1, gt=0, description="optimizer steps that own samples serve; 1 is on-policy")
     passes: int = Field(1, gt=0, description="times each rollout is trained on")
     beta: float = Field(0.1, ge=0, description="β: what a nat of KL to the supervised policy costs")
     clip: float = Field(0.2, gt=0, description="how far a probability ratio may go from 1 in one rollout")
-
-    @property
-    def trains_on(self) -> TrainsOn:
-        return "prompts"
-
-    @property
-    def family(self) -> str:
-        return "rloo"
 
     @property
     def optimum_beta(self) -> float | None:
@@ -96,10 +90,8 @@ class RLOO(Method):
 
         module, path, compute = PackedPolicy(material.policy), Path(folder) / "rollouts.json", self.compute
         own = OwnSamples(module, material, self, path, compute=compute(material.temperature))
-        text = (
-            f"A language model trained by {self.label}, {drawn_how(self.fresh_every)}, at τ = {material.temperature}."
-        )
-        card = (f"Policy trained by {self.label}", text)
+        how = f"{drawn_how(self.fresh_every)}, at τ = {material.temperature}"
+        card = (f"Policy trained by {self.label}", f"A language model trained by {self.label}, {how}.")
         return train_on_own_samples(PolicyGradientTask(self, own), module, own, self, folder, card=card)
 
 

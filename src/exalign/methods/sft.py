@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from exalign.methods.method import train_on
 from exalign.settings import Auto
 from exalign.training.train_settings import TrainSettings
 
@@ -58,19 +59,12 @@ def train_sft(
 ) -> Path:
     """Train a policy on the completions of `groups`; see `loop.train` for what is written."""
     from exalign.models.logprobs import PackedPolicy
-    from exalign.training.batches import EpochBatches
-    from exalign.training.loop import model_card, train
 
     if settings.train_on_prompts:
         groups = [part for group in groups for part in with_prompt_learnt(group)]
-    batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
-    card = model_card(
-        "Supervised policy",
-        "A language model trained by maximum likelihood on completions.",
-        settings,
-        pipeline_tag="text-generation",
-    )
-    return train(MaximumLikelihood(batches), PackedPolicy(model), tokenizer, settings, folder, card=card)
+    text = "A language model trained by maximum likelihood on completions."
+    card = ("Supervised policy", text, "text-generation")
+    return train_on(groups, MaximumLikelihood, PackedPolicy(model), tokenizer, settings, folder, card=card)
 
 
 def with_prompt_learnt(group: Group) -> Iterator[Group]:
