@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from exalign.checksums import (
-    BEGUN,
     NAME,
     begun,
     damaged_files,
@@ -59,38 +58,33 @@ def test_checksums_that_lost_their_end_or_changed_in_a_bit_are_noticed(tmp_path:
             read_sums(tmp_path)
 
 
-def test_a_folder_under_way_vouches_for_what_it_has_line_by_line(tmp_path: Path) -> None:
-    """A torn line and any changed bit cost the shard of that line; the lines before and behind it hold."""
+def test_a_folder_under_way_vouches_for_each_of_its_files(tmp_path: Path) -> None:
+    """What is torn or changed in a bit costs that shard at most, and never vouches for another content."""
     names = [f"part-{number:06d}.parquet" for number in range(3)]
     for name in names:
         with vouched_path(tmp_path / name) as temporary:
             temporary.write_text(name)
     files = [tmp_path / name for name in names]
-    assert list(begun(tmp_path)) == names
+    assert sorted(begun(tmp_path)) == names
     assert not list(unvouched(tmp_path, files))
-    content = (tmp_path / BEGUN).read_bytes()
-    lines = content.split(b"\n\n")
-    second = content.index(lines[1])
-    for place in range(second, second + len(lines[1])):
-        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-        (tmp_path / BEGUN).write_bytes(flipped)
+    second = tmp_path / f".{names[1]}.begun"
+    content, written = second.read_bytes(), begun(tmp_path)[names[1]]
+    files[1].write_text("x" * written.size)
+    for place in range(len(content)):
+        second.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert list(unvouched(tmp_path, files)) == [files[1]]
-    for end in range(second, second + len(lines[1]) - 1):
-        (tmp_path / BEGUN).write_bytes(content[:end])
-        assert list(unvouched(tmp_path, files)) == files[1:]
-        with vouched_path(files[1]) as temporary:  # after a torn line
-            temporary.write_text("again")
-        assert list(unvouched(tmp_path, files)) == files[2:]
-        files[1].write_text(names[1])
+        second.write_bytes(content[:place])
+        assert list(unvouched(tmp_path, files)) == [files[1]]
+    with vouched_path(files[1]) as temporary:
+        temporary.write_text("again")
+    assert not list(unvouched(tmp_path, files))
 
 
 def test_settling_a_folder_is_as_writing_it_at_once(tmp_path: Path) -> None:
-    """Also where a line stands for a shard that a kill kept from its place, or in a file of its own."""
-    for name, alone in (("a", True), ("b", False)):
-        with vouched_path(tmp_path / name, alone=alone) as temporary:
+    """Also where something vouches for a shard that a kill kept from its place."""
+    for name in "abc":
+        with vouched_path(tmp_path / name) as temporary:
             temporary.write_text(name)
-    with vouched_path(tmp_path / "c") as temporary:
-        temporary.write_text("c")
     (tmp_path / "c").unlink()
     settle(tmp_path, {})
     settled = (tmp_path / NAME).read_text()

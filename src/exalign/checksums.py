@@ -3,32 +3,29 @@
 A finished folder of a model or of records has SHA256SUMS, in the format of `sha256sum`: whoever reads a file there
 looks whether it is what was written, here or with `sha256sum --check SHA256SUMS`. A folder without one is not checked.
 
-While records are under way a line for each shard is appended to `SHA256SUMS.begun`, before the shard stands. It tells
+While records are under way a file `.SHARD.begun` beside each shard has its checksum, before the shard stands. It tells
 size and time of change as well: as long as both are the same a file is taken for unchanged, and is not read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from exalign.errors import InputError
-from exalign.storage import atomic_path, write_text
+from exalign.storage import atomic_path, read_sealed, write_sealed, write_text
 
 NAME = "SHA256SUMS"
-BEGUN = "SHA256SUMS.begun"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _END = "# {count} files, {digest}\n"
 """The last line, a comment to `sha256sum`: how many lines stand above and their own SHA-256, so that none is lost or
 changed unnoticed, a name no more than a checksum."""
-_BEGUN_LINE = re.compile(r"(([0-9a-f]{64}) (\d+) (\d+) (.+)) ([0-9a-f]{8})")
+BEGUN = ".*.begun"
 
 
 class Stamp(NamedTuple):
@@ -40,13 +37,11 @@ class Stamp(NamedTuple):
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def stamp(path: Path, *, known: str | None = None) -> Stamp:
-    """The stamp of a file; its checksum is computed unless it is `known`."""
     found = path.stat()
     return Stamp(found.st_size, found.st_mtime_ns, known or checksum(path))
 
@@ -87,30 +82,24 @@ def write_sums(folder: Path) -> None:
 
 
 @contextmanager
-def vouched_path(path: Path, *, alone: bool = True) -> Iterator[Path]:
-    """`storage.atomic_path` for a file of a folder under way; its line stands in BEGUN before the file does.
-
-    Where it is not `alone`, others write to the folder at the same time, and the line stands in a file of its own.
-    """
+def vouched_path(path: Path) -> Iterator[Path]:
+    """`storage.atomic_path` for a file of a folder under way, to which several processes may write at once."""
     with atomic_path(path) as temporary:
         yield temporary
-        size, time, sha256 = stamp(temporary)
-        line = f"{sha256} {size} {time} {path.name}"
-        line = f"\n{line} {zlib.crc32(line.encode()):08x}\n"  # a kill may have left half a line before it
-        with (path.parent / (BEGUN if alone else f".{path.name}.begun")).open("ab") as stream:
-            stream.write(line.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_sealed(path.with_name(f".{path.name}.begun"), stamp(temporary)._asdict())
+
+
+def begun_by(path: Path) -> dict[str, Stamp]:
+    """What one such file vouches for; a damaged one is an `InputError`."""
+    return {path.name[1:].removesuffix(".begun"): Stamp(**read_sealed(path))}
 
 
 def begun(folder: Path) -> dict[str, Stamp]:
-    """The files that a folder under way has had so far; torn and damaged lines are passed over."""
+    """The files that a folder under way has had so far; what a damaged file says is passed over."""
     found: dict[str, Stamp] = {}
-    for path in _begun_files(folder):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            match = _BEGUN_LINE.fullmatch(line)
-            if match and f"{zlib.crc32(match[1].encode()):08x}" == match[6]:
-                found[match[5]] = Stamp(int(match[3]), int(match[4]), match[2])
+    for path in folder.glob(BEGUN):
+        with suppress(InputError):
+            found |= begun_by(path)
     return found
 
 
@@ -132,14 +121,14 @@ def unvouched(folder: Path, files: Sequence[Path]) -> Iterator[Path]:
 
 
 def settle(folder: Path, more: Mapping[str, str]) -> None:
-    """Write the SHA256SUMS of a folder that is finished, from what stands in BEGUN and, before that, in SHA256SUMS.
+    """Write the SHA256SUMS of a folder that is finished, from the one before and what was begun since.
 
     `more` are checksums of what is about to be written.
     """
     known = read_sums(folder) | {name: written.sha256 for name, written in begun(folder).items()}
     sums = {name: digest for name, digest in known.items() if (folder / name).exists()}
     write_text(folder / NAME, _text({**sums, **more}))
-    for path in _begun_files(folder):
+    for path in folder.glob(BEGUN):
         path.unlink()
 
 
@@ -183,10 +172,6 @@ def damaged_files(folder: Path, *, newer: bool = False) -> Iterator[Path]:
 
 def _is(file: Path, digest: str) -> bool:
     return file.is_file() and checksum(file) == digest
-
-
-def _begun_files(folder: Path) -> list[Path]:
-    return [*folder.glob(BEGUN), *folder.glob(".*.begun")]
 
 
 def _text(sums: Mapping[str, str]) -> str:

@@ -33,11 +33,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(temporary)
         try:
             yield temporary
-            _sync(temporary)
+            for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
+                _sync(file)
             if temporary.is_dir() and path.exists():
                 remove_folder(path)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         finally:
             with suppress(OSError):
                 _remove(temporary)
@@ -51,23 +52,15 @@ def writing(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        cause = error if isinstance(error, OSError) else _system_error(error)
-        if cause is None:
+        # Libraries in Rust (safetensors, tokenizers) end the sentence of theirs with the system's error.
+        number = error.errno if isinstance(error, OSError) else next(iter(_SYSTEM_ERROR.findall(str(error))), None)
+        if number is None and not isinstance(error, OSError):
             raise
-        raise InputError(f"Cannot write {path}: {_reason(path, cause)}. What was finished before is intact.") from error
-
-
-def _system_error(error: Exception) -> OSError | None:
-    """The system's error that an error of safetensors or tokenizers tells of: libraries in Rust end theirs with it."""
-    found = _SYSTEM_ERROR.search(str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
-
-
-def _reason(path: Path, error: OSError) -> str:
-    if error.errno != errno.ENOSPC:
-        return str(error.strerror or error)
-    place = next(folder for folder in path.absolute().parents if folder.exists())
-    return f"{error.strerror} ({shutil.disk_usage(place).free / 2**20:,.1f} MiB free on the disk of {place})"
+        said = str(error) if number is None else os.strerror(int(number))
+        if number is not None and int(number) == errno.ENOSPC:
+            place = next(folder for folder in path.absolute().parents if folder.exists())
+            said += f" ({shutil.disk_usage(place).free / 2**20:,.1f} MiB free on the disk of {place})"
+        raise InputError(f"Cannot write {path}: {said}. What was finished before is intact.") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,7 +80,7 @@ def json_text(value: Any) -> str:
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """`write_json` for named values, with a hash of them under `seal`, which `sealed` announces."""
+    """`write_json` for named values, with a hash of them under `seal`."""
     plain = json.loads(json_text(values))  # as it will be read: tuples are lists, every key is a text
     write_json(path, {"sealed": True, **plain, "seal": fingerprint(plain)})
 
@@ -95,7 +88,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The named values that `write_sealed` wrote; `InputError` where they are others.
 
-    A file from before there were seals has neither name and is not checked; a damaged one lacks one of them at most.
+    A file that has neither of its names is not checked; a damaged one lacks one of them at most.
     """
     values = read_object(path)
     announced, seal = values.pop("sealed", None), values.pop("seal", None)
@@ -142,7 +135,7 @@ def fingerprint(value: Any) -> str:
 
 
 def fingerprint_path(path: Path) -> str:
-    """A short content hash (16 hex digits) of a file, or of every file of a folder with its relative name."""
+    """The same of a file, or of every file of a folder with its relative name."""
     path = Path(path)
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -195,15 +188,6 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

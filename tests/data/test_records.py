@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -186,16 +185,3 @@ def test_token_ids_and_log_probabilities_keep_their_full_precision(tmp_path):
     write_records(tmp_path / "records", [record], Header())
     assert read_records(tmp_path / "records") == [record]
     assert pq.read_schema(tmp_path / "records/part-000000.parquet").names[0] == "id"
-
-
-def test_records_of_before_there_were_weights_tools_and_calls_are_read(tmp_path):
-    record = Record("1", ({"role": "user", "content": "a"},), (Completion("b"),))
-    write_records(tmp_path / "records", [record], Header())
-    table = pq.read_table(tmp_path / "records" / "part-000000.parquet").drop(["weight", "tools", "columns", "parts"])
-    old = table.schema.set(
-        2, pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
-    )
-    rows = [{**row, "messages": [{"role": "user", "content": "a"}]} for row in table.to_pylist()]
-    (tmp_path / "records" / "SHA256SUMS").unlink()
-    pq.write_table(pa.Table.from_pylist(rows, schema=old), tmp_path / "records" / "part-000000.parquet")
-    assert read_records(tmp_path / "records") == [record]

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from exalign import checksums
-from exalign.data.record import Completion, Prompt, Record
+from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.storage import atomic_path, json_text, read_object, write_text
 
@@ -41,7 +41,6 @@ class Header:
     version: int = FORMAT_VERSION
 
     def with_counts(self, more: Counter[str]) -> Header:
-        """The header with these counts added."""
         total = Counter(self.counts)
         total.update(more)
         return replace(self, counts=dict(total))
@@ -73,8 +72,6 @@ SCHEMA = pa.schema(
         ("parts", pa.string()),
     ]
 )
-_LATER = ("weight", "tools", "columns", "parts")
-"""Columns that older files lack."""
 _COUNTS = b"exalign.counts"
 _COUNTS_TYPE = TypeAdapter(dict[str, int])
 _HEADER = TypeAdapter(Header)
@@ -140,8 +137,7 @@ class RecordWriter:
     def write_shard(self, records: Sequence[Record], counts: Counter[str]) -> None:
         """Write these records as a shard of their own, and with them what was counted while they were made."""
         self.flush()
-        with checksums.vouched_path(shard_path(self.folder, self._next_shard)) as temporary:
-            _write_table(temporary, records, counts)
+        write_shard(shard_path(self.folder, self._next_shard), records, counts)
         self.written += len(records)
         self.counts.update(counts)
         self._next_shard += 1
@@ -187,19 +183,19 @@ def iter_shard(shard: Path) -> Iterator[Record]:
     try:
         table = pq.read_table(shard)
         table.validate(full=True)
-        for name in _LATER:
-            if name not in table.column_names:
-                table = table.append_column(name, pa.nulls(len(table)))
         rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
     for number, row in enumerate(rows, start=1):
-        yield _checked(row, shard, number)
+        try:
+            yield _from_row(row)
+        except (ValueError, TypeError, RecursionError):  # a part is missing or is no JSON
+            said = f"{shard}, row {number} is not a record; delete the file and run the stage again."
+            raise InputError(said) from None
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, in memory."""
     return list(iter_records(folder))
 
 
@@ -223,20 +219,15 @@ def write_shard(shard: Path, records: Sequence[Record], counts: Counter[str]) ->
 
     Several processes may write shards of one folder at once.
     """
-    with checksums.vouched_path(shard, alone=False) as temporary:
-        _write_table(temporary, records, counts)
-
-
-def _write_table(path: Path, records: Sequence[Record], counts: Counter[str]) -> None:
     schema = SCHEMA.with_metadata({_COUNTS: json.dumps(counts)})
-    pq.write_table(pa.Table.from_pylist([_to_row(record) for record in records], schema=schema), path)
+    with checksums.vouched_path(shard) as temporary:
+        pq.write_table(pa.Table.from_pylist([_to_row(record) for record in records], schema=schema), temporary)
 
 
 def write_header(folder: Path, header: Header) -> None:
     """Write the header, which marks a folder of records as complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = {name: getattr(header, name) for name in Header.__slots__}
-    text = json_text(values)
+    text = json_text(asdict(header))
     checksums.settle(folder, {"header.json": hashlib.sha256(text.encode()).hexdigest()})
     write_text(folder / "header.json", text)
 
@@ -266,7 +257,7 @@ def counted_in(folder: Path) -> Counter[str]:
 
 
 def num_rows(shard: Path) -> int | None:
-    """How many records a shard holds; None if it is damaged or absent."""
+    """None if the shard is damaged or absent."""
     try:
         with pq.ParquetFile(shard) as file:
             return int(file.metadata.num_rows)
@@ -275,61 +266,38 @@ def num_rows(shard: Path) -> int | None:
 
 
 def _to_row(record: Record) -> dict[str, Any]:
-    plain = isinstance(record.prompt, str)
+    said = {"prompt": record.prompt, "messages": None}
+    if not isinstance(record.prompt, str):
+        said = {"prompt": None, "messages": [_message_row(**message) for message in record.prompt]}
+    parts = [completion.parts for completion in record.completions]
     return {
-        "id": record.id,
-        "prompt": record.prompt if plain else None,
-        "messages": None if plain else [_message_row(message) for message in record.prompt],  # type: ignore[arg-type]
-        "prompt_ids": record.prompt_ids,
-        "completions": [
-            {name: getattr(completion, name) for name in Completion.__slots__} for completion in record.completions
-        ],
-        "preferred": record.preferred,
-        "weight": record.weight,
-        "tools": record.tools,
+        **{name: getattr(record, name) for name in ("id", "prompt_ids", "preferred", "weight", "tools")},
+        **said,
+        "completions": [{name: getattr(c, name) for name in Completion.__slots__} for c in record.completions],
         "columns": None if record.columns is None else json.dumps(record.columns, default=str),
-        "parts": json.dumps(parts) if any(parts := [completion.parts for completion in record.completions]) else None,
+        "parts": json.dumps(parts) if any(parts) else None,
     }
 
 
-def _message_row(message: dict[str, Any]) -> dict[str, Any]:
-    more = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return {"role": message["role"], "content": message["content"], "more": json.dumps(more) if more else None}
-
-
-def _checked(row: dict[str, Any], shard: Path, number: int) -> Record:
-    """The record of a row that has the right types, unless a part is missing or is no JSON."""
-    try:
-        return _from_row(row)
-    except (ValueError, TypeError, RecursionError):
-        said = f"{shard}, row {number} is not a record; delete the file and run the stage again."
-        raise InputError(said) from None
+def _message_row(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, "more": json.dumps(more) if more else None}
 
 
 def _from_row(row: dict[str, Any]) -> Record:
-    said = row["messages"]
-    prompt: Prompt = row["prompt"] if said is None else tuple(_message(message) for message in said)
-    completions = tuple(Completion(**{**c, "token_ids": _ids(c["token_ids"])}) for c in row["completions"])
-    if row["parts"] is not None:
-        parts = json.loads(row["parts"])
-        completions = tuple(replace(c, parts=part) for c, part in zip(completions, parts, strict=True))
-    preferred = row["preferred"]
-    missing = row["id"] is None or any(completion.text is None for completion in completions)
-    if missing or (row["prompt"] is None) == (said is None):
-        raise ValueError("a part is missing")
-    if preferred is not None and not 0 <= preferred < len(completions):
-        raise ValueError("nothing is preferred")
-    columns = None if row["columns"] is None else dict(json.loads(row["columns"]))
-    return Record(
-        row["id"],
-        prompt,
-        completions,
-        _ids(row["prompt_ids"]),
-        preferred,
-        weight=row["weight"],
-        tools=row["tools"],
-        columns=columns,
+    said, found, parts = row.pop("messages"), row.pop("completions"), row.pop("parts")
+    each = [None] * len(found) if parts is None else json.loads(parts)
+    completions = tuple(
+        Completion(**{**values, "token_ids": _ids(values["token_ids"])}, parts=own)
+        for values, own in zip(found, each, strict=True)
     )
+    if row["id"] is None or None in [c.text for c in completions] or (row["prompt"] is None) == (said is None):
+        raise ValueError("a part is missing")
+    if row["preferred"] is not None and not 0 <= row["preferred"] < len(completions):
+        raise ValueError("nothing is preferred")
+    row["prompt"] = row["prompt"] if said is None else tuple(_message(message) for message in said)
+    row["prompt_ids"] = _ids(row["prompt_ids"])
+    row["columns"] = None if row["columns"] is None else dict(json.loads(row["columns"]))
+    return Record(completions=completions, **row)
 
 
 def _ids(values: list[int] | None) -> tuple[int, ...] | None:

@@ -118,7 +118,7 @@ def verify(run: Path) -> Verified:
 
     look((path for name in MARKERS for path in run.rglob(name)), _listed)
     look(run.rglob(checksums.NAME), lambda path: checksums.read_sums(path.parent))
-    look(run.rglob(checksums.BEGUN), lambda path: {n: w.sha256 for n, w in checksums.begun(path.parent).items()})
+    look(run.rglob(checksums.BEGUN), lambda path: {n: w.sha256 for n, w in checksums.begun_by(path).items()})
     for checkpoint in sorted({*run.rglob("checkpoint.json")} - {*intact}):
         state = checkpoint.with_name("state.pt")
         try:
