@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from exalign.data.record import Record
 from exalign.data.store import read_records
-from exalign.data.tokenization import tokenize_record
+from exalign.data.tokenization import TokenLimits, tokenize_record
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.methods.matching import Matching
@@ -99,9 +99,9 @@ def _check_whole(recipe: Recipe, pairs: Sequence[Record]) -> None:
         raise InputError("The pairs have weights or tools, which TRL's trainer is not given.")
     counts: Counter[str] = Counter()
     tokenizer = load_tokenizer(str(recipe.model.source))
-    limits = recipe.data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
+    limits = TokenLimits(**recipe.data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"}))
     for index, pair in enumerate(pairs):
-        tokenize_record(pair, tokenizer, index=index, counts=counts, **limits)
+        tokenize_record(pair, tokenizer, index=index, counts=counts, limits=limits)
     if cut := counts["prompts_cut"] + counts["completions_cut"]:
         raise InputError(
             f"{cut} texts are over data.max_prompt_tokens or data.max_completion_tokens; TRL cuts otherwise."

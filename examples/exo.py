@@ -27,7 +27,7 @@ from transformers import logging
 from exalign.data.batching import Group, completion_mask, group_of, stack_values
 from exalign.data.record import Completion, Record
 from exalign.data.synthetic import reward, write_world
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.evaluation.statistics import mean_interval
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import completion_logprobs, reference_logprobs
@@ -129,8 +129,8 @@ def main(*, num_sft: int = 2500, num_prompts: int = 384, num_test: int = 128) ->
 
     torch.manual_seed(0)
     policy = load_policy(ModelSettings(config=MODEL), tokenizer)
-    limits = {"max_prompt_tokens": 24, "max_completion_tokens": 56}
-    examples = list(tokenize_records(texts, tokenizer, counts=Counter(), **limits))
+    limits = TokenLimits(max_prompt_tokens=24, max_completion_tokens=56)
+    examples = list(tokenize_records(texts, tokenizer, limits=limits, counts=Counter()))
     for number, loss in enumerate(steps(sft_loss, policy, examples, learning_rate=3e-3, epochs=2, batch_prompts=64)):
         if number % 20 == 0:
             print(f"SFT step {number:3}: {loss:.3f} nats per token")

@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -301,8 +302,9 @@ def inspect(
     max_completion_tokens: Annotated[int, typer.Option(min=1)] = 512,
 ) -> None:
     """Show exactly which tokens are prompt, which are completion, what was cut, and the counts."""
-    from exalign.data.inspection import inspect_source, render_inspection
-    from exalign.data.reading import settings_of
+    from exalign.data.inspection import inspect_records, render_inspection
+    from exalign.data.reading import read_source, settings_of
+    from exalign.data.tokenization import TokenLimits
     from exalign.models.loading import load_tokenizer
     from exalign.run.begin import with_dialogues
 
@@ -313,14 +315,10 @@ def inspect(
         console.print(
             "Turns of Human and Assistant are read as messages; dialogues=false reads them as text.", style="dim"
         )
-    found = inspect_source(
-        source,
-        tokenizer,
-        rows=rows,
-        max_prompt_tokens=max_prompt_tokens,
-        max_completion_tokens=max_completion_tokens,
-    )
-    console.print(render_inspection(found))
+    limits = TokenLimits(max_prompt_tokens=max_prompt_tokens, max_completion_tokens=max_completion_tokens)
+    counts: Counter[str] = Counter()
+    records = read_source(source, counts, tokenizer)
+    console.print(render_inspection(inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=rows)))
 
 
 @app.command("chat", rich_help_panel=RESULT)
@@ -432,8 +430,8 @@ def _draw_exact_figures(folder: Path) -> Written:
     for name, policies in (("any-policy", objectives.unlimited), ("one-mode", objectives.gaussian)):
         drawn = {objective: density.numpy() for objective, density in policies.items()}
         figures[f"figure-5-{name}"] = draw_divergences(objectives.points.numpy(), objectives.target.numpy(), drawn)
-    figures["theorems"] = _errors_against_k(gradient_error_figure().curves)
-    figures["on-policy"] = _errors_against_k(on_policy_figure().curves)
+    figures["theorems"] = _errors_against_k(gradient_error_figure())
+    figures["on-policy"] = _errors_against_k(on_policy_figure())
     for name, figure in figures.items():
         save_figure(figure, folder, name)
     return Written([folder / f"{name}.png" for name in figures], [])

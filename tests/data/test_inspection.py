@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from exalign.data.inspection import escape_controls, inspect_records, inspect_source, render_inspection
-from exalign.data.reading import DataSettings
+from exalign.data.inspection import escape_controls, inspect_records, render_inspection
+from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Completion, Record
 from exalign.data.tokenization import TokenLimits, tokenize_record
 
@@ -36,16 +36,15 @@ RECORD = Record(
 @pytest.mark.parametrize(("prompt", "completion"), [(512, 512), (3, 4), (2, 2)])
 def test_the_tokens_that_are_not_cut_are_those_of_the_group(tokenizer, prompt, completion):
     counts = Counter()
-    group = tokenize_record(
-        RECORD, tokenizer, index=0, max_prompt_tokens=prompt, max_completion_tokens=completion, counts=counts
-    )
+    limits = TokenLimits(max_prompt_tokens=prompt, max_completion_tokens=completion)
+    group = tokenize_record(RECORD, tokenizer, index=0, limits=limits, counts=counts)
     inspection = inspect([RECORD], tokenizer, prompt, completion)
     (row,) = inspection.rows
     assert [token.id for token in row.prompt if not token.cut] == group.prompt_ids.tolist()
-    for shown, ids in zip(row.completions, group.completion_ids, strict=True):
-        assert [token.id for token in shown.tokens if not token.cut] == ids.tolist()
-        assert shown.ended == (int(ids[-1]) == tokenizer.eos_token_id)
-    assert inspection.counts == dict(counts)
+    for shown, ended, ids in zip(row.completions, row.ended, group.completion_ids, strict=True):
+        assert [token.id for token in shown if not token.cut] == ids.tolist()
+        assert ended == (int(ids[-1]) == tokenizer.eos_token_id)
+    assert inspection.counts == counts
     whole = "".join(token.text for token in row.prompt)
     assert whole == RECORD.prompt
 
@@ -53,11 +52,10 @@ def test_the_tokens_that_are_not_cut_are_those_of_the_group(tokenizer, prompt, c
 def test_counts_and_lengths_are_of_all_rows_though_few_are_shown(tokenizer):
     records = [Record(str(n), "x" * n, (Completion("y" * n),)) for n in range(1, 10)]
     inspection = inspect(records, tokenizer, prompt=4, num_rows=2)
-    assert [row.id for row in inspection.rows] == ["1", "2"]
+    assert [row.record.id for row in inspection.rows] == ["1", "2"]
     assert inspection.counts == {"prompts_cut": 5}
-    assert inspection.prompt_lengths.number == 9
-    assert inspection.prompt_lengths.maximum == 9
-    assert inspection.completion_lengths.median == 6
+    assert inspection.prompt_lengths == list(range(1, 10))
+    assert inspection.completion_lengths == list(range(2, 11))
 
 
 def test_the_picture_names_what_matters(tokenizer):
@@ -83,7 +81,7 @@ def test_a_pair_of_equal_tokens_is_shown_as_dropped(tokenizer):
 
 def test_long_runs_are_shortened_in_the_picture_only(tokenizer):
     inspection = inspect([Record("r", "p", (Completion("q " * 2000),))], tokenizer)
-    assert len(inspection.rows[0].completions[0].tokens) > 2000
+    assert len(inspection.rows[0].completions[0]) > 2000
     assert " more … " in printed(inspection)
     assert len(printed(inspection)) < 5000
 
@@ -104,15 +102,16 @@ def test_controls_and_markup_in_data_stay_text(tokenizer):
 
 def test_an_empty_source_is_an_empty_inspection(tokenizer):
     inspection = inspect([], tokenizer)
-    assert inspection.rows == ()
+    assert inspection.rows == []
     assert "prompts" in printed(inspection)
 
 
 def test_the_counts_of_reading_and_of_tokenisation_are_shown_together(tokenizer, write_jsonl):
     pair = {"prompt": "a long prompt", "chosen": "yes", "rejected": "no"}
     path = write_jsonl([pair, {**pair, "rejected": "yes"}, pair])
-    inspection = inspect_source(
-        DataSettings(source=str(path), limit=2), tokenizer, rows=5, max_prompt_tokens=2, max_completion_tokens=9
-    )
+    counts = Counter()
+    records = read_source(DataSettings(source=str(path), limit=2), counts)
+    limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=9)
+    inspection = inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=5)
     assert inspection.counts == {"rows": 2, "records": 1, "pairs_equal": 1, "prompts_cut": 1}
-    assert [row.id for row in inspection.rows] == ["data.jsonl:1"]
+    assert [row.record.id for row in inspection.rows] == ["data.jsonl:1"]

@@ -464,7 +464,7 @@ BROKEN = {
     "cells.csv": (b"prompt,completion\na,b\nc\n", "row 2: 1 cells"),
     "twice.csv": (b"prompt,prompt\na,b\n", "first line must name the columns"),
     "quote.csv": (b'prompt,completion\na,"b', "row 1: not valid CSV"),
-    "utf8.csv": (b"prompt,completion\na,b\nc,\xff\n", "row 2: not valid UTF-8"),
+    "utf8.csv": (b"prompt,completion\na,b\nc,\xff\n", "line 3: not valid UTF-8"),
     "bad.parquet": (b"PAR1 not really", "Parquet"),
     "data.text": (b"hello", "must end in"),
     "utf8.txt": (b"a\n\xff\n", "row 2: not valid UTF-8"),

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from exalign.data.reading import DataSettings, read_source
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 
 
 def read(source, tokenizer=None, **settings):
@@ -60,6 +60,6 @@ def test_the_beginning_of_a_review_is_its_prompt(real_data, tokenizer):
         ids = record.prompt_ids + record.completions[0].token_ids
         assert tokenizer.decode(ids[:-1]) == text.completions[0].text
         assert ids[-1] == tokenizer.eos_token_id
-    groups = list(tokenize_records(split, tokenizer, max_prompt_tokens=10, max_completion_tokens=512, counts=counts))
+    groups = list(tokenize_records(split, tokenizer, limits=TokenLimits(max_prompt_tokens=10), counts=counts))
     assert max(len(g.completion_ids[0]) for g in groups) == 512
     assert counts["completions_cut"] == sum(len(r.completions[0].token_ids) > 512 for r in split)

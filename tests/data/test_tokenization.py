@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exalign.data.record import Completion, Record
 from exalign.data.tokenization import (
+    TokenLimits,
     UnfitError,
     answer_lead,
     as_conversation,
@@ -33,13 +34,15 @@ from exalign.models.loading import load_tokenizer
 same_tokenizer = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
+LIMITS = TokenLimits(max_prompt_tokens=99, max_completion_tokens=99)
+
+
 def tokenize(record, tokenizer, prompt=1000, completion=1000, counts=None):
     return tokenize_record(
         record,
         tokenizer,
         index=0,
-        max_prompt_tokens=prompt,
-        max_completion_tokens=completion,
+        limits=TokenLimits(max_prompt_tokens=prompt, max_completion_tokens=completion),
         counts=Counter() if counts is None else counts,
     )
 
@@ -134,7 +137,7 @@ def test_pairs_with_equal_tokens_are_dropped_and_counted_and_positions_stay(toke
         record_of("p", "a", "b", preferred=0),
     ]
     counts = Counter()
-    groups = tokenize_records(records, tokenizer, max_prompt_tokens=9, max_completion_tokens=99, counts=counts)
+    groups = tokenize_records(records, tokenizer, limits=LIMITS, counts=counts)
     assert [group.index for group in groups] == [1, 2]
     assert counts == {"pairs_equal_as_tokens": 1}
 
@@ -142,7 +145,8 @@ def test_pairs_with_equal_tokens_are_dropped_and_counted_and_positions_stay(toke
 def test_completions_that_become_equal_by_cutting_are_dropped(tokenizer):
     counts = Counter()
     record = record_of("p", " was good. The plot", " was good. The cast", preferred=1)
-    assert not list(tokenize_records([record], tokenizer, max_prompt_tokens=9, max_completion_tokens=2, counts=counts))
+    limits = TokenLimits(max_prompt_tokens=9, max_completion_tokens=2)
+    assert not list(tokenize_records([record], tokenizer, limits=limits, counts=counts))
     assert counts == {"completions_cut": 2, "pairs_equal_as_tokens": 1}
 
 
@@ -367,11 +371,10 @@ def test_broken_rows_are_dropped_and_counted_and_all_broken_ones_refused():
     tokenizer, counts = byte_level(), Counter()
     tokenizer.chat_template = INST
     records = [record_of(({"role": "system", "content": "Be kind."}, USER), "Yes"), record_of((USER,), "Yes")]
-    limits = {"max_prompt_tokens": 99, "max_completion_tokens": 99}
-    assert [g.index for g in tokenize_records(records, tokenizer, counts=counts, **limits)] == [1]
+    assert [g.index for g in tokenize_records(records, tokenizer, counts=counts, limits=LIMITS)] == [1]
     assert counts["records_refused_by_template"] == 1
     with pytest.raises(InputError, match=r"^None of the 1 records can be used .* refuses it \(No such role!\)\.$"):
-        list(tokenize_records(records[:1], tokenizer, counts=counts, **limits))
+        list(tokenize_records(records[:1], tokenizer, counts=counts, limits=LIMITS))
 
 
 def test_who_only_reads_gets_the_template_s_own_conversation():

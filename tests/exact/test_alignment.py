@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from exalign.exact import kl, log_partition, optimal_policy
+from exalign.exact.alignment import kl, log_partition, optimal_policy
 from exalign.exact.figures_data import example_problem
 from exalign.objectives import forward_kl, log_policy_distribution, log_reward_target, reverse_kl
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exalign.exact import gradient_errors
 from exalign.exact.convergence import (
     divergence_gradient,
     draw_counts,
     fit_slope,
+    gradient_errors,
     gradient_from_counts,
     length_of_mean,
     policy_logits,
@@ -265,7 +265,7 @@ def test_logits_of_a_policy_give_it_back():
 
 def test_the_figure_on_policy_shows_what_is_proved():
     """On-policy the bias of EXO is the K-th part of the gradient; RLOO and PPO have none; all errors fall as 1/√K."""
-    curves = on_policy_figure(replicates=400).curves
+    curves = on_policy_figure(replicates=400)
     own = curves["EXO, on-policy"]
     length, weight = own.bias * own.num_completions, (own.bias_error * own.num_completions).square().reciprocal()
     mean = (weight * length).sum() / weight.sum()

@@ -21,7 +21,7 @@ from exalign.data.batching import Group, group_of
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.synthetic import write_world
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.evaluation.pool import expected_best
 from exalign.methods.grpo import GRPO
 from exalign.methods.matching import DIVERGENCES, Matching, train_matching, with_reference_logp
@@ -98,7 +98,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     groups = list(
         tokenize_records(
-            records("sft.jsonl"), tokenizer, max_prompt_tokens=24, max_completion_tokens=56, counts=Counter()
+            records("sft.jsonl"),
+            tokenizer,
+            limits=TokenLimits(max_prompt_tokens=24, max_completion_tokens=56),
+            counts=Counter(),
         )
     )
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Group as Renderables
@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.reading import DataSettings, read_source
 from exalign.data.record import Record
 from exalign.data.tokenization import (
     TokenLimits,
@@ -42,45 +41,28 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class InspectedCompletion:
-    """The tokens of one completion and what is known about it; `ended` says whether it ends the sequence."""
-
-    tokens: tuple[Token, ...]
-    ended: bool
-    preferred: bool
-    reward: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class InspectedRow:
-    """One record as the models will see it; `dropped` says why they will not, or nothing."""
+    """One record as the models will see it: tokens of the prompt and of each completion, and whether that has its end.
 
-    id: str
-    prompt: tuple[Token, ...]
-    completions: tuple[InspectedCompletion, ...]
+    `dropped` says why they will not see it, or nothing.
+    """
+
+    record: Record
     dropped: str
-    weight: float | None
-    tools: str | None
+    prompt: tuple[Token, ...] = ()
+    completions: tuple[tuple[Token, ...], ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Token numbers over all records: how many sequences, and their median and maximum before anything is cut."""
-
-    number: int
-    median: float
-    maximum: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inspection:
-    """The first rows of a source, and what holds for all of it."""
+    """The first rows of a source, and what holds for all of it; lengths are in tokens, before anything is cut."""
 
-    rows: tuple[InspectedRow, ...]
-    counts: dict[str, int]
-    prompt_lengths: Lengths
-    completion_lengths: Lengths
+    counts: Counter[str]
     limits: TokenLimits
+    rows: list[InspectedRow] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)
+    completion_lengths: list[int] = field(default_factory=list)
 
 
 def inspect_records(
@@ -95,60 +77,37 @@ def inspect_records(
 
     `counts` is the counter that the reader of `records` fills; here it receives what tokenisation adds.
     """
-    rows: list[InspectedRow] = []
-    prompt_lengths: list[int] = []
-    completion_lengths: list[int] = []
+    found = Inspection(counts, limits)
     for index, given in enumerate(records):
         try:
             record = with_token_ids(given, tokenizer, counts)
-            group = tokenize_record(
-                record,
-                tokenizer,
-                index=index,
-                max_prompt_tokens=limits.max_prompt_tokens,
-                max_completion_tokens=limits.max_completion_tokens,
-                counts=counts,
-            )
+            group = tokenize_record(record, tokenizer, index=index, limits=limits, counts=counts)
         except UnfitError as error:
             counts[error.reason] += 1
             if index < num_rows:
-                rows.append(InspectedRow(given.id, (), (), str(error), given.weight, given.tools))
+                found.rows.append(InspectedRow(given, str(error)))
             continue
         prompt, completions = list(record.prompt_ids or ()), [list(c.token_ids or ()) for c in record.completions]
-        prompt_lengths.append(len(prompt))
-        completion_lengths.extend(map(len, completions))
+        found.prompt_lengths.append(len(prompt))
+        found.completion_lengths.extend(map(len, completions))
         dropped = has_equal_rival(group)
-        counts["pairs_equal_as_tokens"] += dropped
+        if dropped:
+            counts["pairs_equal_as_tokens"] += 1
         if index < num_rows:
-            kept_prompt = group.prompt_ids.tolist()
-            kept = [ids.tolist() for ids in group.completion_ids]
-            rows.append(
+            kept, ends = [ids.tolist() for ids in group.completion_ids], end_ids(tokenizer)
+            found.rows.append(
                 InspectedRow(
-                    record.id,
-                    _prompt_tokens(prompt, kept_prompt, tokenizer),
-                    tuple(_completions(record, completions, kept, tokenizer)),
+                    record,
                     "both sides have the same tokens" if dropped else "",
-                    record.weight,
-                    record.tools,
+                    _prompt_tokens(prompt, group.prompt_ids.tolist(), tokenizer),
+                    tuple(
+                        tuple(_token(i, tokenizer, cut=n >= len(used)) for n, i in enumerate(ids))
+                        for ids, used in zip(completions, kept, strict=True)
+                    ),
+                    tuple(used[-1] in ends for used in kept),
                 )
             )
-    shown = {name: number for name, number in counts.items() if number}
-    return Inspection(tuple(rows), shown, _lengths(prompt_lengths), _lengths(completion_lengths), limits)
-
-
-def inspect_source(
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    rows: int = 3,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-) -> Inspection:
-    """Read a data source and inspect its records: the counts are those of reading and of tokenisation together."""
-    counts: Counter[str] = Counter()
-    limits = TokenLimits(max_prompt_tokens=max_prompt_tokens, max_completion_tokens=max_completion_tokens)
-    records = read_source(settings, counts, tokenizer)
-    return inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=rows)
+    return found
 
 
 def _prompt_tokens(ids: list[int], kept: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[Token, ...]:
@@ -158,28 +117,11 @@ def _prompt_tokens(ids: list[int], kept: list[int], tokenizer: PreTrainedTokeniz
     return tuple(_token(i, tokenizer, cut=head <= n < head + number_cut) for n, i in enumerate(ids))
 
 
-def _completions(
-    record: Record, completions: list[list[int]], kept: list[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> Iterable[InspectedCompletion]:
-    ends = end_ids(tokenizer)
-    for position, (ids, used) in enumerate(zip(completions, kept, strict=True)):
-        yield InspectedCompletion(
-            tokens=tuple(_token(i, tokenizer, cut=n >= len(used)) for n, i in enumerate(ids)),
-            ended=used[-1] in ends,
-            preferred=record.preferred == position,
-            reward=record.completions[position].reward,
-        )
-
-
 def _token(token_id: int, tokenizer: PreTrainedTokenizerBase, *, cut: bool) -> Token:
     text = token_text(tokenizer, token_id)
     if not text or "\ufffd" in text:  # a part of a character, or nothing to see: its name in the vocabulary says more
         text = str(tokenizer.convert_ids_to_tokens(token_id))
     return Token(token_id, escape_controls(text), cut)
-
-
-def _lengths(lengths: Sequence[int]) -> Lengths:
-    return Lengths(len(lengths), statistics.median(lengths), max(lengths)) if lengths else Lengths(0, 0, 0)
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
@@ -189,15 +131,17 @@ def render_inspection(inspection: Inspection) -> RenderableType:
 
 
 def _row_panel(row: InspectedRow) -> Panel:
+    record = row.record
     parts = [_line("prompt", row.prompt, "cyan")] if row.prompt else [Text(escape_controls(row.dropped))]
-    for number, completion in enumerate(row.completions, start=1):
-        name = f"completion {number}" if len(row.completions) > 1 else "completion"
-        name += " (preferred)" if completion.preferred else ""
-        name += "" if completion.reward is None else f" (reward {completion.reward:g})"
-        name += "" if completion.ended else " (no end-of-sequence)"
-        parts.append(_line(name, completion.tokens, "green"))
-    title = escape_controls(row.id) + ("" if row.weight is None else f", weight {row.weight:g}")
-    title += ", with tools" if row.tools else ""
+    for place, (tokens, ended) in enumerate(zip(row.completions, row.ended, strict=True)):
+        reward = record.completions[place].reward
+        name = f"completion {place + 1}" if len(row.completions) > 1 else "completion"
+        name += " (preferred)" if record.preferred == place else ""
+        name += "" if reward is None else f" (reward {reward:g})"
+        name += "" if ended else " (no end-of-sequence)"
+        parts.append(_line(name, tokens, "green"))
+    title = escape_controls(record.id) + ("" if record.weight is None else f", weight {record.weight:g}")
+    title += ", with tools" if record.tools else ""
     title += f": dropped, {escape_controls(row.dropped)}" if row.dropped else ""
     return Panel(Renderables(*parts), title=Text(title), title_align="left", box=box.ROUNDED)
 
@@ -229,7 +173,8 @@ def _summary(inspection: Inspection) -> Table:
         ("prompts", inspection.prompt_lengths, limits.max_prompt_tokens),
         ("completions", inspection.completion_lengths, limits.max_completion_tokens),
     ):
-        table.add_row(name, f"{lengths.number:,}", f"{lengths.median:g}", f"{lengths.maximum:,}", f"{limit:,}")
+        median, longest = (statistics.median(lengths), max(lengths)) if lengths else (0, 0)
+        table.add_row(name, f"{len(lengths):,}", f"{median:g}", f"{longest:,}", f"{limit:,}")
     for name, number in sorted(inspection.counts.items()):
         table.add_row(name if " " in name else name.replace("_", " "), f"{number:,}")
     return table

@@ -15,9 +15,9 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, count, groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
@@ -54,6 +54,7 @@ _SPLITS = {
 """The hub's splits and the words that name them."""
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 _SPACE = re.compile(r"\s*")
+_BLANK = b" \t\r\n\v\f\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _OTHER_FILES = ("dataset_info.json", "dataset_infos.json", "header.json")
 
@@ -197,15 +198,13 @@ def read_source(
     """
     if len(each(sources)) == 1:
         return _read_one(each(sources)[0], counts, tokenizer)
-    parts = [(settings, Counter[str]()) for settings in each(sources)]
-    read = [_read_one(settings, own, tokenizer) for settings, own in parts]
-    return _read_each(read, [own for _, own in parts], counts)
+    own = [Counter[str]() for _ in each(sources)]
+    read = [_read_one(settings, found, tokenizer) for settings, found in zip(each(sources), own, strict=True)]
+    return _read_each(zip(read, own, strict=True), counts)
 
 
-def _read_each(
-    sources: Sequence[Iterator[Record]], own: Sequence[Counter[str]], counts: Counter[str]
-) -> Iterator[Record]:
-    for number, (records, found) in enumerate(zip(sources, own, strict=True), start=1):
+def _read_each(parts: Iterable[tuple[Iterator[Record], Counter[str]]], counts: Counter[str]) -> Iterator[Record]:
+    for number, (records, found) in enumerate(parts, start=1):
         for record in records:
             yield replace(record, id=f"{number}/{record.id}")
         counts.update(found)
@@ -255,19 +254,13 @@ def _foreign_records(
             records = list(shape.records(row.id, row.values, counts))
         except (ValueError, RecursionError) as error:
             raise row.problem(str(error)) from None
-        for record in records:
-            if tokenizer is None or settings.prompt_tokens is None:
-                yield record
-            elif (split := _split(record, tokenizer, settings.prompt_tokens, counts)) is not None:
-                yield split
+        if settings.prompt_tokens is not None and tokenizer is not None:
+            from exalign.data.tokenization import split_text
 
-
-def _split(
-    record: Record, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, counts: Counter[str]
-) -> Record | None:
-    from exalign.data.tokenization import split_text
-
-    return split_text(record, tokenizer, prompt_tokens=prompt_tokens, counts=counts)
+            cut = (split_text(r, tokenizer, prompt_tokens=settings.prompt_tokens, counts=counts) for r in records)
+            yield from (record for record in cut if record is not None)
+        else:
+            yield from records
 
 
 Placed = TypeVar("Placed", Record, SourceRow)
@@ -275,19 +268,18 @@ Placed = TypeVar("Placed", Record, SourceRow)
 
 def _window(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]) -> Iterator[Placed]:
     """The rows of the share, after `skip`, up to `limit`, counted."""
+
+    def drawn(row: Placed) -> bool:
+        digest = hashlib.sha256(f"{settings.shuffle_seed or 0} {row.id}".encode("utf-8", "replace")).digest()
+        inside = settings.share == 1 or int.from_bytes(digest[:8], "big") < settings.share * 2**64
+        if not inside:
+            counts["rows_beyond_the_share"] += 1
+        return inside
+
     stop = None if settings.limit is None else settings.skip + settings.limit
-    for row in islice(_drawn(rows, settings, counts), settings.skip, stop):
+    for row in islice(filter(drawn, rows), settings.skip, stop):
         counts["rows"] += 1
         yield row
-
-
-def _drawn(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]) -> Iterator[Placed]:
-    for row in rows:
-        digest = hashlib.sha256(f"{settings.shuffle_seed or 0} {row.id}".encode("utf-8", "replace")).digest()
-        if settings.share == 1 or int.from_bytes(digest[:8], "big") < settings.share * 2**64:
-            yield row
-        else:
-            counts["rows_beyond_the_share"] += 1
 
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
@@ -306,13 +298,12 @@ def _counted(records: Iterable[Record], weight: float | None, counts: Counter[st
         yield record
 
 
-def _shuffled(rows: Iterable[SourceRow], seed: int | None) -> Iterator[SourceRow]:
+def _shuffled(rows: Iterable[SourceRow], seed: int | None) -> Iterable[SourceRow]:
     if seed is None:
-        yield from rows
-        return
+        return rows
     everything = list(rows)
     random.Random(seed).shuffle(everything)
-    yield from everything
+    return everything
 
 
 def read_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
@@ -399,9 +390,9 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
     found = sorted({name for name in splits.values() if name})
     if split is not None:
         wanted = _SPLIT_OF.get(split, split)
-        matching = [file for file in files if splits[file] == wanted or data_stem(file) == split]
+        matching = [file for file in files if splits[file] == wanted or _stem(file) == split]
         if not matching:
-            names = ", ".join(found or sorted({data_stem(file) for file in files}))
+            names = ", ".join(found or sorted(set(map(_stem, files))))
             raise InputError(f"The folder {folder} has no split {split!r}; found {names}.")
         return matching
     if len(found) > 1:
@@ -416,15 +407,12 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
+    def is_data(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        return data_suffix(file) is not None and file.is_file() and not hidden and file.name not in _OTHER_FILES
+
     try:
-        files = sorted(
-            file
-            for file in folder.rglob("*")
-            if data_suffix(file) is not None
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-            and file.name not in _OTHER_FILES
-        )
+        files = sorted(filter(is_data, folder.rglob("*")))
     except OSError as error:
         raise InputError(f"The folder {folder} cannot be read ({error}).") from None
     if not files:
@@ -433,9 +421,9 @@ def _data_files(folder: Path) -> list[Path]:
     return tables or files
 
 
-def data_stem(file: Path) -> str:
-    """The file's name without its data suffix: `train.jsonl.gz` → `train`."""
-    return file.name[: -len(data_suffix(file) or "")] if data_suffix(file) else file.name
+def _stem(file: Path) -> str:
+    """`train.jsonl.gz` → `train`."""
+    return file.name[: -len(data_suffix(file) or "")]
 
 
 def _split_of(relative: Path) -> str | None:
@@ -561,7 +549,8 @@ def refuse_pointer(path: Path) -> None:
 
 
 def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[str]) -> Rows:
-    first = _first_character(stream)
+    blocks = (block.lstrip(_BLANK) for block in iter(lambda: stream.read(1 << 16), b""))
+    first = next(filter(None, blocks), b"")[:1]
     stream.seek(0)
     if first == b"[" or (first == b"{" and _over_several_lines(stream)):
         if streaming:
@@ -571,18 +560,9 @@ def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[
     return _json_lines(path, stream, counts)
 
 
-def _first_character(stream: ByteStream) -> bytes:
-    while block := stream.read(1 << 16):
-        if rest := block.lstrip(b" \t\r\n\v\f\xef\xbb\xbf"):
-            return rest[:1]
-    return b""
-
-
 def _over_several_lines(stream: ByteStream) -> bool:
     """Whether the first line that is not blank begins a JSON object and does not end it."""
-    line = stream.readline(MAX_ROW)
-    while line and not line.strip(b"\xef\xbb\xbf \t\r\n\v\f"):
-        line = stream.readline(MAX_ROW)
+    line = next(line for line in iter(lambda: stream.readline(MAX_ROW), b"") if line.strip(_BLANK))
     more = stream.read(1)
     stream.seek(0)
     try:
@@ -595,11 +575,18 @@ def _over_several_lines(stream: ByteStream) -> bool:
 
 
 def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
-    for number, line in enumerate(_lines(path, stream), start=1):
-        if line.isspace():
+    for number, line in _lines(path, stream):
+        if not line.strip():
             counts["blank_lines"] += 1
             continue
-        yield number, _object(_parse(path, number, line), path, number)
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            said = f"not valid JSON ({error.msg} at character {error.pos + 1})"
+            raise InputError(f"{path}, row {number}: {said}.") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, row {number}: not valid JSON ({_unreadable(error)}).") from None
+        yield number, _object(value, path, number)
 
 
 def _whole_json(path: Path, stream: ByteStream) -> Rows:
@@ -625,29 +612,20 @@ def _whole_json(path: Path, stream: ByteStream) -> Rows:
         yield number, _object(value, path, number)
 
 
-def _parse(path: Path, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, row {number}: not valid JSON ({error.msg} at character {error.pos + 1}).") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, row {number}: not valid UTF-8 at byte {error.start + 1} of the line.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, row {number}: not valid JSON ({_unreadable(error)}).") from None
-
-
 def _unreadable(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
 
 
-def _lines(path: Path, stream: ByteStream) -> Iterator[bytes]:
-    for number in count(1):
-        line = stream.readline(MAX_ROW + 1)
-        if not line:
-            return
+def _lines(path: Path, stream: ByteStream, unit: str = "row") -> Iterator[tuple[int, str]]:
+    """Numbered from 1."""
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW + 1), b""), start=1):
         if len(line) > MAX_ROW:
-            raise InputError(f"{path}, row {number} has more than {MAX_ROW >> 20} MiB.")
-        yield line
+            raise InputError(f"{path}, {unit} {number} has more than {MAX_ROW >> 20} MiB.")
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            said = f"not valid UTF-8 at byte {error.start + 1} of the line"
+            raise InputError(f"{path}, {unit} {number}: {said}.") from None
 
 
 def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
@@ -657,13 +635,9 @@ def _object(value: Any, path: Path, number: int) -> dict[str, Any]:
 
 
 def _text_rows(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
-    for number, line in enumerate(_lines(path, stream), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise InputError(f"{path}, row {number}: not valid UTF-8.") from None
-        if text.strip():
-            yield number, {"text": text}
+    for number, line in _lines(path, stream):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
         else:
             counts["blank_lines"] += 1
 
@@ -671,9 +645,8 @@ def _text_rows(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
 def _csv_rows(path: Path, stream: ByteStream) -> Rows:
     csv.field_size_limit(MAX_ROW)  # the default refuses long texts
     number = 0
-    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(_lines(path, stream)))
     try:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader((line for _, line in _lines(path, stream, "line")), strict=True)
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
             raise InputError(f"{path}: the first line must name the columns, each once; found {header!s:.200}.")
@@ -683,8 +656,6 @@ def _csv_rows(path: Path, stream: ByteStream) -> Rows:
             yield number, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: not valid CSV ({error}).") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}, row {number + 1}: not valid UTF-8.") from None
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -697,6 +668,5 @@ def _parquet_rows(path: Path) -> Rows:
                     yield number, values
     # Values that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) are not errors of Arrow.
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{path}: not readable as Parquet after row {number} ({' '.join(str(error).split())[:200]})."
-        ) from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not readable as Parquet after row {number} ({said}).") from None

@@ -14,12 +14,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -50,9 +49,8 @@ class UnfitError(InputError):
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The end-of-sequence id; a tokenizer without one is an `InputError`."""
     if tokenizer.eos_token_id is None:
-        name = tokenizer.name_or_path or "given"
         raise InputError(
-            f"The tokenizer {name} has no end-of-sequence token: set eos_token in its tokenizer_config.json."
+            f"T{_named(tokenizer)[1:]} has no end-of-sequence token: set eos_token in its tokenizer_config.json."
         )
     return int(tokenizer.eos_token_id)
 
@@ -93,45 +91,34 @@ def _written(record: Record, prompt: list[int], completions: list[list[int]]) ->
 
 
 def tokenize_record(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    index: int,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-    counts: Counter[str],
+    record: Record, tokenizer: PreTrainedTokenizerBase, *, index: int, limits: TokenLimits, counts: Counter[str]
 ) -> Group:
     """The `Group` of one record (see `with_token_ids`), `index` its position in the source.
 
-    A prompt over `max_prompt_tokens` loses its beginning (special tokens in front stay), once for all K;
-    `counts["prompts_cut"]`. A completion longer than `max_completion_tokens` with its end token is cut and has none;
-    `counts["completions_cut"]`. Completions that carry a log-probability were sampled: they cannot be cut, so limits
-    below them are an `InputError`, as is a tokenizer without end-of-sequence.
+    A prompt over the limit loses its beginning (special tokens in front stay), once for all K; `counts["prompts_cut"]`.
+    A completion longer than its limit with its end token is cut and has none; `counts["completions_cut"]`. Completions
+    that carry a log-probability were sampled: they cannot be cut, so limits below them are an `InputError`, as is a
+    tokenizer without end-of-sequence.
     """
     record = with_token_ids(record, tokenizer, counts)
     prompt, completions = list(record.prompt_ids or ()), [list(c.token_ids or ()) for c in record.completions]
     sampled = [c.logprob is not None or c.reference_logprob is not None for c in record.completions]
-    if len(prompt) > max_prompt_tokens:
+    if len(prompt) > limits.max_prompt_tokens:
         if any(sampled):
-            raise _too_short(record, "prompt", len(prompt), "max_prompt_tokens", max_prompt_tokens)
-        prompt = cut_prompt(prompt, tokenizer, max_prompt_tokens)
+            raise _too_short(record, "prompt", len(prompt), limits.max_prompt_tokens)
+        prompt = cut_prompt(prompt, tokenizer, limits.max_prompt_tokens)
         counts["prompts_cut"] += 1
     for position, ids in enumerate(completions):
-        if len(ids) > max_completion_tokens:
+        if len(ids) > limits.max_completion_tokens:
             if sampled[position]:
-                raise _too_short(record, "completion", len(ids), "max_completion_tokens", max_completion_tokens)
-            completions[position] = ids[:max_completion_tokens]
+                raise _too_short(record, "completion", len(ids), limits.max_completion_tokens)
+            completions[position] = ids[: limits.max_completion_tokens]
             counts["completions_cut"] += 1
     return group_of(_written(record, prompt, completions), index, from_proposal=True)
 
 
 def tokenize_records(
-    records: Iterable[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-    counts: Counter[str],
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, limits: TokenLimits, counts: Counter[str]
 ) -> Iterator[Group]:
     """`tokenize_record` of each record, `index` its position among them.
 
@@ -139,18 +126,10 @@ def tokenize_records(
     the same tokens would share (`pairs_equal_as_tokens`). Where all records break it, the last one's `UnfitError` says
     so for all.
     """
-    unfit, index = None, -1
-    fit = 0
+    unfit, index, fit = None, -1, 0
     for index, record in enumerate(records):
         try:
-            group = tokenize_record(
-                record,
-                tokenizer,
-                index=index,
-                max_prompt_tokens=max_prompt_tokens,
-                max_completion_tokens=max_completion_tokens,
-                counts=counts,
-            )
+            group = tokenize_record(record, tokenizer, index=index, limits=limits, counts=counts)
         except UnfitError as error:
             unfit = error
             counts[error.reason] += 1
@@ -167,11 +146,8 @@ def tokenize_records(
 
 def has_equal_rival(group: Group) -> bool:
     """Whether another completion has the same tokens as the preferred one, so that the preference says nothing."""
-    if group.preferred is None:
-        return False
-    winner = group.completion_ids[group.preferred]
-    others = (ids for i, ids in enumerate(group.completion_ids) if i != group.preferred)
-    return any(torch.equal(ids, winner) for ids in others)
+    texts = [ids.tolist() for ids in group.completion_ids]
+    return group.preferred is not None and texts.count(texts[group.preferred]) > 1
 
 
 def split_text(
@@ -264,7 +240,7 @@ def cut_prompt(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_to
 
 # --- what the chat template writes ---
 
-_RUN: dict[str, Callable[[], datetime]] = {"date": datetime.now}
+_RUN: dict[str, datetime | None] = {"date": None}
 _PLACE = "Zq7answer7qZ"
 
 
@@ -273,7 +249,7 @@ def pin_date(moment: datetime | None) -> None:
 
     A run calls this in each of its processes with the moment it began, so that its tokens are the same every day.
     """
-    _RUN["date"] = datetime.now if moment is None else lambda: moment
+    _RUN["date"] = moment
 
 
 def render_chat(
@@ -287,7 +263,7 @@ def render_chat(
     template = tokenizer.get_chat_template(None, tools)
     more = dict(getattr(tokenizer, "chat_template_kwargs", None) or {})
     if "strftime_now" in template:  # transformers passes templates data only, so the date comes as a macro in the text
-        moment = _RUN["date"]()
+        moment = _RUN["date"] or datetime.now()
         more["exalign_date"] = {code: moment.strftime(code) for code in sorted(set(_CODES.findall(template)), key=len)}
         template = _DATE_MACRO + template
     rendered = tokenizer.apply_chat_template(
@@ -332,11 +308,7 @@ def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter
     start = _render(record, tokenizer, messages)
     before, found, behind = _render(record, tokenizer, messages, answer=opening + _PLACE).rpartition(_PLACE)
     if not found:
-        raise UnfitError(
-            record,
-            "records_refused_by_template",
-            f"{_template_of(tokenizer)} writes no answers.",
-        )
+        raise UnfitError(record, "records_refused_by_template", f"{_template_of(tokenizer)} writes no answers.")
     if counts is not None:
         _count_left_out(record, tokenizer, messages, start, counts)
     lead = opened = ""
@@ -359,12 +331,12 @@ def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter
     return _Turn(start, lead=lead, opened=opened, behind=behind, **_end_of(behind, tokenizer))
 
 
-def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return getattr(tokenizer, "name_or_path", None) or "given"
+def _named(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the tokenizer {getattr(tokenizer, 'name_or_path', None) or 'given'}"
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"the chat template of the tokenizer {_name_of(tokenizer)}"
+    return f"the chat template of {_named(tokenizer)}"
 
 
 def _messages(record: Record) -> tuple[list[Any], str]:
@@ -408,7 +380,7 @@ def _render(
         raise UnfitError(
             record,
             "records_without_template",
-            f"it is a conversation, but the tokenizer {_name_of(tokenizer)} has no chat template: "
+            f"it is a conversation, but {_named(tokenizer)} has no chat template: "
             "use a chat model's tokenizer, or data with plain text.",
         )
     if answer is not None:
@@ -417,11 +389,8 @@ def _render(
         tools = json.loads(record.tools) if record.tools else None
         return render_chat(tokenizer, messages, tools=tools, answering=answering and answer is None)
     except (TemplateError, ValueError, TypeError, LookupError) as error:
-        raise UnfitError(
-            record,
-            "records_refused_by_template",
-            f"{_template_of(tokenizer)} refuses it ({error}).",
-        ) from None
+        said = f"{_template_of(tokenizer)} refuses it ({error})."
+        raise UnfitError(record, "records_refused_by_template", said) from None
 
 
 # --- ids ---
@@ -553,7 +522,8 @@ def _leading_special(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return special[: next(places, 0)]
 
 
-def _too_short(record: Record, part: str, tokens: int, name: str, limit: int) -> InputError:
+def _too_short(record: Record, part: str, tokens: int, limit: int) -> InputError:
+    name = f"max_{part}_tokens"
     return InputError(
         f"Record {record.id}: its sampled {part} has {tokens} tokens, more than {name} = {limit}; cutting it would "
         f"make its log-probability wrong, so raise {name} or sample again with it."

@@ -240,8 +240,8 @@ def best_of_n(
     points = []
     for n in sorted({2**power for power in range(fewest.bit_length())} | ({fewest} if fewest else set())):
         best = np.array([expected_best(rewards, n) for rewards in pool.values()])
-        how = {"shares": partial(best_of_n_shares, n=n), "bootstrap": bootstrap}
-        rates = [win_rate(arrays, table.by_prompt, opponent=who, **how) for who, table in (opponents or {}).items()]
+        against = partial(win_rate, arrays, shares=partial(best_of_n_shares, n=n), bootstrap=bootstrap)
+        rates = [against(table.by_prompt, opponent=who) for who, table in (opponents or {}).items()]
         won = [rate for rate in rates if rate is not None]
         points.append(BestOfN(n, bootstrap.mean(best), math.log(n) - (n - 1) / n, won))
     return points

@@ -40,16 +40,9 @@ class Line:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GaussianFit:
-    """The Gaussian that minimises a divergence, and the way there, `steps` + 1 points with start and end.
-
-    Attributes:
-        log_policy: `[N]` log π_θ at the end.
-        means, stds, losses: `[steps + 1]` along the way (nats for the losses).
-    """
+    """The Gaussian that minimises a divergence: log π_θ `[N]`, and the losses `[steps + 1]` on the way, in nats."""
 
     log_policy: Tensor
-    means: Tensor
-    stds: Tensor
     losses: Tensor
 
 
@@ -78,26 +71,19 @@ def fit_gaussian(line: Line, divergence: Divergence, *, steps: int = 300, learni
     log_t = line.log_target.expand(len(starts), -1)
     optimizer = torch.optim.Adam([parameters], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    path, losses = [], []
+    losses = []
     for step in range(steps + 1):
         policy = gaussian_logp(line.points, parameters)
         loss = divergence(_enumerated(policy, reference), log_t)
-        path.append(parameters.detach().clone())
         losses.append(loss.detach())
         if step < steps:
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
             schedule.step()
-    # Starts that end in the same place tie up to rounding: the first of them, so that the path is the same everywhere.
+    # Starts that end in the same place tie up to rounding: the first of them, so that it is the same everywhere.
     best = int((losses[-1] < losses[-1].min() + 1e-9).nonzero()[0, 0])
-    trajectory = torch.stack(path)[:, best]
-    return GaussianFit(
-        log_policy=gaussian_logp(line.points, trajectory[-1:])[0],
-        means=trajectory[:, 0],
-        stds=trajectory[:, 1].exp(),
-        losses=torch.stack(losses)[:, best],
-    )
+    return GaussianFit(policy[best].detach(), torch.stack(losses)[:, best])
 
 
 def fit_table(line: Line, divergence: Divergence, *, steps: int = 200) -> Tensor:

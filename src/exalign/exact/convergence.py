@@ -104,17 +104,10 @@ def gradient_errors(
     generator: torch.Generator,
     proposal_logp: Tensor | None = None,
 ) -> GradientErrors:
-    """Measure bias and root mean square error of a divergence's K-sample gradient.
+    """Measure bias and root mean square error of a divergence's K-sample gradient at the policy `logits` `[C, V]`.
 
-    Args:
-        problem: what is aligned.
-        logits: `[C, V]` the policy at which gradients are taken.
-        divergence: `reverse_kl` for EXO, `forward_kl` for DPO, or any other of `exalign.objectives`.
-        exact: `[C, V]` the gradient it should tend to, such as `problem.reverse_kl_gradient(logits)`.
-        num_completions: the sizes K.
-        replicates: how many independent draws of K completions per size, at least 2.
-        generator: the source of randomness.
-        proposal_logp: `[N]` log q, what completions are drawn from; π_sft by default.
+    `exact` `[C, V]` is the gradient that it should tend to, such as `problem.reverse_kl_gradient(logits)`. Completions
+    are drawn from `proposal_logp` `[N]`, log q, or π_sft, in `replicates` ≥ 2 independent draws for each size K.
     """
     proposal = problem.reference_logp if proposal_logp is None else proposal_logp
     gradient = divergence_gradient(problem, logits, divergence, proposal)

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from exalign.exact.alignment import AlignmentProblem, kl
-from exalign.exact.bimodal import (
-    Divergence,
-    GaussianFit,
-    alignment_loss,
-    fit_gaussian,
-    fit_table,
-    two_mode_line,
-)
+from exalign.exact.bimodal import Divergence, alignment_loss, fit_gaussian, fit_table, two_mode_line
 from exalign.exact.convergence import (
     Gradient,
     GradientErrors,
@@ -44,20 +37,12 @@ from exalign.objectives import alpha_divergence, forward_kl, jeffreys, jensen_sh
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TwoModeFigure:
-    """Figure 1. Densities over `points` `[N]`; one fitted Gaussian per divergence, by its name.
-
-    Attributes:
-        points: `[N]` evenly spaced.
-        reference, target: `[N]` densities of π_sft and of π*_β.
-        policies: `[N]` densities of the fitted π_θ.
-        fits: the same fits with mean, width and loss at every step of the optimisation.
-    """
+    """Figure 1. Densities `[N]` over `points`: of π_sft, of π*_β, and of the Gaussian π_θ fitted by each divergence."""
 
     points: Tensor
     reference: Tensor
     target: Tensor
     policies: Mapping[str, Tensor]
-    fits: Mapping[str, GaussianFit]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,14 +59,6 @@ class ObjectiveFigure:
     gaussian: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GradientErrorFigure:
-    """Error of the K-sample gradient against K, by estimator. In theory slopes are −1 (bias) and −½ (rms)."""
-
-    curves: Mapping[str, GradientErrors]
-    replicates: int
-
-
 def two_mode_figure() -> TwoModeFigure:
     """Fit one Gaussian to the two-mode optimum by each divergence."""
     line = two_mode_line()
@@ -92,13 +69,12 @@ def two_mode_figure() -> TwoModeFigure:
         "Jeffreys": jeffreys,
         "alpha 0.9": functools.partial(alpha_divergence, alpha=0.9),
     }
-    fits = {name: fit_gaussian(line, divergence) for name, divergence in divergences.items()}
+    fitted = {name: fit_gaussian(line, divergence).log_policy for name, divergence in divergences.items()}
     return TwoModeFigure(
         points=line.points,
         reference=_density(line.points, line.reference_logp),
         target=_density(line.points, line.log_target),
-        policies={name: _density(line.points, fit.log_policy) for name, fit in fits.items()},
-        fits=fits,
+        policies={name: _density(line.points, logp) for name, logp in fitted.items()},
     )
 
 
@@ -120,31 +96,26 @@ def objective_figure() -> ObjectiveFigure:
     )
 
 
-def gradient_error_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
-    """Measure bias and rms error of EXO's and DPO's gradients for K = 2 … 1024, from π_sft and from the policy."""
+def gradient_error_figure(*, replicates: int = 5_000) -> dict[str, GradientErrors]:
+    """Measure bias and rms error of EXO's and DPO's gradients for K = 2 … 1024, from π_sft and from the policy.
+
+    In theory slopes are −1 (bias) and −½ (rms).
+    """
     problem, logits = example_problem(seed=3)
     generator = torch.Generator().manual_seed(0)
     policy = problem.world.log_probs(logits)
-    curves = {}
+    sizes, curves = [2**power for power in range(1, 11)], {}
     for name, divergence, exact, proposal in (
         ("EXO", reverse_kl, problem.reverse_kl_gradient(logits), None),
         ("DPO", forward_kl, problem.forward_kl_gradient(logits), None),
         ("EXO, sampled from the policy", reverse_kl, problem.reverse_kl_gradient(logits), policy),
     ):
-        curves[name] = gradient_errors(
-            problem,
-            logits,
-            divergence,
-            exact,
-            [2**power for power in range(1, 11)],
-            replicates=replicates,
-            generator=generator,
-            proposal_logp=proposal,
-        )
-    return GradientErrorFigure(curves, replicates)
+        where = (problem, logits, divergence, exact, sizes)
+        curves[name] = gradient_errors(*where, replicates=replicates, generator=generator, proposal_logp=proposal)
+    return curves
 
 
-def on_policy_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
+def on_policy_figure(*, replicates: int = 5_000) -> dict[str, GradientErrors]:
     """Error of the gradient at β_π = 1, K = 2 … 256, a nat from π_sft, by method and by where completions come from.
 
     EXO from π_sft, from an earlier policy on the way (a stale q, half the way in logits) and from the policy itself,
@@ -168,11 +139,10 @@ def on_policy_figure(*, replicates: int = 5_000) -> GradientErrorFigure:
     estimators["PPO, perfect critic"] = ppo_gradient(problem, logits, lam=0.95), policy
     exact, generator = problem.reverse_kl_gradient(logits), torch.Generator().manual_seed(0)
     sizes = [2**power for power in range(1, 9)]
-    curves = {
+    return {
         name: estimator_errors(gradient, exact, proposal, sizes, replicates=replicates, generator=generator)
         for name, (gradient, proposal) in estimators.items()
     }
-    return GradientErrorFigure(curves, replicates)
 
 
 def _at_kl(problem: AlignmentProblem, logits: Tensor, nats: float) -> Tensor:

@@ -76,8 +76,8 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
 
 def _cuts(scorer: Scorer) -> Counter[str]:
     """What a scorer has cut so far; those of other people's making may not say."""
-    counts = getattr(scorer, "counts", None)
-    return counts if isinstance(counts, Counter) else Counter()
+    found: Counter[str] = getattr(scorer, "counts", Counter())
+    return found
 
 
 def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[str], str] | None = None) -> Scorer:
@@ -140,12 +140,19 @@ def part_means(records: Sequence[Record]) -> dict[str, float]:
 class RewardModelScorer:
     """r(x, y) of a sequence classifier with one label: its scalar head on the last token of prompt + completion.
 
-    Texts are tokenised with the model's own tokenizer, and cut to `limits`. By default those are the limits that the
-    model was trained with, which one that was trained here carries; the text for another is cut only where it has no
-    positions left. Encoders (BERT, DeBERTa, ...) read prompt and completion as one text. `token_budget` sets the tokens
-    computed at once and changes no reward beyond rounding. `counts` says what was cut. Another number of labels is an
-    `InputError`.
+    Another number of labels is an `InputError`. Texts are tokenised with the model's own tokenizer, and cut to
+    `limits`. By default those are the limits that the model was trained with, which one that was trained here carries;
+    the text for another is cut only where it has no positions left. `token_budget` sets the tokens computed at once and
+    changes no reward beyond rounding. `counts` says what was cut.
+
+    Causal models read the last token of prompt and completion, tokenised apart; encoders (BERT, DeBERTa, …) both as one
+    text with their special tokens, cut on its left where it is too long. Where a model that was made elsewhere pads
+    with the id that ends a text, the last token is the one before: so its own forward reads it, and so its makers
+    trained it.
     """
+
+    _called = "The reward model"
+    _positive: int | None = None
 
     def __init__(
         self,
@@ -155,23 +162,94 @@ class RewardModelScorer:
         limits: TokenLimits | None = None,
         token_budget: int | Auto = "auto",
     ) -> None:
-        _check_one_label(model.config)
-        self._outputs = _Outputs(model, tokenizer, limits, token_budget)
-        self.counts = self._outputs.counts
+        if self._positive is None and model.config.num_labels != 1:
+            raise InputError(
+                f"A reward model has one label, but {model.config.name_or_path or 'this one'} has "
+                f"{model.config.num_labels}; score with the log-odds of a classifier instead."
+            )
+        self.counts: Counter[str] = Counter()
+        self._model: Any = model.eval()
+        self._tokenizer = tokenizer
+        self._limits = limits or kept_limits(model)
+        self._token_budget = reading_budget(model, token_budget)
+        padding = model.config.get_text_config().pad_token_id
+        self._unread = padding if padding == tokenizer.eos_token_id else None
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
         """One list of K rewards per record; a reward that is not finite is an `InputError` that names it."""
-        rewards = [row[:, 0].tolist() for row in self._outputs(records)]
-        return check_rewards(rewards, records, source="The reward model")
+        # Causal classifiers of transformers call their head `score`; those that pool a whole text have another.
+        rows = self._causal(records) if hasattr(self._model, "score") else self._encoder(records)
+        values = [row[:, 0] if self._positive is None else log_odds(row, self._positive) for row in rows]
+        return check_rewards([row.tolist() for row in values], records, source=self._called)
+
+    def _causal(self, records: Sequence[Record]) -> list[Tensor]:
+        groups = [self._group(record, index) for index, record in enumerate(records)]
+        if self._unread is not None:
+            groups = [_without_end(group, self._unread) for group in groups]
+
+        def outputs(part: Sequence[Group]) -> Tensor:
+            return completion_outputs(self._model, part).double().cpu()
+
+        found: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for batch, values in computed(outputs, groups, token_budget=self._token_budget):
+                found.update({g.index: row[: g.num_completions] for g, row in zip(batch, values, strict=True)})
+        return [found[group.index] for group in groups]
+
+    def _group(self, record: Record, index: int) -> Group:
+        """The record's texts in the tokens of this model, whatever ids it carries.
+
+        A completion that ended has its end-of-sequence id, one that was cut by a limit has none. Without limits, texts
+        are cut only to the model's positions: the prompt on its left, once for all K completions. What cannot stand
+        behind a prompt of this tokenizer's chat template (`conversations_read_whole`) is read as the template writes
+        the whole conversation.
+        """
+        tokenizer, counts, limits, positions = self._tokenizer, self.counts, self._limits, max_positions(self._model)
+        bare = tuple(replace(c, token_ids=None, logprob=None, reference_logprob=None) for c in record.completions)
+        record = replace(record, prompt_ids=None, completions=bare)
+        try:
+            record = with_token_ids(record, tokenizer, counts)
+        except UnfitError:
+            record = as_conversation(record, tokenizer)
+            counts["conversations_read_whole"] += 1
+        if limits is None:
+            whole = positions or 2**62
+            longest = max((len(c.token_ids or ()) for c in record.completions), default=1)
+            completion = min(longest, whole - 1)
+            limits = TokenLimits.model_construct(max_prompt_tokens=whole - completion, max_completion_tokens=completion)
+        return tokenize_record(record, tokenizer, index=index, limits=limits, counts=counts)
+
+    def _encoder(self, records: Sequence[Record]) -> list[Tensor]:
+        texts = [whole_text(record, completion.text) for record in records for completion in record.completions]
+        rows = self._encode(texts)
+        logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
+        with torch.inference_mode():
+            for batch in _similar_lengths(rows, self._token_budget):
+                inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+                ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
+                logits[batch] = self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
+        return list(logits.split([len(record.completions) for record in records]))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        tokenizer: Any = copy.deepcopy(self._tokenizer)
+        tokenizer.truncation_side = "left"
+        limit = min(tokenizer.model_max_length, _encoder_positions(self._model))
+        rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+        for index, row in enumerate(rows):
+            if len(row) > limit:
+                rows[index] = tokenizer(texts[index], truncation=True, max_length=limit)["input_ids"]
+                self.counts["texts_cut"] += 1
+        return rows
 
 
-class ClassifierScorer:
+class ClassifierScorer(RewardModelScorer):
     """r(x, y) = log p(positive | x, y) − log (1 − p(positive | x, y)), in nats, of the text prompt + completion.
 
-    With logits z this is z_pos − logsumexp of the others; with two labels, their difference. Texts are read as
-    `RewardModelScorer` reads them. `positive` is the name or the number of a label (see `positive_label`). A model with
-    one label is an `InputError`.
+    With logits z this is z_pos − logsumexp of the others; with two labels, their difference. `positive` is the name or
+    the number of a label (see `positive_label`). A model with one label is an `InputError`.
     """
+
+    _called = "The classifier"
 
     def __init__(
         self,
@@ -183,13 +261,7 @@ class ClassifierScorer:
         token_budget: int | Auto = "auto",
     ) -> None:
         self._positive = positive_label(model.config, positive)
-        self._outputs = _Outputs(model, tokenizer, limits, token_budget)
-        self.counts = self._outputs.counts
-
-    def score(self, records: Sequence[Record]) -> list[list[float]]:
-        """One list of K log-odds per record."""
-        rewards = [log_odds(row, self._positive).tolist() for row in self._outputs(records)]
-        return check_rewards(rewards, records, source="The classifier")
+        super().__init__(model, tokenizer, limits=limits, token_budget=token_budget)
 
 
 def log_odds(logits: Tensor, positive: int) -> Tensor:
@@ -493,117 +565,8 @@ def kept_limits(model: Any) -> TokenLimits | None:
         raise InputError(f"config.json of {name} has {_LIMITS} that are no limits: {str(values)[:100]}") from None
 
 
-class _Outputs:
-    """What the head of a sequence classifier says of each completion: `[K, num_labels]` float64 for each record.
-
-    Causal models read the last token of prompt and completion, tokenised apart; encoders both as one text with their
-    special tokens, cut on its left where it is too long. Where a model that was made elsewhere pads with the id that
-    ends a text, the last token is the one before: so its own forward reads it, and so its makers trained it.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits | None, budget: int | Auto
-    ) -> None:
-        self.counts: Counter[str] = Counter()
-        self._model: Any = model.eval()
-        self._tokenizer = tokenizer
-        self._limits = limits or kept_limits(model)
-        self._token_budget = reading_budget(model, budget)
-        padding = model.config.get_text_config().pad_token_id
-        self._unread = padding if padding == tokenizer.eos_token_id else None
-
-    def __call__(self, records: Sequence[Record]) -> list[Tensor]:
-        # Causal classifiers of transformers call their head `score`; those that pool a whole text have another.
-        return self._causal(records) if hasattr(self._model, "score") else self._encoder(records)
-
-    def _causal(self, records: Sequence[Record]) -> list[Tensor]:
-        positions = max_positions(self._model)
-        groups = [
-            retokenize(
-                record, self._tokenizer, index=index, limits=self._limits, positions=positions, counts=self.counts
-            )
-            for index, record in enumerate(records)
-        ]
-        if self._unread is not None:
-            groups = [_without_end(group, self._unread) for group in groups]
-        found: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            outputs = computed(
-                lambda part: completion_outputs(self._model, part).double().cpu(),
-                groups,
-                token_budget=self._token_budget,
-            )
-            for batch, values in outputs:
-                found.update({g.index: row[: g.num_completions] for g, row in zip(batch, values, strict=True)})
-        return [found[group.index] for group in groups]
-
-    def _encoder(self, records: Sequence[Record]) -> list[Tensor]:
-        texts = [whole_text(record, completion.text) for record in records for completion in record.completions]
-        rows = self._encode(texts)
-        logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
-        with torch.inference_mode():
-            for batch in _similar_lengths(rows, self._token_budget):
-                inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
-                ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
-                logits[batch] = self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
-        return list(logits.split([len(record.completions) for record in records]))
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        tokenizer: Any = copy.deepcopy(self._tokenizer)
-        tokenizer.truncation_side = "left"
-        limit = min(tokenizer.model_max_length, _encoder_positions(self._model))
-        rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-        for index, row in enumerate(rows):
-            if len(row) > limit:
-                rows[index] = tokenizer(texts[index], truncation=True, max_length=limit)["input_ids"]
-                self.counts["texts_cut"] += 1
-        return rows
-
-
-def retokenize(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    index: int,
-    limits: TokenLimits | None,
-    positions: int | None,
-    counts: Counter[str],
-) -> Group:
-    """The group of a record's texts in the tokens of `tokenizer`, whatever ids the record carries.
-
-    A completion that ended has its end-of-sequence id, one that was cut by a limit has none. Without `limits`, texts
-    are cut only to the model's `positions`: the prompt on its left, once for all K completions. Cuts are counted in
-    `counts` (`prompts_cut`, `completions_cut`). What cannot stand behind a prompt of this tokenizer's chat template
-    (`conversations_read_whole`) is read as the template writes the whole conversation.
-    """
-    bare = tuple(
-        replace(completion, token_ids=None, logprob=None, reference_logprob=None) for completion in record.completions
-    )
-    record = replace(record, prompt_ids=None, completions=bare)
-    try:
-        record = with_token_ids(record, tokenizer, counts)
-    except UnfitError:
-        record = as_conversation(record, tokenizer)
-        counts["conversations_read_whole"] += 1
-    longest_completion = longest_prompt = positions or 2**62
-    if limits is not None:
-        longest_prompt, longest_completion = limits.max_prompt_tokens, limits.max_completion_tokens
-    elif positions is not None:
-        longest_completion = positions - 1
-        tokens = max(len(completion.token_ids or ()) for completion in record.completions)
-        longest_prompt = positions - min(tokens, longest_completion)
-    return tokenize_record(
-        record,
-        tokenizer,
-        index=index,
-        max_prompt_tokens=longest_prompt,
-        max_completion_tokens=longest_completion,
-        counts=counts,
-    )
-
-
 def _without_end(group: Group, unread: int) -> Group:
-    """The group with the ids `unread` taken from the end of its completions; the prompt lends them its last token."""
+    """The group without the ids `unread` at the end of its completions; the prompt lends them its last token."""
 
     def read(ids: Tensor) -> Tensor:
         kept = (ids != unread).nonzero()
@@ -641,17 +604,6 @@ def max_positions(model: Any) -> int | None:
 
 def _encoder_positions(model: Any) -> int:
     """The longest text: RoBERTa and its kin number positions from the padding id + 1, which costs them that many."""
-    limit = max_positions(model)
-    if limit is None:
-        return 2**62
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     offset = getattr(embeddings, "padding_idx", None)
-    return limit if offset is None else limit - offset - 1
-
-
-def _check_one_label(config: PreTrainedConfig) -> None:
-    if config.num_labels != 1:
-        raise InputError(
-            f"A reward model has one label, but {config.name_or_path or 'this one'} has {config.num_labels}; score "
-            "with the log-odds of a classifier instead."
-        )
+    return (max_positions(model) or 2**62) - (0 if offset is None else offset + 1)

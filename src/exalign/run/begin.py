@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.reading import DataSettings, read_source, settings_of
 from exalign.data.record import Record
 from exalign.data.shapes import as_dialogue
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device, device_memory
 from exalign.errors import InputError
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
@@ -236,8 +236,9 @@ def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> s
     tokenizer = load_tokenizer(model)
     config = policy_skeleton(ModelSettings(source=model)).config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 4096
-    some, limits = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED], dict.fromkeys(LIMITS, positions)
-    groups = list(tokenize_records(some, tokenizer, counts=Counter(), **limits))
+    some = records[:: max(len(records) // TOKENISED, 1)][:TOKENISED]
+    limits = TokenLimits(max_prompt_tokens=positions, max_completion_tokens=positions)
+    groups = list(tokenize_records(some, tokenizer, counts=Counter(), limits=limits))
     if not groups:
         raise InputError("No row can be tokenised; exalign inspect DATA --model MODEL shows what happens to each.")
     prompts = sorted(len(group.prompt_ids) for group in groups)

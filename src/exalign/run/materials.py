@@ -20,7 +20,7 @@ from exalign.data.batching import Group
 from exalign.data.reading import each, named, read_source
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, iter_records
-from exalign.data.tokenization import tokenize_records
+from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import trained_elsewhere
@@ -202,15 +202,11 @@ def tokenize(
     view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, longest: int | None = None
 ) -> list[Group]:
     """Token groups of the records under the recipe's limits, or under `longest`; an empty result is an error."""
-    groups = list(
-        tokenize_records(
-            records,
-            tokenizer,
-            max_prompt_tokens=longest or view.recipe.data.max_prompt_tokens,
-            max_completion_tokens=longest or view.recipe.data.max_completion_tokens,
-            counts=view.counts,
-        )
+    limits = TokenLimits(
+        max_prompt_tokens=longest or view.recipe.data.max_prompt_tokens,
+        max_completion_tokens=longest or view.recipe.data.max_completion_tokens,
     )
+    groups = list(tokenize_records(records, tokenizer, limits=limits, counts=view.counts))
     if not groups:
         raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
     return groups
