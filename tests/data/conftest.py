@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exalign.data.synthetic import make_completion, make_prompts
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import build_tokenizer
 
 REAL_DATA = Path(__file__).parents[2] / "../shared/data"
 

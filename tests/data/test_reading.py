@@ -33,7 +33,7 @@ def read(source, counts=None, **settings):
 
 
 def convert(values, counts=None, among=(), columns=None, labels=None):
-    shape = Shape.of([*among, values], columns, labels)
+    shape = Shape([*among, values], columns or {}, labels or {})
     records = list(shape.records("file:3", values, Counter() if counts is None else counts))
     assert len(records) <= 1
     return records[0] if records else None

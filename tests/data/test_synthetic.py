@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.synthetic import make_completion, make_prompts, read_remark, remark_reward, reward, write_world
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import build_tokenizer
 
 PROMPT = "This comedy about a shy baker"
 

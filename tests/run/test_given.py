@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from exalign import evidence
 from exalign.cli import app
 from exalign.data.store import read_records
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.run_folder import RunFolder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import build_tokenizer
 from exalign.rollout.settings import SampleSettings
 from exalign.rollout.vllm import VLLMSampler, close_engine
 from exalign.run.cluster import check_installed

@@ -244,7 +244,7 @@ def _foreign_records(
     if not seen:
         return
     try:
-        shape = Shape.of([row.values for row in seen], settings.columns, settings.labels)
+        shape = Shape([row.values for row in seen], settings.columns, settings.labels)
     except ValueError as error:
         raise InputError(f"{seen[0].where}: {error}") from None
     if settings.prompt_tokens is not None and shape.kind != "text":

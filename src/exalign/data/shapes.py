@@ -20,9 +20,9 @@ absence, and so is an empty text where other rows have one. What a row has and t
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -66,6 +66,7 @@ _ANSWERS = {"chosen", "rejected", "completion", "completions"}
 _SAID = ("prompt", "messages", "completion", "chosen", "rejected")
 _LISTED = ("completions", "rewards", "ranks")
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+_KEYS = ("role", "content", "from", "value")
 _MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """What a message may have beside role and content, for the chat template."""
 _PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'")
@@ -78,11 +79,15 @@ class Dropped(Exception):  # noqa: N818 - a row that says nothing is no error
 
 
 class Shape:
-    """How the rows of one source become records; `Shape.of` decides it from the first ones.
+    """How the rows of one source become records, decided from the first ones.
+
+    `columns` names ours, theirs: a column, or a JMESPath expression over the row, whose lists keep their nulls, so that
+    two lists of one row stay aligned. `labels` says what values of `preferred`, `label` and `rewards` mean.
+    `ValueError` where the rows have no shape, or `columns` asks for what is not there.
 
     >>> rows = [{"question": "Hi", "answers": [{"text": "Hello.", "score": 2}, {"text": "Go away.", "score": -1}]}]
     >>> columns = {"prompt": "question", "completions": "answers[].text", "rewards": "answers[].score"}
-    >>> shape = Shape.of(rows, columns)
+    >>> shape = Shape(rows, columns, {})
     >>> [(record.prompt, record.rewards) for record in shape.records("0", rows[0], Counter())]
     [('Hi', [2.0, -1.0])]
     """
@@ -110,20 +115,6 @@ class Shape:
         self.repeated = _answers_repeat_prompt(views)
         self._known = self.used - named.keys()
         self._known |= {root for ours, roots in named.items() if ours in self.used for root in roots}
-
-    @classmethod
-    def of(
-        cls,
-        rows: Sequence[Values],
-        columns: Mapping[str, str] | None = None,
-        labels: Mapping[str, float | str] | None = None,
-    ) -> Shape:
-        """The shape that these rows have; `ValueError` where they have none, or `columns` asks for what is not there.
-
-        `columns` names ours, theirs: a column, or a JMESPath expression over the row, whose lists keep their nulls, so
-        that two lists of one row stay aligned. `labels` says what values of `preferred`, `label` and `rewards` mean.
-        """
-        return cls(rows, columns or {}, labels or {})
 
     def records(self, id: str, values: Values, counts: Counter[str]) -> Iterator[Record]:
         """The records of one row: one, none where it was dropped (and counted), or several of a tree.
@@ -209,9 +200,7 @@ class Shape:
     def _group(self, row: Values, counts: Counter[str]) -> Parts:
         found = _list(_needed(row, "completions"), "completions")
         rewards = self._rewards(row, len(found))
-        places = [
-            i for i, value in enumerate(found) if value is not None and (rewards is None or rewards[i] is not None)
-        ]
+        places = [i for i, text in enumerate(found) if text is not None and (rewards is None or rewards[i] is not None)]
         if len(places) < len(found):
             counts["completions_left_out"] += len(found) - len(places)
         if not places:
@@ -261,12 +250,10 @@ class Shape:
         return int(meaning)
 
     def _number(self, value: Any, name: str) -> float:
-        meaning = self.labels.get(spelled(value), value)
-        with suppress(TypeError, ValueError, OverflowError):
-            number = float(meaning)
-            if abs(number) <= sys.float_info.max:
-                return number
-        raise ValueError(f"{name} must be a finite number, but is {value!s:.40}.")
+        number = _finite(self.labels.get(spelled(value), value))
+        if number is None:
+            raise ValueError(f"{name} must be a finite number, but is {value!s:.40}.")
+        return number
 
     def _single(self, prompt: Prompt, text: str, row: Values, counts: Counter[str]) -> Parts:
         if not text.strip():
@@ -393,9 +380,8 @@ def _kind(present: set[str], rows: Sequence[Values], columns: Mapping[str, str])
         return "single", {"prompt", "completion", "label", "weight", "system", "tools"}
     names = list({name: None for row in rows for name, value in row.items() if has_content(value)})
     hint = ""
-    for name in names:
-        value = rows[0].get(name)
-        if len(rows) == 1 and name not in COLUMNS and isinstance(value, list) and value and isinstance(value[0], dict):
+    for name, value in rows[0].items() if len(rows) == 1 else ():
+        if name not in COLUMNS and isinstance(value, list) and value and isinstance(value[0], dict):
             hint = f" Its only row has a list of {len(value)} objects in {name!r}: write each as a row of its own."
     raise ValueError(
         f"its columns with content are {', '.join(map(repr, names))[:500] or 'none'}, "
@@ -410,26 +396,24 @@ def _is_kept(value: Any) -> bool:
 
 
 def _is_chat(view: Values) -> bool:
-    values = [view.get(name) for name in ("prompt", "messages", "completion", "chosen", "rejected")]
-    return any(isinstance(value, list | tuple | Mapping) for value in [*values, *_answers(view)])
+    said = [view.get("prompt"), view.get("messages"), *_answers(view)]
+    return any(isinstance(value, list | tuple | Mapping) for value in said)
 
 
 def _answers(view: Values) -> list[Any]:
-    completions = view.get("completions")
-    return [*completions] if isinstance(completions, list | tuple) else []
+    several = view.get("completions")
+    found = [view.get(name) for name in ("chosen", "rejected", "completion")]
+    return [*(one for one in found if one is not None), *(several if isinstance(several, list | tuple) else ())]
 
 
 def _answers_repeat_prompt(views: Sequence[Values]) -> bool:
     """Whether (nearly) every answer of the source begins with its prompt's text, which then stands there twice."""
-    number = repeated = 0
+    repeated = []
     for view in views:
-        prompt = view.get("prompt")
-        answers = [*(view.get(name) for name in ("chosen", "rejected", "completion")), *_answers(view)]
-        answers = [answer for answer in answers if answer is not None]
+        prompt, answers = view.get("prompt"), [answer for answer in _answers(view) if answer is not None]
         if isinstance(prompt, str) and answers:
-            number += 1
-            repeated += all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)
-    return number > 1 and repeated >= 0.95 * number
+            repeated.append(all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers))
+    return len(repeated) > 1 and sum(repeated) >= 0.95 * len(repeated)
 
 
 def _needed(row: Values, name: str) -> Any:
@@ -465,13 +449,17 @@ def _list(value: Any, name: str) -> Sequence[Any]:
     return value
 
 
-def _weight(value: Any) -> float | None:
-    if value is None:
-        return None
+def _finite(value: Any) -> float | None:
     with suppress(TypeError, ValueError, OverflowError):
-        if 0 <= float(value) <= sys.float_info.max:
-            return float(value)
-    raise ValueError(f"`weight` must be a finite number that is not negative, but is {value!s:.40}.")
+        return float(value) if math.isfinite(float(value)) else None
+    return None
+
+
+def _weight(value: Any) -> float | None:
+    number = _finite(value)
+    if value is not None and (number is None or number < 0):
+        raise ValueError(f"`weight` must be a finite number that is not negative, but is {value!s:.40}.")
+    return number
 
 
 def _tools(value: Any) -> str | None:
@@ -538,9 +526,6 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> Message:
     if content is None and "tool_calls" in more:
         content = ""
     return {"role": _ROLES.get(role, role), "content": _content(content, f"{name}.content", counts), **more}
-
-
-_KEYS = ("role", "content", "from", "value")
 
 
 def _call(content: Any, name: str) -> Message:
@@ -650,13 +635,8 @@ def as_dialogue(record: Record, counts: Counter[str]) -> Record:
     start, *turns = re.split(f"({HUMAN}|{ASSISTANT})", record.prompt)
     said = list(zip(turns[::2], turns[1::2], strict=True))
     roles = [HUMAN if place % 2 == 0 else ASSISTANT for place in range(len(said))]
-    if (
-        start.strip()
-        or not said
-        or [marker for marker, _ in said] != roles
-        or roles[-1] is HUMAN
-        or said[-1][1].strip()
-    ):
+    in_turns = [marker for marker, _ in said] == roles and not start.strip()
+    if not said or not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
         counts["texts_that_are_no_dialogue"] += 1
         return record
     counts["texts_read_as_dialogues"] += 1

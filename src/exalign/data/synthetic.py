@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from exalign.data.record import Prompt
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import build_tokenizer
 from exalign.storage import atomic_path, write_text
 
 GENRES = ("comedy", "thriller", "drama", "musical", "western", "documentary")

@@ -44,10 +44,9 @@ class Material:
     """What a method trains with: the policy and, by what it `trains_on`, groups or what it draws its own samples from.
 
     `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference, and so do those `held_out` of a
-    method on preferences, which it is measured on. A method that trains on prompts
-    samples them from the policy as `sampling` says at τ = `temperature`, rewards the samples by `scorer` and takes
-    log π_sft from `reference`. `critic` says what a method that asks for one starts a scalar model from.
-    `counts` takes what is counted on the way; prompts that are sampled again after an interruption count again.
+    method on preferences, which it is measured on. A method that trains on prompts samples them from the policy as
+    `sampling` says at τ = `temperature`, rewards the samples by `scorer` and takes log π_sft from `reference`. `critic`
+    is what a scalar model starts from. Prompts sampled again after an interruption count again in `counts`.
     """
 
     policy: PreTrainedModel
@@ -123,7 +122,6 @@ class Method(TrainSettings):
 
     @property
     def label(self) -> str:
-        """What it is called in a report."""
         return type(self).__name__
 
     @property
@@ -150,7 +148,6 @@ class Method(TrainSettings):
 
     @property
     def amount(self) -> Amount:
-        """How much it computes."""
         return Amount(passes=self.epochs)
 
     @property

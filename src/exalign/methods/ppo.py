@@ -7,7 +7,6 @@ there. Mathematics: `objectives.policy_gradient`. What differs from the paper's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -116,21 +115,6 @@ class PPO(Method):
         return train_ppo(module, material, self, folder)
 
 
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """A rollout as `[R, K, T]` tensors on the policy's device, 0 on padding, and its numbers, each over the rollout."""
-
-    logp: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    numbers: dict[str, float]
-
-    def of(self, name: str, rows: Tensor, like: Tensor) -> Tensor:
-        """These rows as `[B·K, T]`, cut to the shape `[B, K, T]` of `like`."""
-        return rows_of(getattr(self, name), rows, like).flatten(0, 1)
-
-
 class PPOTask:
     """The task: per token the clipped loss of the policy, in units of whitened advantages, plus that of the critic.
 
@@ -143,7 +127,8 @@ class PPOTask:
     def __init__(self, module: ActorCritic, material: Material, settings: PPO, path: Path | None = None) -> None:
         self.module, self.material, self.settings = module, material, settings
         module.kl_coefficient.fill_(settings.beta)
-        self._experience: Experience | None = None
+        self._experience: tuple[Tensor, ...] = ()
+        self._numbers: dict[str, float] = {}
         self.own = OwnSamples(module, material, settings, path, compute=self._valued, took=self._took)
         self.batches = self.own.batches
 
@@ -156,15 +141,14 @@ class PPOTask:
         from exalign import objectives
         from exalign.device import to_device
 
-        assert self._experience is not None
-        experience, settings = self._experience, self.settings
+        settings = self.settings
         logp, values = model(groups, temperature=self.material.temperature, critic_alone=self.critic_alone)
-        numbers, weight = self.own.numbers | experience.numbers, self.weight(groups)
+        numbers, weight = self.own.numbers | self._numbers, self.weight(groups)
         noted = torch.tensor([number * weight for number in numbers.values()])
         mask, rows, noted = to_device(logp.device, *token_places(groups), noted)
         mask = mask.flatten(0, 1)
-        sampled_logp, advantages, sampled_values, returns = (
-            experience.of(name, rows, logp) for name in ("logp", "advantages", "values", "returns")
+        sampled_logp, sampled_values, advantages, returns = (
+            rows_of(part, rows, logp).flatten(0, 1) for part in self._experience
         )
         ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
         policy_loss = objectives.clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
@@ -186,8 +170,8 @@ class PPOTask:
         return self.batches.step < self.settings.critic_steps
 
     def _took(self, groups: list[Group]) -> None:
-        self._experience = self._experience_of(groups)
-        self._adapt(self._experience.numbers["kl"])
+        self._experience, self._numbers = self._experience_of(groups)
+        self._adapt(self._numbers["kl"])
 
     @property
     def beta(self) -> float:
@@ -214,7 +198,8 @@ class PPOTask:
         logp, values = module(groups, temperature=self.material.temperature)
         return completion_token_logprobs(reference, groups, temperature=self.material.temperature), logp, values
 
-    def _experience_of(self, groups: list[Group]) -> Experience:
+    def _experience_of(self, groups: list[Group]) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        """Of a rollout log π, values, advantages and returns `[R, K, T]`, 0 on padding; and its numbers."""
         from exalign import objectives
         from exalign.data.batching import completion_token_mask, stack_values
 
@@ -236,13 +221,9 @@ class PPOTask:
             "completion_tokens": tokens / rewards.numel(),
             "explained_variance": objectives.explained_variance(flat_values, returns, flat_mask),
         }
-        return Experience(
-            logp,
-            values,
-            objectives.whiten(advantages, flat_mask).view(mask.shape),
-            returns.view(mask.shape),
-            {name: float(value) for name, value in numbers.items()},
-        )
+        whitened = objectives.whiten(advantages, flat_mask).view(mask.shape)
+        told = {name: float(value) for name, value in numbers.items()}
+        return (logp, values, whitened, returns.view(mask.shape)), told
 
 
 def train_ppo(module: ActorCritic, material: Material, settings: PPO, folder: Path) -> Path:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
 from exalign.data.record import Record
-from exalign.data.tokenization import UnfitError, with_token_ids
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import UnfitError, build_tokenizer, with_token_ids
 from exalign.errors import InputError
 from exalign.models.capability import check_positions
 from exalign.models.loading import (

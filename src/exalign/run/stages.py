@@ -28,8 +28,7 @@ from exalign.data.store import (
     shards_of,
     write_records,
 )
-from exalign.data.tokenization import TokenLimits
-from exalign.data.vocabulary import build_tokenizer
+from exalign.data.tokenization import TokenLimits, build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.pool import beta_at
 from exalign.evaluation.run_folder import pool_rewards, step_name
