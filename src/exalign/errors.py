@@ -14,3 +14,8 @@ class InputError(Exception):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(redact(sentence))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, as far as its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

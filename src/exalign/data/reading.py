@@ -29,7 +29,7 @@ from exalign.data.hub import hub_sentence
 from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, as_dialogue, spelled
 from exalign.data.store import iter_records
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.storage import exists
 from exalign.strict_yaml import parse_yaml
@@ -442,7 +442,7 @@ def _saved_rows(folder: Path, settings: DataSettings) -> Iterator[SourceRow]:
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged folder brings up errors of several libraries
-        raise InputError(f"The folder {folder} cannot be read by datasets ({_first_line(error)}).") from None
+        raise InputError(f"The folder {folder} cannot be read by datasets ({first_line(error)}).") from None
     if isinstance(data, datasets.DatasetDict):
         split = next(iter(data)) if settings.split is None and len(data) == 1 else settings.split
         if split not in data:
@@ -474,7 +474,7 @@ def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
             raise InputError(f"{sentence[:-1]}{near}" if near else sentence) from None
         raise InputError(
             f"{settings.source!r} is no local file{near.removesuffix('?')}, and reading it from the Hugging Face hub "
-            f"failed: {_first_line(error)}"
+            f"failed: {first_line(error)}"
         ) from None
 
 
@@ -492,11 +492,6 @@ def _hub_folder_rows(settings: DataSettings, below: str, counts: Counter[str]) -
     named = any(_split_of(file.relative_to(folder)) for file in _data_files(folder))  # else all of it is `train`
     for file in _split_files(folder, settings.split or ("train" if named else None)):
         yield from _file_rows(file, file.relative_to(folder).as_posix(), settings, counts)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --- rows of a file ---
@@ -527,25 +522,20 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
     kind = suffix.removesuffix(".gz")
     row = 0
     try:
-        refuse_pointer(path)
+        with path.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise InputError(f"{path} is a Git LFS pointer, not the data: fetch it with `git lfs pull`.")
         if kind == ".parquet":
             yield from _parquet_rows(path)
             return
-        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
-            rows = _json_rows(path, stream, streaming, counts)
+        with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as content:
+            rows = _json_rows(path, content, streaming, counts)
             if kind in (".csv", ".txt"):
-                rows = _csv_rows(path, stream) if kind == ".csv" else _text_rows(path, stream, counts)
+                rows = _csv_rows(path, content) if kind == ".csv" else _text_rows(path, content, counts)
             for row, values in rows:
                 yield row, values
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path}: reading stopped after row {row} ({error or type(error).__name__}).") from None
-
-
-def refuse_pointer(path: Path) -> None:
-    """A file that Git LFS left in place of the real one is an `InputError` that says how to get that."""
-    with path.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise InputError(f"{path} is a Git LFS pointer, not the data: fetch it with `git lfs pull`.")
 
 
 def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[str]) -> Rows:

@@ -65,13 +65,12 @@ class Record:
 
     def with_rewards(self, rewards: Iterable[float]) -> Record:
         """This record with its K rewards set."""
-        pairs = zip(self.completions, rewards, strict=True)
-        return replace(self, completions=tuple(replace(completion, reward=float(r)) for completion, r in pairs))
+        return self.with_each("reward", map(float, rewards))
 
-    def with_part(self, name: str, values: Iterable[float]) -> Record:
-        """This record with what the scorer `name` of a sum gave each of its K completions."""
+    def with_each(self, name: str, values: Iterable[Any]) -> Record:
+        """This record with one more value of its K completions."""
         pairs = zip(self.completions, values, strict=True)
-        return replace(self, completions=tuple(replace(c, parts={**(c.parts or {}), name: float(v)}) for c, v in pairs))
+        return replace(self, completions=tuple(replace(completion, **{name: value}) for completion, value in pairs))
 
 
 def pairs_from_rewards(records: Iterable[Record], counts: Counter[str]) -> Iterator[Record]:

@@ -85,10 +85,7 @@ def with_token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, counts: C
 
 
 def _written(record: Record, prompt: list[int], completions: list[list[int]]) -> Record:
-    pairs = zip(record.completions, completions, strict=True)
-    return replace(
-        record, prompt_ids=tuple(prompt), completions=tuple(replace(c, token_ids=tuple(ids)) for c, ids in pairs)
-    )
+    return replace(record, prompt_ids=tuple(prompt)).with_each("token_ids", map(tuple, completions))
 
 
 def tokenize_record(

@@ -135,7 +135,7 @@ def _looked_at(methods: Sequence[MethodEvidence], to_ship: Verdict | None) -> li
 
 def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Evidence:
     """With one example of the verdict, and the prompts on which it lost most."""
-    theirs = material.last_samples[SFT]
+    theirs = material.samples
     ours = complete_records(material.run.samples(to_ship.method, to_ship.step)) or []
     answers = {SFT: theirs, to_ship.method: ours}
     drawn = choose_examples(material.prompts, answers, 1, evidence.seed)
@@ -146,11 +146,12 @@ def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Ev
 
 @dataclass(eq=False)
 class _Material:
-    """What a run folder offers, read once; `notes` say what it lacks."""
+    """What a run folder offers, read once; `samples` are those of π_sft, `notes` say what the folder lacks."""
 
     run: RunFolder
     recipe: dict[str, Any]
     sft: SampleTable
+    samples: list[Record]
     prompts: list[Record]
     reference: SampleTable | None
     pool_rewards: dict[str, list[float]]
@@ -159,7 +160,6 @@ class _Material:
     methods: list[str]
     tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
     pairs: dict[str, dict[int, PairTable]] = field(default_factory=dict)
-    last_samples: dict[str, list[Record]] = field(default_factory=dict)
     judged: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
     answers: dict[str, list[Record]] = field(default_factory=dict)
     first_samples: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
@@ -177,13 +177,13 @@ class _Material:
             run=run,
             recipe=run.recipe_values(),
             sft=tabulate(samples, run.relative(run.supervised)),
+            samples=samples,
             prompts=prompts,
             reference=tabulate(texts, run.relative(run.prompts)) if texts else None,
             pool_rewards=pool,
             pool=pool_frontier(pool),
             density=run.density_records(),
             methods=run.methods(),
-            last_samples={SFT: samples},
         )
         material._note_missing()
         material._read_answers(SFT, 0, run.supervised, samples, material.sft)
@@ -209,26 +209,28 @@ class _Material:
         sft = {} if 0 not in self.judged[SFT] else {SFT: self.judged[SFT][0]}
         return sft | ({} if self.reference is None else {REFERENCE_TEXTS: self.reference})
 
-    def _read_answers(self, policy: str, step: int, folder: Path, samples: list[Record], table: SampleTable) -> None:
+    def _complete(self, folder: Path) -> list[Record] | None:
+        records = complete_records(folder)
+        if records is None:
+            self.notes.append(f"{self.run.relative(folder)} is incomplete and left out.")
+        return records
+
+    def _read_answers(self, policy: str, step: int, folder: Path, records: list[Record], table: SampleTable) -> None:
         """What win rates and judges take: the samples, or where the run draws answers for that, these."""
-        records: list[Record] | None = samples
         judged = self.judged.setdefault(policy, {})
         if (answered := self.run.answered(folder)) != folder:
-            records, where = complete_records(answered), self.run.relative(answered)
-            if records is None:
-                self.notes.append(f"{where} is incomplete and left out.")
+            found = self._complete(answered)
+            if found is None:
                 return
-            table = tabulate(records, where)
-        judged[step], self.answers[policy] = table, records or []
+            records, table = found, tabulate(found, self.run.relative(answered))
+        judged[step], self.answers[policy] = table, records
 
     def _read_method(self, method: str) -> None:
         self.tables[method], self.first_samples[method] = {}, {}
         for step in self.run.sampled_steps(method):
             folder = self.run.samples(method, step)
-            where = self.run.relative(folder)
-            records = complete_records(folder)
+            where, records = self.run.relative(folder), self._complete(folder)
             if records is None:
-                self.notes.append(f"{where} is incomplete and left out.")
                 continue
             table = tabulate(records, where)
             if table.empty_prompts:
@@ -240,7 +242,6 @@ class _Material:
             if table.scored != self.sft.scored:
                 raise InputError(f"{where}: of its samples and the supervised policy's only one side has rewards.")
             self.tables[method][step] = table
-            self.last_samples[method] = records
             self._read_answers(method, step, folder, records, table)
             first = [replace(record, completions=record.completions[:1]) for record in records]
             self.first_samples[method][step] = first
@@ -254,14 +255,12 @@ class _Material:
         self.pairs[method] = {}
         for step in self.run.paired_steps(method):
             folder = self.run.pairs(method, step)
-            records = complete_records(folder)
+            where, records = self.run.relative(folder), self._complete(folder)
             if records is None:
-                self.notes.append(f"{self.run.relative(folder)} is incomplete and left out.")
                 continue
-            table = self.pairs[method][step] = tabulate_pairs(records, self.run.relative(folder))
+            table = self.pairs[method][step] = tabulate_pairs(records, where)
             if table.undecided:
-                said = f"{table.undecided} pairs prefer neither text and are left out."
-                self.notes.append(f"{self.run.relative(folder)}: {said}")
+                self.notes.append(f"{where}: {table.undecided} pairs prefer neither text and are left out.")
 
     def _note_missing(self) -> None:
         if self.sft.empty_prompts:
@@ -405,7 +404,7 @@ def _courses(material: _Material, methods: Sequence[MethodEvidence], seed: int) 
             continue
         places = np.linspace(0, len(steps) - 1, min(len(steps), COURSE_STEPS)).round().astype(int)
         shown = {method.at(steps[i]): material.first_samples[method.name][steps[i]] for i in places}
-        answers = {SFT: material.last_samples[SFT]} | shown
+        answers = {SFT: material.samples} | shown
         examples = choose_examples([], answers, NUM_COURSE, seed)
         if examples:
             yield Course(method.name, examples)

@@ -18,7 +18,6 @@ weight, which is what a small β does to the optimum; with a given h the estimat
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -314,31 +313,19 @@ def density_ratios(
 ) -> DensityRatios | None:
     """Density ratios of every method and of the optimum on the prompts of `records`, or None where there are none.
 
-    Args:
-        records: per method, the same samples of π_sft, with log π_θ as `logprob`, log π_sft as `reference_logprob`
-            and rewards.
-        settings: the settings of each method, whose first one with a reward target names the optimum's β = β_π·β_r.
-        notes: takes a sentence for what is left out.
-        bootstrap: resamples the samples of each prompt.
-
-    Raises:
-        InputError: a sample without log-probabilities or reward.
+    `records` are the same samples of π_sft for each method, with log π_θ as `logprob`, log π_sft as `reference_logprob`
+    and rewards; a sample that lacks one is an `InputError`. The first method's `settings` with a reward target name the
+    optimum's β = β_π·β_r. `notes` takes a sentence for what is left out.
     """
     beta_of, beta = _optimum_of(records, settings)
     by_prompt: dict[str, dict[str, Record]] = {}
     for method, found in records.items():
         for record in found:
             by_prompt.setdefault(record.id, {})[method] = record
-    counts: Counter[str] = Counter()
-    prompts = []
-    for of_methods in by_prompt.values():
-        one = _prompt_density(of_methods, beta, bootstrap)
-        if one is None:
-            counts["alike"] += 1
-        else:
-            prompts.append(one)
-    if counts["alike"]:
-        notes.append(f"No density ratio on {counts['alike']} prompts: all samples there are equally likely.")
+    found_on = [_prompt_density(of_methods, beta, bootstrap) for of_methods in by_prompt.values()]
+    prompts = [one for one in found_on if one is not None]
+    if alike := len(found_on) - len(prompts):
+        notes.append(f"No density ratio on {alike} prompts: all samples there are equally likely.")
     if prompts and beta is None:
         notes.append("No method has a reward target, so no β for the optimum's density ratio.")
     return DensityRatios(prompts, beta, beta_of) if prompts else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,24 +61,17 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
     A reward that only some samples lack or that is NaN or infinite, log-probabilities that only some have, and an id
     that occurs twice are an `InputError` that names the record.
     """
-    kept: list[Record] = []
-    seen: set[str] = set()
-    empty = 0
-    for record in records:
-        if record.id in seen:
-            raise InputError(f"{where}: the prompt {record.id!r} occurs twice; ids must be unique.")
-        seen.add(record.id)
-        if record.completions:
-            kept.append(record)
-        else:
-            empty += 1
+    given = list(records)
+    if twice := [name for name, number in Counter(record.id for record in given).items() if number > 1]:
+        raise InputError(f"{where}: the prompt {twice[0]!r} occurs twice; ids must be unique.")
+    kept = [record for record in given if record.completions]
     return SampleTable(
         ids=tuple(record.id for record in kept),
         rewards=_rewards(kept, where),
         log_ratios=_log_ratios(kept, where),
         lengths=_where_all_say(kept, lambda c: None if c.token_ids is None else len(c.token_ids)),
         finished=_where_all_say(kept, lambda c: None if c.finish_reason is None else c.finish_reason == "stop"),
-        empty_prompts=empty,
+        empty_prompts=len(given) - len(kept),
         repeated=_where_all_say(kept, lambda c: None if c.token_ids is None else repeated_share(c.token_ids)),
         parts=_part_means(kept),
     )
@@ -85,14 +79,10 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
 
 def _part_means(records: Sequence[Record]) -> dict[str, float]:
     """Of the parts that every sample has."""
-    completions = [completion for record in records for completion in record.completions]
-    names = [
-        name
-        for name in (completions[0].parts or {} if completions else {})
-        if all(name in (c.parts or {}) for c in completions)
-    ]
-    rows = {name: [np.array([(c.parts or {})[name] for c in r.completions]) for r in records] for name in names}
-    return {name: float(prompt_means(tuple(row)).mean()) for name, row in rows.items()}
+    parts = [[completion.parts or {} for completion in record.completions] for record in records]
+    names = [name for name in (parts[0][0] if parts else ()) if all(name in one for row in parts for one in row)]
+    rows = {name: tuple(np.array([one[name] for one in row]) for row in parts) for name in names}
+    return {name: float(prompt_means(row).mean()) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +106,7 @@ def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:
         if record.preferred is None or len(record.completions) < 2:
             undecided += 1
             continue
-        values = [log_ratio(completion) for completion in record.completions]
-        if any(value is None or not math.isfinite(value) for value in values):
-            raise InputError(
-                f"{where}: a completion of {record.id!r} lacks a finite logprob or reference_logprob; evaluate again."
-            )
-        ratios = np.array(values, dtype=np.float64)
+        ratios = _finite_log_ratios(record, where)
         better, others = ratios[record.preferred], np.delete(ratios, record.preferred)
         rows.append((better, others.mean(), ((better > others) + (better == others) / 2).mean()))
     if not rows:
@@ -185,16 +170,18 @@ def _rewards(records: list[Record], where: str) -> Ragged:
 
 
 def _log_ratios(records: list[Record], where: str) -> Ragged | None:
-    columns = [[log_ratio(c) for c in record.completions] for record in records]
-    known = sum(value is not None for column in columns for value in column)
-    if not known:
+    if all(log_ratio(completion) is None for record in records for completion in record.completions):
         return None
-    for record, column in zip(records, columns, strict=True):
-        if any(value is None or not math.isfinite(value) for value in column):
-            raise InputError(
-                f"{where}: a completion of {record.id!r} lacks a finite logprob or reference_logprob; evaluate again."
-            )
-    return tuple(np.array(column, dtype=np.float64) for column in columns)
+    return tuple(_finite_log_ratios(record, where) for record in records)
+
+
+def _finite_log_ratios(record: Record, where: str) -> Array:
+    values = [log_ratio(completion) for completion in record.completions]
+    if any(value is None or not math.isfinite(value) for value in values):
+        raise InputError(
+            f"{where}: a completion of {record.id!r} lacks a finite logprob or reference_logprob; evaluate again."
+        )
+    return np.array(values, dtype=np.float64)
 
 
 def _where_all_say(records: list[Record], read: Callable[[Completion], float | None]) -> Ragged | None:

@@ -42,7 +42,7 @@ from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
 from exalign.data.hub import hub_sentence
 from exalign.data.tokenization import end_ids, eos_id
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 from exalign.models.capability import base_of, device_of
 from exalign.models.heads import completion_outputs
 from exalign.models.logprobs import completion_logprobs
@@ -741,8 +741,3 @@ def is_folder(source: str) -> bool:
     """Whether `source` is a folder here, rather than the name of something on a hub."""
     path = Path(source)
     return exists(path) and path.is_dir()
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, as far as its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -81,16 +81,7 @@ def with_logprobs(
     """Records whose tokens are known, with log π(y|x) of every completion under `model`, in nats, as `name`."""
     groups = [group_of(record, index) for index, record in enumerate(records)]
     rows = logprobs_of(groups, model, numerics)
-    return [
-        replace(
-            record,
-            completions=tuple(
-                replace(completion, **{name: value})
-                for completion, value in zip(record.completions, row.tolist(), strict=True)
-            ),
-        )
-        for record, row in zip(records, rows, strict=True)
-    ]
+    return [record.with_each(name, row.tolist()) for record, row in zip(records, rows, strict=True)]
 
 
 def logprobs_of(groups: Sequence[Group], model: nn.Module, numerics: Numerics) -> list[torch.Tensor]:

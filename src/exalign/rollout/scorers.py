@@ -28,9 +28,9 @@ from exalign.data.batching import Group
 from exalign.data.record import Completion, Record
 from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, tokenize_record, with_token_ids
 from exalign.device import device
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 from exalign.models.heads import completion_outputs
-from exalign.models.loading import first_line, load_scoring_model, load_tokenizer
+from exalign.models.loading import load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
 from exalign.models.sizes import reading_budget
 from exalign.rollout.settings import OneScorer, ScorerSettings
@@ -60,18 +60,18 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
     and `completions_cut_in_scoring`.
     """
     before = Counter(_cuts(scorer))
-    parts: dict[str, list[list[float]]] = {}
+    done = list(records)
     if isinstance(scorer, WeightedSum):
         parts = scorer.parts(records)
         rewards = scorer.total(parts)
+        for place, record in enumerate(records):
+            each = zip(*(rows[place] for rows in parts.values()), strict=True)
+            done[place] = record.with_each("parts", (dict(zip(parts, values, strict=True)) for values in each))
     else:
         rewards = scorer.score(records)
     for name, number in (_cuts(scorer) - before).items():
         counts[f"{name}_in_scoring"] += number
-    done = [record.with_rewards(row) for record, row in zip(records, rewards, strict=True)]
-    for name, values in parts.items():
-        done = [record.with_part(name, row) for record, row in zip(done, values, strict=True)]
-    return done
+    return [record.with_rewards(row) for record, row in zip(done, rewards, strict=True)]
 
 
 def _cuts(scorer: Scorer) -> Counter[str]:
@@ -220,7 +220,11 @@ class RewardModelScorer:
         return tokenize_record(record, tokenizer, index=index, limits=limits, counts=counts)
 
     def _encoder(self, records: Sequence[Record]) -> list[Tensor]:
-        texts = [whole_text(record, completion.text) for record in records for completion in record.completions]
+        texts = []
+        for record in records:
+            prompt = record.prompt  # messages line by line
+            start = prompt if isinstance(prompt, str) else "".join(f"{message['content']}\n" for message in prompt)
+            texts += [start + completion.text for completion in record.completions]
         rows = self._encode(texts)
         logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
         with torch.inference_mode():
@@ -355,7 +359,8 @@ class FunctionScorer:
 
     def __init__(self, name: str) -> None:
         self._function = _load(name)
-        file = inspect.getsourcefile(inspect.unwrap(self._function)) if _is_python(self._function) else None
+        plain = inspect.unwrap(self._function)
+        file = inspect.getsourcefile(plain) if inspect.isfunction(plain) or inspect.ismethod(self._function) else None
         self._name = f"{name} ({file})" if file else name
         self._takes = _columns(self._function, self._name)
         self._by_prompt = None if self._takes.by_place else False
@@ -402,7 +407,8 @@ class FunctionScorer:
         try:
             if by_prompt:
                 return self._function(prompts, [[c.text for c in record.completions] for record in records], **columns)
-            texts = [_as_said(record, completion.text) for record in records for completion in record.completions]
+            told = zip(prompts, (c.text for record in records for c in record.completions), strict=True)
+            texts = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in told]
             if self._takes.by_place:
                 return self._function(prompts, texts, **columns)
             own = {"prompts": prompts} if self._takes.all or "prompts" in self._takes.named else {}
@@ -418,10 +424,6 @@ class FunctionScorer:
             where = f"{Path(line.filename).name}, line {line.lineno}"
             said = f"{type(error).__name__}: {first_line(error)[:200]}"
             raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
-
-
-def _as_said(record: Record, text: str) -> Any:
-    return text if isinstance(record.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _both(by_prompt: InputError, by_completion: InputError) -> InputError:
@@ -472,10 +474,6 @@ def _load(name: str) -> RewardFunction:
     if not callable(function):
         raise InputError(f"The module {module_name} has no function {function_name}.")
     return function
-
-
-def _is_python(function: Any) -> bool:
-    return inspect.isfunction(inspect.unwrap(function)) or inspect.ismethod(function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -576,13 +574,6 @@ def _without_end(group: Group, unread: int) -> Group:
         return replace(group, completion_ids=tuple(read(ids) for ids in group.completion_ids))
     whole = tuple(read(torch.cat([group.prompt_ids[-1:], ids])) for ids in group.completion_ids)
     return replace(group, prompt_ids=group.prompt_ids[:-1], completion_ids=whole)
-
-
-def whole_text(record: Record, completion: str) -> str:
-    """The text an encoder reads: prompt and completion as they follow each other; messages line by line."""
-    if isinstance(record.prompt, str):
-        return record.prompt + completion
-    return "\n".join([*(message["content"] for message in record.prompt), completion])
 
 
 def _similar_lengths(rows: Sequence[Sequence[int]], token_budget: int) -> Iterator[list[int]]:

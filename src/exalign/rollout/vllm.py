@@ -28,9 +28,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
 from exalign.data.record import Completion, Record, logprob_gaps
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 from exalign.models.capability import base_of
-from exalign.models.loading import first_line, save_apart
+from exalign.models.loading import save_apart
 from exalign.models.logprobs import reference_logprobs
 from exalign.rollout.sampler import check_drawing, completion_of, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 from exalign.evaluation.evidence import SFT
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Benchmark, BenchmarkRow, Interval
-from exalign.models.loading import first_line, load_policy, load_tokenizer
+from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.report.wording import interval, plus_minus
 from exalign.run.materials import ready

@@ -204,7 +204,8 @@ def _architecture(settings_json: str, kind: Kind, vocabulary: int | None) -> Arc
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from exalign.models.loading import first_line, read_config, with_lora
+    from exalign.errors import first_line
+    from exalign.models.loading import read_config, with_lora
 
     settings = ModelSettings.model_validate_json(settings_json)
     source = settings.source and (adapter_base(Path(settings.source)) or settings.source)
