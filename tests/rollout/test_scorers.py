@@ -29,7 +29,6 @@ from exalign.rollout.scorers import (
     FunctionScorer,
     RewardModelScorer,
     check_scorer,
-    function_identity,
     keep_limits,
     log_odds,
     open_scorer,
@@ -489,13 +488,6 @@ def test_where_a_function_fails_in_both_forms_both_are_told(records):
         FunctionScorer("my_rewards:flat_fails").score(records)
     with pytest.raises(InputError, match="one list of rewards per prompt, or one per completion"):
         FunctionScorer("my_rewards:flat_too_few").score(records)
-
-
-def test_the_identity_of_a_function_is_its_files_content(tmp_path):
-    before = function_identity("my_rewards:length")
-    assert before == function_identity("my_rewards:length") != function_identity("my_rewards:words")
-    (tmp_path / "my_rewards.py").write_text(MODULE + "# changed")
-    assert function_identity("my_rewards:length") != before
 
 
 def test_a_sum_is_weighted_and_keeps_its_parts(records):

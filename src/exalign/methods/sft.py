@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from exalign.methods.method import train_on
-from exalign.settings import Auto
 from exalign.training.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class MaximumLikelihood:
     batches: Batches
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return sum(group.weight * completion_tokens([group]) for group in groups)
+        return sum(group.weight * len(ids) for group in groups for ids in group.completion_ids)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign.data.batching import stack_weights
@@ -83,20 +82,3 @@ def with_prompt_learnt(group: Group) -> Iterator[Group]:
     yield replace(group, prompt_ids=group.prompt_ids[:1], completion_ids=(whole,))
     if others:
         yield replace(group, completion_ids=tuple(others))
-
-
-def completion_tokens(groups: Sequence[Group]) -> int:
-    """Completion tokens of the groups, all K completions counted."""
-    return sum(len(ids) for group in groups for ids in group.completion_ids)
-
-
-def nats_per_token(model: nn.Module, groups: Sequence[Group], *, token_budget: int | Auto = "auto") -> float:
-    """−Σ log π(y|x) / Σ |y| over held-out groups, in nats per completion token (τ = 1)."""
-    from exalign.rollout.rollout import Numerics, logprobs_of
-
-    total = 0.0
-    for start in range(0, len(groups), 256):  # packing many groups at once takes time quadratic in their number
-        part = groups[start : start + 256]
-        found = logprobs_of(part, model, Numerics(1.0, token_budget))
-        total -= sum(float(values.double().sum()) for values in found)
-    return total / completion_tokens(groups)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -430,22 +429,6 @@ def _both(by_prompt: InputError, by_completion: InputError) -> InputError:
     """What was wrong with a list of texts for each prompt, and with a text for each completion, where they differ."""
     first, second = str(by_prompt), str(by_completion)
     return by_prompt if first == second else InputError(f"{first} With one text at a time instead: {second}")
-
-
-def function_identity(name: str) -> str:
-    """A hash of the file that a reward function stands in, without importing it: rewards may change where it does.
-
-    What that file imports is not covered. A function whose file cannot be found, or is no Python, is named by its name.
-    """
-    module_name = name.partition(":")[0]
-    with _working_directory():
-        try:
-            found = importlib.util.find_spec(module_name)
-        except (ImportError, ValueError):
-            found = None
-    path = Path(found.origin) if found is not None and found.origin else None
-    content = path.read_bytes() if path is not None and path.is_file() else b""
-    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:16]
 
 
 @contextmanager

@@ -113,14 +113,3 @@ class ScorerSettings(OneScorer):
     def stages(self) -> tuple[str, ...]:
         """The run's own stages that it scores with."""
         return tuple(dict.fromkeys(part.stage for part in self.sum or (self,) if part.stage is not None))
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The models that it names."""
-        named = (part.reward_model or part.classifier for part in self.sum or (self,))
-        return tuple(source for source in named if source is not None)
-
-    @property
-    def functions(self) -> tuple[str, ...]:
-        """The functions that it names."""
-        return tuple(part.function for part in self.sum or (self,) if part.function is not None)
