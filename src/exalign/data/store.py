@@ -266,7 +266,7 @@ def num_rows(shard: Path) -> int | None:
 
 
 def _to_row(record: Record) -> dict[str, Any]:
-    said = {"prompt": record.prompt, "messages": None}
+    said: dict[str, Any] = {"prompt": record.prompt, "messages": None}
     if not isinstance(record.prompt, str):
         said = {"prompt": None, "messages": [_message_row(**message) for message in record.prompt]}
     parts = [completion.parts for completion in record.completions]

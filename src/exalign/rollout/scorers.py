@@ -58,7 +58,7 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
     What the scorer cut to read it, which changes a reward and no record, is added to `counts`: `prompts_cut_in_scoring`
     and `completions_cut_in_scoring`.
     """
-    before = Counter(_cuts(scorer))
+    before = _cuts(scorer)
     done = list(records)
     if isinstance(scorer, WeightedSum):
         parts = scorer.parts(records)
@@ -75,8 +75,7 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
 
 def _cuts(scorer: Scorer) -> Counter[str]:
     """What a scorer has cut so far; those of other people's making may not say."""
-    found: Counter[str] = getattr(scorer, "counts", Counter())
-    return found
+    return Counter(getattr(scorer, "counts", {}))
 
 
 def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[str], str] | None = None) -> Scorer:
