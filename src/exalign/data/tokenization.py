@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -60,7 +61,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end a completion in data: the end-of-sequence id, and what the chat template puts behind answers."""
     turn = Record("", ({"role": "user", "content": "Hello"},))
     try:
-        return frozenset([eos_id(tokenizer), _turn_of(turn, tokenizer).end_id])
+        return frozenset([eos_id(tokenizer), _Text(turn, tokenizer).turn.end_id])
     except UnfitError:
         return frozenset([eos_id(tokenizer)])
 
@@ -74,9 +75,9 @@ def with_token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, counts: C
     """
     if record.prompt_ids is not None and all(completion.token_ids for completion in record.completions):
         return record
-    turn = _turn_of(record, tokenizer, counts)
-    prompt = _prompt_ids(record, turn, tokenizer)
-    completions = [_completion_ids(record, c, turn, prompt, tokenizer, counts) for c in record.completions]
+    text = _Text(record, tokenizer, counts)
+    prompt, completions = text.prompt_ids, [text.completion_ids(completion) for completion in record.completions]
+    text.count_left_out()
     unknown = tokenizer.unk_token_id
     known = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
     if unknown not in known and any(unknown in ids for ids in (prompt, *completions)):
@@ -182,8 +183,7 @@ def prompt_token_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> list
     tokenizer's chat template, which has the word on special tokens, up to where the assistant speaks; a last message of
     the assistant is the beginning of the answer.
     """
-    turn = _Turn("", eos_id(tokenizer)) if record.prompt_ids is not None else _turn_of(record, tokenizer)
-    return _prompt_ids(record, turn, tokenizer)
+    return _Text(record, tokenizer).prompt_ids
 
 
 def completion_text(
@@ -215,15 +215,14 @@ def as_conversation(record: Record, tokenizer: PreTrainedTokenizerBase) -> Recor
             ids = _leading_special(tokenizer) + _encode(tokenizer, record.prompt + completion.text)
             whole.append(ids if completion.finish_reason == "length" else [*ids, eos_id(tokenizer)])
         else:
-            messages, opening = _messages(record)
-            whole.append(_encode(tokenizer, _render(record, tokenizer, messages, answer=opening + completion.text)))
+            whole.append(_encode(tokenizer, _Text(record, tokenizer).render(completion.text)))
     shared = min(len(os.path.commonprefix(whole)), *(len(ids) - 1 for ids in whole))  # noqa: RUF071 - of lists
     return _written(record, whole[0][:shared], [ids[shared:] for ids in whole])
 
 
 def answer_lead(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template puts between the prompt and an answer's own text, mostly nothing or a space."""
-    return _turn_of(record, tokenizer).lead
+    return _Text(record, tokenizer).turn.lead
 
 
 def cut_prompt(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> list[int]:
@@ -319,34 +318,146 @@ class _Turn:
     behind: str = ""
 
 
-def _turn_of(record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter[str] | None = None) -> _Turn:
-    if isinstance(record.prompt, str):
-        return _Turn(record.prompt, eos_id(tokenizer))
-    messages, opening = _messages(record)
-    start = _render(record, tokenizer, messages)
-    before, found, behind = _render(record, tokenizer, messages, answer=opening + _PLACE).rpartition(_PLACE)
-    if not found:
-        raise UnfitError(record, "records_refused_by_template", f"{_template_of(tokenizer)} writes no answers.")
-    if counts is not None:
-        _count_left_out(record, tokenizer, messages, start, counts)
-    lead = opened = ""
-    if opening:
-        start = before if before.endswith(opening.strip()) or before.endswith(opening) else start + opening
-    elif before.startswith(start):
-        lead = before[len(start) :]
-        if lead.strip() and start == _render(record, tokenizer, messages, answering=False):
-            start = before.rstrip(" ")  # a template without a generation prompt: the answer's header is the prompt's
+class _Text:
+    """A record as the tokenizer and its template write it; `counts` takes what they change."""
+
+    def __init__(self, record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counter[str] | None = None) -> None:
+        self.record, self.tokenizer, self.counts = record, tokenizer, Counter() if counts is None else counts
+        self.chat = not isinstance(record.prompt, str)
+        self.messages: list[Any] = list(record.prompt) if self.chat else []
+        self.opening = ""
+        """The beginning of the answer, which the last message may be."""
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") == "assistant" and isinstance(last.get("content"), str):
+            self.opening = self.messages.pop()["content"]
+
+    def unfit(self, reason: str, sentence: str) -> UnfitError:
+        return UnfitError(self.record, reason, sentence)
+
+    def render(self, answer: str | None = None, *, answering: bool = True, tools: bool = True) -> str:
+        """The conversation, with the answer behind it or up to where the assistant speaks."""
+        if self.tokenizer.chat_template is None:
+            raise self.unfit(
+                "records_without_template",
+                f"it is a conversation, but {_named(self.tokenizer)} has no chat template: "
+                "use a chat model's tokenizer, or data with plain text.",
+            )
+        answers = [] if answer is None else [{"role": "assistant", "content": self.opening + answer}]
+        try:
+            given = json.loads(self.record.tools) if self.record.tools and tools else None
+            messages, speaks = [*self.messages, *answers], answering and answer is None
+            return render_chat(self.tokenizer, messages, tools=given, answering=speaks)
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            said = f"{_template_of(self.tokenizer)} refuses it ({error})."
+            raise self.unfit("records_refused_by_template", said) from None
+
+    @cached_property
+    def asked(self) -> str:
+        return self.render()
+
+    @cached_property
+    def turn(self) -> _Turn:
+        if isinstance(self.record.prompt, str):
+            return _Turn(self.record.prompt, eos_id(self.tokenizer))
+        start, opening = self.asked, self.opening
+        before, found, behind = self.render(_PLACE).rpartition(_PLACE)
+        if not found:
+            raise self.unfit("records_refused_by_template", f"{_template_of(self.tokenizer)} writes no answers.")
+        lead = opened = ""
+        if opening:
+            start = before if before.endswith(opening.strip()) or before.endswith(opening) else start + opening
+        elif before.startswith(start):
             lead = before[len(start) :]
-    elif start.startswith(before):
-        opened = start[len(before) :]
-    else:
-        raise UnfitError(
-            record,
-            "prompts_changed_by_template",
-            f"{_template_of(tokenizer)} changes the prompt once the answer follows, "
-            "so the two have no boundary; use a template whose prompt stays as it is.",
+            if lead.strip() and start == self.render(answering=False):
+                start = before.rstrip(" ")  # the template has no generation prompt: the answer's header is the prompt's
+                lead = before[len(start) :]
+        elif start.startswith(before):
+            opened = start[len(before) :]
+        else:
+            raise self.unfit(
+                "prompts_changed_by_template",
+                f"{_template_of(self.tokenizer)} changes the prompt once the answer follows, "
+                "so the two have no boundary; use a template whose prompt stays as it is.",
+            )
+        return _Turn(start, lead=lead, opened=opened, behind=behind, **_end_of(behind, self.tokenizer))
+
+    def count_left_out(self) -> None:
+        if not self.chat:
+            return
+        said = [message.get("content") for message in self.messages if message["role"] != "assistant"]
+        if any(isinstance(text, str) and text.strip() not in self.asked for text in said):
+            self.counts["messages_left_out_by_template"] += 1
+        if self.record.tools and self.render(tools=False) == self.asked:
+            self.counts["tools_left_out_by_template"] += 1
+
+    @cached_property
+    def prompt_ids(self) -> list[int]:
+        ids = list(self.record.prompt_ids or ())
+        if self.record.prompt_ids is None:
+            ids = _encode(self.tokenizer, self.turn.start)
+            front = [] if self.chat else _leading_special(self.tokenizer)
+            ids = ids if front and ids[: len(front)] == front else front + ids
+        start = self.tokenizer.bos_token_id
+        return ids or [eos_id(self.tokenizer) if start is None else int(start)]
+
+    def completion_ids(self, completion: Completion) -> list[int]:
+        turn = self.turn
+        if completion.token_ids is not None:
+            return list(completion.token_ids) or [turn.end_id]
+        text = _without_ends(completion.text, self.tokenizer, turn.end_id)
+        text = self._answer(text) if self.chat else text
+        if completion.finish_reason == "length":
+            return self._behind(text) or [turn.end_id]
+        return [*self._behind(text + turn.end), turn.end_id]
+
+    def _answer(self, text: str) -> str:
+        """What stands between the prompt and the answer's end: by the template, as long as that holds the text.
+
+        Where it does not (a template that cuts reasoning out of conversations), the answer itself stands there, as a
+        model would say it behind this prompt; and what the prompt opens for the answer is not said twice.
+        """
+        turn, whole = self.turn, self.render(text)
+        rest = whole[len(turn.start) :]
+        if whole.startswith(turn.start) and text.strip() in rest and rest.endswith(turn.behind):
+            return rest[: len(rest) - len(turn.behind)]
+        tag = turn.opened.strip()
+        if tag and text.lstrip().startswith(tag):
+            text = text.lstrip().removeprefix(tag).removeprefix(turn.opened[turn.opened.index(tag) + len(tag) :])
+        elif re.fullmatch(r"\W\w+\W", tag) and f"{tag[0]}/{tag[1:]}" not in text:
+            raise self.unfit(
+                "answers_without_reasoning",
+                f"{_template_of(self.tokenizer)} opens the answer with {tag}, and this one does not close it; give "
+                "answers with their reasoning, or a tokenizer (tokenizer.source) or tokenizer.chat_template_kwargs "
+                "without it.",
+            )
+        self.counts["answers_changed_by_template"] += 1
+        return turn.lead + text
+
+    def _behind(self, text: str) -> list[int]:
+        """The ids of `text` behind the prompt: those with which both decode to what they are as one text.
+
+        Alone a text may get a space in front that is not there behind a prompt (SentencePiece, `add_prefix_space`);
+        then it is encoded behind something else, whose ids are taken off. Where the tokenizer changes the whole text
+        (Unicode normal forms, spaces around special tokens), what it makes of the whole is what counts.
+        """
+        tokenizer = self.tokenizer
+        alone, near = _encode(tokenizer, text), self.prompt_ids[-8:]
+        if not alone or _decode(tokenizer, near + alone) == _decode(tokenizer, near) + text:
+            return alone
+        start = _encode(tokenizer, self.turn.start)
+        said = _decode(tokenizer, start) + text
+        candidates = [alone, *_encode_in_context(tokenizer, text)]
+        for wanted in (_decode(tokenizer, _encode(tokenizer, self.turn.start + text)), said):
+            for ids in candidates:
+                if _decode(tokenizer, start + ids) == wanted:
+                    return ids
+        if "".join(_decode(tokenizer, start + alone).split()) == "".join(said.split()):
+            self.counts["texts_with_spaces_changed_by_tokenizer"] += 1  # it has none for spaces and for their absence
+            return alone
+        raise self.unfit(
+            "texts_changed_by_tokenizer",
+            f"the tokenizer has no ids for the completion {text[:40]!r} that decode to it behind this prompt.",
         )
-    return _Turn(start, lead=lead, opened=opened, behind=behind, **_end_of(behind, tokenizer))
 
 
 def _named(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -355,14 +466,6 @@ def _named(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the chat template of {_named(tokenizer)}"
-
-
-def _messages(record: Record) -> tuple[list[Any], str]:
-    """The messages of a prompt, without the beginning of the answer that the last one may be, and that beginning."""
-    messages: list[Any] = list(record.prompt)
-    if messages and messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str):
-        return messages[:-1], messages[-1]["content"]
-    return messages, ""
 
 
 def _end_of(behind: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -376,97 +479,7 @@ def _end_of(behind: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"end_id": eos_id(tokenizer), "end": behind.rstrip()}
 
 
-def _count_left_out(
-    record: Record, tokenizer: PreTrainedTokenizerBase, messages: list[Any], start: str, counts: Counter[str]
-) -> None:
-    said = [m.get("content") for m in messages if m["role"] != "assistant"]
-    if any(isinstance(text, str) and text.strip() not in start for text in said):
-        counts["messages_left_out_by_template"] += 1
-    if record.tools and _render(replace(record, tools=None), tokenizer, messages) == start:
-        counts["tools_left_out_by_template"] += 1
-
-
-def _render(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Any],
-    *,
-    answer: str | None = None,
-    answering: bool = True,
-) -> str:
-    if tokenizer.chat_template is None:
-        raise UnfitError(
-            record,
-            "records_without_template",
-            f"it is a conversation, but {_named(tokenizer)} has no chat template: "
-            "use a chat model's tokenizer, or data with plain text.",
-        )
-    if answer is not None:
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    try:
-        tools = json.loads(record.tools) if record.tools else None
-        return render_chat(tokenizer, messages, tools=tools, answering=answering and answer is None)
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
-        said = f"{_template_of(tokenizer)} refuses it ({error})."
-        raise UnfitError(record, "records_refused_by_template", said) from None
-
-
 # --- ids ---
-
-
-def _prompt_ids(record: Record, turn: _Turn, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = list(record.prompt_ids or ())
-    if record.prompt_ids is None:
-        ids = _encode(tokenizer, turn.start)
-        front = _leading_special(tokenizer) if isinstance(record.prompt, str) else []
-        ids = ids if front and ids[: len(front)] == front else front + ids
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id
-    return [eos_id(tokenizer) if start is None else int(start)]
-
-
-def _completion_ids(
-    record: Record,
-    completion: Completion,
-    turn: _Turn,
-    prompt: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    counts: Counter[str],
-) -> list[int]:
-    if completion.token_ids is not None:
-        return list(completion.token_ids) or [turn.end_id]
-    text = _without_ends(completion.text, tokenizer, turn.end_id)
-    if not isinstance(record.prompt, str):
-        text = _answer(record, text, turn, tokenizer, counts)
-    if completion.finish_reason == "length":
-        return _encode_behind(record, prompt, turn, text, tokenizer, counts) or [turn.end_id]
-    return [*_encode_behind(record, prompt, turn, text + turn.end, tokenizer, counts), turn.end_id]
-
-
-def _answer(record: Record, text: str, turn: _Turn, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> str:
-    """What stands between the prompt and the answer's end: by the template, as long as that holds the answer's text.
-
-    Where it does not (a template that cuts reasoning out of conversations), the answer itself stands there, as a model
-    would say it behind this prompt; and what the prompt opens for the answer is not said twice.
-    """
-    messages, opening = _messages(record)
-    whole = _render(record, tokenizer, messages, answer=opening + text)
-    rest = whole[len(turn.start) :]
-    if whole.startswith(turn.start) and text.strip() in rest and rest.endswith(turn.behind):
-        return rest[: len(rest) - len(turn.behind)]
-    tag = turn.opened.strip()
-    if tag and text.lstrip().startswith(tag):
-        text = text.lstrip().removeprefix(tag).removeprefix(turn.opened[turn.opened.index(tag) + len(tag) :])
-    elif re.fullmatch(r"\W\w+\W", tag) and f"{tag[0]}/{tag[1:]}" not in text:
-        raise UnfitError(
-            record,
-            "answers_without_reasoning",
-            f"{_template_of(tokenizer)} opens the answer with {tag}, and this one does not close it; give answers "
-            "with their reasoning, or a tokenizer (tokenizer.source) or tokenizer.chat_template_kwargs without it.",
-        )
-    counts["answers_changed_by_template"] += 1
-    return turn.lead + text
 
 
 def _without_ends(text: str, tokenizer: PreTrainedTokenizerBase, end_id: int | None = None) -> str:
@@ -475,39 +488,6 @@ def _without_ends(text: str, tokenizer: PreTrainedTokenizerBase, end_id: int | N
     while (end := next((end for end in ends if text.rstrip().endswith(end)), None)) is not None:
         text = text.rstrip().removesuffix(end)
     return text
-
-
-def _encode_behind(
-    record: Record,
-    prompt: list[int],
-    turn: _Turn,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    counts: Counter[str],
-) -> list[int]:
-    """The ids of `text` behind the prompt: those with which both decode to what they are as one text.
-
-    Alone a text may get a space in front that is not there behind a prompt (SentencePiece, `add_prefix_space`); then
-    it is encoded behind something else, whose ids are taken off. Where the tokenizer changes the whole text (Unicode
-    normal forms, spaces around special tokens), what it makes of the whole is what counts.
-    """
-    alone, near = _encode(tokenizer, text), prompt[-8:]
-    if not alone or _decode(tokenizer, near + alone) == _decode(tokenizer, near) + text:
-        return alone
-    start = _encode(tokenizer, turn.start)
-    candidates = [alone, *_encode_in_context(tokenizer, text)]
-    for wanted in (_decode(tokenizer, _encode(tokenizer, turn.start + text)), _decode(tokenizer, start) + text):
-        for ids in candidates:
-            if _decode(tokenizer, start + ids) == wanted:
-                return ids
-    if "".join(_decode(tokenizer, start + alone).split()) == "".join((_decode(tokenizer, start) + text).split()):
-        counts["texts_with_spaces_changed_by_tokenizer"] += 1  # it has no tokens for spaces, and none for their absence
-        return alone
-    raise UnfitError(
-        record,
-        "texts_changed_by_tokenizer",
-        f"the tokenizer has no ids for the completion {text[:40]!r} that decode to it behind this prompt.",
-    )
 
 
 def _encode_in_context(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
