@@ -35,7 +35,6 @@ TOKENISED = 500
 BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments in float32, where all weights are trained."""
 EVALUATED = 64
-LIMITS = ("max_prompt_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> s
     completions = sorted(len(ids) for group in groups for ids in group.completion_ids)
     longest = [lengths[int(0.99 * (len(lengths) - 1))] if lengths else 256 for lengths in (prompts, completions)]
     prompt, completion = (min(-(-length // 32) * 32, positions // 2) for length in longest)
-    values["data"] |= dict(zip(LIMITS, (prompt, completion), strict=True))
+    values["data"] |= {"max_prompt_tokens": prompt, "max_completion_tokens": completion}
     values["sample"] = {"max_new_tokens": min(completion, 128)}
     return f"lengths: prompts up to {prompt} tokens, answers up to {completion} (99 of 100 rows are shorter)"
 
