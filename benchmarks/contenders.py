@@ -23,7 +23,8 @@ from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
 from exalign.objectives import log_policy_distribution, log_preference_target, log_reward_target, reverse_kl
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import accumulate, adamw, set_learning_rate
+from exalign.training.loop import accumulate
+from exalign.training.optimizer import adamw, set_learning_rate
 
 LEARNING_RATE = 1e-6
 ADAM_BETAS = (0.9, 0.95)

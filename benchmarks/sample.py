@@ -59,7 +59,7 @@ class Sampling:
 
 
 class ExalignSampling(Sampling):
-    engine: Literal["vllm"] | None = None
+    engine: Literal["vllm", "exalign"] = "exalign"
     logprobs: list[list[float]]
 
     def draw(self, prompts: Sequence[Group], rows: int) -> list[list[list[int]]]:

@@ -36,7 +36,7 @@ from exalign.objectives import kl_estimate, log_policy_distribution, log_reward_
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import adamw, learning_rate_factor, set_learning_rate
+from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 
 K = 8
 TEMPERATURE = 1.0  # τ: a policy is softmax(logits / τ), in sampling and in log-probabilities

@@ -16,12 +16,15 @@ from exalign.run.recipe import make_recipe
 from exalign.run.runner import Run
 from exalign.storage import read_json
 
-NO_DRIVER = """
+UNUSABLE = """
 import sys
 from pathlib import Path
 import torch
-torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")  # what a build for CUDA says on any machine
-assert torch.accelerator.current_accelerator().type == "cuda" and not torch.cuda.is_available()
+kind = sys.argv[2]
+torch._C._accelerator_getAccelerator = lambda: torch.device(kind)  # what a build for it says on any machine
+if kind == "mps":
+    torch.accelerator.is_available = lambda: True
+assert torch.accelerator.current_accelerator().type == kind
 
 from exalign.data.record import Record
 from exalign.models.memory import release_memory
@@ -48,13 +51,20 @@ def _threads_as_they_were():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a driver here")
-def test_a_build_for_gpus_without_a_driver_trains_and_samples_on_the_cpu_and_says_so_once(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cuda", "There is no usable GPU driver; running on the CPU."),
+        ("mps", "Apple's GPU (MPS) has no float64, which sampling needs; running on the CPU."),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_leaves_the_cpu_and_says_so_once(kind: str, said: str, tmp_path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", NO_DRIVER, str(tmp_path / "run")]
+    command = [sys.executable, "-c", UNUSABLE, str(tmp_path / "run"), kind]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "drawn 2 cpu"
-    assert run.stderr.count("There is no usable GPU driver; running on the CPU.") == 1
+    assert run.stderr.count(said) == 1
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", None])

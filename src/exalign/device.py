@@ -25,7 +25,8 @@ _WORTHWHILE = 0.85  # of the seconds that torch's own number of threads takes; l
 def device() -> torch.device:
     """The accelerator, where torch was built for one and its driver works, else the CPU.
 
-    Said once where there is none although torch was built for one. ACCELERATE_USE_CPU asks for the CPU.
+    Said once where there is none although torch was built for one. ACCELERATE_USE_CPU asks for the CPU. So does Apple's
+    GPU (MPS): it has no float64, in which tokens are drawn and probabilities summed, and no kernel of FlexAttention.
     """
     import torch
 
@@ -38,6 +39,10 @@ def device() -> torch.device:
     if usable is None:
         reason = f" ({str(said[0].message).splitlines()[0].rstrip('.')})" if said else ""
         _log.warning("There is no usable GPU driver%s; running on the CPU.", reason)
+    elif usable.type == "mps":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for Accelerate, which would choose it
+        _log.warning("Apple's GPU (MPS) has no float64, which sampling needs; running on the CPU.")
+        return cpu
     return usable or cpu
 
 

@@ -35,7 +35,8 @@ from exalign.rollout.scorers import ClassifierScorer, RewardModelScorer, Weighte
 from exalign.rollout.settings import SampleSettings
 from exalign.training.batches import EpochBatches
 from exalign.training.distributed import make_accelerator
-from exalign.training.loop import Task, accumulate, adamw, set_learning_rate
+from exalign.training.loop import Task, accumulate
+from exalign.training.optimizer import adamw, set_learning_rate
 from training.tiny_world import make_groups, make_material, make_prompts, make_tokenizer, read_metrics
 
 LLAMA: dict[str, Any] = {
@@ -287,6 +288,7 @@ STAGES: dict[str, Callable[[Path], list[float]]] = {
 }
 HALF: dict[str, Callable[[Path], list[float]]] = {
     "bf16": lambda folder: aligned(folder, precision="bf16"),
+    "bf16 weights": lambda folder: aligned(folder, dtype="bfloat16"),
     "lora on bf16": lambda folder: aligned(folder, lora=True, dtype="bfloat16"),
 }
 

@@ -20,15 +20,17 @@ import torch
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.rollout.rollout import open_sampler
-from exalign.rollout.sampler import check_drawing
+from exalign.rollout.sampler import GroupedSampler, check_drawing
 from exalign.rollout.settings import SampleSettings, VLLMSettings
 from exalign.rollout.vllm import (
+    VLLMSampler,
     _ending_with_this_process,
     check_logprobs,
     completions_of,
     engine_arguments,
     prompt_seed,
     sampling_arguments,
+    vllm_by_default,
 )
 from rollout.conftest import tiny_model
 
@@ -139,6 +141,46 @@ def test_a_missing_engine_and_an_old_one_are_told_before_any_work(
     monkeypatch.setattr("exalign.rollout.vllm.version", version)
     with nullcontext() if said is None else pytest.raises(InputError, match=said):
         open_sampler(tiny_model("llama"), tokenizer, TWO.model_copy(update={"engine": "vllm"}), temperature=1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "processes", "expected"),
+    [
+        ("cuda:0", "0.32.0", 1, True),
+        ("cuda:0", "", 1, False),
+        ("cpu", "0.32.0", 1, False),
+        ("cuda:0", "0.32.0", 2, False),
+    ],
+)
+def test_it_draws_by_default_where_it_is_installed_and_one_process_has_a_gpu(
+    device: str, installed: str, processes: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if not installed:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr("exalign.rollout.vllm.version", version)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert vllm_by_default(torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "by_default", "kind"),
+    [
+        ("auto", True, VLLMSampler),
+        ("auto", False, GroupedSampler),
+        ("exalign", True, GroupedSampler),
+        ("vllm", False, VLLMSampler),
+    ],
+)
+def test_what_was_asked_for_draws(
+    engine: str, by_default: bool, kind: type, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exalign.rollout.vllm.version", lambda name: "0.32.0")
+    monkeypatch.setattr("exalign.rollout.rollout.vllm_by_default", lambda device: by_default)
+    settings = TWO.model_copy(update={"engine": engine})
+    assert type(open_sampler(tiny_model("llama"), tokenizer, settings, temperature=1.0, seed=0)) is kind
 
 
 def test_when_this_process_is_gone_the_engine_and_its_weights_are(tmp_path: Path) -> None:

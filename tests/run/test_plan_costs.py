@@ -33,7 +33,7 @@ from exalign.run.plan import (
     read,
     train,
 )
-from exalign.training.loop import adamw, set_learning_rate
+from exalign.training.optimizer import adamw, set_learning_rate
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4},

@@ -75,7 +75,7 @@ def test_lengths_are_held_against_positions(recipe: Any) -> None:
         check_inputs(recipe(["Hi"], reward__model={"config": {**CONFIG, "n_positions": 63}}))
 
 
-def test_weights_are_looked_at(recipe: Any, model: Path, tmp_path: Path) -> None:
+def test_weights_are_looked_at(recipe: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str, content: bytes | None) -> str:
         folder = tmp_path / name
         shutil.copytree(model, folder)
@@ -102,8 +102,14 @@ def test_weights_are_looked_at(recipe: Any, model: Path, tmp_path: Path) -> None
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": source}))
         with pytest.raises(InputError, match=sentence):
             check_inputs(recipe(["Hi"], model__source=str(adapter), tokenizer__source=str(model)))
-    with pytest.raises(InputError, match=r"model\.dtype = bfloat16: weights in half precision cannot take small steps"):
+    with pytest.raises(InputError, match=r"model\.dtype = float16: its gradients would be lost"):
+        check_inputs(recipe(["Hi"], model__dtype="float16"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match=r"model\.dtype = bfloat16: weights of 16 bits are trained by a single process"
+    ):
         check_inputs(recipe(["Hi"], model__dtype="bfloat16"))
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(InputError, match="A t5 is no causal language model"):
         check_inputs(recipe(["Hi"], model={"config": {"model_type": "t5"}}, tokenizer__source=str(model), sft={}))
 

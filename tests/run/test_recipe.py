@@ -110,7 +110,10 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.ppo={method: ppo}", "score.scorer={stage: oracle}"], "score.scorer names the stage 'oracle'"),
         (["cluster={workers: 0}"], "cluster.workers:"),
         (["cluster={}", "align={}", "preferences=null", "reward=null"], "cluster has no effect"),
-        (["sample.vllm={cache_gib: 2}"], "sample.vllm has no effect without sample.engine: vllm"),
+        (
+            ["sample.engine=exalign", "sample.vllm={cache_gib: 2}"],
+            "sample.vllm has no effect with sample.engine: exalign",
+        ),
         (["align.ppo={method: ppo, lamb: 0.9}"], "align.ppo.lamb is not a setting; did you mean lam?"),
         (["align.ppo={method: ppo, gamma: 1.5}"], "align.ppo.gamma:"),
         (["align.ppo={method: ppo, kl_rate: 0.2}"], "align.ppo: kl_rate has no effect without target_kl"),

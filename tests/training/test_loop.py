@@ -21,7 +21,8 @@ from exalign.models.loading import load_policy
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import TrainingProgress, accumulate, learning_rate_factor
+from exalign.training.loop import TrainingProgress, accumulate
+from exalign.training.optimizer import learning_rate_factor
 from training.tiny_world import (
     CONFIG,
     make_groups,
@@ -191,11 +192,6 @@ def test_settings_of_the_optimizer_act(change: dict[str, object], tmp_path: Path
     expected, found = losses_of_sft(tmp_path / "default"), losses_of_sft(tmp_path / "changed", **change)
     assert found[0] == expected[0]  # nothing acts before the first step
     assert found[-1] != expected[-1]
-
-
-def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="half precision"):
-        train_sft(make_policy().bfloat16(), make_tokenizer(), make_groups(4), SFT(), tmp_path)
 
 
 def test_unknown_tracker_is_refused(tmp_path: Path) -> None:

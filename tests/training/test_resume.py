@@ -127,7 +127,14 @@ class DyingBatches(EpochBatches):
         return super().__getitem__(step)
 
 
-def noisy_run(folder: Path, *, dies_after: int | None = None, seed: int = 0, token_budget: int = 512) -> None:
+def noisy_run(
+    folder: Path,
+    *,
+    dies_after: int | None = None,
+    seed: int = 0,
+    token_budget: int = 512,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Six steps; with `dies_after` it is left after so many."""
     settings = TrainSettings(
         learning_rate=1e-2, batch_prompts=4, checkpoint_every=1, seed=seed, token_budget=token_budget
@@ -135,14 +142,18 @@ def noisy_run(folder: Path, *, dies_after: int | None = None, seed: int = 0, tok
     batches = DyingBatches(make_groups(24), batch_prompts=4, epochs=1, seed=seed)
     batches.dies_after = dies_after
     with pytest.raises(Stopped) if dies_after is not None else nullcontext():
-        train(NoisyTask(batches), PackedPolicy(make_policy()), make_tokenizer(), settings, folder, card="noise")
+        train(
+            NoisyTask(batches), PackedPolicy(make_policy().to(dtype)), make_tokenizer(), settings, folder, card="noise"
+        )
 
 
-def test_randomness_of_a_step_survives_an_interruption(tmp_path: Path) -> None:
-    noisy_run(tmp_path / "whole")
-    noisy_run(tmp_path / "parts", dies_after=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_randomness_of_a_step_survives_an_interruption(dtype: torch.dtype, tmp_path: Path) -> None:
+    """And what a weight of 16 bits lacks of a whole one."""
+    noisy_run(tmp_path / "whole", dtype=dtype)
+    noisy_run(tmp_path / "parts", dies_after=2, dtype=dtype)
     torch.manual_seed(999)
-    noisy_run(tmp_path / "parts")
+    noisy_run(tmp_path / "parts", dtype=dtype)
     assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
 
 

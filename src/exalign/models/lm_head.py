@@ -239,13 +239,21 @@ def _head_gradient(ctx: Any, per_row: Tensor, at_target: Tensor) -> tuple[Tensor
             tile = scratch[: span.stop - span.start]
             _mapped_logits(hidden[span], weight, bias, ctx.logit_map, out=tile)
             _exponentials_(tile, peaks[span], ctx.logit_map)
-        grad_weight.addmm_(tile.to(weight.dtype).t(), weighted[span])
+        _add_product_(grad_weight, tile.to(weight.dtype).t(), weighted[span])
         if grad_bias is not None:
             grad_bias.add_((row_weight[span].t() @ tile)[0].to(bias.dtype))
-    grad_weight.index_add_(0, targets, hidden[rows] * at_target)
+    grad_weight.index_add_(0, targets, (hidden[rows] * at_target).to(grad_weight.dtype))
     if grad_bias is not None:
         grad_bias.index_add_(0, targets, at_target[:, 0])
     return (grad_weight if into is None else None), grad_bias
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add to a total that may be of a wider type than the product's factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def may_add_in_place(parameter: Tensor | None) -> bool:
@@ -264,9 +272,9 @@ def may_add_in_place(parameter: Tensor | None) -> bool:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """`parameter.grad`, zeros if it was not there."""
+    """`parameter.grad`, zeros if it was not there, of the type that its gradients are summed in."""
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
     return parameter.grad
 
 
@@ -297,5 +305,6 @@ class _Embed(torch.autograd.Function):
         ids, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2)
         if ctx.padding_idx is not None:
             grad = grad.masked_fill((ids == ctx.padding_idx).unsqueeze(1), 0.0)
-        gradient_of(ctx.weight).index_add_(0, ids, grad)
+        total = gradient_of(ctx.weight)
+        total.index_add_(0, ids, grad.to(total.dtype))
         return None, None, None

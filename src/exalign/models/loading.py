@@ -49,7 +49,7 @@ from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.model_settings import LoraSettings, ModelSettings, adapter_base
 from exalign.models.prefix_tree import unflatten
-from exalign.processes import leads
+from exalign.processes import leads, several
 from exalign.storage import atomic_path, exists, read_object, write_json
 
 logger = logging.getLogger(__name__)
@@ -177,11 +177,17 @@ def check_weights(source: str) -> None:
 
 
 def check_trainable(settings: ModelSettings, where: str) -> None:
-    """Weights that are trained must be float32, which is known before anything is loaded; `where` names the setting."""
-    if settings.dtype != "float32" and settings.lora is None:
+    """Weights of this type can be trained here, which is known before anything is loaded; `where` names the setting."""
+    if settings.dtype == "float32" or settings.lora is not None:
+        return
+    instead = "set dtype: float32 (precision may be bf16), or train LoRA adapters."
+    if settings.dtype == "float16":
+        raise InputError(f"{where}.dtype = float16: its gradients would be lost below 6e-8; {instead}")
+    if several():
+        raise InputError(f"{where}.dtype = bfloat16: weights of 16 bits are trained by a single process; {instead}")
+    if not hasattr(torch.Tensor, "grad_dtype"):
         raise InputError(
-            f"{where}.dtype = {settings.dtype}: weights in half precision cannot take small steps; set dtype: float32 "
-            "(precision may be bf16), or train LoRA adapters."
+            f"{where}.dtype = bfloat16: torch {torch.__version__} cannot sum gradients in float32; {instead}"
         )
 
 

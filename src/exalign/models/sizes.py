@@ -31,9 +31,9 @@ class Architecture:
     """A model on the meta device, adapters included, and its numbers; `origin`: where its configuration came from.
 
     `parameters` counts all, tied ones once, `trained` those that are. Sizes are bytes: of all weights, of trained ones,
-    of a block (`layer_bytes`), of autocast's copies of float32 matrices (`half_copies`), and of one token's keys and
-    values. One that `speaks` has a head over the vocabulary; an encoder that classifies reads each completion with a
-    prompt of its own (`shares_prompts` is false).
+    of what training keeps for these beside them (`state_bytes`), of a block (`layer_bytes`), of autocast's copies of
+    float32 matrices (`half_copies`), and of one token's keys and values. One that `speaks` has a head over the
+    vocabulary; an encoder that classifies reads each completion with a prompt of its own (`shares_prompts` is false).
     """
 
     def __init__(self, name: str, module: nn.Module, origin: str) -> None:
@@ -46,6 +46,8 @@ class Architecture:
         self.name, self.module, self.origin = name, module, origin
         self.parameters, self.trained = (sum(w.numel() for w in some) for some in (weights, trained))
         self.weight_bytes, self.trained_bytes = _bytes(weights), _bytes(trained)
+        # Gradient and moments in float32, and what a weight of 16 bits lacks of one (`training.optimizer`).
+        self.state_bytes = sum(w.numel() * (3 * w.element_size() if w.element_size() >= 4 else 14) for w in trained)
         self.half_copies = 2 * sum(w.numel() for w in linear if w.element_size() == 4)
         self.speaks = base.get_output_embeddings() is not None
         self.shares_prompts = hasattr(base, "score") or self.speaks
@@ -132,7 +134,7 @@ def training_sizes(
     least = CPU_TOKENS if token_budget == "auto" else token_budget
     if memory is None:
         return least, checkpointing is True
-    state = sum(2 * m.weight_bytes + 3 * m.trained_bytes + m.half_copies * autocast for m in models) / shards
+    state = sum(2 * m.weight_bytes + m.state_bytes + m.half_copies * autocast for m in models) / shards
     room = _USABLE * memory - state - sum(m.head_activations(_TOKENS[1], memory) for m in models)
 
     def fitting(again: bool) -> float:

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of
 from exalign.data.record import Record
+from exalign.models.capability import base_of
 from exalign.models.logprobs import reference_logprobs
 from exalign.models.sizes import reading_budget
 from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
-from exalign.rollout.vllm import VLLMSampler
+from exalign.rollout.vllm import VLLMSampler, vllm_by_default
 from exalign.settings import Auto
 
 
@@ -46,8 +47,8 @@ def open_sampler(
     seed: int,
 ) -> Sampler:
     """What draws from the policy as it is now: everything that draws opens it here, anew when the weights change."""
-    engine = VLLMSampler if settings.engine == "vllm" else GroupedSampler
-    return engine(policy, tokenizer, settings, temperature=temperature, seed=seed)
+    by_vllm = settings.engine == "vllm" or (settings.engine == "auto" and vllm_by_default(base_of(policy).device))
+    return (VLLMSampler if by_vllm else GroupedSampler)(policy, tokenizer, settings, temperature=temperature, seed=seed)
 
 
 def rollout(

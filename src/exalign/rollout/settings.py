@@ -52,8 +52,10 @@ class SampleSettings(Settings):
         "CPU, and what fits on an accelerator.",
         json_schema_extra=NO_RESULT,
     )
-    engine: Literal["vllm"] | None = Field(
-        None, description="vllm: draw with vLLM, whose completions are others; None: with exalign's own sampler"
+    engine: Literal["auto", "vllm", "exalign"] = Field(
+        "auto",
+        description="exalign: draw with exalign's own sampler; vllm: with vLLM, whose completions are others; auto: "
+        "with vLLM where it is installed and a single process draws on CUDA, else with exalign's",
     )
     vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="how vLLM runs", json_schema_extra=NO_RESULT)
 

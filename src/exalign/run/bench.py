@@ -27,7 +27,7 @@ from exalign.rollout.rollout import open_sampler
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
-from exalign.training.loop import adamw, set_learning_rate
+from exalign.training.optimizer import adamw, set_learning_rate
 
 TOKEN_BUDGETS = (1024, 4096, 16384)
 """Values of token_budget that training is tried with."""

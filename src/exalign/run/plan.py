@@ -387,14 +387,14 @@ def train(
         + model.head_activations(tokens, machine.sizing)
         for model in models
     )
-    trained = sum(model.trained_bytes for model in models)
+    gradients = 4 * sum(model.trained for model in models)
     whole = Memory(
         weights=sum(model.weight_bytes for model in models),
-        gradients=trained,
-        optimizer=2 * trained,  # AdamW's moments, of the weights' type
+        gradients=gradients,
+        optimizer=sum(model.state_bytes for model in models) - gradients,
         copies=half * sum(model.half_copies for model in models),
         activations=activations,
-        exchange=trained if machine.count > 1 else 0,  # DDP's buckets
+        exchange=gradients if machine.count > 1 else 0,  # DDP's buckets
     )
     return Cost(
         passes * load.tokens,

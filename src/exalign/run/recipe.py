@@ -445,8 +445,8 @@ def _missing_inputs(recipe: Recipe) -> Iterator[str]:
             f"sample.max_new_tokens = {recipe.sample.max_new_tokens} is above data.max_completion_tokens = "
             f"{recipe.data.max_completion_tokens}, and sampled completions are never cut; raise the latter"
         )
-    if recipe.sample.engine is None and recipe.sample.vllm != VLLMSettings():
-        yield "sample.vllm has no effect without sample.engine: vllm"
+    if recipe.sample.engine == "exalign" and recipe.sample.vllm != VLLMSettings():
+        yield "sample.vllm has no effect with sample.engine: exalign"
     if recipe.sample.max_prompt_tokens != SampleSettings.model_fields["max_prompt_tokens"].default:
         yield "sample.max_prompt_tokens has no effect in a recipe; set data.max_prompt_tokens"
     if drawn and recipe.data.prompts is None and recipe.data.preferences is None:

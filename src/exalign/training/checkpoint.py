@@ -37,6 +37,7 @@ from exalign.storage import (
     write_text,
     writing,
 )
+from exalign.training.optimizer import whole_weights
 
 KEEP = 2
 """Checkpoints kept: were the newest one damaged, the one before still serves."""
@@ -64,10 +65,11 @@ def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimize
     come with the model that training starts from, are left out.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
+    with whole_weights(optimizer):
+        state = {
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
     if not writes:
         return
     with atomic_path(folder / f"step-{position.step:06d}") as temporary:
@@ -139,8 +141,9 @@ def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Pa
     """Put weights and optimizer state in their places."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     try:
-        set_model_state_dict(model, state["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        with whole_weights(optimizer):
+            set_model_state_dict(model, state["model"], options=options)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch raises many kinds where names or shapes are others

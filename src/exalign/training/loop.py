@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
@@ -58,6 +57,7 @@ from exalign.training.guards import (
     with_recoveries,
 )
 from exalign.training.held_out import HeldOut
+from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.train_settings import TrainSettings
 
 LINE_SECONDS = 30.0
@@ -376,7 +376,9 @@ def _prepare(
             # The second name is that of older transformers 5 releases.
             enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-    if sharding is not None:
+    if sharding is None:
+        module.to(accelerator.device)  # before there is an optimizer, which may mark its weights
+    else:
         shard(module, accelerator.device, sharding)
     optimizer: Any = adamw(
         module,
@@ -387,7 +389,7 @@ def _prepare(
     )
     prepared: nn.Module = module
     if sharding is None:
-        prepared, optimizer = accelerator.prepare(module, optimizer)
+        prepared, optimizer = accelerator.prepare(module, optimizer, device_placement=[False, True])
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
     trained = (accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
     return _Trainer(*trained, held_out)
@@ -403,62 +405,6 @@ def _sizes(module: nn.Module, settings: TrainSettings, accelerator: Accelerator,
         autocast=settings.precision == "bf16",
         shards=accelerator.num_processes if sharded else 1,
     )
-
-
-def adamw(
-    model: nn.Module,
-    *,
-    betas: tuple[float, float],
-    weight_decay: float,
-    device: torch.device,
-    rate_of: Callable[[str], float] = lambda name: 1.0,
-) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained; only those with two dimensions or more decay.
-
-    `rate_of` a parameter's name is what its learning rate is multiplied with. Trained weights in half precision are an
-    `InputError`: a step of relative size 1e-6 would round to nothing.
-    """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for _, parameter in trained):
-        raise InputError(
-            "Weights in half precision cannot take small steps: set the model's dtype to float32 (precision may be "
-            "bf16), or train LoRA adapters."
-        )
-    if not trained:
-        raise InputError("No weight of this model is trained: all of them are frozen.")
-    groups: list[dict[str, Any]] = []
-    for rate in sorted({rate_of(name) for name, _ in trained}):
-        some = [parameter for name, parameter in trained if rate_of(name) == rate]
-        decaying = [parameter for parameter in some if parameter.ndim >= 2]
-        others = [parameter for parameter in some if parameter.ndim < 2]
-        groups.append({"params": decaying, "weight_decay": weight_decay, "rate": rate})
-        groups.append({"params": others, "weight_decay": 0.0, "rate": rate})
-    # The rate is set before every step; the fused kernel exists where models are trained.
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
-
-
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every parameter group this rate, times its own."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["rate"]
-
-
-def learning_rate_factor(step: int, *, num_steps: int, warmup_steps: int, schedule: str) -> float:
-    """The share of the peak learning rate for optimizer step `step` (from 0) of `num_steps`.
-
-    Warm-up: (step + 1) / (warmup_steps + 1), so that no step has rate 0. After it, with
-    u = (step − warmup_steps) / (num_steps − warmup_steps) in [0, 1): `constant` 1, `linear` 1 − u,
-    `cosine` (1 + cos πu) / 2.
-
-    >>> [learning_rate_factor(s, num_steps=6, warmup_steps=2, schedule="linear") for s in range(6)]
-    [0.3333333333333333, 0.6666666666666666, 1.0, 0.75, 0.5, 0.25]
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / (num_steps - warmup_steps)
-    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2.0}
-    return shapes[schedule]
 
 
 class TrainingProgress:
