@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from exalign.data.batching import Group
@@ -192,6 +193,30 @@ def test_settings_of_the_optimizer_act(change: dict[str, object], tmp_path: Path
     expected, found = losses_of_sft(tmp_path / "default"), losses_of_sft(tmp_path / "changed", **change)
     assert found[0] == expected[0]  # nothing acts before the first step
     assert found[-1] != expected[-1]
+
+
+def test_tensorboard_gets_every_metric_and_some_of_what_was_trained_on(tmp_path: Path) -> None:
+    folder = tmp_path / "align"
+    settings = Matching(batch_prompts=4, epochs=2, save_policies=2, trackers=("tensorboard",))
+    groups, tokenizer = referenced(make_policy(), make_groups(8)), make_tokenizer()
+    train_matching(make_policy(), tokenizer, groups, settings, folder, temperature=0.8)
+    (file,) = (folder / "exalign").glob("events*")
+    events = EventAccumulator(str(file)).Reload()
+    for name in ("loss", "kl", "grad_norm", "reward_correlation"):
+        written = [row[name] for row in read_metrics(folder)]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(written, rel=1e-6)
+    shown = events.Tensors("rows/text_summary")
+    saved = [int(path.name[5:]) for path in sorted((folder / "policies").iterdir())]
+    assert [event.step for event in shown] == saved
+    table = shown[-1].tensor_proto.string_val[0].decode()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    known = {
+        (tokenizer.decode(group.prompt_ids), tokenizer.decode(ids, skip_special_tokens=True), round(float(reward), 4))
+        for group in groups
+        for ids, reward in zip(group.completion_ids, group.rewards, strict=True)
+    }
+    assert len(rows) >= 4 * 3
+    assert {(prompt, completion, float(reward)) for prompt, completion, reward in rows} <= known
 
 
 def test_unknown_tracker_is_refused(tmp_path: Path) -> None:

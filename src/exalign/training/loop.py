@@ -62,6 +62,8 @@ from exalign.training.train_settings import TrainSettings
 
 LINE_SECONDS = 30.0
 """Between two lines about a training where there is no terminal for a bar."""
+SHOWN_ROWS = 4
+"""Prompts of a step that trackers show, with their completions, where a policy is saved."""
 Trainable = PackedPolicy | PackedScorer | ActorCritic
 
 
@@ -248,6 +250,7 @@ def _take_steps(trainer: _Trainer, save: Save) -> None:
                 if row["skipped"]:
                     _skip(trainer, row, in_a_row, say)
                 if position.step in policy_steps:
+                    _show_rows(trainer, position.step)
                     save(folder / "policies" / f"step-{position.step:06d}", verified=held_out.stop_after is not None)
                 # Among skipped steps there is none: a recovery begins before the first of them.
                 due = position.step % settings.checkpoint_every == 0 and not row["skipped"]
@@ -287,6 +290,25 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def _show_rows(trainer: _Trainer, step: int) -> None:
+    """Some of what the step was trained on, which may be samples of its own, as a table in trackers that have any."""
+    columns, texts = ["prompt", "completion", "reward"], partial(trainer.tokenizer.decode, skip_special_tokens=True)
+    rows = [
+        [texts(group.prompt_ids), texts(ids), None if group.rewards is None else round(float(group.rewards[number]), 4)]
+        for group in trainer.seen[:SHOWN_ROWS]
+        for number, ids in enumerate(group.completion_ids)
+    ]
+    for tracker in trainer.accelerator.trackers:
+        if hasattr(tracker, "log_table"):
+            tracker.log_table("rows", columns=columns, data=rows, step=step)
+        elif tracker.name == "tensorboard":  # which shows text as Markdown
+            lines = [
+                "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |"
+                for row in rows
+            ]
+            tracker.log({"rows": "\n".join(["| " + " | ".join(columns) + " |", "|---|---|---|", *lines])}, step=step)
 
 
 def _measured(trainer: _Trainer, step: int) -> dict[str, float | None]:
@@ -367,7 +389,9 @@ def _prepare(
         folder, precision=settings.precision, trackers=settings.trackers, some_left_out=settings.leaves_some_out
     )
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
-    accelerator.init_trackers("exalign", config=flat)
+    name = "/".join(folder.absolute().parts[-3:])
+    names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
+    accelerator.init_trackers("exalign", config=flat, init_kwargs=names)
     module.train()
     budget, checkpointing = _sizes(module, settings, accelerator, sharded=sharding is not None)
     if checkpointing:

@@ -55,7 +55,9 @@ class TrainSettings(Settings):
     save_policies: int = Field(1, gt=0, description="models saved, closer together at first, the final one included")
     seed: int = Field(0, ge=0, description="seeds the order of the prompts; a recipe adds its own seed to it")
     trackers: tuple[str, ...] = Field(
-        (), description="trackers known to Accelerate: tensorboard, wandb, trackio, …", json_schema_extra=NO_RESULT
+        (),
+        description="trackers known to Accelerate: tensorboard (its files stand beside the metrics), wandb, trackio, …",
+        json_schema_extra=NO_RESULT,
     )
 
     def rate_of(self, name: str) -> float:
