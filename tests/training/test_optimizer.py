@@ -14,6 +14,7 @@ from exalign.errors import InputError
 from exalign.methods.sft import SFT, MaximumLikelihood, train_sft
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
+from exalign.models.sizes import Architecture
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import accumulate
 from exalign.training.optimizer import adamw, set_learning_rate, whole_weights
@@ -75,6 +76,19 @@ def test_a_training_of_them_follows_that_of_float32_weights(tmp_path: Path) -> N
         assert all(weight.dtype == getattr(torch, dtype) for weight in policy.parameters())
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
     assert losses["float32"][-1] < losses["float32"][0] - 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_training_keeps_beside_a_weight_is_what_sizes_reckon_with(dtype: torch.dtype) -> None:
+    policy = make_policy().to(dtype)
+    optimizer = adamw(policy, betas=BETAS, weight_decay=0.0, device=CPU)
+    for weight in policy.parameters():
+        weight.grad = torch.ones_like(weight, dtype=torch.float32)
+    optimizer.step()
+    kept = [weight.grad for weight in policy.parameters()]
+    kept += [state for states in optimizer.state.values() for name, state in states.items() if name != "step"]
+    kept += getattr(optimizer, "_rest", {}).values()
+    assert sum(part.nbytes for part in kept) == Architecture("", policy, "").state_bytes
 
 
 def test_float16_is_refused(tmp_path: Path) -> None:
