@@ -101,7 +101,9 @@ class ExalignTraining(Training):
             make_tokenizer(self.model.config.vocab_size - 1),
             TEMPERATURE,
             prompts=[Record(str(index), prompt) for index, prompt in enumerate(self.prompts)],
-            sampling=SampleSettings(num_completions=self.k, max_new_tokens=self.tokens, batch_completions=256),
+            sampling=SampleSettings(
+                num_completions=self.k, max_new_tokens=self.tokens, batch_completions=256, engine="exalign"
+            ),
             scorer=EvenWords(),
             reference=library_copy_of(self.model).eval(),
             critic=ModelSettings(config={"model_type": "gpt2", **critic}),

@@ -127,7 +127,7 @@ def make_material(policy: Any, *, count: int = 8, **changes: Any) -> Material:
         make_tokenizer(),
         temperature=0.8,
         prompts=make_prompts(count),
-        sampling=SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8),
+        sampling=SampleSettings(num_completions=4, max_new_tokens=8, max_prompt_tokens=8, engine="exalign"),
         scorer=GoodWords(),
         reference=make_policy().eval(),  # type: ignore[arg-type]  # a model is a module
     )

@@ -294,6 +294,8 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
 
 def _show_rows(trainer: _Trainer, step: int) -> None:
     """Some of what the step was trained on, which may be samples of its own, as a table in trackers that have any."""
+    if not trainer.accelerator.trackers:
+        return
     columns, texts = ["prompt", "completion", "reward"], partial(trainer.tokenizer.decode, skip_special_tokens=True)
     rows = [
         [texts(group.prompt_ids), texts(ids), None if group.rewards is None else round(float(group.rewards[number]), 4)]
