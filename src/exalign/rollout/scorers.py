@@ -63,9 +63,7 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
     if isinstance(scorer, WeightedSum):
         parts = scorer.parts(records)
         rewards = scorer.total(parts)
-        for place, record in enumerate(records):
-            each = zip(*(rows[place] for rows in parts.values()), strict=True)
-            done[place] = record.with_each("parts", (dict(zip(parts, values, strict=True)) for values in each))
+        done = [record.with_each("parts", row) for record, row in zip(records, parts, strict=True)]
     else:
         rewards = scorer.score(records)
     for name, number in (_cuts(scorer) - before).items():
@@ -323,18 +321,15 @@ class WeightedSum:
         """What all of them cut."""
         return sum((_cuts(scorer) for _, (_, scorer) in self._scorers), Counter())
 
-    def parts(self, records: Sequence[Record]) -> dict[str, list[list[float]]]:
-        """The rewards of each scorer on its own, without its weight."""
-        return {name: scorer.score(records) for name, (_, scorer) in self._scorers}
+    def parts(self, records: Sequence[Record]) -> list[list[dict[str, float]]]:
+        """For each completion the rewards of each scorer on its own, without its weight."""
+        each = [scorer.score(records) for _, (_, scorer) in self._scorers]
+        names = [name for name, _ in self._scorers]
+        return [[dict(zip(names, of, strict=True)) for of in zip(*row, strict=True)] for row in zip(*each, strict=True)]
 
-    def total(self, parts: Mapping[str, Sequence[Sequence[float]]]) -> list[list[float]]:
+    def total(self, parts: Sequence[Sequence[Mapping[str, float]]]) -> list[list[float]]:
         """The weighted sum of what `parts` gave."""
-        weights = [weight for _, (weight, _) in self._scorers]
-        rows = zip(*(parts[name] for name, _ in self._scorers), strict=True)
-        return [
-            [sum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*row, strict=True)]
-            for row in rows
-        ]
+        return [[sum(weight * one[name] for name, (weight, _) in self._scorers) for one in row] for row in parts]
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
         return self.total(self.parts(records))
