@@ -281,22 +281,16 @@ class _Material:
 
 def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap) -> MethodEvidence:
     tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
-    points: list[FrontierPoint] = []
+    points, rates = list[FrontierPoint](), dict[str, WinRate | None]()
     for step, table in tables.items():
-        point = frontier_point(
-            table,
-            step=step,
-            rewards_are_log_odds=log_odds,
-            win_vs_sft=_rates(material, name, step, bootstrap).get(SFT),
-            gain=reward_gain(table, material.sft, bootstrap) if scored else None,
-            bootstrap=bootstrap,
-        )
-        points.append(replace(point, held_out=held_out(pairs[step], bootstrap)) if step in pairs else point)
+        rates = _rates(material, name, step, bootstrap)
+        point = frontier_point(table, step=step, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
+        gain = reward_gain(table, material.sft, bootstrap) if scored else None
+        measured = held_out(pairs[step], bootstrap) if step in pairs else None
+        points.append(replace(point, win_vs_sft=rates.get(SFT), gain=gain, held_out=measured))
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
-    rates = _rates(material, name, points[-1].step, bootstrap) if points else {}
-    if points:
-        material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
+    material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None
     if material.pool is not None and scored:
         known = [table for table in tables.values() if table.log_ratios is not None]
@@ -366,12 +360,11 @@ def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> Optim
 def choose_examples(
     prompts: Sequence[Record],
     answers: Mapping[str, Sequence[Record]],
-    num_examples: int,
+    number: int,
     seed: int,
     remarks: Sequence[Remark] = (),
 ) -> list[Example]:
-    """`num_examples` prompts drawn with `seed`, never by reward, from those that every policy answered, with each one's
-    first sample.
+    """Prompts drawn with `seed`, never by reward, from those that every policy answered, with each one's first sample.
 
     `answers` maps a policy's name to its records; `prompts` may carry a reference text each. Prompts with `remarks` on
     these answers, which judges drew by chance too, come before others.
@@ -384,7 +377,7 @@ def choose_examples(
         return []
     judged = {remark.prompt_id for remark in remarks if {remark.a, remark.b} <= {REFERENCE_TEXT, *answers}}
     by_chance = np.random.default_rng(seed).permutation(len(shared))
-    drawn = sorted(by_chance, key=lambda i: shared[i] not in judged)[:num_examples]
+    drawn = sorted(by_chance, key=lambda i: shared[i] not in judged)[:number]
     examples = []
     for key in (shared[i] for i in sorted(drawn)):
         rows = [_answer(name, records[key].completions[0]) for name, records in by_id.items()]

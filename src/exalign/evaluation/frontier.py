@@ -25,8 +25,6 @@ def frontier_point(
     *,
     step: int,
     rewards_are_log_odds: bool = False,
-    win_vs_sft: WinRate | None = None,
-    gain: Interval | None = None,
     bootstrap: Bootstrap = BOOTSTRAP,
 ) -> FrontierPoint:
     """One checkpoint's mean reward and KL(π_θ‖π_sft) ≈ mean(log π_θ − log π_sft), with intervals over prompts.
@@ -50,10 +48,8 @@ def frontier_point(
         accuracy=bootstrap.mean(np.array([expit(r).mean() for r in table.rewards])) if rewards_are_log_odds else None,
         tokens=mean(table.lengths),
         finished=mean(table.finished),
-        win_vs_sft=win_vs_sft,
         reward_std_within=_spread_within(table.rewards) if table.scored else None,
         repetition=mean(table.repeated),
-        gain=gain,
         parts=dict(table.parts),
     )
 
