@@ -260,14 +260,9 @@ class RunFolder:
     def stages(self) -> list[Stage]:
         """Every finished stage but the report, which comes after, in the order in which they ended."""
         paths = set(self.path.glob(f"**/{DONE}")) - {self.report / DONE}
-        result = []
-        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path))):
-            values = read_sealed(path)
-            seconds, counted = values.get("seconds"), values.get("counts")
-            counts = {k: v for k, v in counted.items() if isinstance(v, int)} if isinstance(counted, dict) else {}
-            taken = float(seconds) if isinstance(seconds, int | float) else None
-            result.append(Stage(self.relative(path.parent), taken, counts))
-        return result
+        ended = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+        found = {self.relative(path.parent): read_sealed(path) for path in ended}
+        return [Stage(name, values.get("seconds"), values.get("counts", {})) for name, values in found.items()]
 
     def record_counts(self) -> dict[str, dict[str, int]]:
         """What each folder of records says was dropped or cut; a search's stage sums its trials."""
