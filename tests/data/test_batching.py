@@ -10,9 +10,9 @@ from exalign.data.batching import (
     completion_mask,
     epoch_order,
     microbatches,
-    stack_preferred,
     stack_values,
     stack_weights,
+    values_of,
 )
 
 
@@ -55,7 +55,8 @@ def test_ragged_values_are_padded_with_zero_where_the_mask_is_false():
     ]
     assert stack_values(groups, "rewards").tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
     assert completion_mask(groups).tolist() == [[True, True, True], [True, False, False]]
-    assert stack_preferred(groups).tolist() == [2, 0]
+    assert values_of(groups, torch.device("cpu")).preferred.tolist() == [2, 0]
+    assert values_of([*groups, group(2)], torch.device("cpu")).preferred is None
 
 
 def test_missing_values_name_the_group():
@@ -63,8 +64,6 @@ def test_missing_values_name_the_group():
         stack_values([group(7)], "reference_logp")
     with pytest.raises(ValueError, match="group 7 has 1 completions"):
         stack_values([group(7, rewards=torch.zeros(2))], "rewards")
-    with pytest.raises(ValueError, match="group 7"):
-        stack_preferred([group(7)])
 
 
 def test_weights_are_one_unless_given_and_never_negative():

@@ -158,20 +158,12 @@ def stack_weights(groups: Sequence[Group]) -> Tensor:
     return torch.tensor([group.weight for group in groups], dtype=torch.float32)
 
 
-def stack_preferred(groups: Sequence[Group]) -> Tensor:
-    """The index of each group's preferred completion: int64 `[B]`. A group without one raises `ValueError`."""
-    for group in groups:
-        if group.preferred is None:
-            raise ValueError(f"group {group.index} has no preferred completion")
-    return torch.tensor([group.preferred for group in groups], dtype=torch.long)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupValues:
     """What groups say of their completions, on one device: see the functions above; None what not every group has.
 
-    `lengths` are the completions' tokens, int64 `[B, K]`, 0 where there is none. `proposal_logp` is log π_sft where a
-    group names no other proposal, and None where none does.
+    `lengths` are the completions' tokens, int64 `[B, K]`, 0 where there is none; `preferred` their indices, int64
+    `[B]`. `proposal_logp` is log π_sft where a group names no other proposal, and None where none does.
     """
 
     mask: Tensor
@@ -199,7 +191,7 @@ def values_of(groups: Sequence[Group], target: torch.device, *more: Tensor) -> G
         if all(getattr(group, name) is not None for group in groups):
             found[name] = stack_values(groups, name)
     if all(group.preferred is not None for group in groups):
-        found["preferred"] = stack_preferred(groups)
+        found["preferred"] = torch.tensor([group.preferred for group in groups], dtype=torch.long)
     if any(group.proposal_logp is not None for group in groups):
         own = [g if g.proposal_logp is not None else replace(g, proposal_logp=g.reference_logp) for g in groups]
         found["proposal_logp"] = stack_values(own, "proposal_logp")

@@ -362,30 +362,32 @@ class FunctionScorer:
         """One list of K rewards per record."""
         if not records:
             return []
-        failed: InputError | None = None
-        if self._by_prompt is not False:
+        problems: list[InputError] = []
+        for by_prompt in (True, False) if self._by_prompt is None else (self._by_prompt,):
             try:
-                rewards = [list(values) for values in self._call(records, by_prompt=True)]
+                rewards = self._rewards(records, by_prompt=by_prompt)
             except InputError as error:
-                failed = error
-            except TypeError:
-                failed = InputError(f"{self._name} must return one list of rewards per prompt, or one per completion.")
+                problems.append(error)
             else:
-                self._by_prompt = True
+                self._by_prompt = by_prompt
                 return check_rewards(rewards, records, source=self._name)
-            if self._by_prompt:
-                raise failed
+        said = dict.fromkeys(map(str, problems))
+        raise InputError(" With one text at a time instead: ".join(said)) from problems[-1]
+
+    def _rewards(self, records: Sequence[Record], *, by_prompt: bool) -> list[list[Any]]:
+        given = self._call(records, by_prompt=by_prompt)
         try:
-            given = [float(value) for value in self._call(records, by_prompt=False)]
+            if by_prompt:
+                return [list(values) for values in given]
+            flat = [float(value) for value in given]
         except (TypeError, ValueError):
-            raise failed or InputError(f"{self._name} must return one number per completion.") from None
-        except InputError as error:
-            raise _both(failed, error) if failed else error from error
+            wanted = "list of rewards per prompt, or one per" if by_prompt else "number per"
+            raise InputError(f"{self._name} must return one {wanted} completion.") from None
         texts = sum(len(record.completions) for record in records)
-        if len(given) != texts:
-            raise failed or InputError(f"{self._name} gave {len(given)} rewards for {texts} completions.")
-        self._by_prompt, rest = False, iter(given)
-        return check_rewards([[next(rest) for _ in r.completions] for r in records], records, source=self._name)
+        if len(flat) != texts:
+            raise InputError(f"{self._name} gave {len(flat)} rewards for {texts} completions.")
+        rest = iter(flat)
+        return [[next(rest) for _ in record.completions] for record in records]
 
     def _call(self, records: Sequence[Record], *, by_prompt: bool) -> Any:
         given = dict.fromkeys(name for record in records for name in record.columns or ())
@@ -417,12 +419,6 @@ class FunctionScorer:
             where = f"{Path(line.filename).name}, line {line.lineno}"
             said = f"{type(error).__name__}: {first_line(error)[:200]}"
             raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
-
-
-def _both(by_prompt: InputError, by_completion: InputError) -> InputError:
-    """What was wrong with a list of texts for each prompt, and with a text for each completion, where they differ."""
-    first, second = str(by_prompt), str(by_completion)
-    return by_prompt if first == second else InputError(f"{first} With one text at a time instead: {second}")
 
 
 @contextmanager
