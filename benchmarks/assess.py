@@ -28,7 +28,7 @@ import httpx
 
 from exalign.judging.comparisons import Pair
 from exalign.judging.study import Study, assign
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store
 
 # One for all: making a TLS context takes longer than everything that is measured, and none is used.
 NO_TLS = ssl.create_default_context()

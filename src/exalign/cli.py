@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,14 +20,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from exalign.errors import InputError
-from exalign.judging.grading import grade_judge
-from exalign.judging.judge import judge
+from exalign.judging.judge import grade_judge, judge
 from exalign.processes import failing, leads, several
 from exalign.run.plan import plan
 from exalign.terminal import shown
-
-if TYPE_CHECKING:
-    from exalign.report.paper_figures import Written
 
 
 class Interrupted(Exception):  # noqa: N818 - Ctrl-C is no error
@@ -385,14 +381,14 @@ def figures(
     ] = None,
 ) -> None:
     """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
-    written = _draw_exact_figures(out or Path("figures")) if run is None else draw_run_figures(run, out)
-    for path in written.paths:
+    paths, missing = _draw_exact_figures(out or Path("figures")) if run is None else draw_run_figures(run, out)
+    for path in paths:
         console.print(shown(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}"), soft_wrap=True)
-    for sentence in written.missing:
+    for sentence in missing:
         console.print(Text.assemble(("missing", "yellow"), " ", shown(sentence)), soft_wrap=True)
 
 
-def draw_run_figures(run: Path, out: Path | None = None) -> Written:
+def draw_run_figures(run: Path, out: Path | None = None) -> tuple[list[Path], list[str]]:
     """Draw what the run has the data for into `out` (by default `RUN/report/figures`); see `write_paper_figures`.
 
     A directory that holds no run, or no samples of the supervised policy, which everything is compared with, is an
@@ -414,10 +410,10 @@ def draw_run_figures(run: Path, out: Path | None = None) -> Written:
     return write_paper_figures(evidence, run, folder.figures if out is None else out)
 
 
-def _draw_exact_figures(folder: Path) -> Written:
+def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
     """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
     from exalign.exact.figures_data import gradient_error_figure, objective_figure, on_policy_figure, two_mode_figure
-    from exalign.report.paper_figures import Written, draw_divergences
+    from exalign.report.paper_figures import draw_divergences
     from exalign.report.style import save_figure
 
     modes, objectives = two_mode_figure(), objective_figure()
@@ -434,7 +430,7 @@ def _draw_exact_figures(folder: Path) -> Written:
     figures["on-policy"] = _errors_against_k(on_policy_figure())
     for name, figure in figures.items():
         save_figure(figure, folder, name)
-    return Written([folder / f"{name}.png" for name in figures], [])
+    return [folder / f"{name}.png" for name in figures], []
 
 
 def _errors_against_k(curves: Mapping[str, Any]) -> Any:

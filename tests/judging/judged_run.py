@@ -13,13 +13,12 @@ from rich.console import Console
 
 from exalign.evaluation.run_folder import RunFolder
 from exalign.judging.askers import JudgeSettings
-from exalign.judging.asking import judge_pairs, questions
 from exalign.judging.comparisons import CRITERIA
 from exalign.judging.exchanges import Body, Reply
 from exalign.judging.instructions import load_instructions
+from exalign.judging.judge import judge_pairs, questions
 from exalign.judging.pairing import choose, match_ups
-from exalign.judging.study import plan_study
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store, plan_study
 
 Rule = Callable[[str, str], str]
 """From two texts, what is said about them: A, tie, B, or something that is none of these."""

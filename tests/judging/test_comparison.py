@@ -85,11 +85,13 @@ def test_key_tells_judges_and_orders_apart_but_not_verdicts():
     assert dataclasses.replace(base, verdict="tie", comment="x").key == base.key
 
 
-def test_a_verdict_that_is_none_of_ours_is_refused():
-    with pytest.raises(InputError, match="left"):
-        judged("left")
-    with pytest.raises(InputError, match="fluent"):
-        judged("first", criteria={"fluent": "A"})
+def test_a_verdict_that_is_none_of_ours_is_refused(tmp_path):
+    for name, wrong in (("verdict", judged("left")), ("fluent", judged("first", criteria={"fluent": "A"}))):
+        write_comparisons(tmp_path / "c.jsonl", [wrong])
+        with pytest.raises(InputError, match=f"line 1 .*{name}"):
+            read_comparisons(tmp_path / "c.jsonl")
+    with pytest.raises(InputError, match="must be left, tie, right or unreadable"):
+        verdict_from_shown("A", left="first")
     with pytest.raises(InputError, match="exo with dpo"):
         judged("first").oriented("exo", "sft")
 
@@ -233,7 +235,8 @@ def test_preference_records_become_comparisons_of_the_winner_with_each_other():
     texts = tuple(Completion(t) for t in ("bad", "good", "good"))
     records = [Record("0", "Hi", texts, preferred=1), Record("1", "Hi", texts)]
     (only,) = from_preference_records(records, judge="people", counts=counts)
-    assert (only.first, only.first_text, only.second_text, only.verdict) == ("completion_0", "bad", "good", "second")
+    assert (only.first, only.second, {only.first_text, only.second_text}) == ("one", "other", {"bad", "good"})
+    assert only.text(only.verdict) == "good"
     assert counts == {"identical_pair": 1, "no_preference": 1}
 
 

@@ -158,7 +158,7 @@ def test_without_sqlalchemy_an_export_is_read(run: Path, monkeypatch: pytest.Mon
     stored = read_judgements(run).studies[0]
     write_comparisons(run / "assessment" / "study one.jsonl", people(run))
     # None in sys.modules makes an import of that name fail, as it does where the extra is not installed.
-    monkeypatch.setitem(sys.modules, "exalign.judging.study_store", None)
+    monkeypatch.setitem(sys.modules, "exalign.judging.study", None)
     found = read_judgements(run)
     assert found.studies == [replace(stored, num_asked=None)]
     assert "pip install 'exalign[people]'" in found.notes[0]

@@ -28,8 +28,8 @@ from exalign.evaluation.schema import (
     Standing,
 )
 from exalign.report import write_report
-from exalign.report.page import describe, headline, render_page
-from exalign.report.wording import number, visible
+from exalign.report.page import headline, render_page
+from exalign.report.wording import describe, number, visible
 
 
 def text_of(page):

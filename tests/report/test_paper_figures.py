@@ -20,11 +20,11 @@ from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, Tally, WinRate
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import CLASSIFIER, draw_measure
+from exalign.report.figure_frontier import CLASSIFIER, draw_frontier
 from exalign.report.figure_steps import draw_reward_against_step
 from exalign.report.paper_figures import ablations, draw_ablation
 from exalign.report.style import drawable, figure_style, looks_of
-from exalign.report.verdicts import OVERALL, as_csv, as_markdown, draw_verdicts, win_table
+from exalign.report.verdicts import OVERALL, as_markdown, draw_verdicts, win_table
 from judging.judged_run import assess_run, judge_run, longer, moody
 
 METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref": (0.5, (1.0,)), "ppo": (0.6, (0.9,))}
@@ -110,7 +110,6 @@ def test_the_best_method_of_a_column_is_bold_with_its_ties_and_best_of_n_is_not(
     rows = [line.split(" | ") for line in as_markdown(table).splitlines()[2:]]
     assert [row[0].strip("| ") for row in rows if "**" in row[1]] == list(METHODS)[:2]  # 61.2 % both
     assert rows[-1] == ["| best of 8", "90.0 [80.0, 100.0] (n 9) |"]
-    assert "*" not in as_csv(list(table.cells.values()))
     half = Interval(0.5, 0.4, 0.6, 9)
     said = Tally("best-of-8", "sft", OVERALL, half, half, half, Interval(0.7, 0.6, 0.8, 9), 9, 0)
     match_up = replace(evidence.judgements.judges[0].match_ups[0], tally=said)
@@ -149,18 +148,18 @@ def only(sentences: Sequence[str], *words: str) -> str:
 def test_what_an_incomplete_run_lacks_is_said_with_what_makes_it(whole: Path, tmp_path: Path) -> None:
     gone = ("judging", "assessment", "evaluation/pool", "evaluation/density", "evaluation/exo-rw-2", "align/exo-rw-2")
     run = copied(whole, tmp_path, *gone)
-    written = draw_run_figures(run)
-    assert {path.name for path in written.paths if path.suffix == ".png"} == {f"figure-{n}.png" for n in (2, 7, 8)}
+    paths, missing = draw_run_figures(run)
+    assert {path.name for path in paths if path.suffix == ".png"} == {f"figure-{n}.png" for n in (2, 7, 8)}
     evaluate = f"exalign evaluate {run}/recipe.yaml --run {run}"
-    assert evaluate in only(written.missing, "exo-rw-2 has no evaluated checkpoint")
-    assert f"{evaluate} evaluate.density_prompts=4" in only(written.missing, "Figure 3")
-    assert "exalign judge" in only(written.missing, "Figure 4")
-    assert "beta_pi alone" in only(written.missing, "Figure 6")
-    assert evaluate in only(written.missing, "Figure 9")
-    assert f"{evaluate} evaluate.pool_prompts=128" in only(written.missing, "best of N")
-    assert f"exalign judge {run} --against sft" in only(written.missing, "judge's column against SFT")
+    assert evaluate in only(missing, "exo-rw-2 has no evaluated checkpoint")
+    assert f"{evaluate} evaluate.density_prompts=4" in only(missing, "Figure 3")
+    assert "exalign judge" in only(missing, "Figure 4")
+    assert "beta_pi alone" in only(missing, "Figure 6")
+    assert evaluate in only(missing, "Figure 9")
+    assert f"{evaluate} evaluate.pool_prompts=128" in only(missing, "best of N")
+    assert f"exalign judge {run} --against sft" in only(missing, "judge's column against SFT")
     index = (run / "report" / "figures" / "figures.md").read_text()
-    assert all(sentence in index for sentence in written.missing)
+    assert all(sentence in index for sentence in missing)
 
 
 def test_the_command_says_what_is_missing_and_writes_where_it_is_told(
@@ -187,13 +186,13 @@ def test_no_log_odds_no_accuracy(whole: Path, tmp_path: Path) -> None:
     run = copied(whole, tmp_path)
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("oracle: {max_tokens: 512}\n", ""))
-    assert "log-odds" in only(draw_run_figures(run).missing, "Figure 7")
+    assert "log-odds" in only(draw_run_figures(run)[1], "Figure 7")
 
 
 def test_the_accuracy_frontier_draws_every_checkpoint(evidence: Evidence) -> None:
     for width in (8.8, 3.75):
         with figure_style():
-            figure = draw_measure(evidence, looks_of(evidence.methods), CLASSIFIER, width=width)
+            figure = draw_frontier(evidence, looks_of(evidence.methods), CLASSIFIER, width=width)
         assert figure is not None
         lines = figure.axes[0].lines
         drawn = {tuple(np.round(xy, 9)) for line in lines for xy in zip(*line.get_data(), strict=True)}

@@ -46,9 +46,8 @@ from exalign.evaluation.schema import (
 )
 from exalign.judging.assess import CHOICES, QUESTIONS, _tally_table, create_app, turns
 from exalign.judging.comparisons import Comparison, Pair, read_comparisons, write_comparisons
-from exalign.judging.grading import _print_grade
-from exalign.judging.judge import _print_summaries
-from exalign.judging.study_store import Store, Task
+from exalign.judging.judge import _print_grade, _print_summaries
+from exalign.judging.study import Store, Task
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.page import render_page
 from exalign.report.style import figure_style, inline_svg, looks_of
@@ -277,13 +276,13 @@ def test_a_figure_has_no_markup_of_a_name(text: str) -> None:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The templates of the assessment page, with the settings that the application gives them."""
     store = Store(str(tmp_path_factory.mktemp("store") / "study.sqlite"))
-    yield create_app(store, allowed_hosts=["127.0.0.1"]).app.state.pages  # type: ignore[attr-defined]
+    yield create_app(store, allowed_hosts=["127.0.0.1"]).state.pages
     store.close()
 
 
 def task_page(pages: Any, text: str) -> Tags:
     pair = Pair("0", ({"role": text, "content": text},), text, "sft", text, text, reference=text)
-    task = Task(1, 0, pair, left="first", answer=None, draft=None, total=2, done=0, previous=None)
+    task = Task(1, 0, pair, left="first", answer=None, draft=None)
     given_before = {"verdict": CHOICES[0], "criteria": {}, "comment": text}
     here = {"study": text, "base": "/a/x", "form_token": "0", "done": 0, "total": 2, "previous": None}
     page = pages.get_template("task.html").render(

@@ -22,7 +22,7 @@ from exalign.evaluation.evidence import build_evidence
 from exalign.judging.askers import Endpoint, JudgeSettings, spellings
 from exalign.judging.judge import judge
 from exalign.judging.judgements import read_judgements
-from exalign.judging.study_store import open_engine
+from exalign.judging.study import open_engine
 from exalign.models.loading import load_policy
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact, redact_values

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -128,18 +127,19 @@ def agreement(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> As
     Match-ups are taken in the orientation in which each first occurs. Unreadable and absent verdicts take no part. A
     model asked in both orders must be reduced to one verdict per pair first, or its agreement with itself is counted.
     """
-    items = [item for item in _items(comparisons, criterion, {}).values() if len(item.values) > 1]
+    items = [said for said in _items(comparisons, criterion, {}).values() if len(said) > 1]
+    values = [(said[0][0].prompt_id, [value for _, value in said]) for said in items]
     by_prompt: dict[str, list[list[float]]] = defaultdict(list)
-    for item in items:
-        by_prompt[item.prompt_id].append(item.values)
-    decided = [(item.prompt_id, [value for value in item.values if value != ORDER["tie"]]) for item in items]
+    for prompt, item in values:
+        by_prompt[prompt].append(item)
+    decided = [(prompt, [value for value in item if value != ORDER["tie"]]) for prompt, item in values]
     return AssessorAgreement(
         criterion,
         alpha=_alpha_interval(list(by_prompt.values())),
-        pairwise=_mean_by_prompt((item.prompt_id, pairwise_agreement(item.values)) for item in items),
-        without_ties=_mean_by_prompt((prompt, pairwise_agreement(values)) for prompt, values in decided),
+        pairwise=_mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in values),
+        without_ties=_mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in decided),
         num_items=len(items),
-        num_assessors=len({judge for item in items for judge in item.judges}),
+        num_assessors=len({comparison.judge for said in items for comparison, _ in said}),
     )
 
 
@@ -152,10 +152,10 @@ def agreement_between(
     """
     orientation: dict[frozenset[str], tuple[str, str]] = {}
     ours, theirs = _items(first, criterion, orientation), _items(second, criterion, orientation)
-    both = [(item, theirs[pair]) for pair, item in ours.items() if pair in theirs]
+    both = [(said, theirs[pair]) for pair, said in ours.items() if pair in theirs]
     return _mean_by_prompt(
-        (item.prompt_id, float(np.mean([a == b for a, b in product(item.values, other.values)])))
-        for item, other in both
+        (said[0][0].prompt_id, float(np.mean([a == b for (_, a), (_, b) in product(said, other)])))
+        for said, other in both
     )
 
 
@@ -190,27 +190,18 @@ def agreement_with(ours: Iterable[Comparison], theirs: Iterable[Comparison]) -> 
     }
 
 
-@dataclass(frozen=True)
-class _Item:
-    prompt_id: str
-    values: list[float] = field(default_factory=list)
-    judges: list[str] = field(default_factory=list)
-
-
 def _items(
     comparisons: Iterable[Comparison], criterion: str, orientation: dict[frozenset[str], tuple[str, str]]
-) -> dict[str, _Item]:
-    """The judgements by what was compared, all of a match-up in one orientation: that of its first occurrence, which
-    `orientation` keeps."""
-    items: dict[str, _Item] = {}
+) -> dict[str, list[tuple[Comparison, float]]]:
+    """The judgements with their values in `ORDER`, by what was compared; all of a match-up in one orientation: that of
+    its first occurrence, which `orientation` keeps."""
+    items: dict[str, list[tuple[Comparison, float]]] = defaultdict(list)
     for comparison in comparisons:
         systems = comparison.first, comparison.second
         names = orientation.setdefault(frozenset(systems), systems)
         verdict = verdict_on(comparison.oriented(*names), criterion)
         if verdict is not None and verdict != "unreadable":
-            item = items.setdefault(comparison.pair, _Item(comparison.prompt_id))
-            item.values.append(ORDER[verdict])
-            item.judges.append(comparison.judge)
+            items[comparison.pair].append((comparison, ORDER[verdict]))
     return items
 
 

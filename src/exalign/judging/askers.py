@@ -8,12 +8,14 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field
 
@@ -82,6 +84,12 @@ class Asker(Protocol):
     async def close(self) -> None: ...
 
 
+def _request(judge: str, question: str, settings: JudgeSettings) -> Body:
+    messages = [{"role": "user", "content": question}]
+    sampling = {"temperature": settings.temperature, "max_tokens": settings.max_answer_tokens}
+    return {"model": judge, "messages": messages, **sampling}
+
+
 class Endpoint:
     """The model `judge` at `url` (ending in `/v1` as a rule), asked through the official client.
 
@@ -94,7 +102,7 @@ class Endpoint:
         self.judge = judge
         self.concurrency = settings.concurrency
         self._settings = settings
-        self._url = _checked(url)
+        self._url, parts = url, _checked(url)
         self._key = os.environ.get(settings.key_variable, "").strip()
         self._spelled = spellings(self._key)
         if self._key and self._key in json.dumps(settings.request_fields, ensure_ascii=False):
@@ -103,7 +111,8 @@ class Endpoint:
                 "and is sent in the header anyway; remove it."
             )
         default = JudgeSettings.model_fields["key_variable"].default
-        if self._key and settings.key_variable == default and not _is_private(url):
+        readable = parts.scheme != "https" and not is_loopback(parts.hostname or "")
+        if self._key and settings.key_variable == default and readable:
             raise InputError(
                 f"{self._url} is not encrypted, and the key in {default} would be readable on the way: use https, or "
                 "name with --key-variable the variable whose key may be sent there."
@@ -112,19 +121,16 @@ class Endpoint:
 
     def body(self, question: str) -> Body:
         """The request for a question; fields given as null in `request_fields` are left out."""
-        fields: Body = {
-            "model": self.judge,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": self._settings.temperature,
-            "max_tokens": self._settings.max_answer_tokens,
-            **self._settings.request_fields,
-        }
+        fields = {**_request(self.judge, question, self._settings), **self._settings.request_fields}
         return {name: value for name, value in fields.items() if value is not None}
 
     async def attempt(self, body: Body) -> Reply:
         """Send the request once. `timeout` bounds the whole attempt, also against a server that trickles."""
-        from openai import APIConnectionError, APIStatusError, Omit, OpenAIError
-
+        try:
+            from openai import APIConnectionError, APIStatusError, Omit, OpenAIError
+        except ImportError:
+            need = "Judging through an endpoint needs the openai client: pip install 'exalign[judge]'."
+            raise InputError(need) from None
         start = time.monotonic()
         raw: str | None = None
         status: int | None = None
@@ -167,20 +173,12 @@ class Endpoint:
             await client.close()
 
     def _open_client(self) -> AsyncOpenAI:
+        from openai import AsyncOpenAI
+
         if self._client is None:
-            try:
-                from openai import AsyncOpenAI
-            except ImportError:
-                raise InputError(
-                    "Judging through an endpoint needs the openai client: pip install 'exalign[judge]'."
-                ) from None
             # Retries are ours: the client would not repeat a malformed answer, nor keep the failed ones.
-            self._client = AsyncOpenAI(
-                base_url=self._url,
-                api_key=self._key or "none",
-                timeout=self._settings.timeout,
-                max_retries=0,
-            )
+            key, timeout = self._key or "none", self._settings.timeout
+            self._client = AsyncOpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=0)
         return self._client
 
     def _meaning(self, status: int, message: str) -> tuple[str, str]:
@@ -215,23 +213,18 @@ def seconds_to_wait(headers: Any, *, now: datetime | None = None) -> float | Non
     >>> seconds_to_wait({"retry-after": "7"}), seconds_to_wait({}), seconds_to_wait({"retry-after": "soon"})
     (7.0, None, None)
     """
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
+    value = headers.get("retry-after", "")
+    with suppress(ValueError):
         seconds = float(value)
         return seconds if 0 <= seconds < float("inf") else None
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError, OverflowError, IndexError):
         moment = parsedate_to_datetime(value)
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+    return None
 
 
-def _checked(url: str) -> str:
+def _checked(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -241,13 +234,7 @@ def _checked(url: str) -> str:
         raise InputError(f"--endpoint {url}: not a web address, for example https://api.openai.com/v1.")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError("--endpoint must not carry a user, password or query: put the key into the environment.")
-    return url
-
-
-def _is_private(url: str) -> bool:
-    """Nobody on the way can read what is sent: encrypted, or this machine."""
-    parts = urlsplit(url)
-    return parts.scheme == "https" or is_loopback(parts.hostname or "")
+    return parts
 
 
 def is_loopback(host: str) -> bool:
@@ -276,32 +263,33 @@ class LocalModel:
         base = adapter_base(Path(source))
         folders = [Path(name) for name in (source, base) if name and Path(name).is_dir()]
         self._weights = "-".join(map(fingerprint_path, folders)) or None
-        self._loaded: tuple[Any, Any] | None = None
 
     def body(self, question: str) -> Body:
         weights = {} if self._weights is None else {"weights": self._weights}
-        return {
-            "model": self.judge,
-            **weights,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": self._settings.temperature,
-            "max_tokens": self._settings.max_answer_tokens,
-        }
+        return {**_request(self.judge, question, self._settings), **weights}
 
     async def attempt(self, body: Body) -> Reply:
         """Generate one answer, in a thread."""
         return await asyncio.to_thread(self._generate, body)
 
     async def close(self) -> None:
-        self._loaded = None
+        """It stays for the next match-up."""
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from exalign.models.loading import load_policy, load_tokenizer
+        from exalign.models.model_settings import ModelSettings
+
+        tokenizer = load_tokenizer(self._source)
+        model: Any = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)
+        return model.to(device()).eval(), tokenizer
 
     def _generate(self, body: Body) -> Reply:
         import torch
 
-        start = time.monotonic()
         from exalign.data.tokenization import completion_text, render_chat
 
-        model, tokenizer = self._load()
+        start, (model, tokenizer) = time.monotonic(), self._loaded
         chat, text = tokenizer.chat_template is not None, body["messages"][0]["content"]
         text = render_chat(tokenizer, body["messages"]) if chat else text
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes its own special tokens
@@ -318,24 +306,9 @@ class LocalModel:
             more = {"max_new_tokens": limit, "pad_token_id": tokenizer.pad_token_id, **sampling}
             output = model.generate(asking, attention_mask=torch.ones_like(asking), **more)
         answer = output[0, prompt_tokens:].tolist()
-        completion = {
-            "model": body["model"],
-            "choices": [
-                {
-                    "message": {"role": "assistant", "content": completion_text(tokenizer, ids, answer)},
-                    "finish_reason": "length" if len(answer) >= limit else "stop",
-                }
-            ],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer)},
-        }
-        return Reply("answered", raw=json.dumps(completion), seconds=time.monotonic() - start)
-
-    def _load(self) -> tuple[Any, Any]:
-        if self._loaded is None:
-            from exalign.models.loading import load_policy, load_tokenizer
-            from exalign.models.model_settings import ModelSettings
-
-            tokenizer = load_tokenizer(self._source)
-            model = load_policy(ModelSettings.model_validate({"source": self._source}), tokenizer)
-            self._loaded = model.to(device()).eval(), tokenizer  # type: ignore[arg-type]
-        return self._loaded
+        message = {"role": "assistant", "content": completion_text(tokenizer, ids, answer)}
+        finish = "length" if len(answer) >= limit else "stop"
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(answer)}
+        choice = {"message": message, "finish_reason": finish}
+        raw = json.dumps({"model": body["model"], "choices": [choice], "usage": usage})
+        return Reply("answered", raw=raw, seconds=time.monotonic() - start)

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,8 +44,7 @@ from exalign.judging.agreement import OVERALL, agreement, tally
 from exalign.judging.askers import is_loopback
 from exalign.judging.comparisons import CRITERIA, Comparison, write_comparisons
 from exalign.judging.options import with_settings
-from exalign.judging.study import parse_matches, plan_study
-from exalign.judging.study_store import Answer, Assessor, Store
+from exalign.judging.study import Answer, Assessor, Store, parse_matches, plan_study
 from exalign.settings import Settings
 from exalign.storage import fingerprint_path
 from exalign.terminal import escape_controls, shown
@@ -69,21 +69,9 @@ _MESSAGES = {
 }
 MAX_BODY = 64 * 1024
 MAX_FIELDS = 32
-_POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src data:",
-        "connect-src 'self'",
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-    ]
-)
 HEADERS = {
-    "content-security-policy": _POLICY,
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src "
+    "'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     # Not "no-referrer": browsers would then send `Origin: null` with forms, and the origin could not be checked.
@@ -165,11 +153,23 @@ def serve_study(
         str | None, typer.Option(help="The address by which assessors reach the page, if not this machine's.")
     ] = None,
 ) -> None:
-    """Serve the page until interrupted."""
+    """Serve the page until interrupted.
+
+    Any address but loopback needs --url, usually that of a TLS proxy in front: requests under other host names are
+    refused.
+    """
     place = _open_store(where)
     place.check()
+    pages = create_app(place, allowed_hosts=allowed_hosts(host, url))
     typer.echo(f"Serving {place.location} on http://{host}:{port} (Ctrl+C ends it; nothing is lost).")
-    serve(place, host=host, port=port, url=url)
+    # Addresses hold the tokens, so they are not logged. A person reads for longer than uvicorn's 5 s; a form sent on a
+    # connection closed just then would be lost.
+    quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+    config = uvicorn.Config(pages, host=host, port=port, proxy_headers=False, timeout_keep_alive=120, **quiet)
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit:
+        raise InputError(f"Cannot listen on {host}:{port}; is it taken? Choose another --port.") from None
 
 
 @app.command("export")
@@ -203,7 +203,7 @@ def _tally_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table("match-up", "criterion", "win %", "tie %", "lose %", "win + tie/2 %", "verdicts")
     for criterion in (OVERALL, *CRITERIA):
         for row in tally(comparisons, criterion):
-            shares = [_percent(value) for value in (row.win, row.tie, row.lose, row.score)]
+            shares = [_number(value, 100, 1) for value in (row.win, row.tie, row.lose, row.score)]
             table.add_row(shown(f"{row.first} : {row.second}"), criterion, *shares, str(row.num_judgements))
     return table
 
@@ -212,22 +212,16 @@ def _agreement_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table("criterion", "Krippendorff's alpha", "equal pairs %", "without ties %", "items", "assessors")
     for criterion in (OVERALL, *CRITERIA):
         found = agreement(comparisons, criterion)
-        numbers = [_number(found.alpha), _percent(found.pairwise), _percent(found.without_ties)]
-        table.add_row(criterion, *numbers, str(found.num_items), str(found.num_assessors))
+        shares = [_number(value, 100, 1) for value in (found.pairwise, found.without_ties)]
+        table.add_row(criterion, _number(found.alpha), *shares, str(found.num_items), str(found.num_assessors))
     return table
 
 
-def _percent(value: Interval | None) -> str:
-    return _number(value, scale=100, digits=1)
-
-
-def _number(value: Interval | None, *, scale: float = 1, digits: int = 3) -> str:
+def _number(value: Interval | None, scale: float = 1, digits: int = 3) -> str:
     if value is None:
         return "–"
-    if value.low is None or value.high is None:
-        return f"{value.estimate * scale:.{digits}f}"
-    low, high = value.low * scale, value.high * scale
-    return f"{value.estimate * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    found = [f"{x * scale:.{digits}f}" for x in (value.estimate, value.low, value.high) if x is not None]
+    return found[0] if len(found) < 3 else f"{found[0]} [{found[1]}, {found[2]}]"
 
 
 def _print_standing(place: Store, study: str) -> None:
@@ -270,32 +264,6 @@ def _open(where: str, name: str | None) -> tuple[Store, str]:
     return place, name
 
 
-def serve(store: Store, *, host: str = "127.0.0.1", port: int = 8765, url: str | None = None) -> None:
-    """Serve every study of `store` until interrupted; `InputError` where the address cannot be used.
-
-    Binds to loopback unless told otherwise; any other address needs `url`, the address by which assessors reach it
-    (usually that of a TLS proxy in front): requests under other host names are refused. Addresses are not logged:
-    they hold the tokens.
-    """
-    store.check()
-    app = create_app(store, allowed_hosts=allowed_hosts(host, url))
-    # A person reads for longer than uvicorn's 5 s; a form sent on a connection closed just then would be lost.
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=120,
-    )
-    try:
-        uvicorn.Server(config).run()
-    except SystemExit:
-        raise InputError(f"Cannot listen on {host}:{port}; is it taken? Choose another --port.") from None
-
-
 def allowed_hosts(host: str, url: str | None) -> list[str]:
     """The host names under which requests are answered.
 
@@ -309,10 +277,10 @@ def allowed_hosts(host: str, url: str | None) -> list[str]:
         raise InputError(f"--url {url} has no host name (for example https://assess.example.org).")
     if not is_loopback(host) and named is None:
         raise InputError(f"{host} is open to others: say by which --url assessors reach it (behind TLS).")
-    return list(dict.fromkeys([*(["127.0.0.1", "localhost"]), *([named] if named else [])]))
+    return list(dict.fromkeys(["127.0.0.1", "localhost", *([named] if named else [])]))
 
 
-def create_app(store: Store, *, allowed_hosts: list[str]) -> ASGIApp:
+def create_app(store: Store, *, allowed_hosts: list[str]) -> Starlette:
     """The application for every study in `store`. Requests for other host names than these are refused."""
     pages = Environment(
         loader=PackageLoader("exalign.judging"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -328,11 +296,11 @@ def create_app(store: Store, *, allowed_hosts: list[str]) -> ASGIApp:
             Route("/a/{token}/{position:int}/undo", _private(_undo), methods=["POST"]),
             Mount("/static", StaticFiles(directory=_STATIC)),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)],
+        middleware=[Middleware(_secured), Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)],
         exception_handlers={HTTPException: _failed, SQLAlchemyError: _failed},
     )
     app.state.store, app.state.pages = store, pages
-    return SecurityHeaders(app)
+    return app
 
 
 def turns(prompt: Prompt) -> list[tuple[str, str]]:
@@ -362,10 +330,51 @@ def read_answer(fields: Mapping[str, str], *, finished: bool) -> Answer | None:
     return {"verdict": verdict, "criteria": criteria, "comment": comment}
 
 
-Page = Callable[[Request, Assessor, str, Mapping[str, str]], Awaitable[Response]]
+@dataclass(frozen=True)
+class _Visit:
+    """A request of an assessor, with the fields of the form that was sent; its pages run in a thread."""
+
+    request: Request
+    assessor: Assessor
+    form_token: str
+    fields: Mapping[str, str]
+
+    @property
+    def store(self) -> Store:
+        return self.request.app.state.store
+
+    @property
+    def position(self) -> int:
+        return self.request.path_params["position"]
+
+    @property
+    def base(self) -> str:
+        return f"/a/{self.request.path_params['token']}"
+
+    @property
+    def seen(self) -> tuple[int, int, int]:
+        """Which assignment the form is of, as which of its revisions the page showed it."""
+        return self.assessor.id, self.position, int(self.fields["revision"])
+
+    def answer(self, *, finished: bool) -> Answer:
+        answer = read_answer(self.fields, finished=finished)
+        if answer is None:
+            raise HTTPException(400)
+        return answer
+
+    def page(self, template: str, **values: Any) -> Response:
+        done, total = self.store.progress(self.assessor.id)
+        values |= {"study": self.assessor.study, "base": self.base, "form_token": self.form_token}
+        values |= {"done": done, "total": total, "previous": self.store.last_decided(self.assessor.id)}
+        return _page(self.request, template, **values)
+
+    def go_to(self, place: int | str | None) -> Response:
+        address = f"{self.base}/{'done' if place is None else place}"
+        by_script = "application/json" in self.request.headers.get("accept", "")  # cannot follow a redirect by itself
+        return JSONResponse({"next": address}) if by_script else RedirectResponse(address, 303)
 
 
-def _private(page: Page) -> Callable[[Request], Awaitable[Response]]:
+def _private(page: Callable[[_Visit], Response]) -> Callable[[Request], Awaitable[Response]]:
     """The page for the holder of the token in its address; for a form, after checking that it is the holder's own."""
 
     async def endpoint(request: Request) -> Response:
@@ -375,95 +384,56 @@ def _private(page: Page) -> Callable[[Request], Awaitable[Response]]:
         if assessor is None or request.path_params.get("position", 1) > MAX_POSITION:
             raise HTTPException(404)
         expected = form_token(assessor.secret, assessor.token_hash)
-        if request.method != "POST":
-            return await page(request, assessor, expected, {})
-        fields = await read_form(request)
+        fields = await read_form(request) if request.method == "POST" else {"revision": "0", "form_token": expected}
         if fields is None or not re.fullmatch(r"[0-9]{1,9}", fields.get("revision", "")):
             raise HTTPException(400)
-        if is_forged(request, fields, expected):
+        if request.method == "POST" and is_forged(request, fields, expected):
             raise HTTPException(403)
-        return await page(request, assessor, expected, fields)
+        return await run_in_threadpool(page, _Visit(request, assessor, expected, fields))
 
     return endpoint
 
 
-async def _start(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    return RedirectResponse(await _next_address(request, assessor), 303)
+def _start(visit: _Visit) -> Response:
+    return visit.go_to(visit.store.next_open(visit.assessor.id))
 
 
-async def _done(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    store: Store = request.app.state.store
-    done, total = await run_in_threadpool(store.progress, assessor.id)
-    last = await run_in_threadpool(store.last_decided, assessor.id)
-    here: dict[str, Any] = {"study": assessor.study, "base": _base(request), "form_token": expected, "previous": last}
-    return _page(request, "done.html", done=done, total=total, **here)
+def _done(visit: _Visit) -> Response:
+    return visit.page("done.html")
 
 
-async def _show(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    store: Store = request.app.state.store
-    task = await run_in_threadpool(store.task, assessor.id, request.path_params["position"])
+def _show(visit: _Visit) -> Response:
+    task = visit.store.task(visit.assessor.id, visit.position)
     if task is None:
         raise HTTPException(404)
-    return _page(
-        request,
+    return visit.page(
         "task.html",
-        study=assessor.study,
         task=task,
         turns=turns(task.pair.prompt),
         given=task.draft or task.answer or {"verdict": None, "criteria": {}, "comment": ""},
         questions=QUESTIONS,
-        base=_base(request),
-        form_token=expected,
-        previous=task.previous,
-        done=task.done,
-        total=task.total,
-        conflict="conflict" in request.query_params,
+        conflict="conflict" in visit.request.query_params,
         max_comment=MAX_COMMENT,
     )
 
 
-async def _submit(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    store: Store = request.app.state.store
-    position, answer = request.path_params["position"], read_answer(fields, finished=True)
-    if answer is None:
-        raise HTTPException(400)
-    outcome = await run_in_threadpool(store.submit, assessor.id, position, int(fields["revision"]), answer)
+def _submit(visit: _Visit) -> Response:
+    outcome = visit.store.submit(*visit.seen, visit.answer(finished=True))
     if outcome == "absent":
         raise HTTPException(404)
     if outcome == "conflict":
-        return _go(request, f"{_base(request)}/{position}?conflict")
-    return _go(request, await _next_address(request, assessor, after=position))
+        return visit.go_to(f"{visit.position}?conflict")
+    return visit.go_to(visit.store.next_open(visit.assessor.id, visit.position))
 
 
-async def _draft(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    store: Store = request.app.state.store
-    position, draft = request.path_params["position"], read_answer(fields, finished=False)
-    if draft is None:
-        raise HTTPException(400)
-    kept = await run_in_threadpool(store.save_draft, assessor.id, position, int(fields["revision"]), draft)
+def _draft(visit: _Visit) -> Response:
+    kept = visit.store.save_draft(*visit.seen, visit.answer(finished=False))
     return Response(status_code=204 if kept else 409)
 
 
-async def _undo(request: Request, assessor: Assessor, expected: str, fields: Mapping[str, str]) -> Response:
-    store: Store = request.app.state.store
-    position = request.path_params["position"]
-    await run_in_threadpool(store.undo, assessor.id, position, int(fields["revision"]))
-    return _go(request, f"{_base(request)}/{position}")
-
-
-async def _next_address(request: Request, assessor: Assessor, after: int = 0) -> str:
-    store: Store = request.app.state.store
-    position = await run_in_threadpool(store.next_open, assessor.id, after)
-    return f"{_base(request)}/{'done' if position is None else position}"
-
-
-def _base(request: Request) -> str:
-    return f"/a/{request.path_params['token']}"
-
-
-def _go(request: Request, address: str) -> Response:
-    by_script = "application/json" in request.headers.get("accept", "")  # which cannot follow a redirect by itself
-    return JSONResponse({"next": address}) if by_script else RedirectResponse(address, 303)
+def _undo(visit: _Visit) -> Response:
+    visit.store.undo(*visit.seen)
+    return visit.go_to(visit.position)
 
 
 def _page(request: Request, template: str, status: int = 200, **values: Any) -> Response:
@@ -509,24 +479,16 @@ async def read_form(request: Request) -> dict[str, str] | None:
         return None
 
 
-class SecurityHeaders:
+def _secured(app: ASGIApp) -> ASGIApp:
     """Adds `HEADERS` to every response, and forbids caching of everything but the style sheet and the script."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        caching = "private, max-age=3600" if scope["path"].startswith("/static/") else "no-store"
-
+    async def secured(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-                headers["cache-control"] = caching
+                caching = "private, max-age=3600" if scope["path"].startswith("/static/") else "no-store"
+                MutableHeaders(scope=message).update({**HEADERS, "cache-control": caching})
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        await app(scope, receive, send_with_headers)
+
+    return secured

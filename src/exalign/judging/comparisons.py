@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 Verdict = Literal["first", "tie", "second", "unreadable"]
 """Which system won, whatever the order shown; `unreadable` is an answer that could not be read, never a guess."""
 Side = Literal["first", "second"]
-VERDICTS: tuple[Verdict, ...] = ("first", "tie", "second", "unreadable")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 CRITERIA = ("instruction", "correct", "fluent", "safe", "helpful")
 """Follows the instruction, correct, fluent, safe, helpful: what people are asked besides the overall verdict."""
 OTHER: dict[Side, Side] = {"first": "second", "second": "first"}
@@ -96,21 +96,12 @@ class Comparison(Pair):
     time: str | None = None
     """When the verdict was given: ISO 8601, UTC."""
 
-    def __post_init__(self) -> None:
-        for name, verdict in [("verdict", self.verdict), *self.criteria.items()]:
-            if verdict not in VERDICTS:
-                raise InputError(
-                    f"Comparison of prompt {self.prompt_id}: {name} is {verdict!r}, not one of {VERDICTS}."
-                )
-        if self.left not in (None, "first", "second"):
-            raise InputError(f"Comparison of prompt {self.prompt_id}: left is {self.left!r}, not 'first' or 'second'.")
-
     @property
     def shown_verdict(self) -> str | None:
         """The verdict as the judge saw it: `left`, `tie`, `right` or `unreadable`; None if the order is unknown."""
         if self.verdict in ("tie", "unreadable"):
             return self.verdict
-        return None if self.left is None else ("left" if self.verdict == self.left else "right")
+        return self.left and ("left" if self.verdict == self.left else "right")
 
     @property
     def key(self) -> str:
@@ -172,12 +163,9 @@ _NAMES = tuple(f.name for f in fields(Comparison))
 
 
 def _to_line(comparison: Comparison) -> str:
-    values = {name: getattr(comparison, name) for name in _NAMES}
-    plain = isinstance(comparison.prompt, str)
-    values["prompt"] = comparison.prompt if plain else None
-    values["messages"] = None if plain else [dict(message) for message in comparison.prompt]  # type: ignore[arg-type]
-    values["criteria"] = dict(comparison.criteria)
-    return json.dumps({"version": FORMAT_VERSION, **values}, ensure_ascii=True, allow_nan=False) + "\n"
+    text, messages = (comparison.prompt, None) if isinstance(comparison.prompt, str) else (None, comparison.prompt)
+    values = {"version": FORMAT_VERSION, **asdict(comparison), "prompt": text, "messages": messages}
+    return json.dumps(values, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def _from_line(line: bytes, *, where: str) -> Comparison:

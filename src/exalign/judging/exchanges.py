@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ class Answer:
 
     text: str
     refused: bool
+    finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
-    finish_reason: str | None
-    seconds: float
-    time: str
+    seconds: float = 0.0
+    time: str = ""
 
 
 def request_key(body: Body) -> str:
@@ -62,27 +62,31 @@ def request_key(body: Body) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def parse_completion(raw: str) -> Mapping[str, Any] | None:
+def parse_completion(raw: str) -> Answer | None:
     """The chat completion in a response body, or None where the body is not one (cut off, malformed, an error).
 
-    >>> parse_completion('{"choices": [{"message": {"content": "Verdict: A"}}]}')["choices"][0]["message"]["content"]
+    Of a content in parts those that are text are read, not what the model thought to itself.
+
+    >>> parse_completion('{"choices": [{"message": {"content": "Verdict: A"}}]}').text
     'Verdict: A'
     >>> parse_completion('{"choices": [{"mess'), parse_completion('{"error": "overloaded"}')
     (None, None)
     """
     try:
         values = json.loads(raw)
-        message = values["choices"][0]["message"]
-        texts = [_text(message.get("content")), message.get("refusal"), values["choices"][0].get("finish_reason")]
+        choice = values["choices"][0]
+        content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        texts = content, refusal, choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    has_text = "content" in message or texts[1] is not None
-    return values if has_text and all(text is None or isinstance(text, str) for text in texts) else None
-
-
-def _text(content: Any) -> Any:
-    """A message's content as text: of a list of parts those that are text, not what the model thought to itself."""
-    return "".join(part["text"] for part in content if part["type"] == "text") if isinstance(content, list) else content
+    has_text = "content" in choice["message"] or refusal is not None
+    if not has_text or any(text is not None and not isinstance(text, str) for text in texts):
+        return None
+    usage = values["usage"] if isinstance(values.get("usage"), dict) else {}
+    cost = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+    return Answer(content or refusal or "", bool(refusal), texts[2], *cost)
 
 
 class ExchangeStore:
@@ -170,21 +174,10 @@ def _load(path: Path) -> tuple[dict[str, Answer], int]:
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:
-    completion = parse_completion(row["response"])
-    if completion is None:
+    answer = parse_completion(row["response"])
+    if answer is None:
         raise ValueError("an answered exchange without a completion")
-    choice = completion["choices"][0]
-    usage = completion.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    return Answer(
-        text=_text(choice["message"].get("content")) or choice["message"].get("refusal") or "",
-        refused=bool(choice["message"].get("refusal")),
-        prompt_tokens=token_count(usage.get("prompt_tokens")),
-        completion_tokens=token_count(usage.get("completion_tokens")),
-        finish_reason=choice.get("finish_reason"),
-        seconds=float(row["seconds"]),
-        time=str(row["time"]),
-    )
+    return replace(answer, seconds=float(row["seconds"]), time=str(row["time"]))
 
 
 def token_count(value: Any) -> int | None:

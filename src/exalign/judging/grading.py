@@ -1,4 +1,4 @@
-"""`exalign grade-judge`: how far a language model agrees with people; and the human-labelled sets that it reads.
+"""The human-labelled sets that a judge is graded on.
 
 Each reader of a published set takes rows as dicts, as `datasets` yields them. Preference pairs in any format that
 training reads come in through their `Record`s. None of these sets says which answer stood on the left; `left` stays
@@ -11,78 +11,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from rich.console import Console
+from typing import Any
 
 from exalign.data.reading import DataSettings, read_rows
 from exalign.data.record import Record
 from exalign.errors import InputError
-from exalign.judging.askers import JudgeSettings
-from exalign.judging.asking import estimate, judge_pairs, questions
 from exalign.judging.comparisons import Comparison, Verdict, read_comparisons
-from exalign.judging.instructions import load_instructions
-from exalign.judging.judge import (
-    DryRunOption,
-    EndpointOption,
-    ModelOption,
-    PathOption,
-    agreement_text,
-    asker_for,
-    finish,
-    percent,
-    slug,
-)
-from exalign.judging.options import with_settings
-from exalign.judging.pairing import choose
-from exalign.terminal import shown
 
+_CHOICES: dict[int, Verdict] = {0: "first", 1: "second"}
 _MT_BENCH: dict[str, Verdict] = {"model_a": "first", "model_b": "second", "tie": "tie"}
-
-
-@with_settings(JudgeSettings)
-def grade_judge(
-    file: Annotated[
-        Path, typer.Argument(help="Comparisons that people made: ours, or a published set (JSONL, Parquet, …).")
-    ],
-    settings: JudgeSettings,
-    endpoint: EndpointOption = None,
-    model: ModelOption = None,
-    model_path: PathOption = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; by default FILE-graded beside FILE.")] = None,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Ask a language model about pairs that people have judged, and say how far it agrees with them."""
-    console = Console()
-    instructions = load_instructions(settings.template)
-    counts: Counter[str] = Counter()
-    human = read_human(file, counts)
-    unique = {comparison.pair: comparison for comparison in reversed(human)}  # each pair once, as it was told first
-    pairs = choose(unique.values(), prompts=settings.prompts, seed=settings.seed)
-    asker = asker_for(endpoint, model, model_path, settings)
-    home = out if out is not None else file.with_name(f"{file.name.split('.')[0]}-graded")
-    folder = home / slug(f"{asker.judge}-{instructions.name}")
-    asked = questions(pairs, instructions, asker)
-    if dry_run:
-        console.print(shown(estimate(str(file), asked, folder, settings)))
-        return
-    about = {"graded_on": str(file), "template": instructions.name, "endpoint": endpoint, "counts": dict(counts)}
-    summary = judge_pairs(asked, asker, settings, folder, about=about, others={str(file): human}, console=console)
-    _print_grade(console, summary)
-    finish(console, folder, {str(file): summary})
-
-
-def _print_grade(console: Console, summary: dict[str, Any]) -> None:
-    for entry in summary["agreement"]:
-        console.print(shown(agreement_text(entry)))
-    said = (
-        f"{summary['pairs']} pairs · flips {percent(summary['flip_rate'])} · shown first "
-        f"{percent(summary['shown_first'])} · {summary['unreadable_pairs']} unreadable"
-    )
-    console.print(shown(said))
 
 
 def read_human(path: Path, counts: Counter[str]) -> list[Comparison]:
@@ -99,31 +37,20 @@ def read_human(path: Path, counts: Counter[str]) -> list[Comparison]:
     settings = DataSettings.model_validate({"source": str(path)})
     first = next(read_rows(settings, Counter()), None)
     columns = set() if first is None else set(first.values)
+    rows = (row.values for row in read_rows(settings, counts))
     if {"question_id", "winner", "conversation_a"} <= columns:
-        found = list(from_mt_bench(_values(settings, counts), counts=counts))
+        found = list(from_mt_bench(rows, counts=counts))
     elif {"info", "summaries", "choice"} <= columns:
-        found = list(from_summarize_from_feedback(_values(settings, counts), counts=counts))
+        found = list(from_summarize_from_feedback(rows, counts=counts))
     else:
         from exalign.data.reading import read_source
 
         records = read_source(settings, counts)
-        preferences = from_preference_records(records, judge=f"preferences of {path.name}", counts=counts)
-        found = [_unordered(comparison) for comparison in preferences]
+        found = list(from_preference_records(records, judge=f"preferences of {path.name}", counts=counts))
     if not found:
         said = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items()) or "no rows"
         raise InputError(f"{path} holds no pair that somebody judged: {said}.")
     return found
-
-
-def _unordered(comparison: Comparison) -> Comparison:
-    """The two answers called `one` and `other` by a hash of their texts, and told in that order.
-
-    A preference set lists the winner first, row after row. Told so, people would have said the same thing every time,
-    and an agreement beyond chance (kappa, alpha) would not exist.
-    """
-    named = replace(comparison, first="one", second="other")
-    digests = [hashlib.sha256(text.encode()).digest() for text in (comparison.first_text, comparison.second_text)]
-    return named if digests[0] < digests[1] else replace(named, first="other", second="one").swapped()
 
 
 def _is_ours(path: Path) -> bool:
@@ -137,43 +64,31 @@ def _is_ours(path: Path) -> bool:
     return isinstance(row, dict) and {"version", "verdict", "prompt_id"} <= set(row)
 
 
-def _values(settings: DataSettings, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    return (row.values for row in read_rows(settings, counts))
-
-
 def from_preference_records(records: Iterable[Record], *, judge: str, counts: Counter[str]) -> Iterator[Comparison]:
     """Records with a preferred completion: it against each of the others of its prompt.
 
-    The systems are called `completion_i` after the position in the record. Records without a preference, and
-    completions whose text equals the preferred one's, are left out: `no_preference`, `identical_pair`.
+    The two are called `one` and `other` by a hash of their texts. A preference set lists the winner first, row after
+    row; told so, people would have said the same thing every time, and an agreement beyond chance (kappa, alpha) would
+    not exist. Records without a preference, and completions whose text equals the preferred one's, are left out:
+    `no_preference`, `identical_pair`.
 
     >>> from exalign.data.record import Completion
     >>> pair = Record("0", "Hi", (Completion("Hello."), Completion("Go away.")), preferred=0)
     >>> [(c.first_text, c.second_text, c.verdict) for c in from_preference_records([pair], judge="p", counts=Counter())]
-    [('Hello.', 'Go away.', 'first')]
+    [('Go away.', 'Hello.', 'second')]
     """
     for record in records:
         if record.preferred is None:
             counts["no_preference"] += 1
             continue
-        best = record.completions[record.preferred]
-        for i, other in enumerate(record.completions):
-            if i == record.preferred:
-                continue
-            if other.text == best.text:
+        best = record.completions[record.preferred].text
+        for i, completion in enumerate(record.completions):
+            if completion.text != best:
+                first, second = sorted([best, completion.text], key=lambda text: hashlib.sha256(text.encode()).digest())
+                verdict: Verdict = "first" if first == best else "second"
+                yield Comparison(record.id, record.prompt, "one", "other", first, second, judge, verdict)
+            elif i != record.preferred:
                 counts["identical_pair"] += 1
-                continue
-            (first, first_text), (second, second_text) = sorted([(record.preferred, best.text), (i, other.text)])
-            yield Comparison(
-                prompt_id=record.id,
-                prompt=record.prompt,
-                first=f"completion_{first}",
-                second=f"completion_{second}",
-                first_text=first_text,
-                second_text=second_text,
-                judge=judge,
-                verdict="first" if record.preferred == first else "second",
-            )
 
 
 def from_mt_bench(rows: Iterable[Mapping[str, Any]], *, counts: Counter[str]) -> Iterator[Comparison]:
@@ -217,7 +132,6 @@ def from_summarize_from_feedback(rows: Iterable[Mapping[str, Any]], *, counts: C
     for number, row in enumerate(rows):
         try:
             info, (a, b), choice = row["info"], row["summaries"], row["choice"]
-            verdicts: dict[int, Verdict] = {0: "first", 1: "second"}
             names = [a.get("policy") or "summary_0", b.get("policy") or "summary_1"]
             if names[0] == names[1]:
                 names = [f"{names[0]}#1", f"{names[1]}#2"]
@@ -229,7 +143,7 @@ def from_summarize_from_feedback(rows: Iterable[Mapping[str, Any]], *, counts: C
                 first_text=a["text"],
                 second_text=b["text"],
                 judge=str(row["worker"]),
-                verdict=verdicts[choice],
+                verdict=_CHOICES[choice],
                 comment=row.get("note") or None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

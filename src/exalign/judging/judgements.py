@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from exalign.errors import InputError
 from exalign.evaluation.evidence import REFERENCE_TEXT, SFT
@@ -55,7 +55,7 @@ def stored_studies(run: RunFolder) -> list[Said]:
     """The studies of the run's own database; `InputError` where SQLAlchemy is not installed."""
     path = run.studies
     try:
-        from exalign.judging.study_store import Store
+        from exalign.judging.study import Store
     except ImportError:
         raise InputError(f"Reading {path} needs SQLAlchemy: pip install 'exalign[people]'.") from None
     store = Store(str(path))
@@ -115,10 +115,6 @@ class _Judged:
     verdicts: list[Comparison]
     remarks: list[Remark]
 
-    @property
-    def title(self) -> str:
-        return f"{self.judge}, {self.template}"
-
 
 def _kept(read: Callable[[], T], notes: list[str]) -> T | None:
     try:
@@ -137,19 +133,18 @@ def _judged(run: RunFolder, folder: Path, answers: _Answers) -> _Judged:
         raise InputError(f"{where} is not of a format that this exalign reads; judge again.")
     verdicts = read_comparisons(folder / "verdicts.jsonl")
     try:
+        shares = {name: summary[name] for name in ("flip_rate", "half_ties", "shown_first")}
+        shares["length_controlled"] = (summary["length_controlled"] or {}).get("rate")
         match_up = ModelMatchUp(
             tally=_tally(summary["first"], summary["second"], verdicts),
             num_pairs=summary["pairs"],
             identical=summary["identical"],
             unanswered=summary["unanswered"],
-            length_controlled=_interval((summary["length_controlled"] or {}).get("rate")),
-            flip_rate=_interval(summary["flip_rate"]),
-            half_ties=_interval(summary["half_ties"]),
-            shown_first=_interval(summary["shown_first"]),
             prompt_tokens=summary["tokens"]["prompt"],
             completion_tokens=summary["tokens"]["completion"],
             answers_without_usage=summary["tokens"]["answers_without_usage"],
             outdated=answers.outdated(verdicts),
+            **{name: None if share is None else Interval(**share) for name, share in shares.items()},
         )
         asked = (order for order in read_comparisons(folder / "comparisons.jsonl") if not answers.outdated([order]))
         remarks = [_remark(f"{summary['judge']}, {summary['template']}", order) for order in asked]
@@ -194,51 +189,41 @@ def _agreements(judged: Sequence[_Judged], said: Sequence[Said]) -> Iterable[Jud
     for i, one in enumerate(judged):
         ours = [verdict for verdict in one.verdicts if not verdict.identical]
         others = [(study.name, True, study.comparisons) for study in said]
-        others += [(other.title, False, other.verdicts) for other in judged[i + 1 :]]
+        others += [(f"{other.judge}, {other.template}", False, other.verdicts) for other in judged[i + 1 :]]
         for name, by_people, theirs in others:
             if (found := agreement_with(ours, theirs)) is not None:
                 yield JudgeAgreement(
-                    first=one.match_up.tally.first,
-                    second=one.match_up.tally.second,
-                    judge=one.title,
+                    one.match_up.tally.first,
+                    one.match_up.tally.second,
+                    judge=f"{one.judge}, {one.template}",
                     other=name,
                     by_people=by_people,
                     num_pairs=found["pairs"],
-                    raw=found["raw"],
-                    without_ties=found["without_ties"],
-                    kappa=found["kappa"],
-                    alpha=found["alpha"],
                     among_others=found["theirs_among_themselves"],
+                    **{share: found[share] for share in ("raw", "without_ties", "kappa", "alpha")},
                 )
 
 
-class _Answers:
-    """What the systems of a run answer now; each is read when it is first asked for."""
+class _Answers(dict[str, dict[str, str] | None]):
+    """What the systems of a run answer now; read when first asked for; None of one that is not of the run."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._by_system: dict[str, dict[str, str] | None] = {}
+
+    def __missing__(self, name: str) -> dict[str, str] | None:
+        try:
+            self[name] = system(self._run, name).answers
+        except InputError:
+            self[name] = None
+        return self[name]
 
     def outdated(self, comparisons: Iterable[Comparison]) -> int:
         """How many of the compared pairs hold an answer that is not the run's any more.
 
         Systems that are not of this run (of another one, or of a published set) cannot be checked.
         """
-        pairs = {c.pair: c for c in comparisons}
+        pairs = {c.pair: ((c.first, c.first_text), (c.second, c.second_text), c.prompt_id) for c in comparisons}
         return sum(
-            any(self._replaced(*side, c.prompt_id) for side in ((c.first, c.first_text), (c.second, c.second_text)))
-            for c in pairs.values()
+            any((known := self[name]) is not None and known.get(prompt) != text for name, text in sides)
+            for *sides, prompt in pairs.values()
         )
-
-    def _replaced(self, name: str, text: str, prompt_id: str) -> bool:
-        if name not in self._by_system:
-            try:
-                self._by_system[name] = system(self._run, name).answers
-            except InputError:
-                self._by_system[name] = None
-        known = self._by_system[name]
-        return known is not None and known.get(prompt_id) != text
-
-
-def _interval(value: dict[str, Any] | None) -> Interval | None:
-    return None if value is None else Interval(**value)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
 from exalign.errors import InputError
 from exalign.settings import Settings
@@ -39,28 +38,20 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
-    is_mapping = get_origin(field.annotation) is dict
-    if field.default is PydanticUndefined and not is_mapping:
-        raise TypeError(f"{name} needs a default to be an option")
-    kind: Any = str if is_mapping else field.annotation
+    kind, default = (str, "{}") if get_origin(field.annotation) is dict else (field.annotation, field.default)
     annotation = Annotated[kind, typer.Option(help=field.description)]
-    default = "{}" if is_mapping else field.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _validated(kind: type[Settings], values: dict[str, Any]) -> Settings:
-    for name, field in kind.model_fields.items():
-        if get_origin(field.annotation) is dict:
-            try:
-                values[name] = json.loads(values[name])
-            except json.JSONDecodeError as error:
-                raise InputError(f"{_spelled(name)} is not a JSON object ({error}).") from None
+    name = ""
     try:
+        for name, field in kind.model_fields.items():
+            if get_origin(field.annotation) is dict:
+                values[name] = json.loads(values[name])
         return kind.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise InputError(f"{_spelled(str(problem['loc'][0]))}: {problem['msg'].lower()}.") from None
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+        name, said = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"].lower()
+    except json.JSONDecodeError as error:
+        said = f"not a JSON object ({error})"
+    raise InputError(f"--{name.replace('_', '-')}: {said}.")

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from exalign.data.record import Completion, Record
+from exalign.data.record import Record
 from exalign.data.store import iter_records
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import BEST_OF, REFERENCE, SUPERVISED, RunFolder
@@ -70,10 +70,8 @@ def _with_the_best(record: Record, n: int) -> Record:
     if not 1 <= n <= len(record.completions):
         raise InputError(f"{BEST_OF}{n}: the pool has {len(record.completions)} samples of the prompt {record.id}.")
 
-    def reward(completion: Completion) -> float:
-        return -math.inf if completion.reward is None else completion.reward
-
-    return replace(record, completions=(max(record.completions[:n], key=reward),))
+    best = max(record.completions[:n], key=lambda c: -math.inf if c.reward is None else c.reward)
+    return replace(record, completions=(best,))
 
 
 def _systems(path: Path) -> tuple[RunFolder, list[System]]:
@@ -128,28 +126,23 @@ def match_up(one: System, other: System, references: dict[str, str]) -> MatchUp:
     pairs = []
     for record in one.records.values():
         met = other.records.get(record.id)
-        if (problem := _problem(record, met, other.name == REFERENCE)) is not None:
-            counts[problem] += 1
-            continue
-        assert met is not None
-        texts = record.completions[0].text, met.completions[0].text
-        reference = None if REFERENCE in (one.name, other.name) else references.get(record.id)
-        pairs.append(Pair(record.id, record.prompt, one.name, other.name, *texts, reference=reference))
+        if not record.completions:
+            counts["prompt_without_sample"] += 1
+        elif met is None:
+            counts["prompt_missing_at_opponent"] += 1
+        elif not met.completions:
+            counts["no_reference_text" if other.name == REFERENCE else "prompt_without_sample_at_opponent"] += 1
+        elif record.prompt != met.prompt:
+            counts["prompt_differs_at_opponent"] += 1
+        else:
+            texts = record.completions[0].text, met.completions[0].text
+            reference = None if REFERENCE in (one.name, other.name) else references.get(record.id)
+            pairs.append(Pair(record.id, record.prompt, one.name, other.name, *texts, reference=reference))
     if not pairs:
         said = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()) or "no samples"
         raise InputError(f"No prompt is answered by both {one.name} and {other.name} ({said}).")
     counts["prompts_available"] = len(pairs)
     return MatchUp(one.name, other.name, tuple(pairs), counts, (str(one.samples), str(other.samples)))
-
-
-def _problem(record: Record, other: Record | None, is_reference: bool) -> str | None:
-    if not record.completions:
-        return "prompt_without_sample"
-    if other is None:
-        return "prompt_missing_at_opponent"
-    if not other.completions:
-        return "no_reference_text" if is_reference else "prompt_without_sample_at_opponent"
-    return "prompt_differs_at_opponent" if record.prompt != other.prompt else None
 
 
 def choose(pairs: Iterable[P], *, prompts: int, seed: int) -> tuple[P, ...]:

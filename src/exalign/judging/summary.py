@@ -44,25 +44,9 @@ class Judgement:
     orders: tuple[Comparison, ...]
     verdict: Comparison | None
 
-    @property
-    def flipped(self) -> bool | None:
-        """Each order named another winner; None where an order is missing, unreadable or was not asked."""
-        return None if self.readable is None else set(self.readable) == {"first", "second"}
-
-    @property
-    def half_tie(self) -> bool | None:
-        """One order was a tie and the other was not."""
-        return None if self.readable is None else "tie" in self.readable and len(set(self.readable)) == 2
-
-    @property
-    def readable(self) -> tuple[Verdict, ...] | None:
-        """What the two orders said; None where an order is missing, unreadable or was not asked."""
-        said = tuple(comparison.verdict for comparison in self.orders)
-        return said if len(said) == 2 and "unreadable" not in said else None
-
 
 def agreed(first: Verdict, second: Verdict) -> Verdict:
-    """The verdict of two orders: what both say, a tie where they differ, unreadable where either is.
+    """The verdict of two orders.
 
     >>> agreed("first", "first"), agreed("first", "second"), agreed("tie", "second"), agreed("first", "unreadable")
     ('first', 'tie', 'tie', 'unreadable')
@@ -89,25 +73,9 @@ def _judged(pair: Pair, left: Side, answer: Answer, judge: str) -> Comparison:
         problem = REFUSED
     elif answer.finish_reason == "length":  # what is missing could have taken back what is there
         problem = CUT_OFF
-    return replace(
-        pair.judged(judge, verdict_from_shown("unreadable" if problem else shown, left=left), left=left),
-        comment=problem,
-        answer=answer.text,
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.completion_tokens,
-        seconds=answer.seconds,
-        time=answer.time,
-    )
-
-
-def in_both_orders(judgements: Iterable[Judgement]) -> list[Comparison]:
-    """Every answer as a comparison, two for a pair that was asked about."""
-    return [comparison for judgement in judgements for comparison in judgement.orders]
-
-
-def together(judgements: Iterable[Judgement]) -> list[Comparison]:
-    """One comparison for each pair whose orders are both answered."""
-    return [judgement.verdict for judgement in judgements if judgement.verdict is not None]
+    cost = {name: getattr(answer, name) for name in ("prompt_tokens", "completion_tokens", "seconds", "time")}
+    verdict = verdict_from_shown("unreadable" if problem else shown, left=left)
+    return replace(pair.judged(judge, verdict, left=left), comment=problem, answer=answer.text, **cost)
 
 
 def num_measured(verdicts: Iterable[Comparison]) -> int:
@@ -131,18 +99,21 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
       `unreadable_because`: how many answers for each cause, and `unreadable_example`: the end of one without a verdict.
     - `tokens`: what the answers cost, and for how many the endpoint did not say.
     """
-    verdicts, orders = together(judgements), in_both_orders(judgements)
+    verdicts = [judgement.verdict for judgement in judgements if judgement.verdict is not None]
+    orders = [comparison for judgement in judgements for comparison in judgement.orders]
     measured = num_measured(verdicts)
     counted = tally(verdicts)[0] if measured else None
     unreadable = [c for c in orders if c.verdict == "unreadable"]
     shown = [c.shown_verdict for c in orders if c.shown_verdict in ("left", "right")]
+    pairs = [{c.verdict for c in judgement.orders} for judgement in judgements if len(judgement.orders) == 2]
+    both = [said for said in pairs if "unreadable" not in said]
     return {
         "version": SUMMARY_VERSION,
         "pairs": len(judgements),
         **{name: getattr(counted, name, None) for name in ("win", "tie", "lose", "score")},
-        "length_controlled": _length_controlled(judgements) if measured else None,
-        "flip_rate": _share(judgement.flipped for judgement in judgements),
-        "half_ties": _share(judgement.half_tie for judgement in judgements),
+        "length_controlled": _length_controlled(verdicts) if measured else None,
+        "flip_rate": _share(said == {"first", "second"} for said in both),
+        "half_ties": _share("tie" in said and len(said) == 2 for said in both),
         "shown_first": _share(side == "left" for side in shown),
         "measured_pairs": measured,
         "unreadable_pairs": sum(c.verdict == "unreadable" for c in verdicts),
@@ -160,19 +131,14 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _length_controlled(judgements: Sequence[Judgement]) -> LengthControl:
-    rows = [
-        (_SCORE[judgement.verdict.verdict], len(judgement.pair.first_text) - len(judgement.pair.second_text))
-        for judgement in judgements
-        if judgement.verdict is not None and judgement.verdict.verdict in _SCORE
-    ]
-    scores, differences = np.array(rows, dtype=np.float64).T
-    return length_controlled_win_rate(scores, differences)
+def _length_controlled(verdicts: Sequence[Comparison]) -> LengthControl:
+    rows = [(_SCORE[c.verdict], len(c.first_text) - len(c.second_text)) for c in verdicts if c.verdict in _SCORE]
+    return length_controlled_win_rate(*np.array(rows, dtype=np.float64).T)
 
 
-def _share(values: Iterable[bool | None]) -> Interval | None:
-    known = [float(value) for value in values if value is not None]
-    return mean_interval(np.array(known)) if known else None
+def _share(values: Iterable[bool]) -> Interval | None:
+    known = np.array(list(values), dtype=np.float64)
+    return mean_interval(known) if len(known) else None
 
 
 @dataclass(frozen=True)
@@ -205,21 +171,17 @@ def length_controlled_win_rate(scores: Array, length_differences: Array) -> Leng
     >>> round(same_lengths.rate.estimate, 9)
     0.625
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    differences = np.asarray(length_differences, dtype=np.float64)
-    if not len(scores) or scores.shape != differences.shape:
-        raise ValueError(
-            f"need as many scores as length differences, at least one: {scores.shape}, {differences.shape}"
-        )
-    spread = differences.std()
-    x = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
-    num_prompts = len(scores)
+    num_prompts, spread = len(scores), length_differences.std()
+    x = np.tanh(length_differences / spread) if spread > 0 else np.zeros(num_prompts)
     (theta,), (phi,) = _fit(scores, x, np.ones((1, num_prompts)), start=(0.0, 0.0))
     weights = resample_weights(num_prompts) * num_prompts
     blocks = np.array_split(weights, 1 + weights.size // _BLOCK)
     resampled = np.concatenate([_fit(scores, x, block, start=(theta, phi))[0] for block in blocks])
     rate = interval_of(float(_sigmoid(theta)), _sigmoid(resampled), num_prompts)
-    return LengthControl(_within(rate), float(phi), float(np.mean(differences > 0)))
+    # The widening of intervals for few prompts can reach beyond what a share can be.
+    low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (rate.low, rate.high))
+    within = Interval(rate.estimate, low, high, num_prompts)
+    return LengthControl(within, float(phi), float(np.mean(length_differences > 0)))
 
 
 def _fit(scores: Array, x: Array, weights: Array, *, start: tuple[float, float]) -> tuple[Array, Array]:
@@ -246,9 +208,3 @@ def _fit(scores: Array, x: Array, weights: Array, *, start: tuple[float, float])
 
 def _sigmoid(values: Array) -> Array:
     return 0.5 * (1 + np.tanh(values / 2))
-
-
-def _within(rate: Interval) -> Interval:
-    """The interval cut to [0, 1], beyond which the widening for few prompts can reach."""
-    low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (rate.low, rate.high))
-    return Interval(rate.estimate, low, high, rate.num_prompts)

@@ -15,10 +15,10 @@ from rich.table import Table
 from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
 from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Curve, Interval, MethodEvidence, Sweep
+from exalign.evaluation.schema import Curve, MethodEvidence, Sweep
 from exalign.evaluation.verdict import Selected
-from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, write_under
-from exalign.report.wording import best, duration, interval, number, percent
+from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, shared_legend, write_under
+from exalign.report.wording import best, duration, interval, markdown, number, percent
 from exalign.terminal import shown
 
 
@@ -26,6 +26,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     """The page: every run of every method is in it, and every mean says how many runs it is of."""
     methods = list(dict.fromkeys(method for run in runs for method in run.rewards))
     several, differences = len(runs) > 1, _differences(runs, kls)
+    paired = " within a run; the mean over runs with Student's interval" if several else ""
     parts = [
         "## Reward at equal KL",
         "The best of a column in bold, which may be chance. With 95 % intervals over prompts"
@@ -33,9 +34,9 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         + "“–”: the method has no more reward for going this far.",
         _at_equal_kl(runs, methods, kls, "rewards"),
         _mixed(runs),
-        *(_differences_heading(several) if differences else ()),
+        *(("## Differences at equal KL", f"{_CONTRASTS}{paired}.") if differences else ()),
         differences,
-        *(_shares_heading() if any(run.shares for run in runs) else ()),
+        *(("## Share of the optimum's gain", _SHARES) if any(run.shares for run in runs) else ()),
         _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
         *_sweeps(runs),
         "## Last checkpoints",
@@ -58,18 +59,15 @@ def across(value: AcrossRuns | None) -> str:
     return f"{value.mean:.2f}{bounds}, n = {value.runs}".replace("-", "−")
 
 
-def _shares_heading() -> tuple[str, str]:
-    told = "What a method gains over the supervised policy, as a share of what the estimated optimum gains at that KL."
-    return "## Share of the optimum's gain", told
+_CONTRASTS = "EXO less DPO on the same target, and less PPO, paired by prompt"
+_SHARES = "What a method gains over the supervised policy, as a share of what the estimated optimum gains at that KL."
 
 
 def _at_equal_kl(
     runs: Sequence[RunResults], methods: Sequence[str], kls: Sequence[float], what: Literal["rewards", "shares"]
 ) -> str:
     rows = []
-    if not any(getattr(run, what) for run in runs):
-        return ""
-    for kl in kls:
+    for kl in kls if any(getattr(run, what) for run in runs) else ():
         found = {method: [getattr(run, what).get(method, {}).get(kl) for run in runs] for method in methods}
         means = [over_runs([value.estimate for value in values if value is not None]) for values in found.values()]
         most = max((mean.runs for mean in means if mean is not None), default=0)
@@ -105,19 +103,14 @@ def _differences(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     return _side_by_side("difference", runs, rows)
 
 
-def _differences_heading(several: bool) -> tuple[str, str]:
-    paired = " within a run; the mean over runs with Student's interval" if several else ""
-    return "## Differences at equal KL", f"EXO less DPO on the same target, and less PPO, paired by prompt{paired}."
-
-
 def _side_by_side(what: str, runs: Sequence[RunResults], rows: Sequence[Sequence[str]]) -> str:
     """Rows of KL, `what`, a cell for each run, and their mean; of a single run one row for each `what`, KLs beside."""
-    if len(runs) > 1:
-        return _markdown(["KL (nats)", what, *(run.name for run in runs), "mean over runs"], rows)
+    if len(runs) > 1 or not rows:
+        return _table(["KL (nats)", what, *(run.name for run in runs), "mean over runs"], rows)
     kls = list(dict.fromkeys(kl for kl, *_ in rows))
     cells = {(kl, name): cell for kl, name, cell, _ in rows}
     names = dict.fromkeys(name for _, name, *_ in rows)
-    return _markdown(
+    return _table(
         [what, *(f"{kl} nat{'s' * (kl != '1')}" for kl in kls)],
         [[name, *(cells[kl, name] for kl in kls)] for name in names],
     )
@@ -139,7 +132,7 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
         "learnt by heart."
     )
     head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "correlation"]
-    return ("## Ends of the sweeps", told, _markdown(head, rows)) if rows else ()
+    return ("## Ends of the sweeps", told, _table(head, rows)) if rows else ()
 
 
 def _last(run: RunResults, stage: str, metric: str) -> str:
@@ -151,7 +144,7 @@ def _last(run: RunResults, stage: str, metric: str) -> str:
 def _ends(runs: Sequence[RunResults]) -> str:
     rows = [row for run in runs for row in _end_rows(run)]
     head = ["run", "method", "steps", "KL (nats)", "reward", "won against SFT", "won against the reference texts"]
-    return _markdown([*head, "gap to the optimum", "at KL", "training"], rows)
+    return _table([*head, "gap to the optimum", "at KL", "training"], rows)
 
 
 def _end_rows(run: RunResults) -> Iterator[list[str]]:
@@ -161,11 +154,17 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
     won = {who: _bold({m.name: _won(m, who) for m in run.evidence.methods}) for who in ("SFT", "reference texts")}
     for method in run.evidence.methods:
         if method.points:
-            stage = f"align/{method.name}"
+            stage, last = f"align/{method.name}", method.points[-1]
             yield [
                 run.name,
-                *_end(method, [column[method.name] for column in won.values()]),
-                _training([c for c in curves if c.stage == stage or c.stage.startswith(f"{stage}/")]),
+                method.name,
+                str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
+                interval(last.kl),
+                interval(last.reward),
+                *(column[method.name] for column in won.values()),
+                interval(None if method.gap is None else method.gap.gap),
+                number(None if method.gap is None else method.gap.kl),
+                _training([c for c in curves if f"{c.stage}/".startswith(f"{stage}/")]),
             ]
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
@@ -189,24 +188,8 @@ def _won(method: MethodEvidence, opponent: str) -> tuple[float | None, str]:
     return None if rate is None else rate.estimate, percent(rate)
 
 
-def _end(method: MethodEvidence, won: Sequence[str]) -> list[str]:
-    last, gap = method.points[-1], method.gap
-    return [
-        method.name,
-        str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
-        interval(last.kl),
-        interval(last.reward),
-        *won,
-        interval(None if gap is None else gap.gap),
-        number(None if gap is None else gap.kl),
-    ]
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(head, rows).rstrip("\n") if rows else ""
 
 
 NAME = "differences"
@@ -232,12 +215,9 @@ def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | No
     A line for each run, at the KLs that `runs` was read with. As far as all of them reach, a thick line is their mean
     with Student's 95 % interval; of a single run the interval is over prompts. None where no run has two such methods.
     """
-    pairs = [
-        pair
-        for pair in dict.fromkeys(pair for run in runs for pair in run.differences)
-        if any(value is not None for run in runs for value in run.differences.get(pair, {}).values())
-    ]
-    if not pairs:
+    known = {pair: None for run in runs for pair, at in run.differences.items() if set(at.values()) - {None}}
+    pairs = [pair for run in runs for pair in run.differences if pair in known]
+    if not (pairs := list(dict.fromkeys(pairs))):
         return None
     figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
@@ -247,13 +227,7 @@ def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | No
         panel.axhline(0, color=LIGHT["muted"], linewidth=1.0)
         _panel(panel, runs, pair)
     axes[0].set_ylabel("difference of rewards")
-    handles = {str(line.get_label()): line for panel in axes for line in panel.lines}
-    figure.legend(
-        handles=[line for name, line in handles.items() if not name.startswith("_")],
-        loc="outside upper left",
-        ncols=5,
-        handlelength=3.0,
-    )
+    shared_legend(figure, 5, handlelength=3.0)
     return figure
 
 
@@ -300,13 +274,5 @@ def selection_table(selected: Sequence[Selected], run: Path) -> Table:
         there = RunFolder(run).policy(row.method, row.point.step).is_dir()
         place = shown(row.folder if there else f"{row.folder} (gone)")
         value = row.point.held_out.accuracy if row.point.held_out and not row.point.reward else row.point.reward
-        table.add_row(shown(row.method), _text(row.point.kl), _text(value), place)
+        table.add_row(shown(row.method), interval(row.point.kl), interval(value), place)
     return table
-
-
-def _text(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    if interval.low is None or interval.high is None:
-        return f"{interval.estimate:.2f}"
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"

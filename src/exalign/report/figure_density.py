@@ -11,20 +11,25 @@ from matplotlib.figure import Figure
 
 from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
 from exalign.evaluation.schema import DensityCurve, DensityRatios, PromptDensity
-from exalign.report.style import LIGHT, Look, drawable
+from exalign.report.style import LIGHT, Look, drawable, shared_legend
 
 _BAND_ROOM = 1.35
 """How far above the highest curve an interval is still shown."""
 
 
-def draw_density(density: DensityRatios, looks: Mapping[str, Look], *, width: float) -> Figure:
+def draw_density(density: DensityRatios | None, looks: Mapping[str, Look], *, width: float) -> Figure | None:
     """A panel per prompt and target: the policies' curves with their intervals, the optimum in black, π_sft at 1.
 
     Ticks at the foot of a panel are the samples. The optimum is left out where it stands on fewer than `LEAST_ESS`
     effective ones: two draws would give two curves. `width` in inches: below 5 there is one panel in a row, else a
     prompt's panels stand side by side.
     """
-    shown = [replace(p, curves=[c for c in p.curves if _stands(c)]) for p in density.prompts]
+    if density is None:
+        return None
+    shown = [
+        replace(p, curves=[c for c in p.curves if c.policy != OPTIMUM or c.effective_samples >= LEAST_ESS])
+        for p in density.prompts
+    ]
     panels = [(i, prompt, kind) for i, prompt in enumerate(shown, 1) for kind in _kinds(density, looks)]
     columns = 1 if width < 5 else min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -40,25 +45,14 @@ def draw_density(density: DensityRatios, looks: Mapping[str, Look], *, width: fl
             axes.set_ylabel("π(y|x) / π_sft(y|x)")
         if place >= len(panels) - columns:
             axes.set_xlabel("log π_sft(y|x) (nats)")
-    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
-    figure.legend(
-        handles=[line for name, line in handles.items() if not name.startswith("_")],
-        loc="outside upper left",
-        ncols=2 if width < 5 else 5,
-        handlelength=2.6,
-    )
+    shared_legend(figure, 2 if width < 5 else 5)
     return figure
-
-
-def _stands(curve: DensityCurve) -> bool:
-    return curve.policy != OPTIMUM or curve.effective_samples >= LEAST_ESS
 
 
 def _kinds(density: DensityRatios, looks: Mapping[str, Look]) -> list[str]:
     """The kinds of targets, each with a panel of its own; one without a name where no method is known."""
     found = {_kind(curve, looks): None for prompt in density.prompts for curve in prompt.curves}
-    kinds = [kind for kind in found if kind]
-    return kinds or [""]
+    return [kind for kind in found if kind] or [""]
 
 
 def _kind(curve: DensityCurve, looks: Mapping[str, Look]) -> str:
@@ -67,10 +61,13 @@ def _kind(curve: DensityCurve, looks: Mapping[str, Look]) -> str:
 
 
 def _panel(axes: Axes, prompt: PromptDensity, curves: list[DensityCurve], looks: Mapping[str, Look]) -> None:
-    grid = np.array(prompt.grid)
     axes.axhline(1, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label="SFT")
     for curve in curves:
-        _curve(axes, grid, curve, looks.get(curve.policy))
+        look = looks.get(curve.policy)
+        color, alpha = (LIGHT["ink"], 0.07) if look is None else (look.color, 0.14)
+        line = {"color": color, "linewidth": 1.4} if look is None else {**look.line, "marker": "", "linewidth": 1.7}
+        axes.fill_between(prompt.grid, curve.low, curve.high, color=color, alpha=alpha, linewidth=0, zorder=1)
+        axes.plot(prompt.grid, curve.ratio, **line, label=curve.policy, zorder=2 if look is None else 3)
     # The same height for all panels of a prompt.
     highest = max(max(curve.ratio) for curve in prompt.curves)
     bands = max(max(curve.high) for curve in prompt.curves)
@@ -86,10 +83,3 @@ def _panel(axes: Axes, prompt: PromptDensity, curves: list[DensityCurve], looks:
         markeredgewidth=0.6,
         alpha=0.7,
     )
-
-
-def _curve(axes: Axes, grid: np.ndarray, curve: DensityCurve, look: Look | None) -> None:
-    color, alpha = (LIGHT["ink"], 0.07) if look is None else (look.color, 0.14)
-    axes.fill_between(grid, curve.low, curve.high, color=color, alpha=alpha, linewidth=0, zorder=1)
-    line = {"color": color, "linewidth": 1.4} if look is None else {**look.line, "marker": "", "linewidth": 1.7}
-    axes.plot(grid, curve.ratio, **line, label=curve.policy, zorder=2 if look is None else 3)

@@ -12,46 +12,15 @@ from matplotlib.ticker import PercentFormatter
 
 from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
 from exalign.report.style import LIGHT, Look, label_right
+from exalign.report.wording import within_a_share
 
 _TICKS_APART = 0.08
 """Of the width of the axis."""
 
 
-def draw_frontier(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
-    """Each method's checkpoints with intervals, π_sft, best-of-N, and the estimated optimum with its band.
-
-    `width` in inches: below 5 the labels stand under the axes instead of at the ends of the lines. Without a scorer the
-    accuracy on held-out pairs takes the place of the reward; None where there are none either.
-    """
-    if not evidence.scored:
-        return draw_measure(evidence, looks, PAIRS, width=width)
-    narrow = width < 5
-    figure = Figure(figsize=(width, 4.6 if narrow else 4.9), layout="constrained")
-    axes = figure.add_subplot()
-    start = evidence.sft.reward if evidence.sft else None
-    ends: list[tuple[str, str, float, float]] = []
-    for method in evidence.methods:
-        if points := [p for p in method.points if p.kl]:
-            ends.append(_path(axes, start, method.name, points, looks[method.name], lambda p: p.reward))
-    low, high = _limits(evidence)
-    _kl_axis(axes, low[0], high[0])
-    axes.set_ylim(low[1], high[1])
-    if evidence.best_of_n:
-        _best_of_n(axes, evidence.best_of_n)
-        ends += _end_within(axes, "best of N", LIGHT["muted"], [(p.kl_bound, p.reward) for p in evidence.best_of_n])
-    if evidence.optimum:
-        _optimum(axes, evidence.optimum.points)
-        curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
-        ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
-    if start:
-        _start(axes, start.estimate)
-    _finish(figure, axes, ends, "mean reward", narrow)
-    return figure
-
-
 @dataclass(frozen=True)
 class Measure:
-    """What may stand against KL beside the reward: how it is read off a checkpoint, and its value for π_sft."""
+    """What stands against KL: how it is read off a checkpoint, and its value for π_sft."""
 
     label: str
     read: Callable[[FrontierPoint], Interval | None]
@@ -59,6 +28,7 @@ class Measure:
     share: bool = True
 
 
+REWARD = Measure("mean reward", lambda p: p.reward, lambda e: e.sft.reward if e.sft else None, share=False)
 CLASSIFIER = Measure(
     "probability of the label, by the classifier", lambda p: p.accuracy, lambda e: e.sft.accuracy if e.sft else None
 )
@@ -75,27 +45,60 @@ MARGIN = Measure(
 )
 
 
-def draw_measure(evidence: Evidence, looks: Mapping[str, Look], measure: Measure, *, width: float) -> Figure | None:
-    """The checkpoints that have the measure against KL, as `draw_frontier`; None where none has it."""
+def draw_frontier(
+    evidence: Evidence, looks: Mapping[str, Look], measure: Measure | None = None, *, width: float
+) -> Figure | None:
+    """Each method's checkpoints with intervals, and π_sft; of rewards best-of-N too, and the estimated optimum.
+
+    The measure is by default the reward, or without a scorer the accuracy on held-out pairs; None where no checkpoint
+    has another one. `width` in inches: below 5 the labels stand under the axes instead of at the ends of the lines.
+    """
+    measure = measure or (REWARD if evidence.scored else PAIRS)
     shown = [(m, kept) for m in evidence.methods if (kept := [p for p in m.points if p.kl and measure.read(p)])]
-    if not shown:
+    if not shown and measure is not REWARD:
         return None
-    figure = Figure(figsize=(width, 4.2 if width < 5 else 4.4), layout="constrained")
+    narrow = width < 5
+    heights = (4.9, 4.6) if measure is REWARD else (4.4, 4.2)
+    figure = Figure(figsize=(width, heights[narrow]), layout="constrained")
     axes, start = figure.add_subplot(), measure.start(evidence)
     ends = [_path(axes, start, method.name, points, looks[method.name], measure.read) for method, points in shown]
-    points = [point for _, kept in shown for point in kept]
-    values = [value for point in points if (value := measure.read(point))] + ([start] if start else [])
-    farthest = max(max(_bounds(p.kl)[1] for p in points) * 1.03, 0.05)
-    ys = [min(1.0, max(0.0, y)) if measure.share else y for value in values for y in _bounds(value)]
-    room = 0.05 * (max(ys) - min(ys)) or 0.05
-    _kl_axis(axes, min(_bounds(p.kl)[0] for p in points), farthest)
-    axes.set_ylim(min(ys) - room, max(ys) + room)
-    if measure.share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    _limit(axes, evidence, [point for _, points in shown for point in points], measure)
+    if measure is REWARD and evidence.best_of_n:
+        _best_of_n(axes, evidence.best_of_n)
+        ends += _end_within(axes, "best of N", LIGHT["muted"], [(p.kl_bound, p.reward) for p in evidence.best_of_n])
+    if measure is REWARD and evidence.optimum:
+        _optimum(axes, evidence.optimum.points)
+        curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
+        ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
     if start:
-        _start(axes, start.estimate)
-    _finish(figure, axes, ends, measure.label, width < 5)
+        axes.plot(0, start.estimate, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
+        axes.annotate("SFT", (0, start.estimate), (7, -10), textcoords="offset points", fontsize=8.5)
+    axes.set_xlabel("KL to the supervised policy (nats, on a √ scale)")
+    axes.set_ylabel(measure.label)
+    if narrow:
+        figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
+    else:
+        label_right(axes, ends)
     return figure
+
+
+def _limit(axes: Axes, evidence: Evidence, points: Sequence[FrontierPoint], measure: Measure) -> None:
+    """Show all checkpoints with their intervals, and of the other curves what lies in that range of KL."""
+    values = [value for point in points if (value := measure.read(point))]
+    values += [start] if (start := measure.start(evidence)) else []
+    farthest = max([0.05, *(1.03 * _bounds(p.kl)[1] for p in points)])
+    ys = [y for value in values for y in _bounds(value)]
+    if measure is REWARD:
+        optimum = evidence.optimum.points if evidence.optimum else []
+        ys += [y for p in optimum if p.kl.estimate <= farthest for y in _bounds(p.reward)]
+        ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
+    if measure.share:
+        ys = [within_a_share(y) for y in ys]
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    ys = ys or [0.0]
+    room = 0.05 * (max(ys) - min(ys)) or 0.05
+    _kl_axis(axes, min([0.0, *(_bounds(p.kl)[0] for p in points)]), farthest)
+    axes.set_ylim(min(ys) - room, max(ys) + room)
 
 
 def _kl_axis(axes: Axes, least: float, farthest: float) -> None:
@@ -111,22 +114,6 @@ def _kl_axis(axes: Axes, least: float, farthest: float) -> None:
         if tick <= farthest and np.sqrt(tick) - np.sqrt(ticks[-1]) >= _TICKS_APART * np.sqrt(farthest):
             ticks.append(tick)
     axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-
-
-def _start(axes: Axes, height: float) -> None:
-    axes.plot(0, height, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
-    axes.annotate("SFT", (0, height), (7, -10), textcoords="offset points", fontsize=8.5)
-
-
-def _finish(
-    figure: Figure, axes: Axes, ends: Sequence[tuple[str, str, float, float]], ylabel: str, narrow: bool
-) -> None:
-    axes.set_xlabel("KL to the supervised policy (nats, on a √ scale)")
-    axes.set_ylabel(ylabel)
-    if narrow:
-        figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
-    else:
-        label_right(axes, ends)
 
 
 def _path(
@@ -192,21 +179,6 @@ def _best_of_n(axes: Axes, points: Sequence[BestOfN]) -> None:
             axes.annotate(
                 str(point.n), at, (0, -10), textcoords="offset points", ha="center", fontsize=7, color=LIGHT["muted"]
             ).set_clip_on(True)
-
-
-def _limits(evidence: Evidence) -> tuple[tuple[float, float], tuple[float, float]]:
-    """What to show: all checkpoints with their intervals; of the other curves what lies in that range of KL."""
-    points = [p for method in evidence.methods for p in method.points if p.kl]
-    points += [evidence.sft] if evidence.sft else []
-    xs = [x for p in points for x in _bounds(p.kl)] or [0.0]
-    farthest = max(max(xs) * 1.03, 0.05)
-    ys = [y for p in points if p.reward for y in _bounds(p.reward)]
-    if evidence.optimum:
-        ys += [y for p in evidence.optimum.points if p.kl.estimate <= farthest for y in _bounds(p.reward)]
-    ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
-    ys = ys or [0.0]
-    room = 0.05 * (max(ys) - min(ys)) or 0.5
-    return (min(xs), min(ys) - room), (farthest, max(ys) + room)
 
 
 def _end_within(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from exalign.evaluation.schema import Curve, Evidence, FrontierPoint, Interval
-from exalign.report.style import LIGHT, Look
+from exalign.report.style import LIGHT, Look, vertical_bar
 
 METRICS = {
     "loss": "loss",
@@ -34,55 +34,38 @@ METRICS = {
 """Metrics that are drawn, in this order, with their titles; the others stay in the evidence file."""
 
 _SHARES = {
-    METRICS["saturated"],
-    METRICS["accuracy"],
-    METRICS["held_out_accuracy"],
-    METRICS["equal_rewards"],
-    METRICS["unfinished"],
-    "win rate against SFT",
-    "accuracy (mean σ(reward))",
-    "accuracy on held-out pairs",
-    "share that finished",
+    *(METRICS[name] for name in ("saturated", "accuracy", "held_out_accuracy", "equal_rewards", "unfinished")),
+    *("win rate against SFT", "accuracy (mean σ(reward))", "share that finished"),
 }
 """Titles of panels whose axis never leaves 0 to 1 by more than a margin."""
-
-_ALIGN = "align/"
 
 
 def draw_alignment(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
     """Every method's training metrics, a panel per metric; None where no method logged any."""
     by_stage = {curve.stage: curve for curve in evidence.curves}
-    curves = {name: by_stage[_ALIGN + name] for name in looks if _ALIGN + name in by_stage}
-    shown = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves.values())]
-    if not shown:
-        return None
-    figure, panels = _panels([METRICS[metric] for metric in shown], width)
-    for axes, metric in zip(panels, shown, strict=True):
-        for name, curve in curves.items():
-            if _has(curve, metric):
-                _line(axes, curve, metric, looks[name].color, looks[name].dashes)
-    _bound_shares(panels)
-    _legend(figure, {name: looks[name] for name in curves}, width, markers=False)
+    curves = {name: by_stage[stage] for name in looks if (stage := f"align/{name}") in by_stage}
+    shown = {
+        title: [(curve, metric, looks[name].color, looks[name].dashes) for name, curve in curves.items()]
+        for metric, title in METRICS.items()
+        if any(_has(curve, metric) for curve in curves.values())
+    }
+    figure = _draw_curves(shown, width)
+    if figure is not None:
+        _legend(figure, {name: looks[name] for name in curves}, width, markers=False)
     return figure
 
 
 def draw_other_stages(evidence: Evidence, *, width: float) -> Figure | None:
     """Loss (and accuracy, where logged) of the stages before alignment; None where there are none."""
     order = {stage.name: i for i, stage in enumerate(evidence.stages)}
-    panels_wanted = [
-        (curve, metric)
+    shown = {
+        f"{curve.stage}: {METRICS[metric]}": [(curve, metric, LIGHT["ink"], "-")]
         for curve in sorted(evidence.curves, key=lambda curve: order.get(curve.stage, len(order)))
-        if not curve.stage.startswith(_ALIGN)
+        if not curve.stage.startswith("align/")
         for metric in ("loss", "accuracy")
         if _has(curve, metric)
-    ]
-    if not panels_wanted:
-        return None
-    figure, panels = _panels([f"{curve.stage}: {METRICS[metric]}" for curve, metric in panels_wanted], width)
-    for axes, (curve, metric) in zip(panels, panels_wanted, strict=True):
-        _line(axes, curve, metric, LIGHT["ink"], "-")
-    _bound_shares(panels)
-    return figure
+    }
+    return _draw_curves(shown, width)
 
 
 def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:
@@ -108,8 +91,13 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
     figure, panels = _panels(list(shown), width)
     for axes, read in zip(panels, shown.values(), strict=True):
         for name, checkpoints in points.items():
-            start = [evidence.sft] if evidence.sft else []
-            _series(axes, [*start, *checkpoints], read, looks[name])
+            along_it = [*([evidence.sft] if evidence.sft else []), *checkpoints]
+            values = {point.step: value for point in along_it if (value := read(point)) is not None}
+            heights = [value.estimate if isinstance(value, Interval) else value for value in values.values()]
+            axes.plot(list(values), heights, **looks[name].line, zorder=3)
+            for step, value in values.items():
+                if isinstance(value, Interval) and step > 0:
+                    vertical_bar(axes, step, value, looks[name].color, linewidth=0.9, alpha=0.55, zorder=2)
     _bound_shares(panels)
     last = max(p.step for checkpoints in points.values() for p in checkpoints) or 1
     for axes in panels:
@@ -118,25 +106,20 @@ def draw_checkpoints(evidence: Evidence, looks: Mapping[str, Look], *, width: fl
     return figure
 
 
-def _series(
-    axes: Axes,
-    points: Sequence[FrontierPoint],
-    read: Callable[[FrontierPoint], Interval | float | None],
-    look: Look,
-) -> None:
-    values = [(point.step, value) for point in points if (value := read(point)) is not None]
-    estimates = [value.estimate if isinstance(value, Interval) else value for _, value in values]
-    axes.plot([step for step, _ in values], estimates, **look.line, zorder=3)
-    for step, value in values:
-        if isinstance(value, Interval) and value.low is not None and value.high is not None and step > 0:
-            axes.vlines(step, value.low, value.high, color=look.color, linewidth=0.9, alpha=0.55, zorder=2)
-
-
-def _line(axes: Axes, curve: Curve, metric: str, color: str, dashes: str) -> None:
-    pairs = [(s, v) for s, v in zip(curve.steps, curve.values[metric], strict=True) if v is not None]
-    steps, values = np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])
-    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(steps, smooth(values), color=color, linestyle=dashes, linewidth=1.4)
+def _draw_curves(shown: Mapping[str, Sequence[tuple[Curve, str, str, str]]], width: float) -> Figure | None:
+    """A panel for each title, with the curves of metrics in their colour and dashes."""
+    if not shown:
+        return None
+    figure, panels = _panels(list(shown), width)
+    for axes, lines in zip(panels, shown.values(), strict=True):
+        for curve, metric, color, dashes in lines:
+            if _has(curve, metric):
+                pairs = zip(curve.steps, curve.values[metric], strict=True)
+                steps, values = np.array([(step, value) for step, value in pairs if value is not None]).T
+                axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+                axes.plot(steps, smooth(values), color=color, linestyle=dashes, linewidth=1.4)
+    _bound_shares(panels)
+    return figure
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -193,7 +176,7 @@ def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, w
     without scored checkpoints.
     """
     along = [method for method in evidence.methods if method.points and method.sweep is None]
-    paths = {method.name: _from_start(evidence, method.points) for method in along}
+    paths = {method.name: [*([evidence.sft] if evidence.sft else []), *method.points] for method in along}
     if not paths or not evidence.scored:
         return None
     columns = 1 if width < 5 else 2 if len(paths) in (2, 4) else min(3, len(paths))
@@ -210,8 +193,8 @@ def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, w
         look = looks[name]
         axes.fill_between(steps, rewards - spread, rewards + spread, color=look.color, alpha=0.15, linewidth=0)
         for point in points:
-            if point.reward and point.reward.low is not None and point.reward.high is not None:
-                axes.vlines(point.step, point.reward.low, point.reward.high, color=look.color, linewidth=1.2)
+            if point.reward:
+                vertical_bar(axes, point.step, point.reward, look.color, linewidth=1.2)
         axes.plot(steps, rewards, **look.line)
         axes.set_title(name)
         if place % columns == 0:
@@ -219,10 +202,6 @@ def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, w
         if place >= len(paths) - columns:
             axes.set_xlabel("training step")
     return figure
-
-
-def _from_start(evidence: Evidence, points: list[FrontierPoint]) -> list[FrontierPoint]:
-    return [*([evidence.sft] if evidence.sft else []), *points]
 
 
 def _rewards(points: list[FrontierPoint]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,12 @@
-"""The report: one HTML file that needs nothing else, and the figures beside it as PNG and SVG."""
+"""The report: one HTML file that needs nothing else, and the figures beside it as PNG and SVG, their data as CSV."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,29 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Comparison, EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence
+from exalign.evaluation.schema import EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence
 from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier, draw_measure
+from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
-from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure
-from exalign.report.tables import write_tables
+from exalign.report.style import DARK, LIGHT, WIDTH, figure_style, inline_svg, looks_of, save_figure
 from exalign.report.verdicts import category_table, verdict_bar, win_table
-from exalign.report.wording import Captions, duration, interval, number, percent, plus_minus, setting, visible, words
+from exalign.report.wording import (
+    Captions,
+    describe,
+    duration,
+    interval,
+    number,
+    percent,
+    plus_minus,
+    setting,
+    visible,
+    words,
+)
+from exalign.spreadsheet import csv_text
 from exalign.storage import write_text
 
-WIDE, NARROW = 8.8, 3.75
-"""Widths of figures in inches: for a screen and paper, and for a phone, where text would else be too small."""
+NARROW = 3.75
+"""Inches of a figure for a phone, where text would else be too small."""
 
 
 def write_report(run: Path) -> Path:
@@ -36,7 +48,7 @@ def write_report(run: Path) -> Path:
     folder = RunFolder(Path(run))
     evidence = folder.read_evidence()
     figures = dict(_figures(evidence, folder.figures))
-    write_tables(evidence, folder.figures)
+    _write_tables(evidence, folder.figures)
     write_text(folder.page, render_page(evidence, figures))
     return folder.page
 
@@ -52,7 +64,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         # Every printed value passes here before it is escaped, so no text can be forgotten.
         finalize=_finalize,
     )
-    for function in (number, interval, percent, plus_minus, duration, words, setting):
+    for function in (number, interval, percent, plus_minus, duration, words, setting, describe):
         environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
     names = [method.name for method in evidence.methods]
@@ -64,7 +76,6 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         headline=headline(evidence),
         figures=figures,
         looks=looks,
-        describe=describe,
         wins=win_table(evidence),
         by_category=category_table(evidence),
         captions=Captions(evidence),
@@ -76,60 +87,44 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
     )
 
 
-def describe(method: MethodEvidence) -> str:
-    """A method in words: what it says of itself, else what it minimises, on what, with which β."""
-    if method.line:
-        return method.line
-    target = {"reward": "reward target", "preference": "preference target"}.get(method.target or "", "")
-    names = {"beta_pi": "β_π", "beta_r": "β_r", "beta": "β", "epsilon": "ε"}
-    unused = "epsilon" if method.target == "reward" else "beta_r"
-    values = [
-        f"{sign} {method.settings[key]:g}"
-        for key, sign in names.items()
-        if key != unused and isinstance(method.settings.get(key), int | float)
-    ]
-    return ", ".join(part for part in (method.called, target, *values) if part)
-
-
 def _figures(evidence: Evidence, folder: Path) -> Iterator[tuple[str, Markup]]:
     """Draw each figure wide and narrow; save the wide one; yield both as markup under the figure's name."""
-    looks, density = looks_of(evidence.methods), evidence.density
-    drawings: dict[str, tuple[str, Callable[[float], Figure | None]]] = {
+    looks = looks_of(evidence.methods)
+    drawings: dict[str, tuple[str, Callable[..., Figure | None]]] = {
         "frontier": (
             f"{'Mean reward' if evidence.scored else 'Accuracy on held-out pairs'} against KL to the supervised policy",
-            lambda width: draw_frontier(evidence, looks, width=width),
+            partial(draw_frontier, evidence, looks),
         ),
         "accuracy": (
             "Probability of the label, by the classifier, against KL to the supervised policy",
-            lambda width: draw_measure(evidence, looks, CLASSIFIER, width=width),
+            partial(draw_frontier, evidence, looks, CLASSIFIER),
         ),
         "pairs": (
             "Accuracy on held-out preference pairs against KL to the supervised policy",
-            lambda width: draw_measure(evidence, looks, PAIRS, width=width) if evidence.scored else None,
+            partial(draw_frontier, evidence, looks, PAIRS),
         ),
         "margin": (
             "Margin of log-ratios on held-out preference pairs against KL to the supervised policy",
-            lambda width: draw_measure(evidence, looks, MARGIN, width=width),
+            partial(draw_frontier, evidence, looks, MARGIN),
         ),
         "density": (
             "Density ratio of each policy to the supervised one along the samples' log-probability",
-            lambda width: None if density is None else draw_density(density, looks, width=width),
+            partial(draw_density, evidence.density, looks),
         ),
         "checkpoints": (
             "Reward, KL and further measures of each checkpoint against training step",
-            lambda width: draw_checkpoints(evidence, looks, width=width),
+            partial(draw_checkpoints, evidence, looks),
         ),
-        "alignment": (
-            "Training metrics of each method against step",
-            lambda width: draw_alignment(evidence, looks, width=width),
-        ),
-        "stages": ("Loss of the other stages against step", lambda width: draw_other_stages(evidence, width=width)),
+        "alignment": ("Training metrics of each method against step", partial(draw_alignment, evidence, looks)),
+        "stages": ("Loss of the other stages against step", partial(draw_other_stages, evidence)),
     }
+    if not evidence.scored:
+        del drawings["pairs"]  # the frontier shows them
     for name, (description, draw) in drawings.items():
         with figure_style():
-            wide, narrow = draw(WIDE), draw(NARROW)
-            if wide is None or narrow is None:
-                continue
+            wide, narrow = draw(width=WIDTH), draw(width=NARROW)
+        if wide is None or narrow is None:
+            continue
         save_figure(wide, folder, name)
         both = (
             f'<div class="wide">{inline_svg(wide, name, description)}</div>'
@@ -161,6 +156,65 @@ def _mark_names(text: str, names: list[str]) -> Markup:
         pattern = "|".join(map(re.escape, longest_first))
         text = re.sub(rf"(?<![\w/-])({pattern})(?![\w/-])", r'<span class="method">\1</span>', text)
     return Markup(text)
+
+
+def _write_tables(evidence: Evidence, folder: Path) -> None:
+    """What every mark of the figures stands on, with its interval."""
+    for name, table in (
+        ("checkpoints", _checkpoints),
+        ("optimum", _optimum),
+        ("training", _training),
+        ("density", _density),
+    ):
+        rows = list(table(evidence))
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        if rows:
+            write_text(folder / f"{name}.csv", csv_text([columns, *([row.get(c) for c in columns] for row in rows)]))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names; an estimate stands under its own name.
+
+    >>> _flat({"kl": {"estimate": 1.0, "low": 0.5, "high": 1.5, "num_prompts": 8}, "step": 3})
+    {'kl': 1.0, 'kl.low': 0.5, 'kl.high': 1.5, 'kl.num_prompts': 8, 'step': 3}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}" if name != "estimate" or not prefix else prefix.removesuffix(".")
+        flat |= _flat(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+    return flat
+
+
+def _checkpoints(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    if evidence.sft is not None:
+        yield {"method": "SFT"} | _flat(asdict(evidence.sft))
+    for method in evidence.methods:
+        for point in method.points:
+            beta = {} if method.sweep is None else {"beta": method.sweep.betas[point.step - 1]}
+            yield {"method": method.name} | beta | _flat(asdict(point))
+
+
+def _optimum(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for point in evidence.optimum.points if evidence.optimum else ():
+        yield {"curve": "estimated optimum"} | _flat(asdict(point))
+    for best in evidence.best_of_n:
+        values = asdict(best)
+        values.pop("win_rates")
+        yield {"curve": "best of N"} | _flat(values)
+
+
+def _training(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for curve in evidence.curves:
+        for place, step in enumerate(curve.steps):
+            yield {"stage": curve.stage, "step": step} | {name: found[place] for name, found in curve.values.items()}
+
+
+def _density(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for prompt in evidence.density.prompts if evidence.density else ():
+        for curve in prompt.curves:
+            for place in zip(prompt.grid, curve.ratio, curve.low, curve.high, strict=True):
+                names = ("log_sft", "ratio", "ratio.low", "ratio.high")
+                yield {"prompt": prompt.id, "policy": curve.policy} | dict(zip(names, place, strict=True))
 
 
 @dataclass(frozen=True)
@@ -233,22 +287,32 @@ def _rule(evidence: Evidence, within: float | None) -> str:
 def headline(evidence: Evidence) -> Headline:
     """How the methods compare. A method is called ahead only where the interval of its lead excludes 0."""
     evaluated = [method for method in evidence.methods if method.points]
+    stopped = [method.name for method in evidence.methods if not method.finished]
+    unfinished = [f"Stopped before the end of training: {_list(stopped)}."] if stopped else []
     sentences = _opening(evidence)
     if not evaluated:
         return Headline("No aligned policy has been evaluated yet.", sentences)
     if not evidence.scored:
-        return _on_pairs(evaluated, _unfinished(evidence))
+        return _on_pairs(evaluated, unfinished)
     if len(evaluated) == 1 or evidence.equal_kl is None:
-        titles = [_gain_title(method) for method in evaluated]
-        title = titles[0] if len(titles) == 1 else "The methods could not be compared at equal KL."
-        sentences += [_gain_sentence(method) for method in evaluated]
+        several = len(evaluated) > 1
+        title = "The methods could not be compared at equal KL." if several else _gain_title(evaluated[0])
+        sentences += [
+            f"{method.name} ends at mean reward {interval(_end(method))}, {interval(method.gain)} above the supervised "
+            f"policy's, {_at(method.points[-1])}."
+            for method in evaluated
+        ]
     else:
-        farther = _farther_and_better(evidence.equal_kl, evaluated)
-        title = _ranking_title(evidence.equal_kl, farther)
-        sentences += [_ranking_sentence(evidence.equal_kl), *_end_sentence(evaluated), *_exo_against_others(evidence)]
-    sentences += _optimum_sentence(evidence, evaluated)
-    sentences += _unfinished(evidence)
-    return Headline(title, sentences)
+        best = max(evaluated, key=lambda method: _end(method).estimate)
+        title = _ranking_title(evidence.equal_kl, best, evaluated)
+        told = f"At the end of training {best.name} has the most reward, {interval(_end(best))} {_at(best.points[-1])}."
+        sentences += [_ranking_sentence(evidence.equal_kl), told, *_exo_against_others(evidence)]
+    gaps = [(method.name, method.gap) for method in evaluated if method.gap is not None]
+    if gaps:
+        name, gap = min(gaps, key=lambda pair: pair[1].gap.estimate)
+        at = f"The best possible policy at KL {number(gap.kl)}"
+        sentences += [f"{at} is estimated {interval(gap.gap)} above {name}, the closest."]
+    return Headline(title, sentences + unfinished)
 
 
 def is_above_zero(value: Interval | None) -> bool:
@@ -292,23 +356,17 @@ def _gain_title(method: MethodEvidence) -> str:
     return f"{method.name} does not measurably change the reward."
 
 
-def _gain_sentence(method: MethodEvidence) -> str:
-    last = method.points[-1]
-    return (
-        f"{method.name} ends at mean reward {interval(last.reward)}, {interval(method.gain)} above the supervised "
-        f"policy's, {_at(last)}."
-    )
-
-
-def _ranking_title(equal: EqualKL, farther: MethodEvidence | None) -> str:
+def _ranking_title(equal: EqualKL, farthest: MethodEvidence, evaluated: list[MethodEvidence]) -> str:
+    """`farthest` has the most reward at its end: said where the leader's interval lies below it."""
     best, *others = equal.standings
     if not others:
         return f"{best.method} is the only method that moved far enough to be judged."
     level = [s.method for s in others if not is_above_zero(s.behind_leader)]
-    if not level and farther is None:
-        return f"{best.method} gets the most reward for its KL."
-    if not level and farther is not None:
-        return f"At KL {number(equal.kl, 2)} {best.method} leads; {farther.name} goes further and gets more."
+    if not level:
+        low, high = _end(farthest).low, next(_end(m).high for m in evaluated if m.name == best.method)
+        if farthest.name == best.method or low is None or high is None or low <= high:
+            return f"{best.method} gets the most reward for its KL."
+        return f"At KL {number(equal.kl, 2)} {best.method} leads; {farthest.name} goes further and gets more."
     if len(level) == len(others) and len(others) > 1:
         return "At equal KL, no method is clearly ahead."
     behind = [s.method for s in others if s.method not in level]
@@ -316,29 +374,10 @@ def _ranking_title(equal: EqualKL, farther: MethodEvidence | None) -> str:
     return f"At equal KL, {_list([best.method, *level])} are level{rest}."
 
 
-def _farther_and_better(equal: EqualKL, evaluated: list[MethodEvidence]) -> MethodEvidence | None:
-    """The method with the most reward at its end, if it is not the leader and the two intervals do not overlap."""
-    lead = equal.standings[0].method
-    leader = next(method for method in evaluated if method.name == lead)
-    best = max(evaluated, key=_end_reward)
-    low, high = _end(best).low, _end(leader).high
-    return best if best is not leader and low is not None and high is not None and low > high else None
-
-
-def _end_reward(method: MethodEvidence) -> float:
-    return _end(method).estimate
-
-
 def _end(method: MethodEvidence) -> Interval:
     reward = method.points[-1].reward
     assert reward is not None
     return reward
-
-
-def _end_sentence(evaluated: list[MethodEvidence]) -> list[str]:
-    best = max(evaluated, key=_end_reward)
-    last = best.points[-1]
-    return [f"At the end of training {best.name} has the most reward, {interval(last.reward)} {_at(last)}."]
 
 
 def _ranking_sentence(equal: EqualKL) -> str:
@@ -365,35 +404,14 @@ def _exo_against_others(evidence: Evidence) -> list[str]:
         first, second = by_name[pair.first], by_name[pair.second]
         families = {first.family, second.family}
         if "exo" in families and len(families - {"other"}) > 1 and first.target == second.target:
-            sentences.append(_duel(pair, first, second))
+            on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
+            one, other = (f"{method.called} ({method.name})" for method in (first, second))
+            amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"
+            if is_above_zero(pair.difference):
+                sentences.append(f"{on}, {one} is ahead of {other}: {amount} more reward {at}.")
+            else:
+                sentences.append(f"{on}, {one} and {other} are level: a difference of {amount} {at}.")
     return sentences
-
-
-def _duel(pair: Comparison, first: MethodEvidence, second: MethodEvidence) -> str:
-    on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
-    amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"
-    if is_above_zero(pair.difference):
-        return f"{on}, {_titled(first)} is ahead of {_titled(second)}: {amount} more reward {at}."
-    return f"{on}, {_titled(first)} and {_titled(second)} are level: a difference of {amount} {at}."
-
-
-def _titled(method: MethodEvidence) -> str:
-    return f"{method.called} ({method.name})"
-
-
-def _optimum_sentence(evidence: Evidence, evaluated: list[MethodEvidence]) -> list[str]:
-    gaps = [(method.name, method.gap) for method in evaluated if method.gap is not None]
-    if not gaps:
-        return []
-    name, gap = min(gaps, key=lambda pair: pair[1].gap.estimate)
-    return [
-        f"The best possible policy at KL {number(gap.kl)} is estimated {interval(gap.gap)} above {name}, the closest."
-    ]
-
-
-def _unfinished(evidence: Evidence) -> list[str]:
-    names = [method.name for method in evidence.methods if not method.finished]
-    return [f"Stopped before the end of training: {_list(names)}."] if names else []
 
 
 def _list(names: list[str]) -> str:

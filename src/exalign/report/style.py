@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from exalign.evaluation.schema import MethodEvidence
+from exalign.evaluation.schema import Interval, MethodEvidence
 from exalign.report.wording import visible
 from exalign.storage import atomic_path
 
-LIGHT = {
-    "ink": "#1c2127",
-    "muted": "#68707c",
-    "rule": "#dcdfe4",
-    "paper": "#fefefe",
-    "exo-1": "#0b5fa5",
-    "exo-2": "#2a76b9",
-    "exo-3": "#073b6a",
-    "dpo-1": "#d97706",
-    "dpo-2": "#e8952f",
-    "dpo-3": "#a85a03",
-    "ppo-1": "#b3324a",
-    "ppo-2": "#cf5f72",
-    "ppo-3": "#7d1f31",
-    "other-1": "#0f8a6d",
-    "other-2": "#a8498f",
-    "other-3": "#7d7a24",
+_COLORS = {
+    "ink": ("#1c2127", "#e7eaee"),
+    "muted": ("#68707c", "#9aa3af"),
+    "rule": ("#dcdfe4", "#343a43"),
+    "paper": ("#fefefe", "#14171b"),
+    "exo-1": ("#0b5fa5", "#62b0f2"),
+    "exo-2": ("#2a76b9", "#8cc6f7"),
+    "exo-3": ("#073b6a", "#3d8fd6"),
+    "dpo-1": ("#d97706", "#f2a33a"),
+    "dpo-2": ("#e8952f", "#f7c078"),
+    "dpo-3": ("#a85a03", "#cf8420"),
+    "ppo-1": ("#b3324a", "#f08295"),
+    "ppo-2": ("#cf5f72", "#f5a9b5"),
+    "ppo-3": ("#7d1f31", "#d05a70"),
+    "other-1": ("#0f8a6d", "#45c7a6"),
+    "other-2": ("#a8498f", "#dc93ca"),
+    "other-3": ("#7d7a24", "#bdba5c"),
 }
-DARK = {
-    "ink": "#e7eaee",
-    "muted": "#9aa3af",
-    "rule": "#343a43",
-    "paper": "#14171b",
-    "exo-1": "#62b0f2",
-    "exo-2": "#8cc6f7",
-    "exo-3": "#3d8fd6",
-    "dpo-1": "#f2a33a",
-    "dpo-2": "#f7c078",
-    "dpo-3": "#cf8420",
-    "ppo-1": "#f08295",
-    "ppo-2": "#f5a9b5",
-    "ppo-3": "#d05a70",
-    "other-1": "#45c7a6",
-    "other-2": "#dc93ca",
-    "other-3": "#bdba5c",
-}
+"""Of the page in light and in dark."""
+LIGHT, DARK = ({name: colors[i] for name, colors in _COLORS.items()} for i in (0, 1))
 _MARKERS = {"exo": "ooH", "dpo": "ssX", "ppo": "DdD", "other": "^vP"}
 _PER_FAMILY = 3
 
@@ -98,9 +83,9 @@ _FIGURE_STYLE: dict[str, Any] = {
 }
 
 
-def figure_style(**more: str) -> AbstractContextManager[None]:
-    """The context in which every figure is made and saved; `more` are further matplotlib settings, `_` for `.`."""
-    settings: Any = {**_FIGURE_STYLE, **{name.replace("_", "."): value for name, value in more.items()}}
+def figure_style(svg_text: str = "path") -> AbstractContextManager[None]:
+    """The context in which every figure is made and saved, the letters of an SVG as outlines or as text (`none`)."""
+    settings: Any = {**_FIGURE_STYLE, "svg.fonttype": svg_text}
     return matplotlib.rc_context(settings)
 
 
@@ -167,17 +152,12 @@ def spread_apart(wanted: Sequence[float], distance: float) -> list[float]:
     return places
 
 
-def _within(axes: Axes, x: float, y: float) -> tuple[float, float]:
-    """Where a point of the data lies, as shares of the axes' width and height."""
-    across, up = axes.transLimits.transform(axes.transScale.transform((x, y)))
-    return float(across), float(up)
-
-
 def label_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]], *, distance: float = 0.052) -> None:
     """Write each name right of the axes at the height of its end (name, color, x, y), with a thin line to it."""
     if not ends:
         return
-    starts, heights = np.array([_within(axes, x, y) for _, _, x, y in ends]).T
+    shares = axes.transLimits.transform(axes.transScale.transform([(x, y) for *_, x, y in ends]))
+    starts, heights = shares.T  # of the axes' width and height
     for (name, color, *_), start, height, place in zip(
         ends, starts, heights, spread_apart(heights, distance), strict=True
     ):
@@ -205,11 +185,23 @@ def drawable(text: str) -> str:
 
 
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
-PNG_DPI = 160
 WIDTH = 8.8
-"""Inches of a figure with its caption."""
+"""Inches of a figure for a screen and paper."""
 _CAPTION_LETTERS = 165
 """Letters in a line of the caption, which `WIDTH` has room for."""
+
+
+def vertical_bar(axes: Axes, x: float, value: Interval, color: str, **look: Any) -> None:
+    """The interval at `x`, where there is one."""
+    if value.low is not None and value.high is not None:
+        axes.vlines(x, value.low, value.high, color=color, **look)
+
+
+def shared_legend(figure: Figure, columns: int, *, handlelength: float = 2.6) -> None:
+    """One legend above all panels, each name once."""
+    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    named = [line for name, line in handles.items() if not name.startswith("_")]
+    figure.legend(handles=named, loc="outside upper left", ncols=columns, handlelength=handlelength)
 
 
 def write_under(figure: Figure, caption: str) -> None:
@@ -232,15 +224,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write `name`.png and `name`.svg, text as outlines so that they look alike everywhere."""
     _settle(figure)
     for kind, metadata in (("png", {"Software": None}), ("svg", _NO_METADATA)):
-        with figure_style(svg_fonttype="path"), atomic_path(folder / f"{name}.{kind}") as at:
-            figure.savefig(at, format=kind, dpi=PNG_DPI, metadata=metadata, facecolor="white")
+        with figure_style(), atomic_path(folder / f"{name}.{kind}") as at:
+            figure.savefig(at, format=kind, dpi=160, metadata=metadata, facecolor="white")
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element for the page; `name` makes its ids unique, `description` is read aloud."""
     _settle(figure)
     stream = io.StringIO()
-    with figure_style(svg_fonttype="none"):
+    with figure_style("none"):
         figure.savefig(stream, format="svg", metadata=_NO_METADATA, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
@@ -252,12 +244,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     # A hundredth of a point is finer than any screen; six digits would double the size of the page.
     text = re.sub(r'\bd="[^"]*"', lambda path: _LONG.sub(lambda x: f"{float(x[0]):.2f}", path[0]), text)
     head, rest = text.split(">", 1)
-    return f"{head}><title>{_escape(description)}</title>{rest}"
+    return f"{head}><title>{escape(description, quote=False)}</title>{rest}"
 
 
 _LONG = re.compile(r"-?\d+\.\d{3,}")
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from exalign.evaluation.run_folder import BEST_OF as SYSTEM_BEST_OF
 from exalign.evaluation.schema import Evidence, Interval, Tally, WinRate
 from exalign.report.style import LIGHT, Look, drawable
-from exalign.report.wording import best, percent, visible, within_a_share
+from exalign.report.wording import best, markdown, percent, within_a_share
 from exalign.spreadsheet import csv_text
 from exalign.storage import write_json, write_text
 
@@ -39,12 +40,12 @@ class WinCell:
 class WinTable:
     """Cells under their columns `(by, against)`, in the order of `methods`; a cell that nobody measured is absent."""
 
+    cells: list[WinCell]
     methods: list[str]
     columns: list[tuple[str, str]]
-    cells: dict[tuple[str, str, str], WinCell]
 
     def cell(self, method: str, column: tuple[str, str]) -> WinCell | None:
-        return self.cells.get((method, *column))
+        return next((cell for cell in self.cells if (cell.method, cell.by, cell.against) == (method, *column)), None)
 
     def best(self, column: tuple[str, str], shown: Callable[[Interval], str] = percent) -> set[str]:
         """The methods with the highest win rate of a column, as it is `shown`; best of N is none of them."""
@@ -62,7 +63,7 @@ def win_table(evidence: Evidence) -> WinTable:
     if evidence.best_of_n:
         most = evidence.best_of_n[-1]
         rates += [(f"{BEST_OF}{most.n}", rate) for rate in most.win_rates]
-    cells = [_by_scorer(name, rate) for name, rate in rates]
+    cells = [_by_scorer(name, SCORER, rate) for name, rate in rates]
     known = {method.name for method in evidence.methods}
     for judge, tallies in judged_tallies(evidence):
         for opponent, against in _OPPONENTS.items():
@@ -71,36 +72,31 @@ def win_table(evidence: Evidence) -> WinTable:
                 if (name in known or name != tally.first) and tally.second == opponent and tally.score is not None:
                     ties = 0.0 if tally.tie is None else tally.tie.estimate
                     cells.append(WinCell(name, judge, against, tally.score, ties, tally.num_judgements))
-    methods = dict.fromkeys([*(method.name for method in evidence.methods), *(cell.method for cell in cells)])
-    filled = {cell.method for cell in cells}
-    return WinTable(
-        methods=[name for name in methods if name in filled],
-        columns=list(dict.fromkeys((cell.by, cell.against) for cell in cells)),
-        cells={(cell.method, cell.by, cell.against): cell for cell in cells},
-    )
+    filled = dict.fromkeys(cell.method for cell in cells)
+    methods = [method.name for method in evidence.methods if method.name in filled]
+    methods += [name for name in filled if name not in methods]
+    return WinTable(cells, methods, list(dict.fromkeys((cell.by, cell.against) for cell in cells)))
 
 
 def category_table(evidence: Evidence) -> WinTable:
     """The scorer's win rates of every method on the prompts of each category, which stands where a judge would."""
     cells = [
-        WinCell(method.name, category, rate.opponent, rate.rate, rate.ties, rate.num_pairs)
+        _by_scorer(method.name, category, rate)
         for method in evidence.methods
         for category, rates in method.by_category.items()
         for rate in rates
     ]
-    return WinTable(
-        methods=list(dict.fromkeys(cell.method for cell in cells)),
-        columns=sorted({(cell.by, cell.against) for cell in cells}, key=lambda column: column[::-1]),
-        cells={(cell.method, cell.by, cell.against): cell for cell in cells},
-    )
+    columns = sorted({(cell.by, cell.against) for cell in cells}, key=lambda column: column[::-1])
+    return WinTable(cells, list(dict.fromkeys(cell.method for cell in cells)), columns)
 
 
 def write_win_table(table: WinTable, folder: Path, name: str, caption: str) -> list[Path]:
     """Write `name`.md, .csv and .json; return the paths."""
     paths = [folder / f"{name}.{kind}" for kind in ("md", "csv", "json")]
     write_text(paths[0], f"{as_markdown(table)}\n{caption}\n")
-    write_text(paths[1], as_csv(list(table.cells.values())))
-    write_json(paths[2], {"caption": caption, "cells": [_plain(cell) for cell in table.cells.values()]})
+    rows = [_plain(cell) for cell in table.cells]
+    write_text(paths[1], csv_text([rows[0], *(row.values() for row in rows)]))
+    write_json(paths[2], {"caption": caption, "cells": rows})
     return paths
 
 
@@ -115,26 +111,18 @@ def as_markdown(table: WinTable) -> str:
         return f"**{told}**" if name in leading[column] else told
 
     rows = [[name, *(text(name, column) for column in table.columns)] for name in table.methods]
-    lines = [heads, ["---", *["---:"] * len(table.columns)], *rows]
-    return "".join("| " + " | ".join(map(_escape, line)) + " |\n" for line in lines)
+    return markdown(heads, rows, "---:")
 
 
-def as_csv(cells: Sequence[WinCell]) -> str:
-    """One row per cell, all its numbers as shares in [0, 1]."""
-    return csv_text([_FIELDS, *([_plain(cell)[name] for name in _FIELDS] for cell in cells)])
+def _by_scorer(method: str, by: str, rate: WinRate) -> WinCell:
+    return WinCell(method, by, rate.opponent, rate.rate, rate.ties, rate.num_pairs)
 
 
-def _by_scorer(method: str, rate: WinRate) -> WinCell:
-    return WinCell(method, SCORER, rate.opponent, rate.rate, rate.ties, rate.num_pairs)
-
-
-_FIELDS = ("method", "by", "against", "win_rate", "low", "high", "num_prompts", "num_pairs", "ties")
-
-
-def _plain(cell: WinCell) -> dict[str, str | float | int | None]:
-    rate = cell.rate
-    numbers = (rate.estimate, rate.low, rate.high, rate.num_prompts, cell.num_pairs, cell.ties)
-    return dict(zip(_FIELDS, (cell.method, cell.by, cell.against, *numbers), strict=True))
+def _plain(cell: WinCell) -> dict[str, Any]:
+    """All its numbers, as shares in [0, 1]."""
+    who = {"method": cell.method, "by": cell.by, "against": cell.against, "win_rate": cell.rate.estimate}
+    bounds = {"low": cell.rate.low, "high": cell.rate.high, "num_prompts": cell.rate.num_prompts}
+    return {**who, **bounds, "num_pairs": cell.num_pairs, "ties": cell.ties}
 
 
 def _share(rate: Interval) -> str:
@@ -142,10 +130,6 @@ def _share(rate: Interval) -> str:
     if rate.low is None or rate.high is None:
         return text
     return f"{text} [{100 * within_a_share(rate.low):.1f}, {100 * within_a_share(rate.high):.1f}]"
-
-
-def _escape(text: str) -> str:
-    return visible(" ".join(text.split())).replace("|", r"\|").replace("<", "&lt;")
 
 
 OVERALL = "overall"
@@ -186,9 +170,10 @@ def _bars(axes: Axes, tallies: Sequence[Tally], looks: Mapping[str, Look]) -> No
     for row, tally in enumerate(tallies):
         assert tally.win is not None and tally.lose is not None
         win, lose = tally.win.estimate, tally.lose.estimate
-        axes.barh(row, win, height=0.6, color=_color(tally.first, looks, "ink"))
+        first, second = _look_of(tally.first, looks), _look_of(tally.second, looks)
+        axes.barh(row, win, height=0.6, color=first.color if first else LIGHT["ink"])
         axes.barh(row, 1 - win - lose, left=win, height=0.6, color=LIGHT["rule"])
-        axes.barh(row, lose, left=1 - lose, height=0.6, color=_color(tally.second, looks, "muted"))
+        axes.barh(row, lose, left=1 - lose, height=0.6, color=second.color if second else LIGHT["muted"])
         if tally.win.low is not None and tally.win.high is not None:
             ends = [within_a_share(tally.win.low), within_a_share(tally.win.high)]
             axes.plot(ends, [row - 0.38, row - 0.38], color=LIGHT["ink"], linewidth=1.2, marker="|", markersize=5)
@@ -201,9 +186,9 @@ def _bars(axes: Axes, tallies: Sequence[Tally], looks: Mapping[str, Look]) -> No
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
 
 
-def _color(system: str, looks: Mapping[str, Look], otherwise: str) -> str:
-    look = looks.get(system) or looks.get(system.partition("@")[0])
-    return LIGHT[otherwise] if look is None else look.color
+def _look_of(system: str, looks: Mapping[str, Look]) -> Look | None:
+    """`METHOD@STEP` looks like its method."""
+    return looks.get(system) or looks.get(system.partition("@")[0])
 
 
 def _cut(text: str, most: int = 80) -> str:
@@ -211,8 +196,7 @@ def _cut(text: str, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-_WIN = Markup('<i class="win{}" style="--c: var(--{}); --share: {}"></i>')
-_LOSE = Markup('<i class="lose{}" style="--c: var(--{}); --share: {}"></i>')
+_SIDE = Markup('<i class="{}{}" style="--c: var(--{}); --share: {}"></i>')
 _BOUNDS = Markup('<b class="{}" style="--low: {}; --high: {}"></b>')
 
 
@@ -224,22 +208,16 @@ def verdict_bar(tally: Tally, looks: Mapping[str, Look]) -> Markup:
     """
     if tally.win is None or tally.lose is None:
         return Markup("")
-    win = _WIN.format(*_look_of(tally.first, looks, "ink"), _percent(tally.win.estimate))
-    lose = _LOSE.format(*_look_of(tally.second, looks, "muted"), _percent(tally.lose.estimate))
-    brackets = _bracket("above", tally.win) + _bracket("below", tally.lose)
-    return Markup('<div class="verdicts" aria-hidden="true">{}</div>').format(win + lose + brackets)
-
-
-def _look_of(system: str, looks: Mapping[str, Look], otherwise: str) -> tuple[str, str]:
-    """Class and colour of a system; `METHOD@STEP` looks like its method."""
-    look = looks.get(system) or looks.get(system.partition("@")[0])
-    return ("", otherwise) if look is None else (" hollow" if look.hollow else "", look.name)
-
-
-def _bracket(place: str, interval: Interval) -> Markup:
-    if interval.low is None or interval.high is None:
-        return Markup("")
-    return _BOUNDS.format(place, _percent(interval.low), _percent(interval.high))
+    bar = Markup("")
+    sides = [("win", tally.first, tally.win, "ink"), ("lose", tally.second, tally.lose, "muted")]
+    for side, system, share, otherwise in sides:
+        look = _look_of(system, looks)
+        how = ("", otherwise) if look is None else (" hollow" if look.hollow else "", look.name)
+        bar += _SIDE.format(side, *how, _percent(share.estimate))
+    for place, share in (("above", tally.win), ("below", tally.lose)):
+        if share.low is not None and share.high is not None:
+            bar += _BOUNDS.format(place, _percent(share.low), _percent(share.high))
+    return Markup('<div class="verdicts" aria-hidden="true">{}</div>').format(bar)
 
 
 def _percent(share: float) -> str:

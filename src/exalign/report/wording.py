@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
-from exalign.evaluation.schema import Evidence, Interval
+from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 
+SIGNS = {"beta_pi": "β_π", "beta_r": "β_r", "beta": "β", "epsilon": "ε"}
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
 
 
@@ -93,6 +94,16 @@ def percent(value: Interval | None) -> str:
     return f"{text} [{100 * low:.0f},\N{NO-BREAK SPACE}{100 * high:.0f}]"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> str:
+    """A table, its columns but the first set as `align` says."""
+
+    def escape(text: str) -> str:
+        return visible(re.sub("[ \t\r\n]+", " ", text)).replace("|", r"\|").replace("<", "&lt;")
+
+    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(map(escape, line)) + " |\n" for line in lines)
+
+
 def best(cells: Mapping[str, tuple[float, str]]) -> set[str]:
     """Who has the highest value, and whose reads the same; cells are a value and its text, the estimate first.
 
@@ -140,6 +151,26 @@ def setting(value: Any) -> str:
 def words(key: str) -> str:
     """A snake_case key as words."""
     return key.replace("_", " ")
+
+
+def describe(method: MethodEvidence, without: str = "") -> str:
+    """A method in words: what it says of itself, else what it minimises, on what, with which β and ε.
+
+    Of methods that differ in one setting alone it says what they share, `without` that one.
+
+    >>> settings = {"beta_pi": 0.5, "beta_r": 0.1}
+    >>> describe(MethodEvidence("a", "exo", "reward", True, [], [], settings=settings), without="beta_pi")
+    'EXO, reward target, β_r 0.1'
+    """
+    if method.line and not without:
+        return method.line
+    unused = {without, "epsilon" if method.target == "reward" else "beta_r"}
+    values = [
+        f"{sign} {method.settings[key]:g}"
+        for key, sign in SIGNS.items()
+        if key not in unused and isinstance(method.settings.get(key), int | float)
+    ]
+    return ", ".join(part for part in (method.called, method.target and f"{method.target} target", *values) if part)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from typer.testing import CliRunner, Result
 
 from exalign.data.record import Completion, Prompt, Record
 from exalign.data.store import Header, write_records
-from exalign.judging.grading import grade_judge
-from exalign.judging.judge import judge
+from exalign.judging.judge import grade_judge, judge
 
 HERE = Path(__file__).parent
 

@@ -263,7 +263,7 @@ def test_agreement_with_another_judge_and_with_exported_people(run, rules, invok
 
 
 def test_agreement_with_a_study_of_the_same_run(run, rules, invoke):
-    store_module = pytest.importorskip("exalign.judging.study_store", reason="needs SQLAlchemy")
+    store_module = pytest.importorskip("exalign.judging.study", reason="needs SQLAlchemy")
     from exalign.judging.study import plan_study
 
     study = plan_study(run, [("sft", "exo")], name="study", num_prompts=10, assessors=["ann", "bob"])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exalign.judging.study import Study, plan_study
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store, Study, plan_study
 from judging.people.staging import MATCHES, Server, write_run
 
 

@@ -23,8 +23,7 @@ from playwright.async_api import BrowserContext, Page, async_playwright
 from playwright.async_api import Error as BrowserError
 
 from exalign.judging.comparisons import CRITERIA
-from exalign.judging.study import plan_study
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store, plan_study
 from judging.people.staging import MATCHES, Server, write_run
 
 CHROMIUM = "/usr/bin/chromium"

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from exalign.errors import InputError
 from exalign.judging.assess import allowed_hosts, create_app, read_answer, turns
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store
 
 HOST = "http://127.0.0.1"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from exalign.judging.study import plan_study
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store, plan_study
 from judging.people.simulated import ARGUMENTS, CHROMIUM, WAIT, hostile_answer, simulate
 from judging.people.staging import MATCHES, Server, write_run
 

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from exalign.errors import InputError
-from exalign.judging.assess import app, serve
+from exalign.judging.assess import app
 from exalign.judging.comparisons import read_comparisons
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store
 from judging.people.staging import Server
 
 
@@ -113,7 +113,7 @@ def test_the_server_listens_on_loopback_only_and_keeps_tokens_out_of_its_output(
             head = connection.makefile("rb").readline()
         assert head.startswith(b"HTTP/1.1 200")
         with pytest.raises(InputError, match="is it taken"):
-            serve(store, port=server.port)
+            invoke("serve", tmp_path / "study.sqlite", "--port", server.port)
         with pytest.raises(ConnectionRefusedError):  # 127.0.0.2 is this machine too, but not what was bound
             socket.create_connection(("127.0.0.2", server.port), timeout=10)
     finally:

@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from exalign.errors import InputError
-from exalign.judging.study_store import Store
+from exalign.judging.study import Store
 
 LEFT = {"verdict": "left", "criteria": {"safe": "right"}, "comment": "good"}
 TIE = {"verdict": "tie", "criteria": {}, "comment": ""}
@@ -146,7 +146,7 @@ def test_undo_turns_the_last_verdict_into_a_draft_once(opened, make_study):
     assert opened.undo(me, 3, 1)
     assert not opened.undo(me, 3, 1)
     task = opened.task(me, 3)
-    assert (task.answer, task.draft, task.previous) == (None, TIE, (1, 1))
+    assert (task.answer, task.draft, opened.last_decided(me)) == (None, TIE, (1, 1))
     assert opened.progress(me) == (1, 12)
     assert [c.comment for c in opened.comparisons("study")] == ["good"]
 
