@@ -27,8 +27,7 @@ from pathlib import Path
 import httpx
 
 from exalign.judging.comparisons import Pair
-from exalign.judging.study import Study, assign
-from exalign.judging.study import Store
+from exalign.judging.study import Store, Study, assign
 
 # One for all: making a TLS context takes longer than everything that is measured, and none is used.
 NO_TLS = ssl.create_default_context()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from exalign.report.page import render_page
 from report.conftest import HOSTILE
 
 
@@ -60,7 +63,8 @@ def test_what_models_wrote_is_inert_and_visible(browser, hostile_page):
     page, asked = open_page(browser, hostile_page)
     assert page.evaluate("window.hacked") is None
     assert asked == [hostile_page.as_uri()]
-    assert page.locator("script, img, iframe, object, article svg").count() == 0
+    assert page.locator("img, iframe, object, article svg, main script").count() == 0
+    assert page.locator("script").count() == 1  # the page's own, which its policy knows by its hash
     assert page.evaluate("getComputedStyle(document.body).display") != "none"
     shown = page.locator("article .text").first.text_content()
     for part in ("<script>window.hacked = 1</script>", "</p></article>", "␀␇␛[31m", "[U+202E]desrever", "{{ 7 * 7 }}"):
@@ -76,6 +80,24 @@ def test_bidirectional_text_does_not_leave_its_box(browser, hostile_page):
     assert page.locator("article .text").first.evaluate("e => getComputedStyle(e).unicodeBidi") == "isolate"
     for character in "\u202e\u2066\x00\x07\x1b":
         assert character not in page.content()
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_samples_are_found_by_words_of_their_prompts_and_answers(browser, evidence_and_page, tmp_path, width):
+    evidence, _ = evidence_and_page
+    first, second, *others = evidence.examples
+    answers = [replace(second.answers[0], text="A quagga, said to be <extinct>."), *second.answers[1:]]
+    examples = [replace(first, prompt="Which ZEBRA is that?"), replace(second, answers=answers), *others]
+    path = tmp_path / "page.html"
+    path.write_text(render_page(replace(evidence, examples=examples), {}), encoding="utf-8")
+    page, _ = open_page(browser, path, width=width)
+    total = page.locator("#samples details").count()
+    for words, found in (("zebra", 1), ("<Extinct> quagga", 1), ("zebra quagga", 0), ("", total)):
+        page.get_by_label("Search prompts and answers").fill(words)
+        assert page.locator("#samples details:visible").count() == found
+        assert page.locator("#found").text_content() == (f"{found} of {total}" if words else "")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 

@@ -195,7 +195,7 @@ def test_hostile_names_are_inert_and_the_sections_fit(browser, judged_run, width
     page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
     assert page.evaluate("window.hacked") is None
     assert asked == [path.as_uri()]
-    assert page.locator("script, img, iframe, #judged-by-model svg, #judged-by-people svg").count() == 0
+    assert page.locator("main script, img, iframe, #judged-by-model svg, #judged-by-people svg").count() == 0
     assert "<script>window.hacked = 1</script>" in page.locator("#judged-by-model").text_content()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     left, right = page.locator("#judged-by-model .verdicts").first.evaluate(

@@ -42,7 +42,7 @@ def test_no_reference_leads_outside(evidence_and_page):
         assert address.startswith("#"), address
     assert "@import" not in html
     assert not re.search(r"url\((?!#)", html)
-    assert "<script" not in html
+    assert html.count("<script") == 1 and "unsafe-inline'; script-src 'sha256-" in html
 
 
 def test_ids_are_unique_and_references_resolve(evidence_and_page):
@@ -58,7 +58,7 @@ def test_every_tag_is_closed(evidence_and_page):
 
     class Checker(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            if tag not in {"meta", "br"}:
+            if tag not in {"meta", "br", "input"}:
                 opened.append(tag)
 
         def handle_endtag(self, tag):

@@ -38,7 +38,9 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
-    kind, default = (str, "{}") if get_origin(field.annotation) is dict else (field.annotation, field.default)
+    is_mapping = get_origin(field.annotation) is dict
+    kind: Any = str if is_mapping else field.annotation
+    default = "{}" if is_mapping else field.default
     annotation = Annotated[kind, typer.Option(help=field.description)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

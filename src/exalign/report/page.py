@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,7 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
     for function in (number, interval, percent, plus_minus, duration, words, setting, describe):
         environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
+    script = Markup(files("exalign.report").joinpath("search.js").read_text(encoding="utf-8"))
     names = [method.name for method in evidence.methods]
     environment.filters["names"] = lambda text: _mark_names(text, names)
     looks = looks_of(evidence.methods)
@@ -82,6 +86,8 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         verdict_bar=lambda tally: verdict_bar(tally, looks),
         light=LIGHT,
         dark=DARK,
+        script=script,
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         total_seconds=sum(stage.seconds or 0 for stage in evidence.stages),
         longest_stage=max((stage.seconds or 0 for stage in evidence.stages), default=0) or 1,
     )
