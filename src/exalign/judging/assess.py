@@ -180,7 +180,7 @@ def export_study(
 ) -> None:
     """Write every verdict as a comparison record."""
     place, study = _open(where, name)
-    comparisons = list(place.comparisons(study))
+    comparisons = place.comparisons(study)
     write_comparisons(output, comparisons)
     typer.echo(f"{len(comparisons)} comparisons in {output}.")
     _print_standing(place, study)
@@ -190,7 +190,7 @@ def export_study(
 def study_agreement(where: Where, name: Named = None) -> None:
     """Print win, tie and lose per match-up, and how far the assessors agree, overall and per criterion."""
     place, study = _open(where, name)
-    comparisons = list(place.comparisons(study))
+    comparisons = place.comparisons(study)
     _print_standing(place, study)
     if not comparisons:
         raise InputError(f"Study {study} has no verdicts yet.")

@@ -56,11 +56,9 @@ class Pair:
         return fingerprint([self.prompt_id, sides])
 
     def text(self, side: Side) -> str:
-        """The answer of one of the two systems."""
         return self.first_text if side == "first" else self.second_text
 
     def judged(self, judge: str, verdict: Verdict, *, left: Side | None = None) -> Comparison:
-        """The record of a verdict on this pair."""
         values = {name: getattr(self, name) for name in _PAIR}
         return Comparison(**values, judge=judge, verdict=verdict, left=left)
 

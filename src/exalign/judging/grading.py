@@ -155,7 +155,6 @@ def from_summarize_from_feedback(rows: Iterable[Mapping[str, Any]], *, counts: C
 
 
 def _answers(conversation: list[Mapping[str, str]], turn: int) -> str:
-    """The model's answers up to the judged turn, in order."""
     answers = [message["content"] for message in conversation if message["role"] == "assistant"][:turn]
     if len(answers) < turn:
         raise ValueError(f"{len(answers)} answers, but turn {turn} was judged")

@@ -150,7 +150,6 @@ def _print_grade(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _asker_for(endpoint: str | None, model: str | None, model_path: str | None, settings: JudgeSettings) -> Asker:
-    """Who judges, as the options say."""
     if model_path is not None:
         if endpoint is not None or model is not None:
             raise InputError("Give either --endpoint and --model, or --model-path.")
@@ -181,7 +180,6 @@ def _finish(console: Console, home: Path, rows: dict[str, dict[str, Any]]) -> No
 
 
 def _unreadable(row: dict[str, Any]) -> str:
-    """What the unreadable answers look like, and what to do."""
     because, total = row["unreadable_because"], f"of {row['answers']:,} answers"
     asked = row["settings"]["request_fields"]
     limit, option = row["settings"]["max_answer_tokens"], "--max-answer-tokens"
@@ -219,7 +217,6 @@ def _print_summaries(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _agreement_text(entry: dict[str, Any]) -> str:
-    """How far the judge agrees with others, in one line."""
     judges = entry["with"]
     who = ", ".join(judges) if len(judges) <= 3 else f"{len(judges)} judges"
     kappa = "–" if entry["kappa"] is None else f"{entry['kappa']:z.2f}"
@@ -245,7 +242,6 @@ def _percent(interval: dict[str, Any] | None, *, bounds: bool = False) -> str:
 
 
 def _slug(text: str) -> str:
-    """A name as a folder's."""
     return re.sub(r"[^\w.@-]+", "-", text).strip("-.") or "judge"
 
 

@@ -61,7 +61,7 @@ def stored_studies(run: RunFolder) -> list[Said]:
     store = Store(str(path))
     try:
         totals = {name: sum(total for _, total in store.standing(name).values()) for name in store.check()}
-        return [Said(f"assessment: {name}", name, list(store.comparisons(name)), totals[name]) for name in totals]
+        return [Said(f"assessment: {name}", name, store.comparisons(name), totals[name]) for name in totals]
     finally:
         store.close()
 
@@ -107,8 +107,6 @@ def read_judgements(path: Path) -> Judgements:
 
 @dataclass(frozen=True)
 class _Judged:
-    """One judged match-up as its folder has it."""
-
     judge: str
     template: str
     match_up: ModelMatchUp

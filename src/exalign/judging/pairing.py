@@ -41,7 +41,6 @@ class System:
 
     @property
     def answers(self) -> dict[str, str]:
-        """Its answer to every prompt that it answered."""
         return {name: record.completions[0].text for name, record in self.records.items() if record.completions}
 
 

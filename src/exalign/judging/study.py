@@ -218,12 +218,10 @@ class Task:
 
     @property
     def left_text(self) -> str:
-        """The answer shown on the left, as A."""
         return self.pair.text(self.left)
 
     @property
     def right_text(self) -> str:
-        """The answer shown on the right, as B."""
         return self.pair.text(OTHER[self.left])
 
 
@@ -283,33 +281,29 @@ class Store:
     def assessor(self, token: str) -> Assessor | None:
         """Whose token this is, if anybody's."""
         query = sa.select(ASSESSOR, STUDY.c.name.label("study"), STUDY.c.secret).join(STUDY)
-        with self.engine.connect() as connection:
-            row = connection.execute(query.where(ASSESSOR.c.token_hash == hash_token(token))).first()
-        return None if row is None else Assessor(row.id, row.name, row.study, row.token_hash, row.secret)
+        rows = self._rows(query.where(ASSESSOR.c.token_hash == hash_token(token)))
+        return next((Assessor(row.id, row.name, row.study, row.token_hash, row.secret) for row in rows), None)
 
     def next_open(self, assessor_id: int, after: int = 0) -> int | None:
         """The first undecided position behind `after`, else the first of all; None when everything is decided."""
         is_open = sa.select(sa.func.min(_ROW.position)).where(
             _ROW.assessor_id == assessor_id, _ROW.decided_at.is_(None)
         )
-        with self.engine.connect() as connection:
-            behind = connection.scalar(is_open.where(_ROW.position > after))
-            return behind if behind is not None else connection.scalar(is_open)
+        ((behind,),), ((first,),) = self._rows(is_open.where(_ROW.position > after)), self._rows(is_open)
+        return first if behind is None else behind
 
     def progress(self, assessor_id: int) -> tuple[int, int]:
         """How many of an assessor's assignments are decided, and how many there are."""
         counts = sa.select(sa.func.count(_ROW.decided_at), sa.func.count()).where(_ROW.assessor_id == assessor_id)
-        with self.engine.connect() as connection:
-            done, total = connection.execute(counts).one()
+        ((done, total),) = self._rows(counts)
         return done, total
 
     def last_decided(self, assessor_id: int) -> tuple[int, int] | None:
         """Position and revision of the assignment decided last: what Undo takes back."""
         decided = [_ROW.assessor_id == assessor_id, _ROW.decided_at.is_not(None)]
-        last = sa.select(_ROW.position, _ROW.revision).where(*decided)
-        with self.engine.connect() as connection:
-            row = connection.execute(last.order_by(_ROW.decided_at.desc(), _ROW.position.desc()).limit(1)).first()
-        return None if row is None else (row.position, row.revision)
+        query = sa.select(_ROW.position, _ROW.revision).where(*decided)
+        rows = self._rows(query.order_by(_ROW.decided_at.desc(), _ROW.position.desc()).limit(1))
+        return next(((row.position, row.revision) for row in rows), None)
 
     def task(self, assessor_id: int, position: int) -> Task | None:
         """One assignment for its page; notes when it was first opened."""
@@ -347,7 +341,7 @@ class Store:
         undecided = {"decided_at": None, "draft": _ROW.answer, "answer": sa.null(), "revision": revision + 1}
         return self._change(assessor_id, position, revision, **undecided)
 
-    def comparisons(self, study: str) -> Iterator[Comparison]:
+    def comparisons(self, study: str) -> list[Comparison]:
         """Every verdict of a study as a `Comparison`, by assessor and position."""
         names = ASSESSOR.c.name.label("judge")
         query = sa.select(ASSIGNMENT, ITEM.c.content, names).select_from(
@@ -356,20 +350,19 @@ class Store:
             .join(STUDY, ASSESSOR.c.study_id == STUDY.c.id)
         )
         query = query.where(STUDY.c.name == study, _ROW.decided_at.is_not(None)).order_by(ASSESSOR.c.id, _ROW.position)
-        with self.engine.connect() as connection:
-            for row in connection.execute(query):
-                yield _comparison(row)
+        return [_comparison(row) for row in self._rows(query)]
 
     def standing(self, study: str) -> dict[str, tuple[int, int]]:
         """Per assessor, how many assignments are decided, and how many there are."""
         people = sa.select(ASSESSOR.c.id, ASSESSOR.c.name).join(STUDY).where(STUDY.c.name == study)
-        with self.engine.connect() as connection:
-            found = connection.execute(people.order_by(ASSESSOR.c.id)).all()
-        return {person.name: self.progress(person.id) for person in found}
+        return {person.name: self.progress(person.id) for person in self._rows(people.order_by(ASSESSOR.c.id))}
 
     def close(self) -> None:
-        """Close all connections."""
         self.engine.dispose()
+
+    def _rows(self, query: sa.Executable) -> Sequence[Any]:
+        with self.engine.connect() as connection:
+            return connection.execute(query).all()
 
     def _change(self, assessor_id: int, position: int, seen: int, **values: Any) -> bool:
         """Change an assignment if its revision is still the one that was seen; whether it was."""

@@ -57,7 +57,6 @@ def agreed(first: Verdict, second: Verdict) -> Verdict:
 
 
 def judge_pair(pair: Pair, keys: Keys, answers: Mapping[str, Answer], judge: str) -> Judgement:
-    """Read the answers to both of a pair's questions."""
     if pair.identical:
         return Judgement(pair, (), replace(pair.judged(judge, "tie"), comment=NOT_ASKED))
     orders = tuple(_judged(pair, side, answers[keys[side]], judge) for side in ORDERS if keys[side] in answers)

@@ -136,7 +136,6 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
 
 
 def _last(run: RunResults, stage: str, metric: str) -> str:
-    """A training's metric at its end."""
     values = next((curve.values.get(metric) for curve in run.evidence.curves if curve.stage == stage), None)
     return number(values[-1] if values else None, 2)
 

@@ -146,7 +146,6 @@ def _finalize(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A value of the environment as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list):
@@ -225,8 +224,6 @@ def _density(evidence: Evidence) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Headline:
-    """A title and a few sentences."""
-
     title: str
     sentences: list[str]
 
@@ -322,7 +319,6 @@ def headline(evidence: Evidence) -> Headline:
 
 
 def is_above_zero(value: Interval | None) -> bool:
-    """Whether the whole interval lies above 0."""
     return value is not None and value.low is not None and value.low > 0
 
 

@@ -103,7 +103,6 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of matplotlib's `plot`."""
         return {
             "color": self.color,
             "linestyle": self.dashes,

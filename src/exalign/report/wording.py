@@ -119,7 +119,6 @@ def best(cells: Mapping[str, tuple[float, str]]) -> set[str]:
 
 
 def within_a_share(bound: float) -> float:
-    """`bound` cut to [0, 1]."""
     return min(1.0, max(0.0, bound))
 
 
@@ -149,7 +148,6 @@ def setting(value: Any) -> str:
 
 
 def words(key: str) -> str:
-    """A snake_case key as words."""
     return key.replace("_", " ")
 
 
