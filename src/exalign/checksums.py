@@ -145,7 +145,7 @@ def check_folder(folder: Path, *, but: str = "") -> None:
     path = Path(folder) / NAME
     if path.is_file() and "\n# " in path.read_text(encoding="utf-8", errors="replace"):
         for name, digest in read_sums(folder).items():
-            if not (but and name.endswith(but)) and not _is(folder / name, digest):
+            if not (but and name.endswith(but)) and not holds(folder / name, digest):
                 raise InputError(
                     f"{folder / name} is damaged: it is not what {path} says; restore it, or delete the folder."
                 )
@@ -166,11 +166,11 @@ def damaged_files(folder: Path, *, newer: bool = False) -> Iterator[Path]:
         for name, digest in sums.items():
             file = path.parent / name
             unread = newer and file.is_file() and file.stat().st_mtime_ns <= written
-            if not (unread or _is(file, digest)):
+            if not (unread or holds(file, digest)):
                 yield file
 
 
-def _is(file: Path, digest: str) -> bool:
+def holds(file: Path, digest: str) -> bool:
     return file.is_file() and checksum(file) == digest
 
 

@@ -67,7 +67,7 @@ def check_inputs(stage: str, folder: Path) -> None:
     for name, digest in _listed(folder / "done.json").items():
         path = folder / name
         vouched = path.name != checksums.NAME and _owner(path, folder) is not None
-        if not (vouched or path.relative_to(folder).parts[0] in _NO_INPUT) and not _holds(path, digest):
+        if not (vouched or path.relative_to(folder).parts[0] in _NO_INPUT) and not checksums.holds(path, digest):
             raise _damaged(path, stage)
 
 
@@ -112,7 +112,7 @@ def verify(run: Path) -> Verified:
             try:
                 for name, digest in read(path).items():
                     file = path.parent / name
-                    intact[file] = _holds(file, digest) and intact.get(file, True)
+                    intact[file] = checksums.holds(file, digest) and intact.get(file, True)
             except (InputError, OSError):
                 intact[path] = False
 
@@ -133,10 +133,6 @@ def verify(run: Path) -> Verified:
 
 def _listed(marker: Path) -> dict[str, str]:
     return {name: digest for name, (*_, digest) in read_sealed(marker).get("files", {}).items()}
-
-
-def _holds(path: Path, digest: str) -> bool:
-    return path.is_file() and checksums.checksum(path) == digest
 
 
 def _owner(path: Path, folder: Path) -> Path | None:
