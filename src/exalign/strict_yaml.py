@@ -90,11 +90,6 @@ def parse_yaml(text: str, where: str) -> Any:
             loader.dispose()
 
 
-def plain_values(values: Any, where: str) -> Any:
-    """A copy that JSON can spell; dates and paths become texts, anything else is an `InputError` that names it."""
-    return _plain(values, where, ())
-
-
 def dump_yaml(values: Any) -> str:
     """YAML that `parse_yaml` reads back; characters that hide or reorder text are spelled out."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -129,13 +124,14 @@ def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
 
 
-def _plain(value: Any, where: str, path: tuple[str, ...]) -> Any:
+def plain_values(value: Any, where: str, path: tuple[str, ...] = ()) -> Any:
+    """A copy that JSON can spell; dates and paths become texts, anything else is an `InputError` that names it."""
     if len(path) > MAX_DEPTH:
         raise InputError(f"{_named(where, path)}: nested more than {MAX_DEPTH} deep.")
     if isinstance(value, dict):
-        return {_plain(key, where, path): _plain(inner, where, (*path, str(key))) for key, inner in value.items()}
+        return {plain_values(key, where, path): plain_values(of, where, (*path, str(key))) for key, of in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner, where, (*path, str(number))) for number, inner in enumerate(value)]
+        return [plain_values(inner, where, (*path, str(number))) for number, inner in enumerate(value)]
     if isinstance(value, date | os.PathLike):
         value = str(value)
     if isinstance(value, str):

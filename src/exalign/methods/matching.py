@@ -139,9 +139,9 @@ class Matching(Method):
         module, took = PackedPolicy(material.policy), partial(check_groups, settings=self)
         own = OwnSamples(module, material, self, Path(folder) / "rollouts.json", took=took)
         how = f"to a {self.target} target, {drawn_how(self.fresh_every)}, at τ = {material.temperature}"
-        card = ("Aligned policy", f"A language model aligned by {self.divergence} {how}.")
+        text = f"A language model aligned by {self.divergence} {how}."
         task = MatchingTask(own.batches, self, material.temperature, own)
-        return train_on_own_samples(task, module, own, self, folder, card=card)
+        return train_on_own_samples(task, own, folder, title="Aligned policy", text=text)
 
 
 def distance_of(settings: Matching) -> Callable[..., Tensor]:

@@ -64,7 +64,7 @@ class OwnSamples:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Trainable,
         material: Material,
         settings: Method,
         path: Path | None = None,
@@ -294,21 +294,19 @@ def whole_only(sampling: SampleSettings) -> Iterator[str]:
         yield "needs samples of the policy itself; remove sample.top_p and sample.top_k"
 
 
-def train_on_own_samples(
-    task: Task, module: Trainable, own: OwnSamples, settings: Method, folder: Path, *, card: tuple[str, str]
-) -> Path:
-    """Train on rollouts; `loop.train` says what is written. `card` is the title and text of the model card.
+def train_on_own_samples(task: Task, own: OwnSamples, folder: Path, *, title: str, text: str) -> Path:
+    """Train on rollouts; `loop.train` says what is written. `title` and `text` are the model card's.
 
     Checkpoints stand between rollouts: `checkpoint_every` is rounded up to whole ones, so that a run that goes on
     draws the rollout again from the weights it was drawn from. Rewards that are not finite are an `InputError`.
     """
     from exalign.training.loop import model_card, train
 
-    material, plan = own.material, own.batches.plan
+    material, plan, settings = own.material, own.batches.plan, own.settings
     for problem in settings.sampling_problems(material.sampling):
         raise InputError(f"{type(settings).__name__} {problem}.")
     placed = settings.model_copy(update={"checkpoint_every": plan.whole_rollouts(settings.checkpoint_every)})
-    text = model_card(card[0], card[1], settings, pipeline_tag="text-generation")
-    path = train(task, module, material.tokenizer, placed, folder, card=text)
+    card = model_card(title, text, settings, pipeline_tag="text-generation")
+    path = train(task, own.module, material.tokenizer, placed, folder, card=card)
     material.counts.update(own.counted.total(own.batches.num_rollouts))
     return path

@@ -233,4 +233,4 @@ def train_ppo(module: ActorCritic, material: Material, settings: PPO, folder: Pa
     """
     task = PPOTask(module, material, settings, Path(folder) / "rollouts.json")
     text = f"A language model trained by PPO with a KL penalty per token at τ = {material.temperature}."
-    return train_on_own_samples(task, module, task.own, settings, folder, card=("Policy trained by PPO", text))
+    return train_on_own_samples(task, task.own, folder, title="Policy trained by PPO", text=text)

@@ -91,8 +91,8 @@ class RLOO(Method):
         module, path, compute = PackedPolicy(material.policy), Path(folder) / "rollouts.json", self.compute
         own = OwnSamples(module, material, self, path, compute=compute(material.temperature))
         how = f"{drawn_how(self.fresh_every)}, at τ = {material.temperature}"
-        card = (f"Policy trained by {self.label}", f"A language model trained by {self.label}, {how}.")
-        return train_on_own_samples(PolicyGradientTask(self, own), module, own, self, folder, card=card)
+        title, text = f"Policy trained by {self.label}", f"A language model trained by {self.label}, {how}."
+        return train_on_own_samples(PolicyGradientTask(self, own), own, folder, title=title, text=text)
 
 
 @dataclass(frozen=True, slots=True)
