@@ -8,11 +8,9 @@ def hub_sentence(kind: str, source: str, error: BaseException) -> str | None:
 
     None where the error is about something else. Transformers and datasets wrap the hub's errors, so causes count too.
     """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
     names = {name.__name__ for cause in chain for name in type(cause).__mro__}
     said = " ".join(str(cause) for cause in chain)
     status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in chain}

@@ -137,12 +137,10 @@ Sources = DataSettings | list[DataSettings]
 
 
 def each(sources: Sources) -> list[DataSettings]:
-    """The sources, one or several, as a list."""
     return [sources] if isinstance(sources, DataSettings) else sources
 
 
 def named(sources: Sources) -> str:
-    """The names of one or several sources, for a message."""
     return ", ".join(settings.source for settings in each(sources))
 
 
@@ -180,7 +178,6 @@ class SourceRow:
     values: dict[str, Any]
 
     def problem(self, text: str) -> InputError:
-        """The error that names the file and this row."""
         return InputError(f"{self.where}, row {self.number}: {text}")
 
 
@@ -580,7 +577,6 @@ def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
 
 
 def _whole_json(path: Path, stream: ByteStream) -> Rows:
-    """A JSON array of objects, or objects that follow one another."""
     try:
         content = stream.read(MAX_WHOLE + 1)
         if len(content) > MAX_WHOLE:
@@ -607,7 +603,6 @@ def _unreadable(error: Exception) -> str:
 
 
 def _lines(path: Path, stream: ByteStream, unit: str = "row") -> Iterator[tuple[int, str]]:
-    """Numbered from 1."""
     for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW + 1), b""), start=1):
         if len(line) > MAX_ROW:
             raise InputError(f"{path}, {unit} {number} has more than {MAX_ROW >> 20} MiB.")

@@ -550,7 +550,6 @@ def _content(value: Any, name: str, counts: Counter[str]) -> str:
 
 
 def clean_prompt(value: Any, name: str, counts: Counter[str]) -> Prompt:
-    """A prompt: text as it is, or a list of messages."""
     return clean_text(value, name, counts) if isinstance(value, str) else clean_messages(value, name, counts)
 
 

@@ -129,7 +129,6 @@ class RecordWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as a shard."""
         if self._pending:
             records, self._pending = self._pending, []
             self.write_shard(records, Counter())
@@ -243,7 +242,6 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_counts(shard: Path) -> Counter[str]:
-    """What was counted while the records of a shard were made."""
     metadata = pq.read_schema(shard).metadata or {}
     try:
         return Counter(_COUNTS_TYPE.validate_json(metadata.get(_COUNTS, b"{}")))
@@ -252,7 +250,6 @@ def shard_counts(shard: Path) -> Counter[str]:
 
 
 def counted_in(folder: Path) -> Counter[str]:
-    """The sum of what was counted while the shards of a folder were made."""
     return sum((shard_counts(shard) for shard in shards_of(folder)), Counter())
 
 

@@ -194,7 +194,6 @@ class _Material:
 
     @property
     def evaluate(self) -> dict[str, Any]:
-        """The recipe's section of that name."""
         return self.recipe.get("evaluate") or {}
 
     @property
@@ -426,7 +425,6 @@ def _answer(source: str, completion: Completion) -> Answer:
 
 
 def _answers_drawn(said: Mapping[str, Any] | None) -> str | None:
-    """How answers to be judged were drawn, in words; None where they are the samples."""
     if said is None:
         return None
     top_p = said.get("top_p")

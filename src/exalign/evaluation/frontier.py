@@ -219,7 +219,6 @@ class Paths:
         return self.reward(method, kl) - self._columns[method][1][:, 0]
 
     def interval(self, values: Array) -> Interval:
-        """The mean of `[P]` values with its interval."""
         return self._bootstrap.mean(values)
 
 

@@ -91,11 +91,9 @@ class RunFolder:
         return self.path / "align" / method
 
     def model(self, method: str) -> Path:
-        """The policy at the end of training."""
         return self.align(method) / "model"
 
     def policy(self, method: str, step: int) -> Path:
-        """The policy that was saved at a step."""
         return self.align(method) / "policies" / step_name(step)
 
     def policy_source(self, name: str) -> str | None:
@@ -137,7 +135,6 @@ class RunFolder:
         return path.relative_to(self.path).as_posix()
 
     def recipe_text(self) -> str:
-        """Empty where there is none."""
         return self.recipe.read_text(encoding="utf-8", errors="replace") if self.recipe.is_file() else ""
 
     def recipe_values(self) -> dict[str, Any]:
@@ -198,7 +195,6 @@ class RunFolder:
         return self.model(method).is_dir() or not self.align(method).is_dir()
 
     def sampled_steps(self, method: str) -> list[int]:
-        """The checkpoints of which samples were drawn, in the order of training."""
         return _steps(self.evaluation / method)
 
     def paired_steps(self, method: str) -> list[int]:
@@ -242,7 +238,6 @@ class RunFolder:
         return cls(Path(*parts[:depth])), "@".join(names)
 
     def searches(self) -> list[Search]:
-        """The finished searches, in the order of `methods`."""
         found = []
         for method in self.methods():
             best = self.search(method) / "best.json"

@@ -50,7 +50,6 @@ class SampleTable:
         return replace(self, log_ratios=tuple(np.zeros(len(values)) for values in self.rewards))
 
     def at(self, ids: Sequence[str]) -> list[int]:
-        """Positions of `ids` in this table; each must be there."""
         position = {name: i for i, name in enumerate(self.ids)}
         return [position[name] for name in ids]
 

@@ -593,11 +593,9 @@ class Evidence:
 
     @property
     def scored(self) -> bool:
-        """Whether the samples have rewards."""
         return self.sft is None or self.sft.reward is not None
 
     def chosen(self) -> tuple[MethodEvidence, FrontierPoint] | None:
-        """The verdict's method and checkpoint."""
         if self.verdict is None:
             return None
         method = next(method for method in self.methods if method.name == self.verdict.method)

@@ -47,7 +47,6 @@ class Bootstrap:
     seed: int = 0
 
     def weights(self, num_prompts: int) -> Array:
-        """As `resample_weights`."""
         return resample_weights(num_prompts, num_resamples=self.num_resamples, seed=self.seed)
 
     def mean(self, prompt_means: Array) -> Interval:

@@ -60,7 +60,6 @@ class ObjectiveFigure:
 
 
 def two_mode_figure() -> TwoModeFigure:
-    """Fit one Gaussian to the two-mode optimum by each divergence."""
     line = two_mode_line()
     divergences: dict[str, Divergence] = {
         "reverse KL (EXO)": reverse_kl,

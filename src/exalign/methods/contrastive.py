@@ -42,7 +42,6 @@ class Contrastive(Method):
         """Of every prompt `[B]`, with gradient, from log π_θ(y_i|x) `[B, K]` and what its rows say."""
 
     def task_of(self, module: PackedPolicy, material: Material) -> Callable[[EpochBatches], ContrastiveTask]:
-        """The task, of the groups as batches."""
         return partial(ContrastiveTask, settings=self, temperature=material.temperature)
 
     def train(self, material: Material, folder: Path) -> Path:

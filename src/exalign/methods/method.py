@@ -136,11 +136,9 @@ class Method(TrainSettings):
 
     @property
     def line(self) -> str:
-        """What it does, as a sentence of the report."""
         return (type(self).__doc__ or "").strip().split("\n")[0]
 
     def described(self) -> dict[str, Any]:
-        """What a report knows of it, as JSON."""
         on = {"preferences": "preference", "nothing": None}.get(self.trains_on, "reward")
         target = getattr(self, "target", on)
         values = {"label": self.label, "family": self.family, "target": target}
@@ -205,7 +203,6 @@ def train_on(
 
 
 def available() -> list[str]:
-    """The methods that come with exalign."""
     names = (module.name for module in pkgutil.iter_modules(methods.__path__))
     return sorted(name for name in names if _class_in(f"exalign.methods.{name}") is not None)
 

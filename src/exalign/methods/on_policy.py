@@ -93,7 +93,6 @@ class OwnSamples:
         return torch.tensor([number * weight for number in self.numbers.values()])
 
     def as_metrics(self, noted: Tensor) -> dict[str, Tensor]:
-        """The same by name."""
         return dict(zip(self.numbers, noted.unbind(), strict=True))
 
     def drawn_by(self, policy_logp: Tensor, given: GroupValues) -> GroupValues:
@@ -267,7 +266,6 @@ def plan_of(settings: Method) -> RolloutPlan:
 
 
 def one_step(settings: Method) -> bool:
-    """Whether a rollout serves one optimizer step."""
     return plan_of(settings).steps_per_rollout == 1
 
 
@@ -278,7 +276,6 @@ def own_amount(settings: Any) -> Amount:
 
 
 def drawn_how(fresh_every: int) -> str:
-    """Words for where the samples come from."""
     return "on-policy" if fresh_every == 1 else f"own samples drawn every {fresh_every} steps"
 
 

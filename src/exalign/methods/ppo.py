@@ -166,7 +166,6 @@ class PPOTask:
 
     @property
     def critic_alone(self) -> bool:
-        """Whether the step under way is one of those before the policy moves."""
         return self.batches.step < self.settings.critic_steps
 
     def _took(self, groups: list[Group]) -> None:
@@ -175,7 +174,6 @@ class PPOTask:
 
     @property
     def beta(self) -> float:
-        """β as it is now."""
         return self.settings.beta if self.settings.target_kl is None else self.module.kl_coefficient.item()
 
     def _adapt(self, kl: float) -> None:

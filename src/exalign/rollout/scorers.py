@@ -318,7 +318,6 @@ class WeightedSum:
 
     @property
     def counts(self) -> Counter[str]:
-        """What all of them cut."""
         return sum((_cuts(scorer) for _, (_, scorer) in self._scorers), Counter())
 
     def parts(self, records: Sequence[Record]) -> list[list[dict[str, float]]]:
@@ -328,7 +327,6 @@ class WeightedSum:
         return [[dict(zip(names, of, strict=True)) for of in zip(*row, strict=True)] for row in zip(*each, strict=True)]
 
     def total(self, parts: Sequence[Sequence[Mapping[str, float]]]) -> list[list[float]]:
-        """The weighted sum of what `parts` gave."""
         return [[sum(weight * one[name] for name, (weight, _) in self._scorers) for one in row] for row in parts]
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
