@@ -503,7 +503,12 @@ def benchmark_(
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML.")] = None,
     method: Annotated[str | None, typer.Option(help="One method of the run (default: all).")] = None,
     against: Annotated[str | None, typer.Option(help="For a model: the one it started from.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch; changes no result.")] = 1,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question (default: the task's).")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask through the model's chat template.")
+    ] = False,
 ) -> None:
     """What was lost: tasks of lm-eval before and after alignment, of every method of a run, or of any model."""
     from exalign.evaluation.run_folder import RunFolder
@@ -517,7 +522,8 @@ def benchmark_(
     _quiet_libraries()
 
     def find() -> Any:
-        return find_tasks(tasks, include_path, limit, batch_size)
+        how = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template}
+        return find_tasks(tasks, include_path, **how)
 
     if is_run:
         console.print(benchmark_table(benchmark_run(run, method, find)))

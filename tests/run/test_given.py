@@ -194,7 +194,7 @@ def right(models: Path) -> dict[str, list[float]]:
 
 
 def test_what_was_lost_is_what_a_plain_count_says(given: RunFolder, tasks: Path, right: dict[str, list[float]]) -> None:
-    found = benchmark_run(given, None, lambda: find_tasks("documents, alike", tasks, None, 4))
+    found = benchmark_run(given, None, lambda: find_tasks("documents, alike", tasks))
     assert found == given.read_benchmark()  # as it stands in the run
     policies = {f"{name}@{step}" for name, step in (("line", 1), ("line", 2), ("adapter", 1), ("other", 1))}
     assert {row.policy for row in found.rows} <= policies and len({row.policy for row in found.rows}) == 3
@@ -243,12 +243,19 @@ def test_any_model_can_be_measured(models: Path, tasks: Path, right: dict[str, l
     command = ["benchmark", str(models / "moved"), "--tasks", "all_alike", "--include-path", str(tasks), "--limit", "9"]
     alone = CliRunner().invoke(app, command)
     assert alone.exit_code == 0, alone.output
-    assert f"{number(mean(right['moved'][:9]))}\N{NO-BREAK SPACE}±" in alone.output and "before" not in alone.output
+    assert (
+        f"{number(mean(right['moved'][:9]))}\N{NO-BREAK SPACE}±" in alone.output and "What was lost" not in alone.output
+    )
+    assert " 0 examples before each question" in " ".join(alone.output.split())
+    shown = CliRunner().invoke(app, [*command, "--num-fewshot", "2"])
+    assert " 2 examples before each question" in " ".join(shown.output.split()), shown.output
+    templated = CliRunner().invoke(app, [*command, "--chat-template"])
+    assert "moved has no chat template; leave out --chat-template." in str(templated.exception)
     with pytest.raises(InputError, match=r"'all_alik' is no task of lm-eval or of .*, where there is all_alike.*; --"):
-        find_tasks("all_alik", tasks, None, 1)
+        find_tasks("all_alik", tasks)
     (tasks / "all_alike.jsonl").unlink()
     with pytest.raises(InputError, match=r"all_alike cannot be read: .*all_alike\.jsonl"):
-        find_tasks("all_alike", tasks, None, 1)
+        find_tasks("all_alike", tasks)
 
 
 def test_without_the_harness_it_says_what_to_install(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,10 @@ Z = 1.96
 """Standard errors from the middle of a 95 % interval to its ends."""
 
 
-def find_tasks(names: str, include: Path | None, limit: int | None, batch_size: int) -> Measure:
+def find_tasks(names: str, include: Path | None, **how: Any) -> Measure:
     """What measures the tasks named with commas between, of lm-eval and of the folder `include`; their data is read.
+
+    `how` is lm-eval's own: `limit`, `num_fewshot`, `apply_chat_template`.
 
     A missing harness, an unknown task, and tasks that cannot be read are `InputError`s.
     """
@@ -59,8 +61,12 @@ def find_tasks(names: str, include: Path | None, limit: int | None, batch_size: 
     def measure(settings: ModelSettings) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(str(settings.source), trust_remote_code=settings.trust_remote_code)
         model = ready(load_policy(settings, tokenizer))  # ours: never from a pickle, with adapters in their base
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        return simple_evaluate(asked, tasks=wanted, task_manager=manager, limit=limit) or {}
+        templated = how.get("apply_chat_template", False)
+        if templated and tokenizer.chat_template is None:
+            raise InputError(f"{settings.source} has no chat template; leave out --chat-template.")
+        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if model.device.type == "cpu" else "auto")
+        found = simple_evaluate(asked, tasks=wanted, task_manager=manager, **how) or {}
+        return found | {"templated": templated}
 
     return measure
 
@@ -91,7 +97,10 @@ def compare(
     found = {name: measure(settings) for name, settings in after.items()}
     rows = [row for name, results in found.items() for row in _rows(name, start, results)]
     any_of = next(iter(found.values()))
-    return Benchmark(f"lm-eval {any_of['lm_eval_version']}", any_of["config"]["limit"], rows, sums)
+    shots = sorted(set(any_of["n-shot"].values()))
+    how = f"{'–'.join(map(str, {shots[0]: 0, shots[-1]: 0}))} examples before each question"
+    template = ", through the chat template" if any_of["templated"] else ""
+    return Benchmark(f"lm-eval {any_of['lm_eval_version']}, {how}{template}", any_of["config"]["limit"], rows, sums)
 
 
 def benchmark_table(found: Benchmark) -> Table:
