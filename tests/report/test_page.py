@@ -152,7 +152,8 @@ def span(estimate, low, high):
 
 def method(name, family="other", target=None, gain=None, gap=None):
     points = [FrontierPoint(10, span(1.0, 0.9, 1.1), span(2.0, 1.8, 2.2), 1.0, 400)]
-    return MethodEvidence(name, family, target, True, points, [], gain=gain, gap=gap)
+    label = "" if family == "other" else family.upper()
+    return MethodEvidence(name, family, target, True, points, [], gain=gain, gap=gap, label=label)
 
 
 def evidence_of(methods, *, standings=(), comparisons=(), left_out=()):
@@ -268,7 +269,8 @@ def test_a_method_in_words():
     settings = {"divergence": "jensen_shannon", "beta_pi": 0.5, "beta_r": 0.1, "epsilon": 1e-3}
     assert describe(replace(EXO, settings=settings)) == "EXO, reward target, β_π 0.5, β_r 0.1"
     other = replace(method("js", target="preference"), settings=settings)
-    assert describe(other) == "jensen shannon, preference target, β_π 0.5, ε 0.001"
+    assert describe(other) == "js, preference target, β_π 0.5, ε 0.001"
+    assert describe(replace(other, line="what it says of itself")) == "what it says of itself"
 
 
 def test_visible_keeps_ordinary_text():

@@ -18,6 +18,7 @@ from exalign.cli import draw_run_figures, main
 from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
+from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, Tally, WinRate
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, draw_frontier
@@ -32,10 +33,12 @@ METHODS = {"exo-rw": (0.9, (0.6, 1.2)), "exo-rw-2": (0.8, (0.5, 0.8)), "dpo-pref
 
 def with_settings(run: Path) -> Path:
     """exo-rw-2 differs from exo-rw in β_π alone, and ppo is another method."""
-    recipe = run / "recipe.yaml"
+    recipe, said = run / "recipe.yaml", RunFolder(run).description("exo-rw-2")
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith("  ppo:")]
-    text = "\n".join(line.replace("beta_pi: 0.1", "beta_pi: 0.5") if "rw-2" in line else line for line in lines)
-    recipe.write_text(text + "\n  ppo: {method: ppo, target: reward, beta: 0.1}\n")
+    recipe.write_text("\n".join(lines) + "\n  ppo: {method: ppo, target: reward, beta: 0.1}\n")
+    said.write_text(said.read_text().replace('"beta_pi": 0.1', '"beta_pi": 0.5'))
+    ppo = {"label": "PPO", "family": "ppo", "target": "reward", "settings": {"beta": 0.1}}
+    RunFolder(run).description("ppo").write_text(json.dumps(ppo))
     return run
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
@@ -28,6 +28,8 @@ from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, sav
 from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
 from exalign.report.wording import SIGNS, Captions, describe, visible
 from exalign.storage import write_text
+
+Array = NDArray[np.float64]
 
 
 def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> tuple[list[Path], list[str]]:
@@ -257,7 +259,7 @@ _STYLES: list[dict[str, Any]] = [
     {"color": LIGHT["other-3"], "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "P"},
     {"color": LIGHT["exo-3"], "linestyle": (0, (8, 2)), "marker": "H"},
 ]
-_PANELS_IN_A_ROW = 3
+_NARROWER = 7.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,37 +271,30 @@ class ErrorPanel:
 
     title: str
     slope: float
-    errors: Mapping[str, ArrayLike]
-    standard_errors: Mapping[str, ArrayLike] = field(default_factory=dict)
+    errors: Mapping[str, Array]
+    standard_errors: Mapping[str, Array] = field(default_factory=dict)
 
 
 def draw_divergences(
-    points: ArrayLike,
-    target: ArrayLike,
-    policies: Mapping[str, ArrayLike],
-    *,
-    reference: ArrayLike | None = None,
-    width: float = 7.6,
+    points: Array, target: Array, policies: Mapping[str, Array], *, reference: Array | None = None
 ) -> Figure:
     """What minimising each divergence makes of a two-mode target when the policy can hold one mode (Figure 1).
 
     One panel per divergence. `points` `[N]` lie on the horizontal axis; `target`, `reference` (π_sft) and each of
     `policies` are densities `[N]`.
     """
-    xs, wanted = np.asarray(points, dtype=float), np.asarray(target, dtype=float)
-    columns = min(len(policies), _PANELS_IN_A_ROW)
+    columns = min(len(policies), 3)
     rows = -(-len(policies) // columns)
     with figure_style():
-        figure = Figure(figsize=(width, 0.5 + 1.9 * rows), layout="constrained")
+        figure = Figure(figsize=(_NARROWER, 0.5 + 1.9 * rows), layout="constrained")
         panels = [axes for row in figure.subplots(rows, columns, sharey=True, squeeze=False) for axes in row]
         for axes in panels[len(policies) :]:
             axes.remove()
         for axes, (name, density), style in zip(panels, policies.items(), cycle(_STYLES), strict=False):
-            axes.fill_between(xs, wanted, color=LIGHT["muted"], alpha=0.3, linewidth=0, label="target π*")
+            axes.fill_between(points, target, color=LIGHT["muted"], alpha=0.3, linewidth=0, label="target π*")
             if reference is not None:
-                values = np.asarray(reference, dtype=float)
-                axes.plot(xs, values, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label="π_sft")
-            axes.plot(xs, np.asarray(density, dtype=float), **{**style, "marker": "", "linestyle": "-"}, label="policy")
+                axes.plot(points, reference, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label="π_sft")
+            axes.plot(points, density, **{**style, "marker": "", "linestyle": "-"}, label="policy")
             axes.set_title(name)
             axes.margins(x=0)
         panels[0].set_ylim(bottom=0)
@@ -309,14 +304,14 @@ def draw_divergences(
     return figure
 
 
-def draw_error_against_k(num_completions: ArrayLike, panels: Sequence[ErrorPanel], *, width: float = 7.6) -> Figure:
+def draw_error_against_k(num_completions: Sequence[int], panels: Sequence[ErrorPanel]) -> Figure:
     """Errors of the K-sample gradient against K on log-log axes, each panel with its slope (Theorems 3.2, 3.3).
 
     `num_completions` `[S]`, above 0. An error that is not above 0 has no place on such axes and is left out.
     """
     ks = np.asarray(num_completions, dtype=float)
     with figure_style():
-        figure = Figure(figsize=(width, 3.4), layout="constrained")
+        figure = Figure(figsize=(_NARROWER, 3.4), layout="constrained")
         for i, panel in enumerate(panels):
             _errors(figure.add_subplot(1, len(panels), i + 1), ks, panel)
         figure.axes[0].set_ylabel("error of the gradient")
@@ -328,12 +323,12 @@ def _errors(axes: Axes, ks: np.ndarray, panel: ErrorPanel) -> None:
     axes.set_yscale("log")
     top = 0.0
     for (name, values), style in zip(panel.errors.items(), cycle(_STYLES), strict=False):
-        errors = np.asarray(values, dtype=float)
+        errors = np.array(values)
         shown = errors > 0
         axes.plot(ks[shown], errors[shown], label=name, markersize=4, **style)
         top = max(top, float(errors[shown][0] * (ks[shown][0] / ks[0]) ** -panel.slope))
         if name in panel.standard_errors:
-            spread = 1.96 * np.asarray(panel.standard_errors[name], dtype=float)[shown]
+            spread = 1.96 * panel.standard_errors[name][shown]
             # An arm that would reach 0 ends at a tenth of the error: log axes have no 0.
             low = np.maximum(errors[shown] - spread, errors[shown] / 10)
             axes.vlines(ks[shown], low, errors[shown] + spread, color=style["color"], linewidth=0.8, alpha=0.6)

@@ -26,14 +26,15 @@ _OPPONENTS = {"sft": "SFT", "reference": "reference texts"}
 
 @dataclass(frozen=True)
 class WinCell:
-    """A win rate (a tie counts half) of `method` against `against`, as `by` has it."""
+    """A win rate (a tie counts half) of `method`, as `by` has it."""
 
     method: str
     by: str
-    against: str
-    rate: Interval
-    ties: float
-    num_pairs: int
+    won: WinRate
+
+    @property
+    def column(self) -> tuple[str, str]:
+        return self.by, self.won.opponent
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class WinTable:
     columns: list[tuple[str, str]]
 
     def cell(self, method: str, column: tuple[str, str]) -> WinCell | None:
-        return next((cell for cell in self.cells if (cell.method, cell.by, cell.against) == (method, *column)), None)
+        return next((cell for cell in self.cells if (cell.method, *cell.column) == (method, *column)), None)
 
     def best(self, column: tuple[str, str], shown: Callable[[Interval], str] = percent) -> set[str]:
         """The methods with the highest win rate of a column, as it is `shown`; best of N is none of them."""
         trained = [name for name in self.methods if not name.startswith(BEST_OF)]
-        cells = {name: cell.rate for name in trained if (cell := self.cell(name, column))}
+        cells = {name: cell.won.rate for name in trained if (cell := self.cell(name, column))}
         return best({name: (rate.estimate, shown(rate)) for name, rate in cells.items()})
 
 
@@ -63,7 +64,7 @@ def win_table(evidence: Evidence) -> WinTable:
     if evidence.best_of_n:
         most = evidence.best_of_n[-1]
         rates += [(f"{BEST_OF}{most.n}", rate) for rate in most.win_rates]
-    cells = [_by_scorer(name, SCORER, rate) for name, rate in rates]
+    cells = [WinCell(name, SCORER, rate) for name, rate in rates]
     known = {method.name for method in evidence.methods}
     for judge, tallies in judged_tallies(evidence):
         for opponent, against in _OPPONENTS.items():
@@ -71,22 +72,22 @@ def win_table(evidence: Evidence) -> WinTable:
                 name = re.sub(f"^{SYSTEM_BEST_OF}", BEST_OF, tally.first)
                 if (name in known or name != tally.first) and tally.second == opponent and tally.score is not None:
                     ties = 0.0 if tally.tie is None else tally.tie.estimate
-                    cells.append(WinCell(name, judge, against, tally.score, ties, tally.num_judgements))
+                    cells.append(WinCell(name, judge, WinRate(against, tally.score, ties, tally.num_judgements, 0)))
     filled = dict.fromkeys(cell.method for cell in cells)
     methods = [method.name for method in evidence.methods if method.name in filled]
     methods += [name for name in filled if name not in methods]
-    return WinTable(cells, methods, list(dict.fromkeys((cell.by, cell.against) for cell in cells)))
+    return WinTable(cells, methods, list(dict.fromkeys(cell.column for cell in cells)))
 
 
 def category_table(evidence: Evidence) -> WinTable:
     """The scorer's win rates of every method on the prompts of each category, which stands where a judge would."""
     cells = [
-        _by_scorer(method.name, category, rate)
+        WinCell(method.name, category, rate)
         for method in evidence.methods
         for category, rates in method.by_category.items()
         for rate in rates
     ]
-    columns = sorted({(cell.by, cell.against) for cell in cells}, key=lambda column: column[::-1])
+    columns = sorted({cell.column for cell in cells}, key=lambda column: column[::-1])
     return WinTable(cells, list(dict.fromkeys(cell.method for cell in cells)), columns)
 
 
@@ -107,22 +108,19 @@ def as_markdown(table: WinTable) -> str:
 
     def text(name: str, column: tuple[str, str]) -> str:
         cell = table.cell(name, column)
-        told = "–" if cell is None else f"{_share(cell.rate)} (n {cell.rate.num_prompts})"
+        told = "–" if cell is None else f"{_share(cell.won.rate)} (n {cell.won.rate.num_prompts})"
         return f"**{told}**" if name in leading[column] else told
 
     rows = [[name, *(text(name, column) for column in table.columns)] for name in table.methods]
     return markdown(heads, rows, "---:")
 
 
-def _by_scorer(method: str, by: str, rate: WinRate) -> WinCell:
-    return WinCell(method, by, rate.opponent, rate.rate, rate.ties, rate.num_pairs)
-
-
 def _plain(cell: WinCell) -> dict[str, Any]:
     """All its numbers, as shares in [0, 1]."""
-    who = {"method": cell.method, "by": cell.by, "against": cell.against, "win_rate": cell.rate.estimate}
-    bounds = {"low": cell.rate.low, "high": cell.rate.high, "num_prompts": cell.rate.num_prompts}
-    return {**who, **bounds, "num_pairs": cell.num_pairs, "ties": cell.ties}
+    rate = cell.won.rate
+    who = {"method": cell.method, "by": cell.by, "against": cell.won.opponent, "win_rate": rate.estimate}
+    bounds = {"low": rate.low, "high": rate.high, "num_prompts": rate.num_prompts}
+    return {**who, **bounds, "num_pairs": cell.won.num_pairs, "ties": cell.won.ties}
 
 
 def _share(rate: Interval) -> str:

@@ -157,7 +157,7 @@ def describe(method: MethodEvidence, without: str = "") -> str:
     Of methods that differ in one setting alone it says what they share, `without` that one.
 
     >>> settings = {"beta_pi": 0.5, "beta_r": 0.1}
-    >>> describe(MethodEvidence("a", "exo", "reward", True, [], [], settings=settings), without="beta_pi")
+    >>> describe(MethodEvidence("a", "exo", "reward", True, [], [], settings=settings, label="EXO"), without="beta_pi")
     'EXO, reward target, β_r 0.1'
     """
     if method.line and not without:
