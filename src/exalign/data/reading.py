@@ -46,13 +46,10 @@ MAX_WHOLE = 1 << 31
 SEEN = 100
 """Rows, the first of a source, that decide its shape."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""The hub's splits and the words that name them."""
-_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+_SPLIT_OF = dict.fromkeys(("train", "training"), "train")
+_SPLIT_OF |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLIT_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+"""The words that name the hub's splits."""
 _SPACE = re.compile(r"\s*")
 _BLANK = b" \t\r\n\v\f\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
