@@ -187,5 +187,5 @@ def test_inspect_reads_turns_of_human_and_assistant_as_align_does(world: Path, t
     said = {name: f"\n\nHuman: Was it good?\n\nAssistant: It was {name}." for name in ("fine", "dull")}
     (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": said["fine"], "rejected": said["dull"]}) + "\n")
     read = exalign("inspect", str(tmp_path / "hh.jsonl"), "--model", str(tmp_path / "chat")).stdout
-    told = exalign("inspect", str(tmp_path / "hh.jsonl"), "dialogues=false", "--model", str(tmp_path / "chat")).stdout
-    assert "texts read as dialogues" in read and "texts read as dialogues" not in told
+    told = exalign("inspect", str(tmp_path / "hh.jsonl"), "chat=false", "--model", str(tmp_path / "chat")).stdout
+    assert "prompts read as dialogues" in read and "prompts read as" not in told

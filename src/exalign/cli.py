@@ -302,15 +302,13 @@ def inspect(
     from exalign.data.reading import read_source, settings_of
     from exalign.data.tokenization import TokenLimits
     from exalign.models.loading import load_tokenizer
-    from exalign.run.begin import with_dialogues
+    from exalign.run.begin import with_messages
 
     _quiet_libraries()
     tokenizer = load_tokenizer(model)
-    source, _ = with_dialogues(settings_of(data, columns or (), settings or (), split), tokenizer)
-    if source.dialogues:
-        console.print(
-            "Turns of Human and Assistant are read as messages; dialogues=false reads them as text.", style="dim"
-        )
+    source, _ = with_messages(settings_of(data, columns or (), settings or (), split), tokenizer)
+    if source.chat:
+        console.print("Prompts are read as messages of a chat; chat=false reads them as text.", style="dim")
     limits = TokenLimits(max_prompt_tokens=max_prompt_tokens, max_completion_tokens=max_completion_tokens)
     counts: Counter[str] = Counter()
     records = read_source(source, counts, tokenizer)

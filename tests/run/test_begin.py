@@ -122,7 +122,7 @@ def test_dialogues_as_text_go_through_the_template_of_a_model_that_has_one(model
     past = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go on {}.\n\nAssistant:"
     rows = [{"chosen": f"{past.format(i)} Well.", "rejected": f"{past.format(i)} No."} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "dialogues" not in begin(str(model), str(file)).values["data"]["preferences"]
+    assert "chat" not in begin(str(model), str(file)).values["data"]["preferences"]
     chat = tmp_path / "chat"
     tokenizer = load_tokenizer(str(model))
     tokenizer.chat_template = (
@@ -131,10 +131,23 @@ def test_dialogues_as_text_go_through_the_template_of_a_model_that_has_one(model
     )
     save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, chat, card="")
     begun = begin(str(chat), str(file))
-    assert begun.values["data"]["preferences"] == {"source": str(file), "dialogues": True}
+    assert begun.values["data"]["preferences"] == {"source": str(file), "chat": True}
     assert "through the model's chat template" in begun.reasons[0]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(
+        "".join(json.dumps({"prompt": f"Go on {i}.", "chosen": "Well.", "rejected": " No."}) + "\n" for i in range(40))
+    )
+    assert begin(str(chat), str(plain)).values["data"]["preferences"]["chat"] is True
+    assert "chat" not in begin(str(model), str(plain)).values["data"]["preferences"]
+    assert begin(str(chat), str(plain), ["chat=false"]).values["data"]["preferences"] == {
+        "source": str(plain),
+        "chat": False,
+    }
+    (row, *_) = read_source(DataSettings(source=str(plain), chat=True), Counter())
+    assert row.prompt == ({"role": "user", "content": "Go on 0."},)
+    assert [completion.text for completion in row.completions] == ["Well.", "No."]
     counts: Counter[str] = Counter()
-    (first, *_) = read_source(DataSettings(source=str(file), dialogues=True), counts)
+    (first, *_) = read_source(DataSettings(source=str(file), chat=True), counts)
     assert [message["content"] for message in first.prompt] == ["Hi", "Yes?", "Go on 0."]  # type: ignore[index]
     assert [completion.text for completion in first.completions] == ["Well.", "No."]
-    assert counts["texts_read_as_dialogues"] == 40
+    assert counts["prompts_read_as_dialogues"] == 40

@@ -43,7 +43,11 @@ def recipe(model: Path, tmp_path: Path) -> Any:
         values = {
             "name": "it",
             "model": {"source": str(model)},
-            "data": {"preferences": {"source": str(file)}, "max_prompt_tokens": 32, "max_completion_tokens": 32},
+            "data": {
+                "preferences": {"source": str(file), "chat": False},
+                "max_prompt_tokens": 32,
+                "max_completion_tokens": 32,
+            },
             "sample": {"max_new_tokens": 8},
             "align": {"dpo": {"target": "preference"}},
         }
@@ -123,10 +127,22 @@ def test_epsilon_leaves_the_preferred_completion_the_most(recipe: Any) -> None:
         check_inputs(recipe(["Hi"], search=ranges, data__validation={"source": "x"}, **scored))
 
 
+def test_texts_that_a_chat_template_is_not_applied_to_are_told(recipe: Any, tmp_path: Path) -> None:
+    """Unless they are messages, become some, or text is said to be meant."""
+    pairs = tmp_path / "others.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi", "chosen": "yes", "rejected": "no"}) + "\n")
+    (said,) = check_inputs(recipe(["Hi"], data__preferences={"source": str(pairs)}))
+    assert said.startswith("data.preferences: prompts are text, and the model's chat template is not applied to them.")
+    for meant in (True, False):
+        assert check_inputs(recipe(["Hi"], data__preferences={"source": str(pairs), "chat": meant})) == []
+    pairs.write_text(json.dumps({"prompt": [USER], "chosen": "yes", "rejected": "no"}) + "\n")
+    assert check_inputs(recipe(["Hi"], data__preferences={"source": str(pairs)})) == []
+
+
 def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Hi ", "Why?", "Hi")))
-    said = check_inputs(recipe(["Hi", "Ho"], data__evaluation={"source": str(held)}))
+    said = check_inputs(recipe(["Hi", "Ho"], data__evaluation={"source": str(held), "chat": False}))
     assert said == ["1 of the 2 prompts of data.evaluation are in data.preferences too, and may be trained on."]
     # Texts that are yet to be cut are told apart too.
     files = {"prompts": ("one text", "two texts"), "evaluation": ("two texts", "three texts", "four texts")}

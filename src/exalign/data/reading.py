@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from exalign.data.hub import hub_sentence
 from exalign.data.record import Record
-from exalign.data.shapes import COLUMNS, Shape, as_dialogue, spelled
+from exalign.data.shapes import COLUMNS, Shape, as_messages, spelled
 from exalign.data.store import iter_records
 from exalign.errors import InputError, first_line
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
@@ -100,10 +100,10 @@ class DataSettings(Settings):
     shuffle_seed: int | None = Field(
         None, ge=0, description="Shuffles all rows with this seed before `skip` and `limit`; none keeps their order."
     )
-    dialogues: bool = Field(
+    chat: bool = Field(
         False,
-        description="Texts of turns after `\\n\\nHuman:` and `\\n\\nAssistant:`, as those of HH, become chat messages, "
-        "for a model with a chat template.",
+        description="Prompts that are text become chat messages, for a model with a chat template: one of the user, "
+        "or, of turns after `\\n\\nHuman:` and `\\n\\nAssistant:` as HH has them, one for each turn.",
     )
     streaming: bool = Field(
         False,
@@ -216,8 +216,10 @@ def _read_one(
     else:
         _check_settings(settings, path)
         records = _foreign_records(settings, path, counts, tokenizer)
-    if settings.dialogues:
-        records = (as_dialogue(record, counts) for record in records)
+    if settings.chat and settings.prompt_tokens is not None:
+        raise InputError("`chat` makes a message of a whole prompt, and `prompt_tokens` cuts it; remove one.")
+    if settings.chat:
+        records = (as_messages(record, counts) for record in records)
     return _counted(_joined(records) if settings.join else records, settings.weight, counts)
 
 

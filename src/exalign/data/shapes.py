@@ -622,24 +622,33 @@ def shared_prompt(texts: Sequence[str]) -> tuple[str, list[str]]:
     return texts[0][:end], answers
 
 
-def as_dialogue(record: Record, counts: Counter[str]) -> Record:
-    """A text that turns of `\\n\\nHuman:` and `\\n\\nAssistant:` make up, as chat messages; another as it is; counted.
+def as_messages(record: Record, counts: Counter[str]) -> Record:
+    """A prompt that is text as chat messages: one of the user, or one for each turn of HH's (`HUMAN`, `ASSISTANT`).
+
+    White space around what is said goes, of the answers too. What was read how is counted; turns out of order stay
+    text.
 
     >>> record = Record("0", "\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Go on.\\n\\nAssistant:")
-    >>> [f"{message['role']}: {message['content']}" for message in as_dialogue(record, Counter()).prompt]
+    >>> [f"{message['role']}: {message['content']}" for message in as_messages(record, Counter()).prompt]
     ['user: Hi', 'assistant: Yes?', 'user: Go on.']
+    >>> as_messages(Record("0", "Go on."), Counter()).prompt
+    ({'role': 'user', 'content': 'Go on.'},)
     """
-    if not isinstance(record.prompt, str):
+    if not isinstance(record.prompt, str) or not record.prompt.strip():
         return record
     start, *turns = re.split(f"({HUMAN}|{ASSISTANT})", record.prompt)
     said = list(zip(turns[::2], turns[1::2], strict=True))
     roles = [HUMAN if place % 2 == 0 else ASSISTANT for place in range(len(said))]
     in_turns = [marker for marker, _ in said] == roles and not start.strip()
-    if not said or not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
-        counts["texts_that_are_no_dialogue"] += 1
-        return record
-    counts["texts_read_as_dialogues"] += 1
     names = {HUMAN: "user", ASSISTANT: "assistant"}
+    if not said:
+        counts["prompts_read_as_a_message"] += 1
+        said = [(HUMAN, start), (ASSISTANT, "")]
+    elif not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
+        counts["prompts_of_turns_out_of_order"] += 1
+        return record
+    else:
+        counts["prompts_read_as_dialogues"] += 1
     prompt = tuple({"role": names[marker], "content": text.strip()} for marker, text in said[:-1])
     answers = tuple(replace(completion, text=completion.text.strip()) for completion in record.completions)
     return replace(record, prompt=prompt, completions=answers)

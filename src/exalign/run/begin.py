@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.reading import DataSettings, read_source, settings_of
 from exalign.data.record import Record
-from exalign.data.shapes import as_dialogue
+from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device, device_memory
 from exalign.errors import InputError
@@ -117,7 +117,7 @@ def evidence(
         )
     used = min(len(records), EVALUATED)
     values: dict[str, Any] = {"model": {"source": reference}}
-    values["data"] = {"evaluation": settings.model_dump(mode="json", exclude_defaults=True)}
+    values["data"] = {"evaluation": _said(settings)}
     reasons = [f"data: {used} of the {_some(records)} rows of {settings.source}{_read_as(settings)}"]
     reasons.append(_lengths(values, reference, records))
     values["align"] = {name: {"method": "given", "policies": list(places)} for name, places in policies.items()}
@@ -145,7 +145,7 @@ def _rows(model: str, data: str, reading: Sequence[str]) -> tuple[DataSettings, 
     """How the data is read, and its first rows."""
     settings = settings_of(data, (), reading)
     check_weights(model)
-    settings, records = with_dialogues(settings, load_tokenizer(model))
+    settings, records = with_messages(settings, load_tokenizer(model))
     if not records:
         raise InputError(
             f"{settings.source} has no usable rows; exalign inspect {settings.source} --model {model} shows what is "
@@ -154,22 +154,27 @@ def _rows(model: str, data: str, reading: Sequence[str]) -> tuple[DataSettings, 
     return settings, records
 
 
-def with_dialogues(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSettings, list[Record]]:
-    """The settings and the first rows, with turns of Human and Assistant as messages where most rows are made of them.
+def with_messages(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSettings, list[Record]]:
+    """The settings and the first rows, with prompts that are text as messages where the tokenizer has a chat template.
 
-    Only for a tokenizer with a chat template, and where `dialogues` is not set.
+    Not where `chat` is set, and not of texts whose beginning is the prompt.
     """
     records = list(islice(read_source(whole(settings), Counter()), LOOKED_AT))
-    turns: Counter[str] = Counter()
-    read = [as_dialogue(record, turns) for record in records]
-    chat = tokenizer.chat_template and "dialogues" not in settings.model_fields_set
-    if chat and turns["texts_read_as_dialogues"] > len(records) / 2:
-        return settings.model_copy(update={"dialogues": True}), read
-    return settings, records
+    asked = "chat" in settings.model_fields_set or settings.prompt_tokens is not None
+    if asked or not tokenizer.chat_template or not any(isinstance(r.prompt, str) and r.prompt.strip() for r in records):
+        return settings, records
+    return settings.model_copy(update={"chat": True}), [as_messages(record, Counter()) for record in records]
+
+
+def _said(settings: DataSettings) -> dict[str, Any]:
+    """What of a source is not its default, and a `chat` that was said to be false."""
+    said = settings.model_dump(mode="json", exclude_defaults=True)
+    return said | ({"chat": settings.chat} if "chat" in settings.model_fields_set else {})
 
 
 def _read_as(settings: DataSettings) -> str:
-    return "; turns of Human and Assistant go through the model's chat template" if settings.dialogues else ""
+    how = "; prompts go through the model's chat template as messages of the user, or turns of Human and Assistant"
+    return f"{how} (chat=false: as text)" if settings.chat else ""
 
 
 def _some(records: Sequence[Record]) -> str:
@@ -208,7 +213,7 @@ def _sources(
     values: dict[str, Any], settings: DataSettings, records: Sequence[Record], scorer: dict[str, Any] | None
 ) -> tuple[str, str]:
     """What the method's target is made from, `preference` or `reward`; and what the data is and how it is used."""
-    source = settings.model_dump(mode="json", exclude_defaults=True)
+    source = _said(settings)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = _some(records)

@@ -180,12 +180,28 @@ def _check_templates(
         for name, section in own.items()
         if section is not None and section.model is not None and section.model.source is not None
     }
+    if tokenizer is not None and tokenizer.chat_template:
+        yield from _untemplated(recipe, looked)
     for name, found in looked.items():
         used = [other.get("oracle", tokenizer)] if name == "labelled" else [tokenizer]
         used += [other["reward"]] if name == "preferences" and "reward" in other else []
         for writer in used:
             if writer is not None:
                 yield from _unfit(f"data.{name}", list(found.patterns.values()), writer)
+
+
+def _untemplated(recipe: Recipe, looked: Mapping[str, _Looked]) -> Iterator[str]:
+    """A sentence about prompts that are text, for a model of chats, where nobody said that text is meant."""
+    named = []
+    for name, found in looked.items():
+        told = any("chat" in one.model_fields_set or one.prompt_tokens for one in each(getattr(recipe.data, name)))
+        texts = [one for one in found.patterns.values() if isinstance(one.prompt, str) and one.prompt.strip()]
+        named += [f"data.{name}"] if texts and not told else []
+    if named:
+        yield (
+            f"{', '.join(named)}: prompts are text, and the model's chat template is not applied to them. chat: true "
+            "makes each a message of the user; chat: false says that text is meant."
+        )
 
 
 def _unfit(where: str, records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
