@@ -146,11 +146,11 @@ class Matching(Method):
 
 def distance_of(settings: Matching) -> Callable[..., Tensor]:
     """The divergence as a function of `log_p_policy`, `log_p_target` and a mask."""
-    from exalign import objectives
+    from exalign.objectives import divergences
 
     if settings.divergence == "alpha":
-        return partial(objectives.alpha_divergence, alpha=settings.alpha)
-    chosen: Callable[..., Tensor] = getattr(objectives, settings.divergence)
+        return partial(divergences.alpha_divergence, alpha=settings.alpha)
+    chosen: Callable[..., Tensor] = getattr(divergences, settings.divergence)
     return chosen
 
 
