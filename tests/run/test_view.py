@@ -90,7 +90,7 @@ def check_that_all_is_read(run: Watched) -> None:
 def test_stages_read_all_that_they_declare(world: Path, tmp_path: Path) -> None:
     answers = "evaluate.answers={temperature: 0.95, top_p: 0.9}"
     run = Watched(load_recipe(RECIPE, tiny_overrides(world, answers)), tmp_path)
-    run.carry_out(plan(run.recipe))
+    run.carry_out(plan(run.recipe), ["evaluation"])
     check_that_all_is_read(run)
 
 
