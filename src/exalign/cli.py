@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +23,9 @@ from exalign.judging.judge import grade_judge, judge
 from exalign.processes import failing, leads, several
 from exalign.run.plan import plan
 from exalign.terminal import shown
+
+if TYPE_CHECKING:
+    from exalign.run.recipe import Recipe
 
 
 class Interrupted(Exception):  # noqa: N818 - Ctrl-C is no error
@@ -82,13 +84,15 @@ STAGES = {
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
     from exalign.run.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())  # first: what is wrong with it is said before torch is loaded
+    _run(load_recipe(recipe, overrides or ()), run, *targets)
 
-    from exalign.run.carry_out import carry_out
+
+def _run(recipe: Recipe, run: dict[str, Any], *targets: str) -> None:
+    from exalign.run.carry_out import carry_out  # what is wrong with a recipe is said before torch is loaded
     from exalign.run.runner import Run
 
     _quiet_libraries()
-    carry_out(Run(loaded, console=console, **run), *targets)
+    carry_out(Run(recipe, console=console, **run), *targets)
 
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a chat model.")]
@@ -171,12 +175,10 @@ def evidence_(
     reward_model: RewardModel = None,
 ) -> None:
     """The evidence for models that were trained elsewhere: reward against KL, win rates, the optimum, samples."""
-    from exalign.data.reading import DataSettings
-    from exalign.run.begin import evidence
+    from exalign.run.begin import evidence, of_data
 
     _quiet_libraries()
-    reading = [text for text in policies if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
-    named: dict[str, list[str]] = {}
+    reading, named = of_data(policies), dict[str, list[str]]()
     for text in policies:
         name, _, places = text.partition("=")
         if not (name and places):
@@ -184,14 +186,7 @@ def evidence_(
         if text not in reading:
             named.setdefault(name, []).extend(places.split(","))
     evidence(
-        reference,
-        named,
-        prompts,
-        out=out,
-        reward=reward,
-        reward_model=reward_model,
-        reading=reading,
-        console=console,
+        reference, named, prompts, out=out, reward=reward, reward_model=reward_model, reading=reading, console=console
     )
 
 
@@ -221,13 +216,9 @@ def demo(
     recover: Recover = False,
 ) -> None:
     """Align a small model on a synthetic world, offline, in a few minutes, from data to report."""
-    from exalign.run.carry_out import carry_out
     from exalign.run.demo import demo_recipe
-    from exalign.run.runner import Run
 
-    _quiet_libraries()
-    recipe = demo_recipe(run, overrides or ())
-    carry_out(Run(recipe, run, console=console, redo=redo, recover=recover))
+    _run(demo_recipe(run, overrides or ()), {"folder": run, "redo": redo, "recover": recover})
 
 
 shipped = typer.Typer(invoke_without_command=True, help="List the recipes that come with exalign, or copy one.")

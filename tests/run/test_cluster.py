@@ -293,11 +293,9 @@ def test_a_run_killed_in_the_middle_continues_with_the_missing_shards(
 def test_a_running_cluster_is_joined_by_its_address_with_its_token_and_by_nobody_without(
     ray: Any, make: Callable[..., Recipe], plain: Path, tmp_path: Path
 ) -> None:
-    from exalign.run.cluster import _closing
-
     address = ray.get_runtime_context().gcs_address
     assert address.startswith("127.0.0.1:")
-    environment = {**os.environ, **_closing(), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     without = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
     recipe = make(cluster={"workers": 1, "address": address})
     refused = command(recipe, tmp_path / "refused", tmp_path)

@@ -65,9 +65,14 @@ def align(
     change it. The result is in `out` (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be
     edited for the next time.
     """
-    ours = [text for text in overrides if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
+    ours = of_data(overrides)
     begun = begin(model, data, ours, out=out, reward=reward, reward_model=reward_model)
     return _carried_out(begun, [text for text in overrides if text not in ours], console)
+
+
+def of_data(overrides: Sequence[str]) -> list[str]:
+    """Those KEY=VALUE that are settings of a data source."""
+    return [text for text in overrides if re.split(r"[.=]", text)[0] in DataSettings.model_fields]
 
 
 def begin(

@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -143,8 +143,9 @@ def check_installed(settings: ClusterSettings) -> None:
     """Raise the `InputError` that names the extra where it is missing; Ray is imported, closed, before vLLM does so."""
     if find_spec("ray") is None:
         raise InputError('cluster needs Ray Data: pip install "exalign[ray]".')
-    with _private() if settings.address is None else nullcontext():
-        import ray  # noqa: F401
+    if settings.address is None:
+        _close()
+    import ray  # noqa: F401
 
 
 def map_shards(source: Path, target: Path, make: Callable[[], ShardWork], settings: ClusterSettings) -> None:
@@ -244,64 +245,47 @@ class _Worker:
 @contextmanager
 def connected(settings: ClusterSettings) -> Iterator[Any]:
     """Ray, connected to the cluster of the settings; where this process is connected already, it stays so."""
-    ours = settings.address is None
-    with _private() if ours else nullcontext():  # before the import
-        check_installed(settings)
-        import ray
-        import ray.data
+    check_installed(settings)
+    import ray
+    import ray.data
 
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised
-        joined = ray.is_initialized()
-        if not joined and ours:
-            ray.init(
-                address="local",  # whatever the environment says
-                num_cpus=settings.workers * settings.cpus_per_worker,
-                object_store_memory=_OBJECT_STORE,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        elif not joined:
-            try:
-                ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-                said = " ".join(str(error).split())[:200]
-                raise InputError(f"cluster.address: {settings.address} is no Ray cluster to join ({said}).") from None
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised
+    joined = ray.is_initialized()
+    if not joined and settings.address is None:
+        ray.init(
+            address="local",  # whatever the environment says
+            num_cpus=settings.workers * settings.cpus_per_worker,
+            object_store_memory=_OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    elif not joined:
         try:
-            _check_size(ray, settings)
-            yield ray
-        finally:
-            if not joined:
-                ray.shutdown()
-
-
-@contextmanager
-def _private() -> Iterator[None]:
-    """Within the block a cluster that is started listens on the loopback interface, to who has this process's token.
-
-    Whoever can speak to a cluster can run programs in it. Ray takes both from the environment when it is imported.
-    """
-    values = _closing()
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+            ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"cluster.address: {settings.address} is no Ray cluster to join ({said}).") from None
     try:
-        yield
+        _check_size(ray, settings)
+        yield ray
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        if not joined:
+            ray.shutdown()
 
 
 @cache
-def _closing() -> dict[str, str]:
+def _close() -> None:
+    """Let a cluster that is started here listen on the loopback interface alone, to who has this process's token.
+
+    Whoever can speak to a cluster can run programs in it. Ray takes both from the environment when it is imported.
+    """
     if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
         raise InputError(
             "Ray was imported before exalign could close the cluster that it starts to others; give cluster.address, "
             "or call ray.init() yourself."
         )
-    return {
+    os.environ |= {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs would come first
         "RAY_AUTH_MODE": "token",

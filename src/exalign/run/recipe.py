@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, Validatio
 
 from exalign.data.reading import Sources
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import BEST_OF, NO_METHODS
 from exalign.methods.method import Method, method_class
 from exalign.methods.oracle import Oracle
 from exalign.methods.reward_model import RewardModel
@@ -150,32 +151,18 @@ class EvaluateSettings(Settings):
 class ClusterSettings(Settings):
     """A pool of workers on Ray for the stages that sample and score; it changes speed, never a completion."""
 
-    workers: int = Field(
-        1,
-        ge=1,
-        description="processes that each hold the model and take one shard after another",
-        json_schema_extra=NO_RESULT,
-    )
+    workers: int = Field(1, ge=1, description="processes that each hold the model and take one shard after another")
     address: str | None = Field(
         None,
         min_length=1,
         description="a running Ray cluster, as host:port; None: one on this machine, for the stage alone",
-        json_schema_extra=NO_RESULT,
     )
-    cpus_per_worker: int = Field(
-        1, ge=1, description="threads that each worker computes with on the processor", json_schema_extra=NO_RESULT
-    )
+    cpus_per_worker: int = Field(1, ge=1, description="threads that each worker computes with on the processor")
     gpus_per_worker: int | None = Field(
-        None,
-        ge=0,
-        description="GPUs of each worker; None: one where the cluster has any, else none",
-        json_schema_extra=NO_RESULT,
+        None, ge=0, description="GPUs of each worker; None: one where the cluster has any, else none"
     )
     tries: int = Field(
-        4,
-        ge=1,
-        description="how often a shard is begun anew because its worker died, before the stage fails",
-        json_schema_extra=NO_RESULT,
+        4, ge=1, description="how often a shard is begun anew because its worker died, before the stage fails"
     )
 
 
@@ -295,7 +282,9 @@ class Recipe(Settings):
     sample: SampleSettings = Field(default_factory=SampleSettings, description="K completions per prompt")
     score: ScoreSettings = Field(default_factory=ScoreSettings, description="rewards for the rollouts")
     cluster: ClusterSettings | None = Field(
-        None, description="workers on Ray that sample and score for the alignment; None: this process does"
+        None,
+        description="workers on Ray that sample and score for the alignment; None: this process does",
+        json_schema_extra=NO_RESULT,
     )
     align: dict[str, AnyMethod] = Field(
         default_factory=dict,
@@ -322,10 +311,6 @@ class Recipe(Settings):
         for problem in contradictions(self):
             raise ValueError(problem)
         return self
-
-
-TAKEN = {"sft", "prompts", "pool", "density", "pairs", "answers"}
-"""Folders beside those of the methods in evaluation/."""
 
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
@@ -371,12 +356,12 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
     if any(
-        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in TAKEN or name.startswith("best-of-")
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in NO_METHODS or name.startswith(BEST_OF)
         for name in recipe.align
     ):
         yield (
             "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', does not begin "
-            "with 'best-of-', and is not " + ", ".join(repr(name) for name in sorted(TAKEN))
+            f"with {BEST_OF!r}, and is not " + ", ".join(map(repr, NO_METHODS))
         )
     for name, method in recipe.align.items():
         problems = [*method.problems()]
