@@ -118,13 +118,12 @@ def _take_over(trial: Path, folder: Path) -> bool:
         return False  # taken before, or a training is under way
     if not (trial / "checkpoints").exists() or any(damaged_files(trial)):
         return False
-    for file in (each for each in trial.iterdir() if each.is_file() and each.name != "result.json"):
-        with atomic_path(folder / file.name) as temporary:
-            shutil.copyfile(file, temporary)
-    for each in sorted(each for each in trial.iterdir() if each.is_dir() and each.name != "evaluated"):
-        if each.name != "checkpoints":
+    for each in sorted(trial.iterdir(), key=lambda each: (each.name == "checkpoints", each.name)):
+        if each.is_dir() and each.name != "evaluated":
             link_folder(each, folder / each.name)
-    link_folder(trial / "checkpoints", folder / "checkpoints")
+        elif each.is_file() and each.name != "result.json":
+            with atomic_path(folder / each.name) as temporary:
+                shutil.copyfile(each, temporary)
     return True
 
 
@@ -227,15 +226,11 @@ def _carried_out(
 
     Where that is done, only the value is computed again, at this search's KL.
     """
-    search, values = view.recipe.search, asdict(trial)
+    search, result, failed = view.recipe.search, place / "result.json", None
     assert search is not None
-    if (place / "result.json").exists():
-        done = read_sealed(place / "result.json")
-        values |= {name: done[name] for name in ("seconds", "counts", "failed")}
-    else:
-        alone = replace(view, counts=Counter())
+    if not result.exists():
+        alone, own = replace(view, counts=Counter()), seeded(settings, view.recipe)
         place.mkdir(exist_ok=True)
-        own = seeded(settings, view.recipe)
         try:
             torch.manual_seed(own.seed)
             own.train(material(alone), place)
@@ -244,13 +239,13 @@ def _carried_out(
             # The same random numbers for every trial: trials with the same policies have the same value.
             sample_policies(alone, place, Wanted(prompts, sampling, "validation"), place / "evaluated", judge)
         except NotFiniteError as error:
-            values["failed"] = str(error)
-        seconds = sum(row["seconds"] for row in metric_rows(place))  # of each step once, however often interrupted
-        values |= {"seconds": round(seconds, 2), "counts": dict(alone.counts)}
-        write_sealed(place / "result.json", {name: values[name] for name in ("seconds", "counts", "failed")})
-    if values["failed"] is None:
-        values |= value_of(view.path("validation", "samples"), place / "evaluated", search.kl)
-    return Trial(**values)
+            failed = str(error)
+        seconds = round(sum(row["seconds"] for row in metric_rows(place)), 2)  # of each step once, when interrupted too
+        write_sealed(result, {"seconds": seconds, "counts": dict(alone.counts), "failed": failed})
+    trial = replace(trial, **read_sealed(result))
+    if trial.failed is None:
+        trial = replace(trial, **value_of(view.path("validation", "samples"), place / "evaluated", search.kl))
+    return trial
 
 
 def _forget_weights(places: Iterable[Path], best: Path | None) -> None:
