@@ -361,7 +361,7 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
     ):
         yield (
             "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', does not begin "
-            f"with {BEST_OF!r}, and is not " + ", ".join(map(repr, NO_METHODS))
+            f"with {BEST_OF!r}, and is not " + ", ".join(map(repr, sorted(NO_METHODS)))
         )
     for name, method in recipe.align.items():
         problems = [*method.problems()]
