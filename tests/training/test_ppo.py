@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_metrics_of_a_rollout_by_hand() -> None:
     settings = PPO(rollout_prompts=8, batch_prompts=8, beta=0.5, lam=1.0, token_budget=20, value_clip=100.0)
     task = PPOTask(module, world, settings)
     groups = task.batches[0]
-    total, count, log_ratio, square = 0.0, 0, 0.0, 0.0
+    total, count, log_ratio, square, rewards = 0.0, 0, 0.0, 0.0, []
     with torch.no_grad():
         for group in groups:
             for ids in group.completion_ids:
@@ -121,12 +122,14 @@ def test_metrics_of_a_rollout_by_hand() -> None:
                 values = module.critic.score(hidden)[0, start:-1, 0]
                 returns = reward - 0.5 * ratios.flip(0).cumsum(0).flip(0)
                 square += float((values - returns).square().sum()) / 2
+                rewards.append(reward)
                 total, count, log_ratio = total + reward, count + len(ids), log_ratio + float(ratios.sum())
     loss, metrics = task.loss(module, groups)
     weight = task.weight(groups)
     assert weight == count
     assert float(metrics["reward"]) / weight == pytest.approx(total / 32, rel=1e-5)
     assert float(metrics["kl"]) / weight == pytest.approx(log_ratio / 32, rel=1e-4)
+    assert float(metrics["value_clip"]) / weight == pytest.approx(100 * pstdev(rewards), rel=1e-5)
     assert float(metrics["value_loss"]) == pytest.approx(square, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(float(metrics["policy_loss"] + metrics["value_loss"]), rel=1e-6)
 

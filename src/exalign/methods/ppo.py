@@ -65,7 +65,9 @@ class PPO(Method):
     gamma: float = Field(1.0, ge=0, le=1, description="γ: discount of later rewards, per token")
     lam: float = Field(0.95, ge=0, le=1, description="λ of the advantages: 1 trusts rewards, 0 trusts the critic")
     clip: float = Field(0.2, gt=0, description="how far a token's probability ratio may go from 1 in one rollout")
-    value_clip: float = Field(0.2, gt=0, description="how far a value may go in one rollout, in units of reward")
+    value_clip: float = Field(
+        0.2, gt=0, description="how far a value may go in one rollout, in standard deviations of its rewards"
+    )
 
     def rate_of(self, name: str) -> float:
         return self.critic_learning_rate / self.learning_rate if name.startswith("critic.") else 1.0
@@ -120,8 +122,9 @@ class PPOTask:
 
     The weight is the completion tokens. During the first `critic_steps` the loss is the critic's alone: the policy
     gets no gradient at all. Metrics `reward`, `beta`, `kl` (nats per completion, log π_θ − log π_sft), `entropy` (nats
-    per token, estimated by −log π of the tokens drawn), `completion_tokens` and `explained_variance` are those of the
-    rollout that the step belongs to; `policy_loss`, `value_loss` and `clip_fraction` of the step itself.
+    per token, estimated by −log π of the tokens drawn), `completion_tokens`, `value_clip` (in units of reward) and
+    `explained_variance` are those of the rollout that the step belongs to; `policy_loss`, `value_loss` and
+    `clip_fraction` of the step itself.
     """
 
     def __init__(self, module: ActorCritic, material: Material, settings: PPO, path: Path | None = None) -> None:
@@ -153,7 +156,7 @@ class PPOTask:
         ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
         policy_loss = objectives.clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
         value_loss = objectives.clipped_value_loss(
-            values.flatten(0, 1), sampled_values, returns, mask, clip=settings.value_clip
+            values.flatten(0, 1), sampled_values, returns, mask, clip=self._numbers["value_clip"]
         )
         value_loss = value_loss.sum()
         metrics = {
@@ -217,6 +220,7 @@ class PPOTask:
             "kl": log_ratio.sum() / rewards.numel(),
             "entropy": -logp.sum() / tokens,
             "completion_tokens": tokens / rewards.numel(),
+            "value_clip": settings.value_clip * (float(rewards.std(correction=0)) or 1.0),
             "explained_variance": objectives.explained_variance(flat_values, returns, flat_mask),
         }
         whitened = objectives.whiten(advantages, flat_mask).view(mask.shape)
