@@ -11,6 +11,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exalign.data.store import read_records
@@ -18,7 +19,7 @@ from exalign.errors import InputError
 from exalign.methods.matching import Matching
 from exalign.run.carry_out import check_inputs, run_recipe
 from exalign.run.recipe import Range, Recipe, load_recipe
-from exalign.run.search import Trial, best_of, propose
+from exalign.run.search import Trial, at_one_kl, best_of, propose
 from exalign.run.stages import plan
 from exalign.storage import read_json
 from run.conftest import tiny_overrides
@@ -90,6 +91,22 @@ def test_beyond_every_reach_a_trial_is_worth_its_best_policy(searched: Path) -> 
                 assert point["reward"] == pytest.approx(means[-1], rel=1e-6, abs=1e-9)
             assert len(means) == 2 and trial["value"] == pytest.approx(max(means), rel=1e-6, abs=1e-9)
             assert trial["seconds"] > 0
+
+
+def test_trials_are_ranked_at_one_kl_that_all_of_them_reach() -> None:
+    """A small rate with the better curve wins against one that only goes farther; one that hardly moves has no say."""
+    curves = [
+        (np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]])),
+        (np.array([[0.0, 1.0, 2.0]]), np.array([[0.0, 0.8, 2.0]])),
+        (np.array([[0.0, 0.25]]), np.array([[0.0, 0.4]])),
+        None,
+    ]
+    trials = [Trial(number, {}, {}, failed=None if curve else "why") for number, curve in enumerate(curves)]
+    ranked = at_one_kl(trials, curves, 2.0)
+    assert [(trial.value, trial.kl) for trial in ranked] == [(1.0, 1.0), (0.8, 1.0), (0.4, 0.25), (None, None)]
+    assert best_of(ranked) == ranked[0]
+    assert [trial.kl for trial in at_one_kl(trials, curves, 0.5)] == [0.25, 0.25, 0.25, None]
+    assert [trial.kl for trial in at_one_kl(trials, curves, 50.0)] == [1.0, 2.0, 0.25, None]  # nobody comes near
 
 
 def test_validation_prompts_are_none_of_the_evaluation(searched: Path) -> None:

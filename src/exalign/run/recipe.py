@@ -227,7 +227,9 @@ class SearchSettings(Settings):
     """
 
     trials: int = Field(8, gt=1, description="trials of each method, the recipe's own settings among them")
-    kl: float = Field(gt=0, description="nats; trials are ranked by reward at this KL, or at what they reach below it")
+    kl: float = Field(
+        gt=0, description="nats; trials are ranked by reward at this KL, or at the largest below it that they all reach"
+    )
     prompts: int = Field(
         64, gt=0, description="validation prompts: of data.validation, or of data.evaluation after evaluate.prompts"
     )

@@ -32,6 +32,7 @@ from exalign.evaluation.frontier import path as path_along
 from exalign.evaluation.frontier import reach, reward_at_kl
 from exalign.evaluation.sample_table import tabulate
 from exalign.evaluation.schema import Trial
+from exalign.evaluation.statistics import Array
 from exalign.methods.method import Material, Method
 from exalign.processes import gathered, leads, several
 from exalign.run.evaluating import sample_policies
@@ -67,6 +68,8 @@ from exalign.storage import (
 from exalign.terminal import shown
 from exalign.training.guards import NotFiniteError
 
+Curve = tuple[Array, Array]
+"""KL and reward of each prompt under π_sft and the policies that a trial saved, see `frontier.path`."""
 STARTUP = 4
 """Results that the estimator needs; before them values are drawn from the ranges at random."""
 
@@ -177,6 +180,7 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
         if not folder.name.startswith(f"trial-{tried_on}-"):
             remove_folder(folder)  # a search that tries its settings has other results
     trials: list[Trial] = []
+    curves: list[Curve | None] = []
     places: list[Path] = []
     for number in range(search.trials):
         values = {setting: getattr(own, setting) for setting in ranges}
@@ -186,15 +190,16 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
         settings = changed(own, values)
         trial = Trial(number, values, settings.model_dump(mode="json"))
         place = view.folder / f"trial-{tried_on}-{fingerprint(trial.settings)[:8]}"
-        trial = _carried_out(view, place, settings, trial, material, judge)
+        trial, curve = _carried_out(view, place, settings, trial, material, judge)
         if place in places:
             trial = replace(trial, seconds=0.0, counts={}, same_as=places.index(place))
-        trials.append(trial)
         places.append(place)
+        curves.append(curve)
+        trials = at_one_kl([*trials, trial], curves, search.kl)
         best = best_of(trials)
         _forget_weights(places, None if best is None else places[best.number])
         view.counts.update(trial.counts)
-        view.console.print(shown(f"  {_sentence(trial)}", "dim"), soft_wrap=True)
+        view.console.print(shown(f"  {_sentence(trials[-1])}", "dim"), soft_wrap=True)
     best = best_of(trials)
     if best is None:
         raise InputError(
@@ -221,10 +226,10 @@ def _tried_on(view: View, name: str) -> str:
 
 def _carried_out(
     view: View, place: Path, settings: Method, trial: Trial, material: Callable[[View], Material], judge: Scoring
-) -> Trial:
+) -> tuple[Trial, Curve | None]:
     """Train with these settings in `place`, continuing what stands there, and evaluate every policy saved.
 
-    Where that is done, only the value is computed again, at this search's KL.
+    The curve is None where that failed.
     """
     search, result, failed = view.recipe.search, place / "result.json", None
     assert search is not None
@@ -243,9 +248,20 @@ def _carried_out(
         seconds = round(sum(row["seconds"] for row in metric_rows(place)), 2)  # of each step once, when interrupted too
         write_sealed(result, {"seconds": seconds, "counts": dict(alone.counts), "failed": failed})
     trial = replace(trial, **read_sealed(result))
-    if trial.failed is None:
-        trial = replace(trial, **value_of(view.path("validation", "samples"), place / "evaluated", search.kl))
-    return trial
+    if trial.failed is not None:
+        return trial, None
+    sft = tabulate(read_records(view.path("validation", "samples")), "validation/samples")
+    steps = sorted((place / "evaluated").glob("step-*"))
+    try:
+        tables = [tabulate(read_records(step / "samples"), step.name) for step in steps]
+    except InputError as error:  # a policy that gives its own samples no probability has no KL
+        return replace(trial, failed=str(error)), None
+    kls, rewards = path_along(sft, tables, sft.ids)
+    points = [
+        {"step": int(step.name.removeprefix("step-")), "reward": float(reward), "kl": float(nats)}
+        for step, reward, nats in zip(steps, rewards.mean(axis=0)[1:], kls.mean(axis=0)[1:], strict=True)
+    ]
+    return replace(trial, points=points), (kls, rewards)
 
 
 def _forget_weights(places: Iterable[Path], best: Path | None) -> None:
@@ -256,24 +272,21 @@ def _forget_weights(places: Iterable[Path], best: Path | None) -> None:
                 remove_folder(place / name)
 
 
-def value_of(supervised: Path, evaluated: Path, kl: float) -> dict[str, Any]:
-    """The mean reward at `kl` nats along the policies in `evaluated`, or at their reach where that is less.
+def at_one_kl(trials: Sequence[Trial], curves: Sequence[Curve | None], kl: float) -> list[Trial]:
+    """The trials with the mean reward along their curves at one KL, which all that count reach.
 
-    Samples that have no KL (a policy that gives its own samples no probability) are the reason of a failed trial.
+    It is `kl`, or the least reach of the trials that come a quarter of the way there. One that does not is worth what
+    it reaches, so that a rate at which nothing moves decides nothing.
     """
-    steps = sorted(evaluated.glob("step-*"))
-    sft = tabulate(read_records(supervised), "validation/samples")
-    try:
-        tables = [tabulate(read_records(step / "samples"), step.name) for step in steps]
-    except InputError as error:
-        return {"failed": str(error)}
-    kls, rewards = path_along(sft, tables, sft.ids)
-    at = min(kl, reach(kls, rewards))
-    points = [
-        {"step": int(step.name.removeprefix("step-")), "reward": float(reward), "kl": float(nats)}
-        for step, reward, nats in zip(steps, rewards.mean(axis=0)[1:], kls.mean(axis=0)[1:], strict=True)
-    ]
-    return {"value": float(reward_at_kl(kls, rewards, at).mean()), "kl": at, "points": points}
+    reaches = [None if curve is None else reach(*curve) for curve in curves]
+    common = min([kl, *(far for far in reaches if far is not None and far >= kl / 4)])
+    valued = []
+    for trial, curve, far in zip(trials, curves, reaches, strict=True):
+        if curve is not None and far is not None:
+            at = min(common, far)
+            trial = replace(trial, value=float(reward_at_kl(*curve, at).mean()), kl=at)
+        valued.append(trial)
+    return valued
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
