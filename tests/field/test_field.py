@@ -155,8 +155,8 @@ def test_07_a_file_held_out_by_name_is_not_trained_on(exalign: Run) -> None:
             rf"several splits \(.*{other}.*\): name one",
             exalign("inspect", folder, "--model", "../mat/tok-bos").sentence,
         )
-        held = exalign("inspect", folder, "--split", other, "--model", "../mat/tok-bos")
-        trained = exalign("inspect", folder, "--split", "train", "--model", "../mat/tok-bos")
+        held = exalign("inspect", folder, "chat=false", "--split", other, "--model", "../mat/tok-bos")
+        trained = exalign("inspect", folder, "chat=false", "--split", "train", "--model", "../mat/tok-bos")
         assert held.shown("prompt") == ["<s>HELD OUT 0", "<s>HELD OUT 1"]
         assert trained.shown("prompt") == ["<s>T0", "<s>T1", "<s>T2"]
 
@@ -173,7 +173,7 @@ def test_09_reasoning_that_the_template_would_cut_stays(exalign: Run) -> None:
 
 @pytest.mark.parametrize("tokenizer", ["tok-sp", "tok-sp-zephyr", "mistral-v1-fast"])
 def test_10_an_answer_gets_no_space_of_its_own(exalign: Run, tokenizer: str) -> None:
-    printed = exalign("inspect", "rows.jsonl", "--model", f"../mat/{tokenizer}")
+    printed = exalign("inspect", "rows.jsonl", "chat=false", "--model", f"../mat/{tokenizer}")
     assert printed.status == 0
     wholes = [a + b for a, b in zip(printed.shown("prompt"), printed.shown("completion"), strict=True)]
     texts = [row["prompt"] + row["completion"] for row in lines("rows.jsonl")]
@@ -387,7 +387,7 @@ def test_30_any_causal_model_works_and_another_is_a_sentence(exalign: Run) -> No
 
 
 def test_31_a_prompt_that_the_answers_repeat_stands_there_once(exalign: Run) -> None:
-    printed = exalign("inspect", "rows.jsonl", "--rows", "3", "--model", "../mat/tok-bos")
+    printed = exalign("inspect", "rows.jsonl", "chat=false", "--rows", "3", "--model", "../mat/tok-bos")
     assert printed.count("prompts taken off answers") == 3
     assert printed.shown("prompt")[0] == "<s>Question: what is 0+0?\nAnswer:"
     assert printed.shown("completion")[:2] == [" 0</s>", " no idea</s>"]
@@ -400,7 +400,7 @@ def test_33_epsilon_is_below_uniform(exalign: Run, epsilon: str) -> None:
 
 
 def test_34_json_over_several_lines(exalign: Run) -> None:
-    printed = exalign("inspect", "pretty.json", "--model", "../mat/tok-bos")
+    printed = exalign("inspect", "pretty.json", "chat=false", "--model", "../mat/tok-bos")
     assert (printed.shown("prompt"), printed.shown("completion")) == (["<s>Hello"], ["Hi</s>", "No</s>"])
     assert "a list of 1 objects in 'data'" in exalign("inspect", "nested.json", "--model", "../mat/tok-bos").sentence
     assert (

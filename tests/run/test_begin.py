@@ -145,7 +145,7 @@ def test_dialogues_as_text_go_through_the_template_of_a_model_that_has_one(model
     }
     (row, *_) = read_source(DataSettings(source=str(plain), chat=True), Counter())
     assert row.prompt == ({"role": "user", "content": "Go on 0."},)
-    assert [completion.text for completion in row.completions] == ["Well.", "No."]
+    assert [completion.text for completion in row.completions] == ["Well.", " No."]  # as they are: it may be code
     counts: Counter[str] = Counter()
     (first, *_) = read_source(DataSettings(source=str(file), chat=True), counts)
     assert [message["content"] for message in first.prompt] == ["Hi", "Yes?", "Go on 0."]  # type: ignore[index]

@@ -135,8 +135,8 @@ def test_a_small_file_that_unpacks_to_a_huge_row_is_refused(place: Path) -> None
     block = b"x" * (1 << 20)
     content = b"".join(packer.compress(block) for _ in range((MAX_ROW >> 20) + 1)) + packer.flush()
     assert len(content) < MAX_ROW // 100
-    for name in ("bomb.jsonl.gz", "bomb.csv.gz"):
-        assert "row 1 has more than 256 MiB" in (read_file(place, name, content) or "")
+    for name, where in (("bomb.jsonl.gz", "row"), ("bomb.csv.gz", "line")):
+        assert f"{where} 1 has more than 256 MiB" in (read_file(place, name, content) or "")
 
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "~nobody-of-this-name/x.jsonl", "x" * 300 + ".jsonl"])
@@ -153,6 +153,8 @@ ROW = {
     "preferred": 0,
     "weight": 0.5,
     "tools": '[{"name": "c"}]',
+    "columns": None,
+    "parts": None,
 }
 
 

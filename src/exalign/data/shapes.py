@@ -625,8 +625,8 @@ def shared_prompt(texts: Sequence[str]) -> tuple[str, list[str]]:
 def as_messages(record: Record, counts: Counter[str]) -> Record:
     """A prompt that is text as chat messages: one of the user, or one for each turn of HH's (`HUMAN`, `ASSISTANT`).
 
-    White space around what is said goes, of the answers too. What was read how is counted; turns out of order stay
-    text.
+    White space around turns goes, of their answers too; one message is the prompt as it is. What was read how is
+    counted; turns out of order stay text.
 
     >>> record = Record("0", "\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Go on.\\n\\nAssistant:")
     >>> [f"{message['role']}: {message['content']}" for message in as_messages(record, Counter()).prompt]
@@ -640,15 +640,14 @@ def as_messages(record: Record, counts: Counter[str]) -> Record:
     said = list(zip(turns[::2], turns[1::2], strict=True))
     roles = [HUMAN if place % 2 == 0 else ASSISTANT for place in range(len(said))]
     in_turns = [marker for marker, _ in said] == roles and not start.strip()
-    names = {HUMAN: "user", ASSISTANT: "assistant"}
     if not said:
         counts["prompts_read_as_a_message"] += 1
-        said = [(HUMAN, start), (ASSISTANT, "")]
-    elif not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
+        return replace(record, prompt=({"role": "user", "content": record.prompt},))
+    if not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
         counts["prompts_of_turns_out_of_order"] += 1
         return record
-    else:
-        counts["prompts_read_as_dialogues"] += 1
+    counts["prompts_read_as_dialogues"] += 1
+    names = {HUMAN: "user", ASSISTANT: "assistant"}
     prompt = tuple({"role": names[marker], "content": text.strip()} for marker, text in said[:-1])
     answers = tuple(replace(completion, text=completion.text.strip()) for completion in record.completions)
     return replace(record, prompt=prompt, completions=answers)
