@@ -604,6 +604,8 @@ def _quiet_libraries() -> None:
     if not leads():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    # A decoder of last resort hands on the cache under the name that all releases know.
+    warnings.filterwarnings("ignore", message=".*past_key_values.* is deprecated", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells every attempt to reach it

@@ -663,14 +663,12 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
     prompts = [torch.arange(start, start + length) % vocabulary for start, length in ((0, 5), (3, 2))]
     groups = [Branches(prompt, 2) for prompt in prompts]
     texts = [[prompt] for prompt in prompts]  # of the first logits, the completions of a prompt share one row
-    # Half precision rounds differently in every kernel: a wrong mask is off by far more than this.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
     try:
         for step in range(3):
             every = [text[None].to(device) for rows in texts for text in rows]
             whole = [model(input_ids=text, use_cache=False).logits[0, -1] for text in every]
             ours, theirs = (logits.float().log_softmax(-1) for logits in (decoder.step(groups), torch.stack(whole)))
-            if not torch.allclose(ours, theirs, atol=tolerance, rtol=0):
+            if not _same_logits(ours, theirs, half=model.dtype in (torch.float16, torch.bfloat16)):
                 return "its logits differ from those of whole texts"
             tokens = torch.tensor([step % vocabulary, (7 * step + 1) % vocabulary])
             for place, group in enumerate(groups):
@@ -680,3 +678,14 @@ def why_not(decoder: Decoder, model: Any) -> str | None:
     except Exception as error:  # any architecture may run here; whatever it raises means: not this way
         return in_short(error)
     return None
+
+
+def _same_logits(ours: Tensor, theirs: Tensor, *, half: bool) -> bool:
+    """Whether rows of log-probabilities are the same, up to rounding.
+
+    Half precision rounds differently in every kernel: single tokens of a pretrained model are off by nats, a row in all
+    by up to a sixth of its spread (SmolLM2), and with a wrong mask some row by more than half of it.
+    """
+    if not half:
+        return torch.allclose(ours, theirs, atol=1e-3, rtol=0)
+    return bool(((ours - theirs).square().mean(dim=-1).sqrt() <= 0.3 * theirs.std(dim=-1)).all())
