@@ -43,7 +43,7 @@ def test_the_page_lists_every_trial(tmp_path: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page[page.index("Searches for settings") :]))
     assert "exo-rw: trial 2 of 4 was best" in text
-    assert "learning rate divergence reward at KL 2.00" in text
+    assert "learning rate divergence reward at KL ≤ 2.00" in text
     assert "Loss was &lt;not&gt; finite." in text and "&lt;b&gt;" in text
     assert "0 0.000100 reverse_kl 0.250 1.50 1 min 1 s" in text
     assert "2 (best) 0.00100 forward_kl 0.750" in text and "3 the same as 2" in text
