@@ -106,7 +106,7 @@ def test_weights_are_looked_at(recipe: Any, model: Path, tmp_path: Path, monkeyp
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": source}))
         with pytest.raises(InputError, match=sentence):
             check_inputs(recipe(["Hi"], model__source=str(adapter), tokenizer__source=str(model)))
-    with pytest.raises(InputError, match=r"model\.dtype = float16: its gradients would be lost"):
+    with pytest.raises(InputError, match=r"model\.dtype = float16: gradients in float16 would be lost"):
         check_inputs(recipe(["Hi"], model__dtype="float16"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

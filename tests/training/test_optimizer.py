@@ -91,6 +91,9 @@ def test_what_training_keeps_beside_a_weight_is_what_sizes_reckon_with(dtype: to
     assert sum(part.nbytes for part in kept) == Architecture("", policy, "").state_bytes
 
 
-def test_float16_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="float16 are not trained"):
-        train_sft(make_policy().half(), make_tokenizer(), make_groups(4), SFT(), tmp_path)
+def test_what_cannot_be_trained_is_refused_also_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="gradients in float16 would be lost"):
+        adamw(make_policy().half(), betas=BETAS, weight_decay=0.0, device=CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="16 bits are trained by a single process"):
+        adamw(make_policy().bfloat16(), betas=BETAS, weight_decay=0.0, device=CPU)

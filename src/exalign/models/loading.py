@@ -176,19 +176,23 @@ def check_weights(source: str) -> None:
         raise _unreadable("model", source, error) from error
 
 
+def untrainable(dtype: torch.dtype) -> str | None:
+    """Why weights of this type cannot be trained here, or None where they can."""
+    if dtype == torch.float16:
+        return "gradients in float16 would be lost below 6e-8"
+    if dtype == torch.bfloat16 and several():
+        return "weights of 16 bits are trained by a single process"
+    if dtype == torch.bfloat16 and not hasattr(torch.Tensor, "grad_dtype"):
+        return f"torch {torch.__version__} cannot sum their gradients in float32"
+    return None
+
+
 def check_trainable(settings: ModelSettings, where: str) -> None:
     """Weights of this type can be trained here, which is known before anything is loaded; `where` names the setting."""
-    if settings.dtype == "float32" or settings.lora is not None:
-        return
-    instead = "set dtype: float32 (precision may be bf16), or train LoRA adapters."
-    if settings.dtype == "float16":
-        raise InputError(f"{where}.dtype = float16: its gradients would be lost below 6e-8; {instead}")
-    if several():
-        raise InputError(f"{where}.dtype = bfloat16: weights of 16 bits are trained by a single process; {instead}")
-    if not hasattr(torch.Tensor, "grad_dtype"):
-        raise InputError(
-            f"{where}.dtype = bfloat16: torch {torch.__version__} cannot sum gradients in float32; {instead}"
-        )
+    reason = None if settings.lora is not None else untrainable(getattr(torch, settings.dtype))
+    if reason is not None:
+        instead = "set dtype: float32 (precision may be bf16), or train LoRA adapters"
+        raise InputError(f"{where}.dtype = {settings.dtype}: {reason}; {instead}.")
 
 
 def check_base(settings: ModelSettings) -> None:

@@ -118,8 +118,8 @@ def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
     view = replace(view, console=Console(quiet=True))
     pin_to_run(view.run)
     recipe, tokenizer = view.recipe, run_tokenizer(view)
-    numbers = {"temperature": recipe.temperature, "seed": purpose_seed(view, purpose)}
-    sampler = open_sampler(supervised(view, tokenizer), tokenizer, settings, **numbers)  # type: ignore[arg-type]
+    model, seed = supervised(view, tokenizer), purpose_seed(view, purpose)
+    sampler = open_sampler(model, tokenizer, settings, temperature=recipe.temperature, seed=seed)
 
     def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         counts: Counter[str] = Counter()

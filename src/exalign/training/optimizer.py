@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from exalign.errors import InputError
+from exalign.models.loading import untrainable
 
 
 def adamw(
@@ -25,13 +26,11 @@ def adamw(
     """AdamW over the weights that are trained; only those with two dimensions or more decay.
 
     `rate_of` a parameter's name is what its learning rate is multiplied with. Weights in bfloat16 take the steps of
-    float32 ones (see `whole_weights`). Trained weights in float16 are an `InputError`.
+    float32 ones (see `whole_weights`). Weights of a type that cannot be trained here are an `InputError`.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if any(parameter.dtype == torch.float16 for _, parameter in trained):
-        raise InputError(
-            "Weights in float16 are not trained: load the model in float32 or bfloat16, or train adapters."
-        )
+    for reason in filter(None, map(untrainable, {parameter.dtype for _, parameter in trained})):
+        raise InputError(f"These weights cannot be trained: {reason}; load the model in float32, or train adapters.")
     if not trained:
         raise InputError("No weight of this model is trained: all of them are frozen.")
     groups: list[dict[str, Any]] = []
