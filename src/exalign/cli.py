@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -402,38 +402,17 @@ def draw_run_figures(run: Path, out: Path | None = None) -> tuple[list[Path], li
 def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
     """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
     from exalign.exact.figures_data import gradient_error_figure, objective_figure, on_policy_figure, two_mode_figure
-    from exalign.report.paper_figures import draw_divergences
+    from exalign.report.paper_figures import draw_divergences, draw_error_against_k
     from exalign.report.style import save_figure
 
-    modes, objectives = two_mode_figure(), objective_figure()
-    fitted = {name: density.numpy() for name, density in modes.policies.items()}
-    figures = {
-        "figure-1": draw_divergences(
-            modes.points.numpy(), modes.target.numpy(), fitted, reference=modes.reference.numpy()
-        )
-    }
-    for name, policies in (("any-policy", objectives.unlimited), ("one-mode", objectives.gaussian)):
-        drawn = {objective: density.numpy() for objective, density in policies.items()}
-        figures[f"figure-5-{name}"] = draw_divergences(objectives.points.numpy(), objectives.target.numpy(), drawn)
-    figures["theorems"] = _errors_against_k(gradient_error_figure())
-    figures["on-policy"] = _errors_against_k(on_policy_figure())
+    any_policy, one_mode = objective_figure()
+    densities = {"figure-1": two_mode_figure(), "figure-5-any-policy": any_policy, "figure-5-one-mode": one_mode}
+    figures = {name: draw_divergences(**asdict(shown)) for name, shown in densities.items()}
+    figures["theorems"] = draw_error_against_k(gradient_error_figure())
+    figures["on-policy"] = draw_error_against_k(on_policy_figure())
     for name, figure in figures.items():
         save_figure(figure, folder, name)
     return [folder / f"{name}.png" for name in figures], []
-
-
-def _errors_against_k(curves: Mapping[str, Any]) -> Any:
-    """Bias and root mean square error; a curve whose bias is never above its noise has no place in the first panel."""
-    from exalign.report.paper_figures import ErrorPanel, draw_error_against_k
-
-    panels = []
-    for title, slope, kind in (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms")):
-        found = {name: (getattr(errors, kind), getattr(errors, f"{kind}_error")) for name, errors in curves.items()}
-        shown = {name: pair for name, pair in found.items() if bool((pair[0] > 4 * pair[1]).any())}
-        values, spreads = ({name: pair[i].numpy() for name, pair in shown.items()} for i in (0, 1))
-        panels.append(ErrorPanel(title, slope, values, spreads))
-    sizes = next(iter(curves.values())).num_completions
-    return draw_error_against_k([int(size) for size in sizes], panels)
 
 
 @app.command(rich_help_panel=RESULT)

@@ -80,10 +80,10 @@ def test_figure_1_holds_densities():
 
 
 def test_figure_5_any_policy_finds_the_optimum_a_limited_one_shows_the_objective():
-    figure = objective_figure()
-    for density in figure.unlimited.values():
-        torch.testing.assert_close(density, figure.target, rtol=0, atol=2e-3)
-    aligned, exo, dpo = (figure.gaussian[name] for name in ("alignment objective", "EXO", "DPO"))
+    any_policy, one_mode = objective_figure()
+    for density in any_policy.policies.values():
+        torch.testing.assert_close(density, any_policy.target, rtol=0, atol=2e-3)
+    aligned, exo, dpo = (one_mode.policies[name] for name in ("alignment objective", "EXO", "DPO"))
     torch.testing.assert_close(exo, aligned, rtol=0, atol=1e-6)
     assert (dpo - aligned).abs().max() > 1
 

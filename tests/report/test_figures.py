@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from exalign.evaluation.schema import MethodEvidence
+from exalign.exact.convergence import GradientErrors
 from exalign.report.figure_frontier import draw_frontier
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages, smooth
-from exalign.report.paper_figures import ErrorPanel, draw_divergences, draw_error_against_k
+from exalign.report.paper_figures import draw_divergences, draw_error_against_k
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure, spread_apart
 
 
@@ -120,22 +122,29 @@ def test_divergences_of_the_exact_world():
         np.testing.assert_allclose(drawn["π_sft"], 0.1)
 
 
-KS = np.array([2, 4, 8, 16])
+KS = np.array([2.0, 4.0, 8.0, 16.0])
+
+
+def measured(bias, noise=0.0):
+    rows = (KS, bias, noise / KS, KS**-0.5, 0.01 * KS**-0.5)
+    return GradientErrors(*(torch.tensor(np.broadcast_to(row, len(KS)).copy()) for row in rows))
 
 
 def test_error_against_k_shows_the_slope_of_theory():
-    bias = ErrorPanel("bias", -1, {"EXO": 3 / KS, "DPO": [1, 0.5, 0, -0.1]}, {"EXO": 4 / KS})
-    figure = draw_error_against_k(KS, [bias, ErrorPanel("rms", -0.5, {"EXO": KS**-0.5})])
+    unknown = measured(1 / KS, noise=1.0)
+    shown = {"EXO": measured(3 / KS, noise=np.array([0.5, 4, 4, 4])), "DPO": measured([1, 0.5, 0, -0.1])}
+    figure = draw_error_against_k({**shown, "lost in noise": unknown})
     (guide,) = lines_of(figure, "slope −1")
     assert np.polyfit(np.log(guide.get_xdata()), np.log(guide.get_ydata()), 1)[0] == pytest.approx(-1)
     # What is not above 0 has no place on a log axis.
     assert list(lines_of(figure, "DPO")[0].get_xdata()) == [2, 4]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "log"]
     assert all(np.isfinite(axes.get_ylim()).all() for axes in figure.axes)
+    assert [len(axes.lines) for axes in figure.axes] == [3, 4]
 
 
 def test_texts_in_figures_are_escaped_and_not_parsed(tmp_path):
-    figure = draw_error_against_k([1, 2], [ErrorPanel("bias", -1, {"</svg><script>$x_{$": [1.0, 0.5]})])
+    figure = draw_error_against_k({"</svg><script>$x_{$": measured(1 / KS)})
     svg = inline_svg(figure, "name", 'a "description" <b>')
     assert "<script>" not in svg
     assert "&lt;script&gt;$x_{$" in svg
@@ -145,7 +154,7 @@ def test_texts_in_figures_are_escaped_and_not_parsed(tmp_path):
 
 
 def test_inline_figures_use_the_colors_of_the_page():
-    svg = inline_svg(draw_error_against_k([1, 2], [ErrorPanel("bias", -1, {"EXO": [1.0, 0.5]})]), "name", "text")
+    svg = inline_svg(draw_error_against_k({"EXO": measured(1 / KS)}), "name", "text")
     assert "var(--exo-1)" in svg
     assert "var(--ink)" in svg
     assert LIGHT["exo-1"] not in svg.lower()

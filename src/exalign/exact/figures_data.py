@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from exalign.exact.alignment import AlignmentProblem, kl
-from exalign.exact.bimodal import Divergence, alignment_loss, fit_gaussian, fit_table, two_mode_line
+from exalign.exact.bimodal import Divergence, Line, alignment_loss, fit_gaussian, fit_table, two_mode_line
 from exalign.exact.convergence import (
     Gradient,
     GradientErrors,
@@ -36,30 +36,17 @@ from exalign.objectives import alpha_divergence, forward_kl, jeffreys, jensen_sh
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TwoModeFigure:
-    """Figure 1. Densities `[N]` over `points`: of π_sft, of π*_β, and of the Gaussian π_θ fitted by each divergence."""
+class Densities:
+    """Densities `[N]` over `points`: of the target π*_β, of each policy by its name, of π_sft where it is shown."""
 
     points: Tensor
-    reference: Tensor
     target: Tensor
     policies: Mapping[str, Tensor]
+    reference: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ObjectiveFigure:
-    """Figure 5. Densities `[N]` over `points` that maximising each objective gives, by the objective's name.
-
-    `unlimited` policies may be any distribution, and all become the target; `gaussian` ones hold one mode, and there
-    EXO agrees with the alignment objective while DPO does not.
-    """
-
-    points: Tensor
-    target: Tensor
-    unlimited: Mapping[str, Tensor]
-    gaussian: Mapping[str, Tensor]
-
-
-def two_mode_figure() -> TwoModeFigure:
+def two_mode_figure() -> Densities:
+    """Figure 1: the Gaussian fitted by each divergence."""
     line = two_mode_line()
     divergences: dict[str, Divergence] = {
         "reverse KL (EXO)": reverse_kl,
@@ -69,30 +56,20 @@ def two_mode_figure() -> TwoModeFigure:
         "alpha 0.9": functools.partial(alpha_divergence, alpha=0.9),
     }
     fitted = {name: fit_gaussian(line, divergence).log_policy for name, divergence in divergences.items()}
-    return TwoModeFigure(
-        points=line.points,
-        reference=_density(line.points, line.reference_logp),
-        target=_density(line.points, line.log_target),
-        policies={name: _density(line.points, logp) for name, logp in fitted.items()},
-    )
+    return replace(_densities(line, fitted), reference=_density(line.points, line.reference_logp))
 
 
-def objective_figure() -> ObjectiveFigure:
-    """Maximise the alignment objective and minimise EXO and DPO, over all policies and over Gaussians."""
+def objective_figure() -> tuple[Densities, Densities]:
+    """Figure 5: what maximising the alignment objective, and minimising EXO and DPO, gives.
+
+    The first policies may be any distribution, and all become the target; the second are Gaussians, which hold one
+    mode, and there EXO agrees with the alignment objective while DPO does not.
+    """
     line = two_mode_line()
-    objectives: dict[str, Divergence] = {
-        "alignment objective": alignment_loss(line),
-        "EXO": reverse_kl,
-        "DPO": forward_kl,
-    }
-    return ObjectiveFigure(
-        points=line.points,
-        target=_density(line.points, line.log_target),
-        unlimited={name: _density(line.points, fit_table(line, loss)) for name, loss in objectives.items()},
-        gaussian={
-            name: _density(line.points, fit_gaussian(line, loss).log_policy) for name, loss in objectives.items()
-        },
-    )
+    objectives = {"alignment objective": alignment_loss(line), "EXO": reverse_kl, "DPO": forward_kl}
+    unlimited = {name: fit_table(line, loss) for name, loss in objectives.items()}
+    gaussian = {name: fit_gaussian(line, loss).log_policy for name, loss in objectives.items()}
+    return _densities(line, unlimited), _densities(line, gaussian)
 
 
 def gradient_error_figure(*, replicates: int = 5_000) -> dict[str, GradientErrors]:
@@ -170,6 +147,11 @@ def example_problem(*, seed: int, num_tokens: int = 3, num_steps: int = 3) -> tu
     rewards = 0.5 * draw(len(world.completions))
     problem = AlignmentProblem(world, world.log_probs(reference), rewards, beta_pi=0.5, beta_r=0.5)
     return problem, reference + 0.5 * draw(len(world.prefixes), num_tokens)
+
+
+def _densities(line: Line, policies: Mapping[str, Tensor]) -> Densities:
+    found = {name: _density(line.points, logp) for name, logp in policies.items()}
+    return Densities(line.points, _density(line.points, line.log_target), found)
 
 
 def _density(points: Tensor, logp: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
@@ -28,8 +28,6 @@ from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, sav
 from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
 from exalign.report.wording import SIGNS, Captions, describe, visible
 from exalign.storage import write_text
-
-Array = NDArray[np.float64]
 
 
 def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> tuple[list[Path], list[str]]:
@@ -262,21 +260,12 @@ _STYLES: list[dict[str, Any]] = [
 _NARROWER = 7.6
 
 
-@dataclass(frozen=True, eq=False)
-class ErrorPanel:
-    """One panel of errors against K: a title, the slope that theory gives, and per curve the errors `[S]`.
-
-    `standard_errors` are those of the measured errors, by the same names, where known.
-    """
-
-    title: str
-    slope: float
-    errors: Mapping[str, Array]
-    standard_errors: Mapping[str, Array] = field(default_factory=dict)
+_ERRORS = (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms"))
+"""Panels of errors against K: a title, the slope that theory gives, and which error it is."""
 
 
 def draw_divergences(
-    points: Array, target: Array, policies: Mapping[str, Array], *, reference: Array | None = None
+    points: ArrayLike, target: ArrayLike, policies: Mapping[str, ArrayLike], reference: ArrayLike | None = None
 ) -> Figure:
     """What minimising each divergence makes of a two-mode target when the policy can hold one mode (Figure 1).
 
@@ -304,42 +293,44 @@ def draw_divergences(
     return figure
 
 
-def draw_error_against_k(num_completions: Sequence[int], panels: Sequence[ErrorPanel]) -> Figure:
-    """Errors of the K-sample gradient against K on log-log axes, each panel with its slope (Theorems 3.2, 3.3).
+def draw_error_against_k(curves: Mapping[str, Any]) -> Figure:
+    """Bias and root mean square error of K-sample gradients against K on log-log axes (Theorems 3.2, 3.3).
 
-    `num_completions` `[S]`, above 0. An error that is not above 0 has no place on such axes and is left out.
+    `curves` are `exact.convergence.GradientErrors` of the same sizes K. An error that is not above 0 has no place on
+    such axes and is left out, and so is a curve whose errors are nowhere above their noise.
     """
-    ks = np.asarray(num_completions, dtype=float)
     with figure_style():
         figure = Figure(figsize=(_NARROWER, 3.4), layout="constrained")
-        for i, panel in enumerate(panels):
-            _errors(figure.add_subplot(1, len(panels), i + 1), ks, panel)
+        for place, (title, slope, kind) in enumerate(_ERRORS, start=1):
+            axes = figure.add_subplot(1, len(_ERRORS), place)
+            axes.set_title(title)
+            parts = ("num_completions", kind, f"{kind}_error")
+            found = {name: np.array([getattr(one, part) for part in parts]) for name, one in curves.items()}
+            _errors(axes, {name: rows for name, rows in found.items() if (rows[1] > 4 * rows[2]).any()}, slope)
         figure.axes[0].set_ylabel("error of the gradient")
     return figure
 
 
-def _errors(axes: Axes, ks: np.ndarray, panel: ErrorPanel) -> None:
+def _errors(axes: Axes, curves: Mapping[str, np.ndarray], slope: float) -> None:
+    """`curves` have rows K, error, and its standard error."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     top = 0.0
-    for (name, values), style in zip(panel.errors.items(), cycle(_STYLES), strict=False):
-        errors = np.array(values)
-        shown = errors > 0
-        axes.plot(ks[shown], errors[shown], label=name, markersize=4, **style)
-        top = max(top, float(errors[shown][0] * (ks[shown][0] / ks[0]) ** -panel.slope))
-        if name in panel.standard_errors:
-            spread = 1.96 * panel.standard_errors[name][shown]
-            # An arm that would reach 0 ends at a tenth of the error: log axes have no 0.
-            low = np.maximum(errors[shown] - spread, errors[shown] / 10)
-            axes.vlines(ks[shown], low, errors[shown] + spread, color=style["color"], linewidth=0.8, alpha=0.6)
-    guide = 1.5 * top * (ks / ks[0]) ** panel.slope
-    slope = f"{panel.slope:g}".replace("-", "−")
-    axes.plot(ks, guide, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label=f"slope {slope}")
+    for (name, rows), style in zip(curves.items(), cycle(_STYLES), strict=False):
+        ks = rows[0]
+        shown, errors, spread = rows[:, rows[1] > 0]
+        axes.plot(shown, errors, label=name, markersize=4, **style)
+        top = max(top, float(errors[0] * (shown[0] / ks[0]) ** -slope))
+        # An arm that would reach 0 ends at a tenth of the error: log axes have no 0.
+        low = np.maximum(errors - 1.96 * spread, errors / 10)
+        axes.vlines(shown, low, errors + 1.96 * spread, color=style["color"], linewidth=0.8, alpha=0.6)
+    guide = 1.5 * top * (ks / ks[0]) ** slope
+    label = f"slope {slope:g}".replace("-", "−")
+    axes.plot(ks, guide, color=LIGHT["muted"], linewidth=1.0, linestyle=(0, (1, 2)), label=label)
     axes.set_xticks(ks, [f"{k:g}" for k in ks])
     bottom, ceiling = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ceiling < 100 * bottom else (1,)))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title(panel.title)
     axes.set_xlabel("completions per prompt, K")
     axes.legend(loc="lower left")
