@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -19,15 +20,18 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.synthetic_run import World, write_run
 from exalign.data.synthetic import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.run_folder import RunFolder
+from exalign.models.loading import save_model
+from exalign.report import write_report
 from exalign.report.wording import interval
 from exalign.run.publish import publish
 from faults.starts import Starter
@@ -43,6 +47,33 @@ DATA = """
 from collections import Counter
 from exalign.data.reading import DataSettings, read_source
 print([record.prompt for record in read_source(DataSettings(source="{name}"), Counter())])
+"""
+
+
+TASK = """
+task: quiz
+dataset_path: g/quiz
+dataset_name: hard
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+CARD = """---
+configs:
+- config_name: hard
+  data_files:
+  - {split: test, path: hard/test-*}
+---
+"""
+BENCHMARK = """
+from functools import partial
+import lm_eval.tasks
+from exalign.cli import main
+lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # 14,000 names take ten seconds
+main({arguments})
 """
 
 
@@ -273,6 +304,44 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
         publish(tmp_path / "run", "dpo", "f/other")
     with pytest.raises(InputError, match="exo-rw was not evaluated at step 999"):
         publish(tmp_path / "run", "exo-rw", "f/other", step=999)
+
+
+def test_what_was_lost_on_a_task_from_the_hub_is_in_the_report(
+    hub: Hub, online: Starter, repositories: Path, tmp_path: Path
+) -> None:
+    """Two models by hand: one to which all tokens are alike picks the short choice, one that loves `!` the other."""
+    pytest.importorskip("lm_eval", reason="the harness is in the extra 'lm-eval'")
+    run = RunFolder(write_run(tmp_path / "run", World(methods={"exo-rw": (0.5, (1.0,))}, num_prompts=6, pool=0)))
+    run.recipe.write_text(run.recipe_text() + f"model: {{source: {tmp_path}/alike}}\n")
+    policy = AutoModelForCausalLM.from_pretrained(repositories / "models/tiny")
+    tokenizer = AutoTokenizer.from_pretrained(repositories / "models/tiny")
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.zero_()
+        policy.transformer.ln_f.bias[0] = 1.0  # what the head reads, whatever came before
+        save_model(policy, tokenizer, tmp_path / "alike", card="")
+        policy.transformer.wte.weight[tokenizer.convert_tokens_to_ids("!"), 0] = 10.0
+    save_model(policy, tokenizer, run.policy("exo-rw", 120), card="")
+    (repositories / "datasets/quiz/hard").mkdir(parents=True)
+    rows = [{"question": f"{n}?", "choices": ["xyz", "!" * 9], "answer": int(n > 3)} for n in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), repositories / "datasets/quiz/hard/test-00000-of-00001.parquet")
+    (repositories / "datasets/quiz/README.md").write_text(CARD)
+    (tmp_path / "quiz.yaml").write_text(TASK)
+    build_evidence(run.path, num_resamples=20)
+    command = ["benchmark", str(run.path), "--tasks", "quiz", "--include-path", str(tmp_path)]
+    ended = online.python(BENCHMARK.format(arguments=command), tmp_path / "log")
+    assert ended.status == 0 and "What was lost" in ended.printed, ended.printed
+    build_evidence(run.path, num_resamples=20)
+    page = write_report(run.path).read_text()
+    assert 'id="benchmark"' in page and "quiz" in page
+    found = run.read_benchmark()
+    assert found is not None
+    (row,) = found.rows
+    assert (row.policy, row.task, row.metric, row.paired) == ("exo-rw@120", "quiz", "acc", True)
+    assert row.before is not None and row.difference is not None
+    assert [row.before[0], row.after[0]] == pytest.approx([4 / 6, 2 / 6])  # four were lost and two were won
+    error = math.sqrt((4 * (2 / 3) ** 2 + 2 * (4 / 3) ** 2) / 5 / 6)
+    assert [row.difference.estimate, row.difference.high] == pytest.approx([-1 / 3, -1 / 3 + 1.96 * error])
 
 
 def test_what_is_gated_or_missing_is_one_sentence_that_says_what_to_do(hub: Hub, load: Load) -> None:

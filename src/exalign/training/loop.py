@@ -391,9 +391,7 @@ def _prepare(
         folder, precision=settings.precision, trackers=settings.trackers, some_left_out=settings.leaves_some_out
     )
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
-    name = "/".join(folder.absolute().parts[-3:])
-    names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
-    accelerator.init_trackers("exalign", config=flat, init_kwargs=names)
+    accelerator.init_trackers("exalign", config=flat, init_kwargs=tracked_as(folder.absolute()))
     module.train()
     budget, checkpointing = _sizes(module, settings, accelerator, sharded=sharding is not None)
     if checkpointing:
@@ -419,6 +417,17 @@ def _prepare(
     warmup_steps = int(settings.warmup_fraction * len(task.batches))
     trained = (accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
     return _Trainer(*trained, held_out)
+
+
+def tracked_as(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each tracker calls a training: its place in the run, whose name is the group of all that it trains.
+
+    The run is the folder around it that holds a recipe; without one it is the folder that it stands in.
+    """
+    run = next((around for around in folder.parents if (around / "recipe.yaml").is_file()), folder.parent)
+    group, name = run.name, folder.relative_to(run).as_posix()
+    alike = {"group": group, "name": name}
+    return {"wandb": alike, "trackio": alike, "mlflow": {"run_name": name, "tags": {"group": group}}}
 
 
 def _sizes(module: nn.Module, settings: TrainSettings, accelerator: Accelerator, *, sharded: bool) -> tuple[int, bool]:
