@@ -67,7 +67,12 @@ def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> Frontier
     Without rewards: with the highest lower bound of the accuracy on held-out pairs.
     """
     within = [point for point in points if point.nats <= kl_budget and (point.reward or point.held_out)]
-    return max(within, key=lambda p: p.reward.estimate if p.reward else lower_bound(p), default=None)
+    return max(within, key=merit, default=None)
+
+
+def merit(point: FrontierPoint) -> float:
+    """By which checkpoints within a KL budget are ranked."""
+    return lower_bound(point) if point.reward is None else point.reward.estimate
 
 
 def lower_bound(point: FrontierPoint) -> float:

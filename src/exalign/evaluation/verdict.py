@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exalign.errors import InputError
-from exalign.evaluation.frontier import lower_bound, select_within
+from exalign.evaluation.frontier import lower_bound, merit, select_within
 from exalign.evaluation.pool import LEAST_ESS
 from exalign.evaluation.run_folder import SUPERVISED, RunFolder
 from exalign.evaluation.schema import (
@@ -62,7 +62,7 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
     found = [
         Selected(name, point, place.ships(name, point.step)) for name, point in points.items() if point is not None
     ]
-    return sorted(found, key=lambda one: -_merit(one.point)), [name for name, point in points.items() if point is None]
+    return sorted(found, key=lambda one: -merit(one.point)), [name for name, point in points.items() if point is None]
 
 
 def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdict | None:
@@ -72,7 +72,7 @@ def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdi
         best = max(able, key=lambda pair: (lower_bound(pair[1]), -pair[1].nats), default=None)
     else:
         within = [(m, point) for m in methods if (point := select_within(m.points, kl_budget)) is not None]
-        best = max(within, key=lambda pair: _merit(pair[1]), default=None)
+        best = max(within, key=lambda pair: merit(pair[1]), default=None)
     if best is None:
         return None
     method, point = best
@@ -166,10 +166,6 @@ def own_sample_warnings(name: str, metrics: Mapping[str, Sequence[float | None]]
             f"{name}: {100 * sum(equal) / len(equal):.0f} % of the prompts had completions of one and the same reward, "
             "which teach nothing; more completions, other prompts or a finer reward would."
         )
-
-
-def _merit(point: FrontierPoint) -> float:
-    return lower_bound(point) if point.reward is None else point.reward.estimate
 
 
 def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:

@@ -208,15 +208,12 @@ def _pairs(view: View) -> None:
 
 def with_ids(records: list[Record], groups: list[Group]) -> list[Record]:
     """The records that groups were made of, with the token ids that models see."""
-    found = []
-    for group in groups:
-        record = records[group.index]
-        completions = tuple(
-            replace(completion, token_ids=tuple(ids.tolist()))
-            for completion, ids in zip(record.completions, group.completion_ids, strict=True)
+    return [
+        replace(records[group.index], prompt_ids=tuple(group.prompt_ids.tolist())).with_each(
+            "token_ids", (tuple(ids.tolist()) for ids in group.completion_ids)
         )
-        found.append(replace(record, prompt_ids=tuple(group.prompt_ids.tolist()), completions=completions))
-    return found
+        for group in groups
+    ]
 
 
 def _pairs_of(view: View, *, name: str) -> None:

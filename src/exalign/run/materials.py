@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,26 +111,23 @@ class Scoring:
 
     def load(self, view: View) -> Scorer:
         """The scorer, ready to score."""
-        settings: Any = view.recipe
-        for name in self.place.split(".") if self.place else ():
-            settings = getattr(settings, name)
-        if self.place is None:
-            settings = ScorerSettings(stage=self.stages[0])
+        settings = attrgetter(self.place)(view.recipe) if self.place else ScorerSettings(stage=self.stages[0])
         return open_scorer(settings, lambda stage: str(view.path(stage, "model")))
 
 
 def scoring(recipe: Recipe) -> Scoring | None:
     """What gives the rollouts their rewards."""
-    if recipe.score.scorer is not None:
-        return Scoring("score.scorer", recipe.score.scorer.stages)
-    return None if recipe.reward is None else Scoring(None, ("reward",))
+    return _named(recipe, recipe.scoring, "score.scorer")
 
 
 def judging(recipe: Recipe) -> Scoring | None:
     """What judges the samples of the evaluation."""
-    if recipe.evaluate.scorer is not None:
-        return Scoring("evaluate.scorer", recipe.evaluate.scorer.stages)
-    return scoring(recipe) if recipe.oracle is None else Scoring(None, ("oracle",))
+    return _named(recipe, recipe.judging, "evaluate.scorer", "score.scorer")
+
+
+def _named(recipe: Recipe, settings: ScorerSettings | None, *places: str) -> Scoring | None:
+    here = (place for place in places if attrgetter(place)(recipe) is settings)
+    return None if settings is None else Scoring(next(here, None), settings.stages)
 
 
 def takes_data(recipe: Recipe, name: str) -> Takes:

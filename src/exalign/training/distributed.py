@@ -12,7 +12,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,17 +147,13 @@ class Whole:
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in names}
         self._empty: Any = copy.deepcopy(module, memo)
 
-    @contextmanager
-    def on_leader(self) -> Iterator[Any]:
+    def on_leader(self) -> AbstractContextManager[Any]:
         """A sharded module with whole weights on the leader's CPU, None on the others; another one as it is."""
-        with self._filled(cpu=True) as module:
-            yield module
+        return self._filled(cpu=True)
 
-    @contextmanager
-    def everywhere(self) -> Iterator[Any]:
+    def everywhere(self) -> AbstractContextManager[Any]:
         """A sharded module with whole weights on the device of every process; another one as it is."""
-        with self._filled(cpu=False) as module:
-            yield module
+        return self._filled(cpu=False)
 
     @contextmanager
     def _filled(self, *, cpu: bool) -> Iterator[Any]:
