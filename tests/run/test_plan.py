@@ -22,9 +22,9 @@ from exalign.run.plan import (
     UNKNOWN_ROWS,
     Assumptions,
     Budget,
-    budget_of,
     duration,
     find_machine,
+    in_turn,
     print_budget,
     quantity,
     rows_of,
@@ -41,7 +41,7 @@ WITH_PPO = ["align.ppo={method: ppo}"]
 
 
 def planned(path: Path = RECIPE, *overrides: str, gpu: str = "H100", count: int = 8, **assumed: Any) -> Budget:
-    return budget_of(load_recipe(path, overrides), find_machine(gpu, count, Assumptions(**assumed)))
+    return Budget(load_recipe(path, overrides), find_machine(gpu, count, Assumptions(**assumed)))
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
@@ -94,7 +94,7 @@ def test_what_a_recipe_says_of_its_cost_is_what_the_command_says(path: Path) -> 
     given = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(1, len(words), 2)}
     gpu, count = given.pop("gpu"), int(given.pop("count"))
     budget = planned(path, gpu=gpu, count=count, **{name: int(value) for name, value in given.items()})
-    assert duration(budget.total("seconds")) == hours
+    assert duration(in_turn(budget.costs).seconds) == hours
     assert duration(sum(cost.seconds for cost in budget.costs if cost.stage == "align/ppo")) == ppo
     assert f"{max(cost.replicated.total for cost in budget.costs) / 1e9:.1f}" == memory
     assert all(cost.fits(budget.machine.usable) == "yes" for cost in budget.costs)
@@ -115,7 +115,7 @@ def test_more_devices_need_no_more_memory_and_change_no_work() -> None:
 
 def test_the_device_changes_no_work_and_a_faster_one_takes_no_longer() -> None:
     slow, fast = planned(gpu="A100-80"), planned(gpu="H100")  # of equal memory, from which sizes follow
-    assert slow.total("flops") == fast.total("flops")
+    assert in_turn(slow.costs).flops == in_turn(fast.costs).flops
     for before, after in zip(slow.costs, fast.costs, strict=True):
         assert after.seconds <= before.seconds
         assert after.replicated == before.replicated

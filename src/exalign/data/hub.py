@@ -1,6 +1,15 @@
-"""What the Hugging Face hub answered, as one sentence that says what to do."""
+"""What the Hugging Face hub answered, as one sentence that says what to do; and what Git leaves of a file there."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether Git LFS did not fetch a file, and this stands in its place."""
+    start = b"version https://git-lfs"
+    with file.open("rb") as stream:
+        return stream.read(len(start)) == start
 
 
 def hub_sentence(kind: str, source: str, error: BaseException) -> str | None:

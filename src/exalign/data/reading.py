@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
-from exalign.data.hub import hub_sentence
+from exalign.data.hub import hub_sentence, is_lfs_pointer
 from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, as_messages, spelled
 from exalign.data.store import iter_records
@@ -45,7 +45,6 @@ MAX_WHOLE = 1 << 31
 """Bytes of a JSON array, or of objects over several lines, which are in memory as a whole."""
 SEEN = 100
 """Rows, the first of a source, that decide its shape."""
-_POINTER = b"version https://git-lfs.github.com/spec/"
 _SPLIT_OF = dict.fromkeys(("train", "training"), "train")
 _SPLIT_OF |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLIT_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
@@ -518,9 +517,8 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
     kind = suffix.removesuffix(".gz")
     row = 0
     try:
-        with path.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
-                raise InputError(f"{path} is a Git LFS pointer, not the data: fetch it with `git lfs pull`.")
+        if is_lfs_pointer(path):
+            raise InputError(f"{path} is a Git LFS pointer, not the data: fetch it with `git lfs pull`.")
         if kind == ".parquet":
             yield from _parquet_rows(path)
             return

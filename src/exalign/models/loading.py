@@ -40,7 +40,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
-from exalign.data.hub import hub_sentence
+from exalign.data.hub import hub_sentence, is_lfs_pointer
 from exalign.data.tokenization import end_ids, eos_id
 from exalign.errors import InputError, first_line
 from exalign.models.capability import base_of, device_of
@@ -724,7 +724,7 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
             return InputError(f"The {kind} folder {source} does not exist.")
         if (sentence := hub_sentence(kind, source, error)) is not None:
             return InputError(sentence)
-    elif pointer := next((path for path in sorted(folder.glob("*")) if _is_lfs_pointer(path)), None):
+    elif pointer := next((path for path in sorted(folder.glob("*")) if path.is_file() and is_lfs_pointer(path)), None):
         return InputError(
             f"{pointer} is a Git LFS pointer, not the file: run `git lfs pull` in {source}, or download it again."
         )
@@ -739,12 +739,6 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
             "merges.txt; name one in tokenizer.source."
         )
     return InputError(f"Cannot load the {kind} {source}: {first_line(error)}")
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size > 1024:
-        return False
-    return path.read_bytes().startswith(b"version https://git-lfs")
 
 
 def is_folder(source: str) -> bool:

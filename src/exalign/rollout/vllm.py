@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,21 +43,6 @@ CHECKED = 8
 """Records of every sampler whose log-probabilities are compared with the training path's."""
 CHECKING_TOKENS = 8192
 _log = logging.getLogger(__name__)
-
-
-class EngineLogprob(Protocol):
-    """vLLM's `Logprob`, as far as it is read."""
-
-    logprob: float
-
-
-class EngineOutput(Protocol):
-    """vLLM's `CompletionOutput`, as far as it is read: `logprobs` has one mapping for each token."""
-
-    index: int
-    token_ids: Sequence[int]
-    logprobs: Sequence[Mapping[int, EngineLogprob]] | None
-    finish_reason: str | None
 
 
 class VLLMSampler:
@@ -338,12 +323,12 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 def completions_of(
     record: Record,
-    outputs: Sequence[EngineOutput],
+    outputs: Sequence[Any],
     settings: SampleSettings,
     ends: Collection[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Completion, ...]:
-    """The K completions of one prompt from the engine's outputs, which come in any order.
+    """The K completions of one prompt from vLLM's `CompletionOutput`s, which come in any order.
 
     What does not fit together is an `InputError`: another number of completions, a token without a log-probability, or
     a completion that neither ended with one of `ends` nor reached the limit.

@@ -93,7 +93,7 @@ def plan(
     import transformers
 
     transformers.logging.set_verbosity_error()
-    budget = budget_of(loaded, machine)
+    budget = Budget(loaded, machine)
     if as_json:
         typer.echo(json.dumps(as_values(budget), indent=1))
     else:
@@ -496,13 +496,20 @@ def _dealt_out(model: Architecture, load: Load, machine: Machine, rate: float, m
 
 
 @dataclass
-class Planner:
-    """What every stage of a recipe costs on a machine. `said`: what it had to assume, each sentence once."""
+class Budget:
+    """A recipe's costs on a machine: of all stages that compute with a model. `said`: what was assumed about data and
+    models, each sentence once."""
 
     recipe: Recipe
     machine: Machine
+    costs: list[Cost] = field(default_factory=list)
     said: dict[str, None] = field(default_factory=dict)
     _known: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # each file is read once
+
+    def __post_init__(self) -> None:
+        from exalign.run.stages import plan as stages_of
+
+        self.costs = [cost for stage in stages_of(self.recipe) if (cost := self.cost(stage.name)) is not None]
 
     def cost(self, stage: str) -> Cost | None:
         """The cost of a stage, which one function for each kind knows; None where it computes with no model."""
@@ -729,29 +736,6 @@ class Planner:
         return None
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A recipe's costs on a machine. `said` are the assumptions that this recipe called for, as sentences."""
-
-    recipe: Recipe
-    machine: Machine
-    costs: tuple[Cost, ...]
-    said: tuple[str, ...]
-
-    def total(self, name: Literal["tokens", "flops", "seconds"]) -> float:
-        """Of all stages, one after the other."""
-        return sum(getattr(cost, name) for cost in self.costs)
-
-
-def budget_of(recipe: Recipe, machine: Machine) -> Budget:
-    """The costs of all stages that compute with a model, and what was assumed about data and models."""
-    from exalign.run.stages import plan as stages_of
-
-    planner = Planner(recipe, machine)
-    costs = [cost for stage in stages_of(recipe) if (cost := planner.cost(stage.name)) is not None]
-    return Budget(recipe, machine, tuple(costs), tuple(planner.said))
-
-
 # ---- Printing
 
 _FITS = {"yes": "[green]yes[/]", "sharded": "[yellow]sharded[/]", "no": "[bold red]no[/]"}
@@ -772,7 +756,8 @@ def print_budget(budget: Budget, console: Console) -> None:
         bound = "" if cost.bound == "operations" else cost.bound
         table.add_row(shown(cost.stage), *_work(cost), bound, *memory, _FITS[cost.fits(machine.usable)])
     table.add_section()
-    table.add_row("all", *_work(budget))
+    if budget.costs:
+        table.add_row("all", *_work(in_turn(budget.costs)))
     console.print(table)
     console.print("[bold]Assumed[/]")
     for sentence in assumptions(budget):
@@ -807,17 +792,14 @@ def as_values(budget: Budget) -> dict[str, Any]:
         "said": assumptions(budget),
         "usable_bytes": usable,
         "stages": [{**asdict(cost), "fits": cost.fits(usable)} for cost in budget.costs],
-        "total": {name: budget.total(name) for name in ("tokens", "flops", "seconds")},
+        "total": {n: sum(getattr(cost, n) for cost in budget.costs) for n in ("tokens", "flops", "seconds")},
     }
 
 
-def _work(of: Cost | Budget) -> tuple[str, str, str]:
-    tokens, flops, seconds = (
-        of.total(name) if isinstance(of, Budget) else getattr(of, name) for name in ("tokens", "flops", "seconds")
-    )
-    operations = flops / 1e15
+def _work(cost: Cost) -> tuple[str, str, str]:
+    operations = cost.flops / 1e15
     said = "<0.01" if operations < 0.01 else f"{operations:.3g}" if operations < 1000 else f"{operations:,.0f}"
-    return quantity(tokens), said, duration(seconds)
+    return quantity(cost.tokens), said, duration(cost.seconds)
 
 
 def quantity(number: float) -> str:
