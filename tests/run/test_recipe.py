@@ -85,12 +85,12 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         ),
         (["align={a: {method: rloo}}", "sample.top_p=0.9"], "align.a: needs samples of the policy itself"),
         (["align={a: {method: grpo}}", "sample.num_completions=1"], "align.a: compares the completions of a prompt"),
-        (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting any more: write fresh_every"),
+        (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting; here: fresh_every, in optimizer steps"),
         (["align={a: {fresh_every: 2}}", "data.prompts=null"], "data.prompts is missing"),
         (["align.sft={}"], "is not 'answers', 'density', 'pairs', 'pool', 'prompts', 'sft'"),
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
-        (["ppo={ppo: {}}"], "ppo is no section any more; write align: {ppo: {method: ppo, …}}"),
+        (["ppo={ppo: {}}"], "ppo is not a setting; here: each method is a section of align, as align: {ppo: {method"),
         (["align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out data.preferences"),
         (
             [

@@ -562,7 +562,6 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     values = {key: value for key, value in values.items() if not str(key).startswith("x-")}
     if isinstance(values.get("align"), dict):  # a name without settings (align.exo=null) takes the method away
         values["align"] = {name: settings for name, settings in values["align"].items() if settings is not None}
-    _refuse_old_keys(values, where)
     plain = plain_values(values, where)
     try:
         for name, settings in (plain.get("align") or {}).items() if isinstance(plain.get("align"), dict) else ():
@@ -586,18 +585,6 @@ def _check_method(name: str, settings: Any, where: str) -> None:
     except InputError as error:
         known = loss_meaning(settings.get("method"))
         raise InputError(f"{where}: align.{name}.{error}" + (f" {known}." if known else "")) from None
-
-
-def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
-    if "ppo" in values:
-        raise InputError(f"{where}: ppo is no section any more; write align: {{ppo: {{method: ppo, …}}}}.")
-    methods = values.get("align")
-    for name, settings in methods.items() if isinstance(methods, dict) else ():
-        if isinstance(settings, dict) and "rounds" in settings and ":" not in str(settings.get("method", "")):
-            raise InputError(
-                f"{where}: align.{name}.rounds is not a setting any more: write fresh_every, the optimizer steps that "
-                "samples of the policy as it is serve."
-            )
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
