@@ -39,8 +39,9 @@ def test_a_method_is_what_it_says_of_itself(run: RunFolder) -> None:
         "line": "MINE, which <nobody> else has.",
         "further": 1,
     }
-    assert (run.describe("exo-rw").family, run.describe("exo-rw").target) == ("exo", "reward")
-    assert (run.describe("gone").label, run.describe("gone").settings) == ("gone", {})
+    exo, gone = (run.describe(name)[0] for name in ("exo-rw", "gone"))
+    assert (exo.family, exo.target) == ("exo", "reward")
+    assert (gone.label, gone.settings) == ("gone", {})
     run.description("mine").write_text(json.dumps(said), encoding="utf-8")
     evidence = build_evidence(run.path, num_resamples=20)
     assert [method.name for method in evidence.methods] == ["exo-rw", "mine"]

@@ -43,7 +43,6 @@ from exalign.evaluation.schema import (
     MethodEvidence,
     OptimumPoint,
     Remark,
-    Sweep,
     Verdict,
     WinRate,
     write_evidence,
@@ -81,7 +80,8 @@ def collect_evidence(
     judgements = Judgements() if judgements is None else judgements
     material = _Material.read(folder)
     bootstrap = Bootstrap(num_resamples, seed)
-    log_odds = _rewards_are_log_odds(material.recipe)
+    _, judge = _scorers(material.recipe)
+    log_odds = bool(judge.get("classifier")) or judge.get("stage") == "oracle"
     methods = [_method(material, name, log_odds, bootstrap) for name in material.methods]
     sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
     tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
@@ -295,23 +295,16 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         known = [table for table in tables.values() if table.log_ratios is not None]
         gap = gap_to_optimum(material.pool, material.sft, known, bootstrap)
     selected = None if material.kl_budget is None else select_within(points, material.kl_budget)
-    described = material.run.describe(name)
-    return MethodEvidence(
-        name=name,
-        family=described.family,
-        target=described.target,
-        finished=material.run.is_finished(name),
+    described, beta = material.run.describe(name)
+    return replace(
+        described,
         points=points,
         win_rates=[rate for rate in rates.values() if rate is not None],
         gain=points[-1].gain if points else None,
         gap=gap,
         selected_step=selected.step if selected else None,
-        settings=described.settings,
-        label=described.label,
-        line=described.line,
-        aim=_aim(material, described.beta, bootstrap),
+        aim=_aim(material, beta, bootstrap),
         by_category=_by_category(material, name, points[-1].step, bootstrap) if points else {},
-        sweep=_sweep(described.sweep),
     )
 
 
@@ -341,16 +334,11 @@ def _by_category(material: _Material, name: str, step: int, bootstrap: Bootstrap
     return {kind: [rate for rate in rates.values() if rate is not None] for kind, rates in found.items()}
 
 
-def _sweep(described: dict[str, Any] | None) -> Sweep | None:
-    if described is None:
-        return None
-    points = described["points"]
-    return Sweep(described["setting"], [p["value"] for p in points], [p["beta"] for p in points])
-
-
 def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:
     """π*_β as the pool shows it, where its rewards are those that methods were trained on."""
-    if beta is None or material.pool is None or not _scored_as_trained(material.recipe):
+    trained, judge = _scorers(material.recipe)
+    given = (material.recipe.get("data") or {}).get("rewards")
+    if beta is None or material.pool is None or given or not trained or judge != trained:
         return None
     found = pool_frontier(material.pool_rewards, np.array([beta]))
     return None if found is None else optimum(found, bootstrap).points[0]
@@ -431,22 +419,12 @@ def _answers_drawn(said: Mapping[str, Any] | None) -> str | None:
     return f"at a temperature of {said['temperature']:g}" + ("" if top_p is None else f" with top-p {top_p:g}")
 
 
-def _scored_as_trained(recipe: Mapping[str, Any]) -> bool:
-    """Whether the evaluation's rewards are those of the rollouts."""
+def _scorers(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What gave the rollouts their rewards, and what judged the evaluation; empty where nothing did."""
 
-    def named(section: str, stage: str) -> Any:
-        scorer = (recipe.get(section) or {}).get("scorer") or ({"stage": stage} if recipe.get(stage) else None)
-        return scorer and {name: value for name, value in scorer.items() if value is not None}
+    def named(section: str, stage: str) -> dict[str, Any]:
+        scorer = (recipe.get(section) or {}).get("scorer") or ({"stage": stage} if recipe.get(stage) else {})
+        return {name: value for name, value in scorer.items() if value is not None}
 
     trained = named("score", "reward")
-    judge = named("evaluate", "oracle")
-    return not (recipe.get("data") or {}).get("rewards") and trained is not None and judge in (None, trained)
-
-
-def _rewards_are_log_odds(recipe: Mapping[str, Any]) -> bool:
-    """Whether the evaluation's scorer (the named one, else the oracle, else the score stage's) is a classifier."""
-    named = (recipe.get("evaluate") or {}).get("scorer")
-    if named is None and recipe.get("oracle"):
-        return True
-    scorer = named or (recipe.get("score") or {}).get("scorer") or {}
-    return bool(scorer.get("classifier")) or scorer.get("stage") == "oracle"
+    return trained, named("evaluate", "oracle") or trained

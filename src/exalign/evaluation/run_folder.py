@@ -26,7 +26,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,17 @@ from exalign.checksums import check_file, checksum
 from exalign.data.record import Record
 from exalign.data.store import iter_records, read_header
 from exalign.errors import InputError
-from exalign.evaluation.schema import Benchmark, Curve, Evidence, Search, Stage, Trial, read_evidence
+from exalign.evaluation.schema import (
+    Benchmark,
+    Curve,
+    Evidence,
+    MethodEvidence,
+    Search,
+    Stage,
+    Sweep,
+    Trial,
+    read_evidence,
+)
 from exalign.storage import read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
@@ -53,22 +63,6 @@ BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class MethodDescription:
-    """What a method says of itself in `align/METHOD/method.json`: what `schema.MethodEvidence` has of these names.
-
-    `beta` is that of the optimum that it aims at.
-    """
-
-    label: str
-    family: str
-    target: str | None
-    settings: dict[str, Any]
-    line: str = ""
-    beta: float | None = None
-    sweep: dict[str, Any] | None = None
 
 
 class RunFolder:
@@ -180,14 +174,21 @@ class RunFolder:
         folders = [*self.evaluation.glob("*/step-*"), *self.evaluation.glob("pairs/*/step-*")]
         return sorted({path.parent.name for path in folders if path.is_dir()})
 
-    def describe(self, method: str) -> MethodDescription:
-        """What the method says of itself; its name alone where its folder is not there."""
-        if not self.description(method).is_file():
-            return MethodDescription(method, "other", None, {})
-        values, known = read_json(self.description(method)), MethodDescription.__dataclass_fields__
+    def describe(self, method: str) -> tuple[MethodEvidence, float | None]:
+        """What the method says of itself, before anything is measured, and β of the optimum that it aims at.
+
+        Its name alone where its folder is not there.
+        """
+        nothing: dict[str, Any] = {"label": method, "family": "other", "target": None, "settings": {}}
+        values = read_json(self.description(method)) if self.description(method).is_file() else nothing
         try:
-            return MethodDescription(**{name: value for name, value in values.items() if name in known})
-        except (TypeError, AttributeError):
+            own = {name: values[name] for name in nothing} | {"line": values.get("line", "")}
+            if (sweep := values.get("sweep")) is not None:
+                points = sweep["points"]
+                own["sweep"] = Sweep(sweep["setting"], [p["value"] for p in points], [p["beta"] for p in points])
+            found = MethodEvidence(method, finished=self.is_finished(method), points=[], win_rates=[], **own)
+            return found, values.get("beta")
+        except (TypeError, KeyError, AttributeError):
             raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
 
     def is_finished(self, method: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exalign.data.batching import Group
 from exalign.models.capability import base_of, device_of, plan_for, row_hidden, stream_hidden
-from exalign.models.logprobs import holds, packed_token_logprobs
+from exalign.models.logprobs import completion_token_logprobs, holds
 from exalign.models.prefix_tree import padded_rows, policy_stream, unflatten, unflatten_tokens, whole_stream
 
 
@@ -53,7 +53,7 @@ class ActorCritic(nn.Module):
         processes then waits for the critic's only.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_alone):
-            logp = packed_token_logprobs(self.model, groups, temperature)
+            logp = completion_token_logprobs(self.model, groups, temperature=temperature, add_in_place=True)
         return logp, completion_values(self.critic, groups)
 
 

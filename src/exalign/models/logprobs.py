@@ -33,7 +33,7 @@ class PackedPolicy(nn.Module):
     def forward(self, groups: Sequence[Group], *, temperature: float, by_token: bool = False) -> Tensor:
         """log π(y_i|x) `[B, K]` in nats, see `completion_logprobs`; or by token, see `completion_token_logprobs`."""
         if by_token:
-            return packed_token_logprobs(self.model, groups, temperature)
+            return completion_token_logprobs(self.model, groups, temperature=temperature, add_in_place=True)
         return _packed_logprobs(self.model, groups, temperature, add_in_place=True)
 
 
@@ -66,19 +66,16 @@ def reference_logprobs(
     return [found[id(group)] for group in groups]
 
 
-def completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
+def completion_token_logprobs(
+    model: nn.Module, groups: Sequence[Group], *, temperature: float, add_in_place: bool = False
+) -> Tensor:
     """log π(y_t|x, y_<t) `[B, K, T]` in nats, with gradient; 0 where there is no token. T is the longest completion.
 
     The terms of the sum that `completion_logprobs` returns, by the same code; `model` is a bare transformers model.
+    `add_in_place`, for the forward of a module: the vocabulary's gradients are added to `.grad` directly.
     """
     _check(temperature)
-    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=False)
-    return unflatten_tokens(logp, cells, groups)
-
-
-def packed_token_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> Tensor:
-    """`completion_token_logprobs` for the forward of a module: vocabulary gradients are added to `.grad` in place."""
-    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=True)
+    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
     return unflatten_tokens(logp, cells, groups)
 
 
