@@ -410,9 +410,7 @@ def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
     figures = {name: draw_divergences(**asdict(shown)) for name, shown in densities.items()}
     figures["theorems"] = draw_error_against_k(gradient_error_figure())
     figures["on-policy"] = draw_error_against_k(on_policy_figure())
-    for name, figure in figures.items():
-        save_figure(figure, folder, name)
-    return [folder / f"{name}.png" for name in figures], []
+    return [save_figure(figure, folder, name) for name, figure in figures.items()], []
 
 
 @app.command(rich_help_panel=RESULT)

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -178,20 +179,27 @@ def iter_records(folder: Path) -> Iterator[Record]:
 
 def iter_shard(shard: Path) -> Iterator[Record]:
     """The records of one shard; a damaged one is an `InputError` that names it."""
-    checksums.check_file(shard)
-    try:
+    with reading(shard):
         table = pq.read_table(shard)
         table.validate(full=True)
         rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
     for number, row in enumerate(rows, start=1):
         try:
             yield _from_row(row)
         except (ValueError, TypeError, RecursionError):  # a part is missing or is no JSON
             said = f"{shard}, row {number} is not a record; delete the file and run the stage again."
             raise InputError(said) from None
+
+
+@contextmanager
+def reading(shard: Path) -> Iterator[None]:
+    """Around what reads a shard: a damaged one is an `InputError` that names it."""
+    checksums.check_file(shard)
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
 
 
 def read_records(folder: Path) -> list[Record]:

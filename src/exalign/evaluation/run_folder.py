@@ -31,14 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from exalign.checksums import NAME as SUMS
-from exalign.checksums import check_file, checksum
+from exalign.checksums import checksum
 from exalign.data.record import Record
-from exalign.data.store import iter_records, read_header
+from exalign.data.store import iter_records, read_header, reading
 from exalign.errors import InputError
 from exalign.evaluation.schema import (
     Benchmark,
@@ -186,14 +185,11 @@ class RunFolder:
             if (sweep := values.get("sweep")) is not None:
                 points = sweep["points"]
                 own["sweep"] = Sweep(sweep["setting"], [p["value"] for p in points], [p["beta"] for p in points])
-            found = MethodEvidence(method, finished=self.is_finished(method), points=[], win_rates=[], **own)
+            finished = self.model(method).is_dir() or not self.align(method).is_dir()  # else training was stopped
+            found = MethodEvidence(method, finished=finished, points=[], win_rates=[], **own)
             return found, values.get("beta")
         except (TypeError, KeyError, AttributeError):
             raise InputError(f"{self.description(method)} does not describe a method; make align again.") from None
-
-    def is_finished(self, method: str) -> bool:
-        """Whether its final model is there, or it was not trained in this run at all."""
-        return self.model(method).is_dir() or not self.align(method).is_dir()
 
     def sampled_steps(self, method: str) -> list[int]:
         return _steps(self.evaluation / method)
@@ -308,13 +304,9 @@ def pool_rewards(folder: Path) -> dict[str, list[float]]:
     if not (folder / "header.json").is_file():
         return rewards
     for shard in sorted(folder.glob("part-*.parquet")):
-        check_file(shard)
-        try:
+        with reading(shard):
             table = pq.ParquetFile(shard).read(columns=["id", "completions.list.element.reward"])
             rows = [(row["id"], [one["reward"] for one in row["completions"]]) for row in table.to_pylist()]
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise InputError(f"{shard} cannot be read ({said}); delete it and run the stage again.") from None
         for name, values in rows:
             if any(value is None or not math.isfinite(value) for value in values):
                 raise InputError(f"{folder}: a completion of {name!r} has no finite reward; score it again.")

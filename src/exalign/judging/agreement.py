@@ -17,13 +17,11 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exalign.evaluation.schema import AssessorAgreement, Interval, Tally
-from exalign.evaluation.statistics import interval_of, mean_interval, resample_weights
+from exalign.evaluation.statistics import Array, interval_of, mean_interval, resample_weights
 from exalign.judging.comparisons import Comparison, Verdict
 
-Array = NDArray[np.float64]
 OVERALL = "overall"
 ORDER = {"second": 0.0, "tie": 1.0, "first": 2.0}
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exalign.evaluation.schema import Interval
-from exalign.evaluation.statistics import interval_of, mean_interval, resample_weights
+from exalign.evaluation.statistics import Array, interval_of, mean_interval, resample_weights
 from exalign.judging.agreement import tally
 from exalign.judging.comparisons import Comparison, Pair, Side, Verdict, verdict_from_shown
 from exalign.judging.exchanges import Answer
 from exalign.judging.instructions import read_verdict
 
-Array = NDArray[np.float64]
 SUMMARY_VERSION = 1
 ORDERS: tuple[Side, ...] = get_args(Side)
 """Who is shown as A: first one system, then the other."""

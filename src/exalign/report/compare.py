@@ -17,7 +17,7 @@ from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Curve, MethodEvidence, Sweep
 from exalign.evaluation.verdict import Selected
-from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, shared_legend, write_under
+from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, shared_legend
 from exalign.report.wording import best, duration, interval, markdown, number, percent
 from exalign.terminal import shown
 
@@ -201,11 +201,7 @@ def write_differences(runs: Sequence[RunResults], folder: Path) -> Path | None:
     """Draw the figure to `folder` as PNG and SVG, with its data, n and interval under it; the PNG's path."""
     with figure_style():
         figure = draw_differences(runs, width=WIDTH)
-        if figure is None:
-            return None
-        write_under(figure, _caption(runs))
-        save_figure(figure, folder, NAME)
-    return folder / f"{NAME}.png"
+        return None if figure is None else save_figure(figure, folder, NAME, _caption(runs))
 
 
 def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | None:

@@ -24,7 +24,7 @@ from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, draw_frontier
 from exalign.report.figure_steps import draw_reward_against_step
-from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, vertical_bar, write_under
+from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, vertical_bar
 from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
 from exalign.report.wording import SIGNS, Captions, describe, visible
 from exalign.storage import write_text
@@ -45,9 +45,7 @@ def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> tuple[li
                 missing.append(f"Figure {number} needs {lacking}")
                 continue
             name, said = f"figure-{number}", caption()
-            write_under(figure, said)
-            save_figure(figure, folder, name)
-            paths.append(folder / f"{name}.png")
+            paths.append(save_figure(figure, folder, name, said))
             index.append(f"## Figure {number}: {title}\n\n![]({name}.png)\n\n{said}\n")
     if evidence.density is not None:
         texts = (" ".join(visible(prompt.prompt).split()) for prompt in evidence.density.prompts)

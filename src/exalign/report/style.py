@@ -203,13 +203,6 @@ def shared_legend(figure: Figure, columns: int, *, handlelength: float = 2.6) ->
     figure.legend(handles=named, loc="outside upper left", ncols=columns, handlelength=handlelength)
 
 
-def write_under(figure: Figure, caption: str) -> None:
-    """Write a caption under a figure of `WIDTH`, which grows by its lines."""
-    text = "\n".join(textwrap.wrap(visible(caption), _CAPTION_LETTERS))
-    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.13 * (text.count("\n") + 2))
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
-
-
 def _settle(figure: Figure) -> None:
     """Solve the layout once, not again for every format. An engine that is left makes each format draw twice."""
     engine = figure.get_layout_engine()
@@ -219,12 +212,20 @@ def _settle(figure: Figure) -> None:
         figure.set_layout_engine(None)
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write `name`.png and `name`.svg, text as outlines so that they look alike everywhere."""
+def save_figure(figure: Figure, folder: Path, name: str, caption: str = "") -> Path:
+    """Write `name`.png and `name`.svg, text as outlines so that they look alike everywhere; the PNG's path.
+
+    A caption is written under a figure of `WIDTH`, which grows by its lines.
+    """
+    if caption:
+        text = "\n".join(textwrap.wrap(visible(caption), _CAPTION_LETTERS))
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.13 * (text.count("\n") + 2))
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=LIGHT["muted"])
     _settle(figure)
     for kind, metadata in (("png", {"Software": None}), ("svg", _NO_METADATA)):
         with figure_style(), atomic_path(folder / f"{name}.{kind}") as at:
             figure.savefig(at, format=kind, dpi=160, metadata=metadata, facecolor="white")
+    return folder / f"{name}.png"
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
