@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exalign.spreadsheet import csv_text
+from exalign.report.wording import csv_text
 
 SOURCE = Path(__file__).parents[1] / "src" / "exalign"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -119,10 +119,10 @@ def test_every_page_escapes_what_it_prints() -> None:
 
 
 def test_csv_is_written_in_one_place() -> None:
-    """A cell that begins with `=` is a formula to a spreadsheet; `spreadsheet.csv_text` makes a text of it."""
+    """A cell that begins with `=` is a formula to a spreadsheet; `wording.csv_text` makes a text of it."""
     writers = ("csv.writer", "csv.DictWriter", ".to_csv", ".write_csv")
     assert {file for file, tree in TREES.items() for name, _ in calls(tree) if name.endswith(writers)} == {
-        "spreadsheet.py"
+        "report/wording.py"
     }
 
 

@@ -401,7 +401,8 @@ def draw_run_figures(run: Path, out: Path | None = None) -> tuple[list[Path], li
 
 def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
     """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
-    from exalign.exact.figures_data import gradient_error_figure, objective_figure, on_policy_figure, two_mode_figure
+    from exalign.exact.bimodal import objective_figure, two_mode_figure
+    from exalign.exact.convergence import gradient_error_figure, on_policy_figure
     from exalign.report.paper_figures import draw_divergences, draw_error_against_k
     from exalign.report.style import save_figure
 

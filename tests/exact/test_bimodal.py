@@ -8,8 +8,15 @@ import math
 import pytest
 import torch
 
-from exalign.exact.bimodal import alignment_loss, fit_gaussian, gaussian_logp, two_mode_line
-from exalign.exact.figures_data import gradient_error_figure, objective_figure, two_mode_figure
+from exalign.exact.bimodal import (
+    alignment_loss,
+    fit_gaussian,
+    gaussian_logp,
+    objective_figure,
+    two_mode_figure,
+    two_mode_line,
+)
+from exalign.exact.convergence import gradient_error_figure
 from exalign.objectives import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 
 LINE = two_mode_line()

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from exalign.exact.alignment import example_problem
 from exalign.exact.convergence import (
     divergence_gradient,
     draw_counts,
@@ -20,11 +21,11 @@ from exalign.exact.convergence import (
     gradient_errors,
     gradient_from_counts,
     length_of_mean,
+    on_policy_figure,
     policy_logits,
     ppo_gradient,
     rloo_gradient,
 )
-from exalign.exact.figures_data import example_problem, on_policy_figure
 from exalign.objectives import (
     forward_kl,
     jensen_shannon,

@@ -88,11 +88,20 @@ def optimal_policy(reference_logp: Tensor, rewards: Tensor, *, beta: float) -> T
     return (reference_logp + rewards / beta).log_softmax(dim=-1)
 
 
-def log_partition(reference_logp: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """`log Z_β = log Σ_n π_sft(y_n) exp(r_n/β)` (Eq. 5). `[N]` → a scalar."""
-    return torch.logsumexp(reference_logp + rewards / beta, dim=-1)
-
-
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`KL(p‖q) = Σ_n p_n (log p_n − log q_n)`, nats. `[N]` → a scalar."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def example_problem(*, seed: int, num_tokens: int = 3, num_steps: int = 3) -> tuple[AlignmentProblem, Tensor]:
+    """A random problem (β_π = β_r = ½) and the logits of a policy that has left π_sft but not arrived."""
+    world = World.enumerate(num_tokens=num_tokens, num_steps=num_steps)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    reference = 0.5 * draw(len(world.prefixes), num_tokens)
+    rewards = 0.5 * draw(len(world.completions))
+    problem = AlignmentProblem(world, world.log_probs(reference), rewards, beta_pi=0.5, beta_r=0.5)
+    return problem, reference + 0.5 * draw(len(world.prefixes), num_tokens)

@@ -1,4 +1,4 @@
-"""What each divergence makes of a target with two modes when the policy can hold only one (Figure 1).
+"""What each divergence makes of a target with two modes when the policy can hold only one (Figures 1 and 5).
 
 Completions are the points of a line. The supervised policy π_sft is a broad Gaussian on it, the reward has two bumps,
 so the optimum π*_β has two modes. The policy to be aligned is again one Gaussian, whatever its mean and width:
@@ -8,14 +8,23 @@ minimised by gradient descent with the functions that train language models, on 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from exalign.objectives import log_policy_distribution, log_reward_target
+from exalign.objectives import (
+    alpha_divergence,
+    forward_kl,
+    jeffreys,
+    jensen_shannon,
+    log_policy_distribution,
+    log_reward_target,
+    reverse_kl,
+)
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,6 +124,52 @@ def alignment_loss(line: Line) -> Divergence:
         return -(log_p_policy.exp() * gain).sum(dim=-1)
 
     return loss
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Densities:
+    """Densities `[N]` over `points`: of the target π*_β, of each policy by its name, of π_sft where it is shown."""
+
+    points: Tensor
+    target: Tensor
+    policies: Mapping[str, Tensor]
+    reference: Tensor | None = None
+
+
+def two_mode_figure() -> Densities:
+    """Figure 1: the Gaussian fitted by each divergence."""
+    line = two_mode_line()
+    divergences: dict[str, Divergence] = {
+        "reverse KL (EXO)": reverse_kl,
+        "forward KL (DPO)": forward_kl,
+        "Jensen–Shannon": jensen_shannon,
+        "Jeffreys": jeffreys,
+        "alpha 0.9": functools.partial(alpha_divergence, alpha=0.9),
+    }
+    fitted = {name: fit_gaussian(line, divergence).log_policy for name, divergence in divergences.items()}
+    return replace(_densities(line, fitted), reference=_density(line.points, line.reference_logp))
+
+
+def objective_figure() -> tuple[Densities, Densities]:
+    """Figure 5: what maximising the alignment objective, and minimising EXO and DPO, gives.
+
+    The first policies may be any distribution, and all become the target; the second are Gaussians, which hold one
+    mode, and there EXO agrees with the alignment objective while DPO does not.
+    """
+    line = two_mode_line()
+    objectives = {"alignment objective": alignment_loss(line), "EXO": reverse_kl, "DPO": forward_kl}
+    unlimited = {name: fit_table(line, loss) for name, loss in objectives.items()}
+    gaussian = {name: fit_gaussian(line, loss).log_policy for name, loss in objectives.items()}
+    return _densities(line, unlimited), _densities(line, gaussian)
+
+
+def _densities(line: Line, policies: Mapping[str, Tensor]) -> Densities:
+    found = {name: _density(line.points, logp) for name, logp in policies.items()}
+    return Densities(line.points, _density(line.points, line.log_target), found)
+
+
+def _density(points: Tensor, logp: Tensor) -> Tensor:
+    return logp.exp() / (points[1] - points[0])
 
 
 def _enumerated(policy_logp: Tensor, reference_logp: Tensor) -> Tensor:

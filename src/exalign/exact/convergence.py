@@ -25,14 +25,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from exalign.exact.alignment import AlignmentProblem
-from exalign.objectives import log_policy_distribution, log_reward_target
+from exalign.exact.alignment import AlignmentProblem, example_problem, kl
+from exalign.objectives import forward_kl, log_policy_distribution, log_reward_target, reverse_kl
 
 Divergence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -271,3 +271,66 @@ def root_mean_square(errors: Tensor) -> tuple[float, float]:
     squares = errors.square().sum(dim=1)
     rms = squares.mean().sqrt().item()
     return rms, squares.std().item() / math.sqrt(len(errors)) / (2 * rms)
+
+
+def gradient_error_figure(*, replicates: int = 5_000) -> dict[str, GradientErrors]:
+    """Measure bias and rms error of EXO's and DPO's gradients for K = 2 … 1024, from π_sft and from the policy.
+
+    In theory slopes are −1 (bias) and −½ (rms).
+    """
+    problem, logits = example_problem(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    policy = problem.world.log_probs(logits)
+    sizes, curves = [2**power for power in range(1, 11)], {}
+    for name, divergence, exact, proposal in (
+        ("EXO", reverse_kl, problem.reverse_kl_gradient(logits), None),
+        ("DPO", forward_kl, problem.forward_kl_gradient(logits), None),
+        ("EXO, sampled from the policy", reverse_kl, problem.reverse_kl_gradient(logits), policy),
+    ):
+        where = (problem, logits, divergence, exact, sizes)
+        curves[name] = gradient_errors(*where, replicates=replicates, generator=generator, proposal_logp=proposal)
+    return curves
+
+
+def on_policy_figure(*, replicates: int = 5_000) -> dict[str, GradientErrors]:
+    """Error of the gradient at β_π = 1, K = 2 … 256, a nat from π_sft, by method and by where completions come from.
+
+    EXO from π_sft, from an earlier policy on the way (a stale q, half the way in logits) and from the policy itself,
+    beside RLOO and PPO with a perfect critic. On its own samples EXO is (K − 1)/K of RLOO: its bias is the K-th part of
+    the gradient. RLOO and PPO have none.
+    """
+    problem, logits = example_problem(seed=3)
+    problem = replace(problem, beta_pi=1.0, beta_r=0.1)
+    logits = _at_kl(problem, logits, 1.0)
+    policy = problem.world.log_probs(logits)
+    halfway = problem.world.log_probs((logits + policy_logits(problem, problem.reference_logp)) / 2)
+    estimators: dict[str, tuple[Gradient, Tensor]] = {
+        name: (divergence_gradient(problem, logits, reverse_kl, proposal), proposal)
+        for name, proposal in (
+            ("EXO, from π_sft", problem.reference_logp),
+            ("EXO, stale q", halfway),
+            ("EXO, on-policy", policy),
+        )
+    }
+    estimators["RLOO"] = rloo_gradient(problem, logits), policy
+    estimators["PPO, perfect critic"] = ppo_gradient(problem, logits, lam=0.95), policy
+    exact, generator = problem.reverse_kl_gradient(logits), torch.Generator().manual_seed(0)
+    sizes = [2**power for power in range(1, 9)]
+    return {
+        name: estimator_errors(gradient, exact, proposal, sizes, replicates=replicates, generator=generator)
+        for name, (gradient, proposal) in estimators.items()
+    }
+
+
+def _at_kl(problem: AlignmentProblem, logits: Tensor, nats: float) -> Tensor:
+    """Logits `nats` from π_sft, on the line towards the optimum with the direction of `logits` added."""
+    start = policy_logits(problem, problem.reference_logp)
+    direction = policy_logits(problem, problem.optimum) - start + (logits - start)
+    low, high = 0.0, 1.0
+    while kl(problem.world.log_probs(start + high * direction), problem.reference_logp) < nats:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        further = kl(problem.world.log_probs(start + middle * direction), problem.reference_logp) > nats
+        low, high = (low, middle) if further else (middle, high)
+    return start + low * direction

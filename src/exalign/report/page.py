@@ -26,6 +26,7 @@ from exalign.report.style import DARK, LIGHT, WIDTH, figure_style, inline_svg, l
 from exalign.report.verdicts import category_table, verdict_bar, win_table
 from exalign.report.wording import (
     Captions,
+    csv_text,
     describe,
     duration,
     interval,
@@ -36,7 +37,6 @@ from exalign.report.wording import (
     visible,
     words,
 )
-from exalign.spreadsheet import csv_text
 from exalign.storage import write_text
 
 NARROW = 3.75

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from exalign.evaluation.run_folder import BEST_OF as SYSTEM_BEST_OF
 from exalign.evaluation.schema import Evidence, Interval, Tally, WinRate
 from exalign.report.style import LIGHT, Look, drawable
-from exalign.report.wording import best, markdown, percent, within_a_share
-from exalign.spreadsheet import csv_text
+from exalign.report.wording import best, csv_text, markdown, percent, within_a_share
 from exalign.storage import write_json, write_text
 
 SCORER, BEST_OF = "scorer", "best of "
