@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def workers() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.tiny_world", "training.launched"])
+    context.set_forkserver_preload(["training.tiny_world", "training.launched", "peft"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server looks for what it preloads
         context.Process(target=os.getpid).start()

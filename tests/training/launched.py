@@ -64,13 +64,13 @@ def sft(folder: Path, token_budget: int) -> nn.Module:
 def reward(folder: Path, token_budget: int) -> nn.Module:
     torch.manual_seed(0)
     model = load_reward_model(ModelSettings(config=UNTIED), make_tokenizer())
-    settings = RewardModel(**SMALL, epochs=2, token_budget=token_budget)
+    settings = RewardModel(**SMALL, token_budget=token_budget)
     train_reward_model(model, make_tokenizer(), make_groups(7), settings, folder)
     return model
 
 
 def align(folder: Path, token_budget: int, *, model: ModelSettings | None = None, **changes: Any) -> nn.Module:
-    settings = Matching(**SMALL, epochs=2, token_budget=token_budget, **changes)
+    settings = Matching(**SMALL, token_budget=token_budget, **changes)
     policy = make_policy(settings=model)
     groups = with_reference_logp(policy, make_groups(7), settings, temperature=0.8)
     train_matching(policy, make_tokenizer(), groups, settings, folder, temperature=0.8)
@@ -97,21 +97,22 @@ def poisoned(folder: Path, token_budget: int, *, gradient: bool = True) -> nn.Mo
 
 
 def kto(folder: Path, token_budget: int) -> nn.Module:
-    policy, settings = make_policy(), KTO(**SMALL, epochs=2, token_budget=token_budget)
+    policy, settings = make_policy(), KTO(**SMALL, token_budget=token_budget)
     groups = with_reference_logp(policy, make_groups(7, num_completions=2), settings, temperature=0.8)
     settings.train(Material(policy, make_tokenizer(), 0.8, groups), folder)  # type: ignore[arg-type]
     return policy
 
 
 def ppo(folder: Path, token_budget: int, **changes: Any) -> nn.Module:
-    module = small_ppo_run(folder, token_budget=token_budget, learning_rate=1e-3, critic_learning_rate=2e-3, **changes)
-    return module.model
+    """Two rollouts, or three, in the first three steps of which the critic is alone."""
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 2e-3}
+    return small_ppo_run(folder, token_budget=token_budget, **(rates | {"epochs": 1, "critic_steps": 3} | changes)).model
 
 
 TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
     "sft": sft,
     "reward": reward,
-    "align": align,
+    "align": lambda folder, budget: align(folder, budget, epochs=2),  # long enough to be killed in its middle
     "align-untied": lambda folder, budget: align(folder, budget, model=ModelSettings(config=UNTIED)),
     "align-lora": lambda folder, budget: align(
         folder, budget, model=ModelSettings(config=CONFIG, lora=LoraSettings(rank=2, dora=True))

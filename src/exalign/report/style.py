@@ -207,6 +207,8 @@ def _settle(figure: Figure) -> None:
     """Solve the layout once, not again for every format. An engine that is left makes each format draw twice."""
     engine = figure.get_layout_engine()
     if engine is not None:
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if not axis.get_label_text()):
+            axis.set_label_coords(0, 0)  # or the place of no label is sought among the ticks, again and again
         with figure_style():
             engine.execute(figure)
         figure.set_layout_engine(None)
