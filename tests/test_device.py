@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from rich.console import Console
@@ -15,12 +11,12 @@ from exalign.device import choose_threads
 from exalign.run.recipe import make_recipe
 from exalign.run.runner import Run
 from exalign.storage import read_json
+from faults.starts import Starter
 
 UNUSABLE = """
-import sys
 from pathlib import Path
 import torch
-kind = sys.argv[2]
+kind = "{kind}"
 torch._C._accelerator_getAccelerator = lambda: torch.device(kind)  # what a build for it says on any machine
 if kind == "mps":
     torch.accelerator.is_available = lambda: True
@@ -34,7 +30,7 @@ from exalign.rollout.settings import SampleSettings
 from exalign.run.materials import ready
 from training.tiny_world import make_tokenizer, small_align_run
 
-model = ready(small_align_run(Path(sys.argv[1])))
+model = ready(small_align_run(Path("{folder}")))
 assert on_cpu()
 release_memory()
 settings = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=8)
@@ -58,13 +54,14 @@ def _threads_as_they_were():
         ("mps", "Apple's GPU (MPS) has no float64, which sampling needs; running on the CPU."),
     ],
 )
-def test_a_gpu_that_cannot_be_used_leaves_the_cpu_and_says_so_once(kind: str, said: str, tmp_path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", UNUSABLE, str(tmp_path / "run"), kind]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "drawn 2 cpu"
-    assert run.stderr.count(said) == 1
+def test_a_gpu_that_cannot_be_used_leaves_the_cpu_and_says_so_once(
+    kind: str, said: str, starter: Starter, tmp_path
+) -> None:
+    code = UNUSABLE.format(kind=kind, folder=tmp_path / "run")
+    run = starter.python(code, tmp_path / "log")
+    assert run.status == 0, run.printed
+    assert "\ndrawn 2 cpu\n" in run.printed
+    assert run.printed.count(said) == 1
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", None])

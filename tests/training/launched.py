@@ -105,8 +105,8 @@ def kto(folder: Path, token_budget: int) -> nn.Module:
 
 def ppo(folder: Path, token_budget: int, **changes: Any) -> nn.Module:
     """Two rollouts, or three, in the first three steps of which the critic is alone."""
-    rates = {"learning_rate": 1e-3, "critic_learning_rate": 2e-3}
-    return small_ppo_run(folder, token_budget=token_budget, **(rates | {"epochs": 1, "critic_steps": 3} | changes)).model
+    chosen = {"learning_rate": 1e-3, "critic_learning_rate": 2e-3, "epochs": 1, "critic_steps": 3}
+    return small_ppo_run(folder, token_budget=token_budget, **(chosen | changes)).model
 
 
 TRAININGS: dict[str, Callable[[Path, int], nn.Module]] = {
