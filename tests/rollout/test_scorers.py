@@ -124,9 +124,9 @@ def test_reward_is_the_head_at_the_last_token_of_its_own_tokens(records, model_t
 @pytest.mark.parametrize("token_budget", [1, 40, 10_000])
 def test_the_same_alone_and_in_a_batch(records, model_type, token_budget):
     model, tokenizer = tiny_classifier(model_type, 1), word_tokenizer(encoder=False)
-    together = RewardModelScorer(model, tokenizer, token_budget=token_budget).score(records)
-    alone = RewardModelScorer(model, tokenizer)
-    for record, rewards in zip(records, together, strict=True):
+    several, alone = RewardModelScorer(model, tokenizer), RewardModelScorer(model, tokenizer)
+    several.token_budget = token_budget
+    for record, rewards in zip(records, several.score(records), strict=True):
         singles = [alone.score([replace(record, completions=(c,))])[0][0] for c in record.completions]
         assert rewards == pytest.approx(singles, abs=1e-9)
 
@@ -145,15 +145,17 @@ def test_a_prompt_is_cut_once_for_all_its_completions():
 def test_limits_are_those_of_training():
     model, tokenizer = tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)
     record = Record("a", "w1 w2 w3 w4", (Completion(" w5 w6 w7 w8"),))
-    scorer = RewardModelScorer(model, tokenizer, limits=TokenLimits(max_prompt_tokens=2, max_completion_tokens=3))
+    keep_limits(model, TokenLimits(max_prompt_tokens=2, max_completion_tokens=3))
+    scorer = RewardModelScorer(model, tokenizer)
     cut = Completion(" w5 w6 w7", finish_reason="length")
     assert scorer.score([record])[0][0] == pytest.approx(by_hand(model, tokenizer, "w3 w4", cut), abs=1e-9)
     assert scorer.counts == {"prompts_cut": 1, "completions_cut": 1}
 
 
 def test_what_is_cut_in_scoring_is_counted():
-    limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
-    scorer = RewardModelScorer(tiny_classifier("gpt2", 1), word_tokenizer(encoder=False), limits=limits)
+    model = tiny_classifier("gpt2", 1)
+    keep_limits(model, TokenLimits(max_prompt_tokens=2, max_completion_tokens=3))
+    scorer = RewardModelScorer(model, word_tokenizer(encoder=False))
     long = Record("a", "w1 w2 w3", (Completion(" w5 w6 w7 w8"), Completion(" w5")))
     short = Record("b", "w1", (Completion(" w5"), Completion(" w6")))
     counts = Counter({"prompts": 2})
@@ -167,18 +169,16 @@ def test_what_is_cut_in_scoring_is_counted():
 
 
 def test_a_model_carries_the_limits_of_its_training(tmp_path):
-    """Saved and loaded, it cuts as it was trained, and as `limits` say where they are given."""
+    """Saved and loaded, it cuts as it was trained."""
     model, tokenizer = tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)
     record = Record("a", "w1 w2 w3 w4", (Completion(" w5 w6 w7 w8"),))
     limits = TokenLimits(max_prompt_tokens=2, max_completion_tokens=3)
-    expected = RewardModelScorer(model, tokenizer, limits=limits).score([record])
     whole = RewardModelScorer(model, tokenizer).score([record])
     keep_limits(model, limits)
+    expected = RewardModelScorer(model, tokenizer).score([record])
     save_model(model.float(), tokenizer, tmp_path / "model", card="")
     loaded = load_reward_model(ModelSettings(source=str(tmp_path / "model")), tokenizer).double()
     assert RewardModelScorer(loaded, tokenizer).score([record])[0] == pytest.approx(expected[0], abs=1e-6)
-    more = TokenLimits(max_prompt_tokens=9, max_completion_tokens=9)
-    assert RewardModelScorer(loaded, tokenizer, limits=more).score([record])[0] == pytest.approx(whole[0], abs=1e-6)
     assert abs(expected[0][0] - whole[0][0]) > 1e-3
     loaded.config.exalign_limits = {"max_prompt_tokens": "many"}
     with pytest.raises(InputError, match="exalign_limits that are no limits"):
@@ -255,9 +255,9 @@ def test_reward_is_the_log_odds(records, model_type, labels, positive):
 def test_log_odds_are_the_same_alone_and_in_a_batch(records, model_type, token_budget):
     model = tiny_classifier(model_type, 2)
     tokenizer = word_tokenizer(encoder=model_type in ENCODERS)
-    together = ClassifierScorer(model, tokenizer, token_budget=token_budget).score(records)
-    alone = ClassifierScorer(model, tokenizer)
-    for record, rewards in zip(records, together, strict=True):
+    several, alone = ClassifierScorer(model, tokenizer), ClassifierScorer(model, tokenizer)
+    several.token_budget = token_budget
+    for record, rewards in zip(records, several.score(records), strict=True):
         singles = [alone.score([replace(record, completions=(c,))])[0][0] for c in record.completions]
         assert rewards == pytest.approx(singles, abs=1e-9)
 

@@ -141,15 +141,13 @@ def agreement(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> As
     )
 
 
-def agreement_between(
-    first: Iterable[Comparison], second: Iterable[Comparison], criterion: str = OVERALL
-) -> Interval | None:
+def agreement_between(first: Iterable[Comparison], second: Iterable[Comparison]) -> Interval | None:
     """Share of equal verdicts over all pairs of one judgement from each side on the same item (a model and people).
 
     None where they have no item in common. Its interval is over prompts.
     """
     orientation: dict[frozenset[str], tuple[str, str]] = {}
-    ours, theirs = _items(first, criterion, orientation), _items(second, criterion, orientation)
+    ours, theirs = _items(first, OVERALL, orientation), _items(second, OVERALL, orientation)
     both = [(said, theirs[pair]) for pair, said in ours.items() if pair in theirs]
     return _mean_by_prompt(
         (said[0][0].prompt_id, float(np.mean([a == b for (_, a), (_, b) in product(said, other)])))

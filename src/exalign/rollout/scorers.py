@@ -33,7 +33,6 @@ from exalign.models.loading import load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
 from exalign.models.sizes import reading_budget
 from exalign.rollout.settings import OneScorer, ScorerSettings
-from exalign.settings import Auto
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +136,9 @@ class RewardModelScorer:
     """r(x, y) of a sequence classifier with one label: its scalar head on the last token of prompt + completion.
 
     Another number of labels is an `InputError`. Texts are tokenised with the model's own tokenizer, and cut to
-    `limits`. By default those are the limits that the model was trained with, which one that was trained here carries;
-    the text for another is cut only where it has no positions left. `token_budget` sets the tokens computed at once and
-    changes no reward beyond rounding. `counts` says what was cut.
+    `limits`, those that the model was trained with, which one that was trained here carries; the text for another is
+    cut only where it has no positions left. `token_budget` tokens are computed at once, which changes no reward beyond
+    rounding. `counts` says what was cut.
 
     Causal models read the last token of prompt and completion, tokenised apart; encoders (BERT, DeBERTa, …) both as one
     text with their special tokens, cut on its left where it is too long. Where a model that was made elsewhere pads
@@ -150,14 +149,7 @@ class RewardModelScorer:
     _called = "The reward model"
     _positive: int | None = None
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        limits: TokenLimits | None = None,
-        token_budget: int | Auto = "auto",
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if self._positive is None and model.config.num_labels != 1:
             raise InputError(
                 f"A reward model has one label, but {model.config.name_or_path or 'this one'} has "
@@ -166,8 +158,8 @@ class RewardModelScorer:
         self.counts: Counter[str] = Counter()
         self._model: Any = model.eval()
         self._tokenizer = tokenizer
-        self._limits = limits or kept_limits(model)
-        self._token_budget = reading_budget(model, token_budget)
+        self.limits = kept_limits(model)
+        self.token_budget = reading_budget(model, "auto")
         padding = model.config.get_text_config().pad_token_id
         self._unread = padding if padding == tokenizer.eos_token_id else None
 
@@ -188,7 +180,7 @@ class RewardModelScorer:
 
         found: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for batch, values in computed(outputs, groups, token_budget=self._token_budget):
+            for batch, values in computed(outputs, groups, token_budget=self.token_budget):
                 found.update({g.index: row[: g.num_completions] for g, row in zip(batch, values, strict=True)})
         return [found[group.index] for group in groups]
 
@@ -200,7 +192,7 @@ class RewardModelScorer:
         behind a prompt of this tokenizer's chat template (`conversations_read_whole`) is read as the template writes
         the whole conversation.
         """
-        tokenizer, counts, limits, positions = self._tokenizer, self.counts, self._limits, max_positions(self._model)
+        tokenizer, counts, limits, positions = self._tokenizer, self.counts, self.limits, max_positions(self._model)
         bare = tuple(replace(c, token_ids=None, logprob=None, reference_logprob=None) for c in record.completions)
         record = replace(record, prompt_ids=None, completions=bare)
         try:
@@ -224,7 +216,7 @@ class RewardModelScorer:
         rows = self._encode(texts)
         logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
         with torch.inference_mode():
-            for batch in _similar_lengths(rows, self._token_budget):
+            for batch in _similar_lengths(rows, self.token_budget):
                 inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
                 ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
                 logits[batch] = self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
@@ -252,16 +244,10 @@ class ClassifierScorer(RewardModelScorer):
     _called = "The classifier"
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        positive: str | int | None = None,
-        *,
-        limits: TokenLimits | None = None,
-        token_budget: int | Auto = "auto",
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, positive: str | int | None = None
     ) -> None:
         self._positive = positive_label(model.config, positive)
-        super().__init__(model, tokenizer, limits=limits, token_budget=token_budget)
+        super().__init__(model, tokenizer)
 
 
 def log_odds(logits: Tensor, positive: int) -> Tensor:
