@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.schema import (
     BestOfN,
     DensityCurve,
@@ -116,6 +117,7 @@ def test_few_effective_samples_are_warned_of() -> None:
     assert "fewer than 10 effective samples beyond a KL of 0.8 nats" in said(point(1, span(1.0)), optimum=optimum)
     assert said(point(1, span(1.0), kl=0.7), optimum=optimum) == ""
     curves = [DensityCurve("exo", [1.0], [1.0], [1.0], ess) for ess in (3.0, 30.0)]
+    curves.append(DensityCurve(OPTIMUM, [1.0], [1.0], [1.0], 3.0))  # is not drawn, so nothing to be warned of
     density = DensityRatios([PromptDensity("p", "prompt", [1.0], [1.0], 1.0, curves)])
     assert "1 of the 2 curves of density ratios stand" in said(point(1, span(1.0)), density=density)
 

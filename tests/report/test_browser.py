@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from exalign.report.page import render_page
+from exalign.report.wording import percent
 from report.conftest import HOSTILE
 
 
@@ -34,6 +35,27 @@ def test_no_horizontal_scrolling(browser, evidence_and_page, hostile_page, width
         page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_categories_of_prompts_stay_within_the_page(browser, evidence_and_page, tmp_path, width):
+    kinds = [*(f"kind {number}" for number in range(8)), "w" * 60]
+    known = evidence_and_page[0].methods
+    methods = [replace(method, by_category=dict.fromkeys(kinds, method.win_rates)) for method in known]
+    path = tmp_path / "page.html"
+    path.write_text(render_page(replace(evidence_and_page[0], methods=methods), {}))
+    page, _ = open_page(browser, path, width=width)
+    main = page.locator("main").bounding_box()
+    tables = page.locator("#results table.wins")
+    assert tables.count() == len(known[0].win_rates)  # one against each opponent
+    for table, against in zip(tables.all(), known[0].win_rates, strict=True):
+        box = table.bounding_box()
+        assert box["x"] + box["width"] <= main["x"] + main["width"]
+        rows = [row.inner_text() for row in table.locator("tbody tr").all()]
+        assert rows[0].startswith(f"all prompts n {against.rate.num_prompts}")
+        assert [row.split(" n ")[0] for row in rows[1:]] == kinds
+        assert all(row.count("%") == len(known) and percent(against.rate) in row for row in rows)
+    page.close()
 
 
 def test_figures_fit_the_screen(browser, evidence_and_page):

@@ -249,6 +249,7 @@ def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tm
     carry_out(recipe, tmp_path / "run", "evaluation/prompts")
     records = read_records(tmp_path / "run" / "evaluation" / "prompts")
     assert {(record.columns or {}).get("kind") for record in records} == {"poem"}
+    assert not [name for name in read_json(tmp_path / "run/evaluation/prompts/done.json")["counts"] if "kind" in name]
     with pytest.raises(InputError, match="no evaluation prompt has a column 'king'"):
         carry_out(
             tiny(data, f"evaluate.scorer={scorer}", "evaluate.category=king"), tmp_path / "2", "evaluation/prompts"

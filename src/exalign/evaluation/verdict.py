@@ -13,7 +13,7 @@ from pathlib import Path
 
 from exalign.errors import InputError
 from exalign.evaluation.frontier import lower_bound, merit, select_within
-from exalign.evaluation.pool import LEAST_ESS
+from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
 from exalign.evaluation.run_folder import SUPERVISED, RunFolder
 from exalign.evaluation.schema import (
     BestOfN,
@@ -231,7 +231,7 @@ def _few_effective_samples(
                 f"is not known where they are: {', '.join(beyond)}."
             )
     if density is not None:
-        found = [curve for prompt in density.prompts for curve in prompt.curves]
+        found = [curve for prompt in density.prompts for curve in prompt.curves if curve.policy != OPTIMUM]
         thin = [curve.policy for curve in found if curve.effective_samples < LEAST_ESS]
         if thin:
             yield (

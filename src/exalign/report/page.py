@@ -276,14 +276,14 @@ def _cost(evidence: Evidence, point: FrontierPoint) -> str:
 
 def _rule(evidence: Evidence, within: float | None) -> str:
     count = sum(len(method.points) for method in evidence.methods)
-    of = f"of {count} checkpoint{'s' * (count != 1)}"
-    what = "gain" if evidence.scored else "accuracy"
+    of = f"Of {count} checkpoint{'s' * (count != 1)}"
+    surest = f"it has the {'gain' if evidence.scored else 'accuracy'} whose interval has the highest lower end"
     if within is None:
-        rule = f"No kl_budget was set: {of} it has the highest lower bound of its {what}"
+        rule = f"{of} {surest}, however far it went: the recipe sets no evaluate.kl_budget"
     elif evidence.scored:
-        rule = f"{of[0].upper()}{of[1:]} it has the most reward within the budget of {within:g} nats"
+        rule = f"{of} it has the most reward within the budget of {within:g} nats"
     else:
-        rule = f"{of[0].upper()}{of[1:]} within {within:g} nats it has the highest lower bound of its accuracy"
+        rule = f"{of} within {within:g} nats {surest}"
     return f"{rule}. It was chosen on the data that measured it, so it looks a little better than it is."
 
 

@@ -47,6 +47,11 @@ class WinTable:
     def cell(self, method: str, column: tuple[str, str]) -> WinCell | None:
         return next((cell for cell in self.cells if (cell.method, *cell.column) == (method, *column)), None)
 
+    def sizes(self, column: tuple[str, str]) -> str:
+        """On how many prompts the methods' rates of a column stand; those of best of N apart."""
+        sizes = {c.won.rate.num_prompts for c in self.cells if c.column == column and not c.method.startswith(BEST_OF)}
+        return "n " + "–".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
+
     def best(self, column: tuple[str, str], shown: Callable[[Interval], str] = percent) -> set[str]:
         """The methods with the highest win rate of a column, as it is `shown`; best of N is none of them."""
         trained = [name for name in self.methods if not name.startswith(BEST_OF)]

@@ -251,11 +251,14 @@ class Captions:
         )
         if density.beta is not None:
             counts = [curve.effective_samples for p in shown for curve in p.curves if curve.policy == OPTIMUM]
-            text += (
-                f" Optimum: π*_β of the evaluation's rewards at β = {density.beta:g}, β_π·β_r of {density.beta_of}; it "
-                f"stands on {_range(*(number(f(counts), 2) for f in (min, max)))} effective samples, and is drawn "
-                f"where they are {LEAST_ESS:g} or more."
+            stands = f"{_range(*(number(f(counts), 2) for f in (min, max)))} effective samples"
+            drawn = (
+                f"is not drawn: it would stand on {stands}, fewer than {LEAST_ESS:g}."
+                if max(counts) < LEAST_ESS
+                else f"stands on {stands}, and is drawn where they are {LEAST_ESS:g} or more."
             )
+            beta = f"β = {density.beta:g}, β_π·β_r of {density.beta_of}"
+            text += f" The optimum π*_β of the evaluation's rewards at {beta}, {drawn}"
         return text
 
     def _answers(self) -> str:

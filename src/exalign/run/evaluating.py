@@ -111,6 +111,8 @@ def _prompts(view: View, *, judge: Scoring | None) -> None:
     category = view.recipe.evaluate.category
     if category is not None and not any(category in (record.columns or {}) for record in records):
         raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
+    for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
+        del view.counts[name]  # readers do not know that it is
     chosen = [_with_reference_text(record) for record in records]
     if judge is not None and all(record.completions for record in chosen):
         chosen = scored(judge.load(view), chosen, view.counts)
