@@ -9,7 +9,7 @@ end under the same settings. What helps is a lower learning rate or clipping, `S
 no weight: all of them failed on the weights that the last step before them made. The last good checkpoint is one from
 before that step, when a loss was still finite.
 
-`stopped.json` says where and why a training stopped. `recover` enters it in `recoveries.json`, which lists every
+`stopped.json` says where and why a training stopped. `add_recovery` enters it in `recoveries.json`, which lists every
 recovery with the settings before and after. A model that was recovered is not that of its final settings alone, and
 this list is what tells them apart.
 """
@@ -160,7 +160,7 @@ def recoveries(folder: Path) -> list[dict[str, Any]]:
 
 
 def next_recovery(folder: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `recover` would add with these `step_sizes`; None where none stopped. `InputError` where nothing differs."""
+    """What recovery with these `step_sizes` would add; None where none stopped. `InputError` where nothing differs."""
     path = folder / "stopped.json"
     if not path.exists():
         return None
@@ -172,19 +172,6 @@ def next_recovery(folder: Path, now: Mapping[str, Any]) -> dict[str, Any] | None
     if entry["settings"] == entry["were"]:
         raise InputError(f"{folder} stopped with these very settings, and would again; lower {' or '.join(now)}.")
     return entry
-
-
-def recover(folder: Path, settings: TrainSettings) -> None:
-    """Let the training that stopped in `folder` go on from its last checkpoint with these settings.
-
-    `settings` are those that it is then called with. Nothing else than their `step_sizes` may differ, which the
-    training itself checks. `InputError` where it did not stop, or where nothing differs.
-    """
-    folder = Path(folder)
-    entry = next_recovery(folder, settings.step_sizes())
-    if entry is None:
-        raise InputError(f"{folder}: no training stopped here, so there is nothing to recover.")
-    add_recovery(folder, entry)
 
 
 def add_recovery(folder: Path, entry: dict[str, Any]) -> None:
