@@ -42,7 +42,7 @@ def test_half_precision_gives_the_numbers_of_the_cpu_to_its_rounding(stage, work
 
 def test_a_decoded_step_costs_the_same_for_any_number_of_groups_and_rows(workers) -> None:
     """One wait, one copy for the model and one for the draw; the first step also has the mask of the prompts."""
-    costs = [apart(workers, work.cost_of_decoding, *size) for size in ((1, 2), (3, 2), (3, 8), (12, 4))]
+    costs = apart(workers, work.each, work.cost_of_decoding, (1, 2), (3, 2), (3, 8), (7, 4))
     for steps in costs:
         assert all(step["waits"] == 1 for step in steps), steps
         assert all(step["uploads"] == 2 for step in steps[1:]), steps
@@ -51,8 +51,7 @@ def test_a_decoded_step_costs_the_same_for_any_number_of_groups_and_rows(workers
 
 @pytest.mark.parametrize("kind", work.TRAINED)
 def test_a_micro_batch_waits_once_and_uploads_twice_whatever_the_number_of_trees(kind, workers) -> None:
-    for count in (1, 4, 12):
-        cost = apart(workers, work.cost_of_micro_batch, kind, count)
+    for cost in apart(workers, work.each, work.cost_of_micro_batch, *((kind, count) for count in (1, 4, 12))):
         assert cost.get("waits", 0) <= 1, cost
         assert cost["uploads"] <= 2, cost
 
@@ -60,8 +59,7 @@ def test_a_micro_batch_waits_once_and_uploads_twice_whatever_the_number_of_trees
 @pytest.mark.parametrize("kind", [*work.OWN, "ppo"])
 def test_a_micro_batch_of_own_samples_costs_no_more(kind, workers) -> None:
     """PPO has a copy more, for its critic's row."""
-    for count in (2, 8):
-        cost = apart(workers, work.cost_of_own_micro_batch, kind, count)
+    for cost in apart(workers, work.each, work.cost_of_own_micro_batch, (kind, 2), (kind, 8)):
         assert cost.get("waits", 0) <= 1, cost
         assert cost["uploads"] <= 2 + (kind == "ppo"), cost
 

@@ -184,6 +184,11 @@ def task_of(kind: str, count: int) -> tuple[Task, nn.Module, Sequence[Group]]:
     return MatchingTask(batches, settings, 1.0), module, groups
 
 
+def each(cost: Callable[..., Any], *cases: tuple[Any, ...]) -> list[Any]:
+    """What every case costs, one after the other in the same process; the first meets it as it was started."""
+    return [cost(*case) for case in cases]
+
+
 def cost_of_micro_batch(kind: str, count: int) -> dict[str, int]:
     from device.pretend import ASKED, counted
 
