@@ -74,6 +74,13 @@ def test_the_difference_of_two_methods_is_paired_by_run(results: list[RunResults
     assert difference_at(results, ("exo-rw", "dpo-rw"), 3.0) is None  # exo-rw ends at 1.28 nats
 
 
+def test_methods_of_different_k_are_not_compared(results: list[RunResults]) -> None:
+    methods = results[0].evidence.methods
+    assert ("exo-rw", "dpo-rw") in contrasts(methods)
+    with_k = [replace(m, settings={"num_completions": 4} if m.name == "dpo-rw" else {}) for m in methods]
+    assert {*contrasts(with_k)} == {*contrasts(methods)} - {("exo-rw", "dpo-rw")}
+
+
 def test_within_a_run_the_difference_is_paired_by_prompt(results: list[RunResults]) -> None:
     """A prompt's level has a spread of 0.8 and drops out; of each reward 1/√4 is left, so √0.5 against √1.78: 0.53."""
     for run in results:

@@ -91,7 +91,14 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={ppo: {}}"], "ppo is not a setting; here: each method is a section of align, as align: {ppo: {method"),
-        (["align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out data.preferences"),
+        (["align.exo-rw.fresh_every=1", "align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out"),
+        (["align.exo-rw.stop_after=99"], "align.exo-rw: stop_after = 99 counts saved policies"),
+        (["align.exo-rw.num_completions=9"], "align.exo-rw: num_completions = 9 is above sample.num_completions = "),
+        (["align.dpo-pref.num_completions=2"], "align.dpo-pref: num_completions has no effect on a method without rew"),
+        (
+            ["align={a: {fresh_every: 2, target: preference, num_completions: 3}}"],
+            "align.a: orders own samples",
+        ),
         (
             [
                 "preferences=null",

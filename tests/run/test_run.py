@@ -256,6 +256,21 @@ def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tm
         )
 
 
+def test_the_first_prompt_comes_first_and_is_asked_for_by_how_it_begins(
+    tiny: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    carry_out(tiny(), tmp_path / "usual", "evaluation/prompts")
+    usual = read_records(tmp_path / "usual" / "evaluation" / "prompts")
+    text = usual[-1].prompt
+    assert isinstance(text, str)
+    carry_out(tiny(f"evaluate.first_prompt={json.dumps(text[:-1])}"), tmp_path / "other", "evaluation/prompts")
+    prompts = [record.prompt for record in usual]
+    other = [record.prompt for record in read_records(tmp_path / "other" / "evaluation" / "prompts")]
+    assert other == [text, *prompts[:-1]]
+    with pytest.raises(InputError, match=r"first_prompt: no prompt of data.evaluation begins with 'This Fox'"):
+        carry_out(tiny("evaluate.first_prompt=This Fox"), tmp_path / "none", "evaluation/prompts")
+
+
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:
     _, folder = finished
     counts = read_json(folder / "rollouts" / "done.json")["counts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
+from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.evaluation.across_runs import read_runs
 from exalign.evaluation.run_folder import RunFolder, pool_rewards
@@ -17,6 +19,7 @@ from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, load_recipe
 from exalign.run.stages import plan
+from exalign.storage import read_sealed
 from run.conftest import ALIGN, tiny_overrides
 from run.searched_run import ALONE
 
@@ -25,6 +28,10 @@ METHODS = (
     f"align={{exo: {SWEPT}sweep: {{kl: [0.1, 0.4]}}}}, "
     f"dpo: {SWEPT}divergence: forward_kl, sweep: {{beta_r: [0.5, 0.1]}}}}, "
     f"alone: {SWEPT}divergence: forward_kl, beta_r: 0.1}}}}"
+)
+FEW = (
+    f"align={{few: {ALIGN}sweep: {{beta_r: [0.5, 0.1]}}, num_completions: 2, epochs: 3, stop_after: 1}}, "
+    f"all: {ALIGN}beta_r: 0.1}}}}"
 )
 
 
@@ -65,6 +72,30 @@ def test_the_beta_of_a_kl_is_that_of_the_optimum_so_far_away(swept: RunFolder) -
     assert told.count("| exo | kl 0.") == 2 and "| dpo | beta_r 0.5 | 0.250 |" in told and "2 trainings" in told
     page = swept.page.read_text(encoding="utf-8")
     assert "Each point of exo, dpo is the end of a training of its own." in page
+
+
+def test_a_method_takes_some_completions_and_ends_where_held_out_prompts_say(world: Path, tmp_path: Path) -> None:
+    more = ["data.held_out=0.25", "sample.num_completions=4", "evaluate.pool_prompts=0", FEW]
+    few = "align.few.save_policies=4"
+    run_recipe(load_recipe(RECIPE, tiny_overrides(world, *ALONE, *more, few)), folder=tmp_path)
+    run = RunFolder(tmp_path)
+    drawn = {record.id: record for record in read_records(tmp_path / "reference" / "reward" / "records")}
+    counts = {name: read_sealed(run.align(name) / "done.json")["counts"] for name in ("few", "all")}
+    held_out = round(len(drawn) / 4)
+    assert counts["all"] == {"prompts": len(drawn), "completions": 4 * len(drawn)}
+    trained = len(drawn) - held_out
+    assert counts["few"] == {"prompts": trained, "completions": 2 * trained, "prompts_held_out": held_out}
+    for member in ("at-1", "at-2"):
+        folder = run.align("few") / member
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        measured = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+        best = min(measured, key=lambda step: measured[step])
+        assert all(-1 <= row["held_out_reward_correlation"] <= 1 for row in rows if "held_out_loss" in row)
+        assert len(rows) == max(measured) and sum(step > best for step in measured) <= 1
+        kept = (folder / "policies" / f"step-{best:06d}" / "model.safetensors").read_bytes()
+        assert (folder / "model" / "model.safetensors").read_bytes() == kept
+        sentence = f"few {member}: the held-out loss is lowest after step {best} "
+        assert sum(note.startswith(sentence) for note in run.read_evidence().notes) == 1
 
 
 def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Recipe]) -> None:

@@ -244,9 +244,9 @@ class _Material:
             self._read_answers(method, step, folder, records, table)
             first = [replace(record, completions=record.completions[:1]) for record in records]
             self.first_samples[method][step] = first
-        stop = self.run.align(method) / "held-out.json"
-        if stop.is_file():
-            self.notes.append(f"{method}: {read_json(stop)['sentence']}.")
+        for stop in sorted(self.run.align(method).glob("**/held-out.json")):
+            what = "" if stop.parent == self.run.align(method) else f" {stop.parent.name}"
+            self.notes.append(f"{method}{what}: {read_json(stop)['sentence']}.")
         if not self.tables[method]:
             self.notes.append(f"{method} has no evaluated checkpoint.")
 

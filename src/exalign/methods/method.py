@@ -43,8 +43,8 @@ TrainsOn = Literal["preferences", "rewards", "prompts", "nothing"]
 class Material:
     """What a method trains with: the policy and, by what it `trains_on`, groups or what it draws its own samples from.
 
-    `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference, and so do those `held_out` of a
-    method on preferences, which it is measured on. A method that trains on prompts samples them from the policy as
+    `policy` is π_sft, trainable; `groups` carry log π_sft and rewards or a preference, and so do those `held_out`,
+    which nothing is trained on and it is measured on. A method that trains on prompts samples them from the policy as
     `sampling` says at τ = `temperature`, rewards the samples by `scorer` and takes log π_sft from `reference`. `critic`
     is what a scalar model starts from. Prompts sampled again after an interruption count again in `counts`.
     """
@@ -85,11 +85,18 @@ class Method(TrainSettings):
         "matching", description="the method: matching (EXO, DPO, the family), ppo, simpo, …, or module:Class"
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
+    num_completions: int | None = Field(
+        None,
+        gt=1,
+        description="K of this method: it trains on so many completions of a prompt, the first that were drawn or "
+        "given; None: on all",
+    )
     stop_after: int | None = Field(
         None,
         gt=0,
-        description="for methods on data.preferences: training ends where so many saved policies in a row have no "
-        "lower loss on the held-out pairs than the best before, and that one is the model; None: it goes to its end",
+        description="training ends where so many saved policies in a row have no lower loss on held-out prompts than "
+        "the best before, and that one is the model; a method on rewards holds out data.held_out of its prompts for "
+        "it; None: it goes to its end",
     )
     sweep: dict[str, tuple[int | float, ...]] | None = Field(
         None,
@@ -104,8 +111,9 @@ class Method(TrainSettings):
         return next(iter(self.sweep.items()), None) if self.sweep else None
 
     def at(self, setting: str, value: float) -> Method:
-        """The same method with one value of its sweep, saving its last policy alone."""
-        settings = self.model_dump(mode="json") | {"sweep": None, setting: value, "save_policies": 1}
+        """The same method with one value of its sweep, saving its last policy alone, or those that say when it ends."""
+        saved = 1 if self.stop_after is None else self.save_policies
+        settings = self.model_dump(mode="json") | {"sweep": None, setting: value, "save_policies": saved}
         return type(self).model_validate_json(json.dumps(settings))
 
     def at_beta(self, beta: float) -> Method:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from exalign.data.batching import Group
@@ -67,7 +67,7 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
             own = takes + Takes(needs=(f"align/{name}",))
             yield own.stage(f"evaluation/{below}{name}", partial(work, name=name))
 
-    takes = rows + judged + Takes(("evaluate.prompts", "evaluate.category"))
+    takes = rows + judged + Takes(("evaluate.prompts", "evaluate.first_prompt", "evaluate.category"))
     yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge))
     drawn = supervised + judged + Takes(SAMPLED, ("evaluation/prompts",))
     sampled = drawn + Takes(("evaluate.samples",))
@@ -105,10 +105,11 @@ def _evaluation_rows(view: View) -> Iterator[Record]:
 
 def _prompts(view: View, *, judge: Scoring | None) -> None:
     """The evaluation prompts, each with its reference text (scored) where the data has one."""
-    records = list(islice(different_prompts(_evaluation_rows(view)), view.recipe.evaluate.prompts))
+    evaluate = view.recipe.evaluate
+    records = list(islice(_in_order(_evaluation_rows(view), evaluate.first_prompt), evaluate.prompts))
     if not records:
         raise InputError("data.evaluation has no usable rows.")
-    category = view.recipe.evaluate.category
+    category = evaluate.category
     if category is not None and not any(category in (record.columns or {}) for record in records):
         raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
     for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
@@ -123,6 +124,19 @@ def _prompts(view: View, *, judge: Scoring | None) -> None:
         for record in chosen[writer.written :]:
             writer.write(record)
         writer.close(Header(counts=dict(view.counts)))
+
+
+def _in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
+    """The first record of every prompt; before all others the one whose text, or last message, begins with `first`."""
+    records = different_prompts(rows)
+    if first is None:
+        return records
+    before = list[Record]()
+    for record in records:
+        if (record.prompt if isinstance(record.prompt, str) else record.prompt[-1]["content"]).startswith(first):
+            return chain([record], before, records)
+        before.append(record)
+    raise InputError(f"evaluate.first_prompt: no prompt of data.evaluation begins with {first[:100]!r}.")
 
 
 def _prompt_of(record: Record) -> Record:

@@ -643,9 +643,10 @@ class Budget:
     # -- Loads
 
     def load_of(self, method: Method) -> Load:
-        if method.trains_on == "prompts":
-            return self.sampled(self.recipe.sample.num_completions)
-        return self.pairs() if method.trains_on == "preferences" else self.rewarded()
+        if method.trains_on == "preferences":
+            return self.pairs()
+        load = self.sampled(self.recipe.sample.num_completions) if method.trains_on == "prompts" else self.rewarded()
+        return replace(load, completions=method.num_completions or load.completions)
 
     def pairs(self) -> Load:
         """The preferences: given, or two samples of the supervised model for each prompt."""

@@ -73,7 +73,8 @@ class DataSection(Settings):
         gt=0,
         lt=1,
         description="without data.evaluation: the share of the prompts of data.preferences that nothing is trained on, "
-        "drawn by the content of each prompt, and at most evaluate.prompts of them",
+        "drawn by the content of each prompt, and at most evaluate.prompts of them; of methods on rewards with "
+        "stop_after: the share of their prompts that says when training ends",
     )
     validation: Sources | None = Field(
         None,
@@ -118,6 +119,12 @@ class EvaluateSettings(Settings):
         "model; without any the evidence is what preferences allow",
     )
     prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
+    first_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="how a prompt of data.evaluation begins, which then comes first of all, so that its density ratios "
+        "are drawn (the paper's Figure 3); None: the order of the data",
+    )
     samples: int = Field(4, gt=0, description="samples of each policy for each prompt (M in the paper)")
     answers: AnswerSettings | None = Field(
         None,
@@ -367,8 +374,17 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         )
     for name, method in recipe.align.items():
         problems = [*method.problems()]
+        drawn = recipe.sample.num_completions
         if method.trains_on == "prompts":
-            problems += method.sampling_problems(recipe.sample)
+            own = {"num_completions": method.num_completions or drawn}
+            problems += method.sampling_problems(recipe.sample.model_copy(update=own))
+        elif method.num_completions is not None and method.trains_on != "rewards":
+            problems.append("num_completions has no effect on a method without rewards; remove it")
+        elif method.num_completions is not None and method.num_completions > drawn and recipe.data.rewards is None:
+            problems.append(
+                f"num_completions = {method.num_completions} is above sample.num_completions = {drawn}, which are "
+                "drawn; raise the latter"
+            )
         problems += _stop_problems(recipe, method)
         yield from (f"align.{name}: {problem}" for problem in problems)
         yield from (f"align.{name}.sweep{problem}" for problem in _sweep_problems(recipe, method))
@@ -378,8 +394,8 @@ def _stop_problems(recipe: Recipe, method: Method) -> Iterator[str]:
     """An early stop that nothing would measure, or that could not come."""
     if method.stop_after is None:
         return
-    if method.trains_on != "preferences" or recipe.data.preferences is None:
-        yield "stop_after looks at held-out data.preferences, and this method is not trained on these; remove it"
+    if not holds_out_rewards(method) and (method.trains_on != "preferences" or recipe.data.preferences is None):
+        yield "stop_after looks at held-out data.preferences or rewards, and this method trains on neither; remove it"
     elif method.stop_after >= method.save_policies:
         yield f"stop_after = {method.stop_after} counts saved policies; raise save_policies above it"
 
@@ -392,7 +408,7 @@ def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:
     if len(method.sweep) != 1 or len(values) < 2 or len(set(values)) < len(values):
         yield " is one setting with two values or more, each once, as {beta_r: [0.5, 0.1]} or {kl: [0.5, 1, 2]}"
         return
-    if method.save_policies != 1:
+    if method.save_policies != 1 and method.stop_after is None:
         yield " keeps the last policy of each training alone; remove save_policies"
     if setting == "kl":
         if method.optimum_beta is None:
@@ -473,7 +489,8 @@ def _evaluation_problems(recipe: Recipe) -> Iterator[str]:
         yield "evaluate.density_prompts is above evaluate.pool_prompts, whose samples it needs; raise the latter"
     if recipe.align and data.evaluation is None and data.preferences is None:
         yield "data.evaluation is missing: held-out prompts for the evidence"
-    if data.held_out != DataSection.model_fields["held_out"].default and not holds_out(recipe):
+    held_out = holds_out(recipe) or any(map(holds_out_rewards, recipe.align.values()))
+    if data.held_out != DataSection.model_fields["held_out"].default and not held_out:
         why = "beside data.evaluation" if data.evaluation is not None else "without data.preferences"
         yield f"data.held_out has no effect {why}; remove it"
 
@@ -481,6 +498,11 @@ def _evaluation_problems(recipe: Recipe) -> Iterator[str]:
 def holds_out(recipe: Recipe) -> bool:
     """Whether a part of the given preferences is kept from training, because nothing else is there to evaluate on."""
     return recipe.data.evaluation is None and recipe.data.preferences is not None
+
+
+def holds_out_rewards(method: Method) -> bool:
+    """Whether a part of the scored prompts is kept from a method's training, to say when it ends."""
+    return method.stop_after is not None and method.trains_on == "rewards"
 
 
 def _search_problems(recipe: Recipe) -> Iterator[str]:

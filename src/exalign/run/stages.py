@@ -68,7 +68,7 @@ from exalign.run.materials import (
     takes_tokenizer,
     tokenize,
 )
-from exalign.run.recipe import Recipe, holds_out, trained_on
+from exalign.run.recipe import Recipe, holds_out, holds_out_rewards, trained_on
 from exalign.run.search import search_stage, searched_settings, validation_stage
 from exalign.run.view import Stage, View
 from exalign.storage import fingerprint, link_folder, write_json
@@ -173,10 +173,14 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
                 takes += Takes(needs=(PAIRS,))
             if method.trains_on == "rewards" and recipe.data.rewards is None:
                 takes += Takes(("sample.top_p", "sample.top_k"))
+            if holds_out_rewards(method):
+                takes += Takes(("data.held_out",))
         else:
             scorer = scoring(recipe)
             assert scorer is not None
-            takes += OFFLINE + Takes(("sample.num_completions",)) + scorer.takes + takes_prompts(recipe)
+            takes += OFFLINE + scorer.takes + takes_prompts(recipe)
+            if method.num_completions is None:
+                takes += Takes(("sample.num_completions",))
             if method.wants_critic and recipe.reward is not None and recipe.reward.model is None:
                 takes += Takes(needs=("reward",))
                 critic = "reward"
@@ -187,7 +191,8 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
                 pool_scorer = scoring(recipe)
                 assert pool_scorer is not None
                 takes += pool_scorer.takes
-        material = partial(_material, reference=reference, scorer=scoring(recipe), critic=critic)
+        how = {"num_completions": method.num_completions, "reference": reference, "critic": critic}
+        material = partial(_material, scorer=scoring(recipe), **how)  # type: ignore[arg-type]
         searched = recipe.search is not None and name in recipe.search.methods
         if searched:
             yield search_stage(recipe, name, takes, material)
@@ -207,28 +212,35 @@ def _given(view: View, *, name: str) -> None:
         write_json(place / "source.json", {"source": source})
 
 
-def _material(view: View, *, reference: str | None, scorer: Scoring | None, critic: str | None) -> Material:
+def _material(
+    view: View, *, num_completions: int | None, reference: str | None, scorer: Scoring | None, critic: str | None
+) -> Material:
     """What a method trains with: new at every call, as training changes it."""
     recipe, tokenizer = view.recipe, run_tokenizer(view)
     policy = supervised(view, tokenizer, trainable=True)
     common = {"policy": policy, "tokenizer": tokenizer, "temperature": recipe.temperature, "counts": view.counts}
     if reference is not None:
-        records = read_records(view.path(reference, "records"))
+        records, kept = read_records(view.path(reference, "records")), list[Record]()
+        if num_completions is not None:
+            records = [replace(record, completions=record.completions[:num_completions]) for record in records]
+        if "data.held_out" in view.stage.reads:
+            records, kept = _held_out(records, recipe.data.held_out, len(records), "align")
+            view.counts["prompts_held_out"] = len(kept)
         # Cut draws come from something else than π_sft at τ, which the objective then corrects for.
         sampled = "sample.top_p" in view.stage.reads
         corrected = sampled and (recipe.sample.top_p is not None or recipe.sample.top_k is not None)
         groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
         view.counts["prompts"] = len(groups)
         view.counts["completions"] = sum(group.num_completions for group in groups)
-        pairs = read_records(view.path(PAIRS, "records")) if view.has(PAIRS) else []
-        held_out = [group_of(record, index) for index, record in enumerate(pairs)]
+        kept = kept or (read_records(view.path(PAIRS, "records")) if view.has(PAIRS) else [])
+        held_out = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(kept)]
         return Material(groups=groups, held_out=held_out, **common)  # type: ignore[arg-type]
     assert scorer is not None
     started = supervised_settings(view)
     own = started if critic is None else ModelSettings(source=str(view.path(critic, "model")), dtype=started.dtype)
     return Material(
         prompts=prompts_of(view),
-        sampling=offline_sampling(view, recipe.sample.num_completions),
+        sampling=offline_sampling(view, num_completions or recipe.sample.num_completions),
         scorer=scorer.load(view),
         reference=supervised(view, tokenizer),
         critic=own,
@@ -370,7 +382,7 @@ def _given_preferences(view: View) -> None:
     if not pairs:
         raise InputError("data.preferences: no row prefers a completion to another.")
     if "data.held_out" in view.stage.reads:
-        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.prompts)
+        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.prompts, "data.preferences")
         view.counts["held_out_pairs"] = len(kept)
         write_records(view.folder / "held-out", kept, Header(counts={"held_out_pairs": len(kept)}))
         view.console.print(
@@ -384,21 +396,19 @@ def _given_preferences(view: View) -> None:
     write_records(view.folder / "records", pairs, Header(counts=dict(view.counts)))
 
 
-def _held_out(pairs: Sequence[Record], share: float, most: int) -> tuple[list[Record], list[Record]]:
-    """The pairs less those of a share of the prompts, and these: the prompts whose content has the least hashes.
+def _held_out(rows: Sequence[Record], share: float, most: int, where: str) -> tuple[list[Record], list[Record]]:
+    """The rows less those of a share of the prompts, and these: the prompts whose content has the least hashes.
 
     So a prompt that is held out stays so when rows are added, moved or shuffled; no prompt is on both sides.
     """
-    prints = [fingerprint(["held out", pair.prompt]) for pair in pairs]
+    prints = [fingerprint(["held out", row.prompt]) for row in rows]
     different = sorted(set(prints))
     if len(different) < 2:
-        raise InputError(
-            "data.preferences has one prompt, so none can be held out; give data.evaluation, or more preferences."
-        )
+        raise InputError(f"{where} has one prompt, so none can be held out; give more, or data.evaluation.")
     kept = set(different[: min(max(round(share * len(different)), 1), most)])
     sides: tuple[list[Record], list[Record]] = [], []
-    for pair, found in zip(pairs, prints, strict=True):
-        sides[found in kept].append(pair)
+    for row, found in zip(rows, prints, strict=True):
+        sides[found in kept].append(row)
     return sides
 
 

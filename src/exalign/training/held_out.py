@@ -19,7 +19,7 @@ from exalign.training.checkpoint import rows_up_to
 
 Loss = Callable[[Sequence[Group]], tuple[Tensor, dict[str, Tensor]]]
 Weight = Callable[[Sequence[Group]], float]
-SHOWN = ("loss", "accuracy", "margin")
+SHOWN = ("loss", "accuracy", "margin", "reward_correlation")
 """Those of a task's numbers that are measured, as `held_out_loss` … of the step's row of metrics."""
 
 
@@ -39,7 +39,7 @@ class HeldOut:
     def begin(self, metrics: Path, step: int) -> None:
         """Take up what was measured up to `step`."""
         if self.stop_after is not None and not self.groups:
-            raise InputError("stop_after looks at held-out preferences, and there are none; data.evaluation has none.")
+            raise InputError("stop_after looks at held-out preferences or rewards, and there are none.")
         self.losses = {}
         for row in map(json.loads, rows_up_to(metrics, step)):
             if "held_out_loss" in row:
