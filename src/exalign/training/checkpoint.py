@@ -156,13 +156,11 @@ def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Pa
 def _position(path: Path) -> Position:
     """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
     values = read_sealed(path / "checkpoint.json")
-    step, skipped, run = (values.get(name) for name in ("step", "skipped_in_a_row", "run"))
-    settled = values.get("settled", "")
-    if type(step) is not int or type(skipped) is not int:  # a truth value is no number
-        raise InputError(f"{path / 'checkpoint.json'} is damaged.")
-    if not isinstance(run, str) or not isinstance(settled, str):
-        raise InputError(f"{path / 'checkpoint.json'} is damaged.")
-    if step != _step_of(path) or skipped < 0:
+    found: list[Any] = [*map(values.get, ("step", "skipped_in_a_row", "run")), values.get("settled", "")]
+    step, skipped, run, settled = found
+    if (
+        [*map(type, found)] != [int, int, str, str] or step != _step_of(path) or skipped < 0
+    ):  # a truth value is no number
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
