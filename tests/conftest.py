@@ -17,8 +17,9 @@ settings.register_profile("any-machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any-machine")
 
 LONGEST = [
-    "test_methods", "test_cluster", "test_damage", "test_processes_run", "test_run", "test_on_a_device", "test_kills",
-    "test_winner", "test_held_out", "test_given", "test_processes", "test_search", "test_wheel", "test_field",
+    "test_cluster", "test_methods", "test_processes_run", "test_damage", "test_on_a_device", "test_processes",
+    "test_run", "test_search", "test_kills", "test_winner", "test_ppo", "test_given", "test_held_out", "test_field",
+    "test_wheel", "test_notebooks", "test_network", "test_sweep", "test_step", "test_gpu",
 ]  # fmt: skip
 """Files that are begun first, so that no process of several is left alone with one of them at the end."""
 
