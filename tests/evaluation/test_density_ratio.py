@@ -24,8 +24,7 @@ from exalign.evaluation.pool import (
     smoothed_ratio,
 )
 from exalign.evaluation.statistics import Bootstrap
-from exalign.exact.alignment import AlignmentProblem
-from exalign.exact.world import World
+from exalign.exact.alignment import AlignmentProblem, World
 
 RW = {"target": "reward", "beta_pi": 0.5, "beta_r": 0.2}
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exalign.exact.world import World
+from exalign.exact.alignment import World
 
 SIZES = [(2, 1), (2, 2), (3, 3), (4, 2)]
 

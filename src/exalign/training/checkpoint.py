@@ -158,9 +158,8 @@ def _position(path: Path) -> Position:
     values = read_sealed(path / "checkpoint.json")
     found: list[Any] = [*map(values.get, ("step", "skipped_in_a_row", "run")), values.get("settled", "")]
     step, skipped, run, settled = found
-    if (
-        [*map(type, found)] != [int, int, str, str] or step != _step_of(path) or skipped < 0
-    ):  # a truth value is no number
+    # A truth value is no number.
+    if [*map(type, found)] != [int, int, str, str] or step != _step_of(path) or skipped < 0:
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
