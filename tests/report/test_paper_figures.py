@@ -258,6 +258,22 @@ def test_methods_that_differ_in_one_beta_are_found(evidence: Evidence) -> None:
     assert list(line.get_xdata()) == [0.1, 0.5]
 
 
+def test_what_a_judge_says_of_methods_that_differ_in_one_beta_is_drawn_too(evidence: Evidence) -> None:
+    judge = evidence.judgements.judges[0]
+    tally = next(one.tally for one in judge.match_ups if one.tally.second == "sft")
+    first = next(method for method in evidence.methods if method.name == tally.first)
+    settings = {"target": "reward", "beta_r": 0.1}
+    methods = [
+        replace(first, settings=settings | {"beta_pi": 0.5}),
+        replace(first, name="unjudged", settings=settings | {"beta_pi": 0.1}),
+    ]
+    with figure_style():
+        figure = draw_ablation(replace(evidence, methods=methods), width=8.8)
+    assert figure is not None and tally.score is not None
+    (judged,) = (axes for axes in figure.axes if axes.get_ylabel() == f"{judge.name}\nwin rate against\nSFT")
+    assert [*judged.lines[0].get_xdata()] == [0.5] and [*judged.lines[0].get_ydata()] == [tally.score.estimate]
+
+
 def test_verdicts_are_drawn_as_they_were_counted(evidence: Evidence) -> None:
     with figure_style():
         figure = draw_verdicts(evidence, looks_of(evidence.methods), width=8.8)

@@ -197,23 +197,32 @@ def ablations(methods: Sequence[MethodEvidence]) -> list[Ablation]:
 def draw_ablation(evidence: Evidence, *, width: float) -> Figure | None:
     """Reward and win rates at each method's end against β_π (left) and β_r (right); None without such methods.
 
-    The KL at which a reward was reached stands above it.
+    The win rates are the scorer's and every judge's. The KL at which a reward was reached stands above it.
     """
     groups = ablations(evidence.methods)
     if not groups:
         return None
-    value = "mean reward" if evidence.scored else "accuracy on\nheld-out pairs"
-    opponents = dict.fromkeys(rate.opponent for group in groups for m in group.methods for rate in m.win_rates)
-    rows: dict[str | None, str] = {None: value, **{opponent: f"win rate against\n{opponent}" for opponent in opponents}}
+    varied = {method.name: method for group in groups for method in group.methods}
+    rows = {
+        "mean reward" if evidence.scored else "accuracy on\nheld-out pairs": {
+            name: end for name, method in varied.items() if (end := _end(method))
+        }
+    }
+    table = win_table(evidence)
+    for by, opponent in table.columns:
+        won = {name: cell.won.rate for name in varied if (cell := table.cell(name, (by, opponent)))}
+        if won:
+            judge = "" if by == SCORER else by.partition(",")[0] + "\n"
+            rows[f"{judge}win rate against\n{opponent}"] = won
     looks = looks_of({group.methods[0].name: group.methods[0] for group in groups}.values())
     settings = list(dict.fromkeys(group.setting for group in groups))
     figure = Figure(figsize=(width, 0.5 + 2.0 * len(rows)), layout="constrained")
-    for row, (opponent, title) in enumerate(rows.items()):
+    for row, (title, known) in enumerate(rows.items()):
         for column, setting in enumerate(settings):
             axes = figure.add_subplot(len(rows), len(settings), row * len(settings) + column + 1)
             shown = [group for group in groups if group.setting == setting]
             for group in shown:
-                _values(axes, group, opponent, looks[group.methods[0].name])
+                _values(axes, group, known, looks[group.methods[0].name], nats=row == 0)
             if row == 0 and len(shown) == 1:
                 axes.set_title(shown[0].name)
             elif row == 0:
@@ -228,21 +237,19 @@ def draw_ablation(evidence: Evidence, *, width: float) -> Figure | None:
     return figure
 
 
-def _values(axes: Axes, group: Ablation, opponent: str | None, look: Look) -> None:
-    """Win rates against `opponent`; without one the value of each method's end."""
-    known = [(x, m, value) for x, m in zip(group.values, group.methods, strict=True) if (value := _value(m, opponent))]
-    axes.plot([x for x, *_ in known], [value.estimate for *_, value in known], **look.line, label=group.name, zorder=3)
-    for x, method, value in known:
+def _values(axes: Axes, group: Ablation, known: Mapping[str, Interval], look: Look, *, nats: bool) -> None:
+    """What is `known` of the group's methods, with the KL of their ends where `nats` says so."""
+    shown = [(x, m, known[m.name]) for x, m in zip(group.values, group.methods, strict=True) if m.name in known]
+    axes.plot([x for x, *_ in shown], [value.estimate for *_, value in shown], **look.line, label=group.name, zorder=3)
+    for x, method, value in shown:
         vertical_bar(axes, x, value, look.color, linewidth=1.2, zorder=2)
-        if opponent is None:
+        if nats:
             top = value.estimate if value.high is None else value.high
             kl = f"KL {method.points[-1].nats:.2g}"
             axes.annotate(kl, (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _value(method: MethodEvidence, opponent: str | None) -> Interval | None:
-    if opponent is not None:
-        return next((rate.rate for rate in method.win_rates if rate.opponent == opponent), None)
+def _end(method: MethodEvidence) -> Interval | None:
     last = method.points[-1]
     return last.held_out.accuracy if last.held_out and not last.reward else last.reward
 
