@@ -26,8 +26,10 @@ def runs(tmp_path: Path) -> Path:
 
 
 def in_wandb(folder: Path) -> list[tuple[str, str]]:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import RunRecord
 
+    wandb.teardown()  # a process of its own writes the files, and not always before a run is finished
     files = [file.read_bytes() for file in folder.glob("wandb/offline-run-*/run-*.wandb")]
     known = [RunRecord(run_group=group, display_name=name).SerializeToString() for group, name in PLACES]
     return [PLACES[number] for number, written in enumerate(known) for file in files if written in file]
