@@ -11,6 +11,7 @@ disk.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -147,6 +148,7 @@ def serve() -> None:
 
 def import_everything() -> None:
     """What a run imports sooner or later; nothing here may start a thread, which a fork would lose."""
+    gc.disable()
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -156,6 +158,9 @@ def import_everything() -> None:
     import exalign.cli
     import exalign.judging.assess
     import exalign.run.carry_out  # noqa: F401
+
+    gc.freeze()  # what stays is neither searched for garbage nor copied
+    gc.enable()
 
 
 def _be_exalign(order: dict[str, Any]) -> NoReturn:
