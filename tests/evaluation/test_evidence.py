@@ -77,7 +77,7 @@ def test_every_category_has_the_win_rate_of_its_prompts(run):
             assert against_sft.rate.num_prompts == against_texts.rate.num_prompts == len(shares[kind])
             assert against_sft.missing_prompts == 0
     page = write_report(run).read_text()
-    assert page.count("<th>poem<small>") == page.count("<th>quiz<small>") == 2
+    assert page.count("<b>poem</b> <small>") == page.count("<b>quiz</b> <small>") == 2
 
 
 def test_examples_show_the_first_sample_of_every_policy(finished):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,12 @@ import torch
 from rich.console import Console
 
 from exalign.data.batching import group_of
+from exalign.data.record import Completion, Record
 from exalign.data.store import read_header, read_records
+from exalign.data.synthetic import remark_reward
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.verdict import scorer_accuracy
 from exalign.judging.pairing import system
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
@@ -23,6 +29,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import open_scorer
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
+from exalign.run.evaluating import _agreement
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
@@ -254,6 +261,35 @@ def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tm
         carry_out(
             tiny(data, f"evaluate.scorer={scorer}", "evaluate.category=king"), tmp_path / "2", "evaluation/prompts"
         )
+
+
+def test_the_scorer_is_held_to_held_out_preferences(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in (world / "test.jsonl").open()))[:6]
+    rows = []
+    for prompt, agrees in zip(prompts, cycle((True, False, False)), strict=False):
+        worse, better = sorted((" was very funny.", " was dull."), key=partial(remark_reward, prompt))
+        chosen, rejected = (better, worse) if agrees else (worse, better)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    functions = "preferences=null", "reward=null", "score.scorer={function: exalign.data.synthetic:reward}"
+    recipe = tiny(*functions, "align.dpo-pref=null", f"data.evaluation.source={tmp_path}/pairs.jsonl")
+    carry_out(recipe, tmp_path / "run", "evaluation/prompts")
+    counts = read_json(tmp_path / "run" / "evaluation" / "prompts" / "done.json")["counts"]
+    assert (counts["pairs_scored"], counts["pairs_scored_right"]) == (len(rows), len(rows[::3]))
+    for record, row in zip(read_records(tmp_path / "run" / "evaluation" / "prompts"), rows, strict=True):
+        assert [(c.text, c.reward) for c in record.completions] == [
+            (row["chosen"], remark_reward(row["prompt"], row["chosen"]))
+        ]
+    told, doubt = scorer_accuracy(counts)
+    assert told[0].startswith("The scorer prefers the answer that held-out preferences prefer in 33 % [")
+    assert doubt[0].startswith(told[0][:-1])
+
+
+def test_log_odds_are_held_to_labels() -> None:
+    texts = [Record(str(i), "", (Completion("x", reward=label),)) for i, label in enumerate((1.0, 0.0, 1.0, 0.5))]
+    told = [record.with_rewards([reward]) for record, reward in zip(texts, (2.0, -1.0, -0.1, 3.0), strict=True)]
+    assert Counter(_agreement(texts, told, log_odds=True)) == {"labels_scored": 3, "labels_scored_right": 2}
+    assert not [*_agreement(texts, told, log_odds=False)]
 
 
 def test_the_first_prompt_comes_first_and_is_asked_for_by_how_it_begins(

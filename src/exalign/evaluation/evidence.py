@@ -48,7 +48,7 @@ from exalign.evaluation.schema import (
     write_evidence,
 )
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, Bootstrap
-from exalign.evaluation.verdict import verdict, warnings
+from exalign.evaluation.verdict import scorer_accuracy, verdict, warnings
 from exalign.storage import read_json
 
 SFT = "SFT"
@@ -93,6 +93,8 @@ def collect_evidence(
     counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
     chosen = verdict(methods, material.kl_budget)
+    stages = folder.stages()
+    right, doubt = scorer_accuracy(next((s.counts for s in stages if s.name == "evaluation/prompts"), {}))
     evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
@@ -109,9 +111,9 @@ def collect_evidence(
         best_of_n=of_n,
         examples=choose_examples(material.prompts, material.answers, NUM_EXAMPLES, seed, judgements.remarks),
         curves=curves,
-        stages=folder.stages(),
+        stages=stages,
         record_counts=folder.record_counts(),
-        notes=material.notes + counted + judgements.notes,
+        notes=material.notes + counted + judgements.notes + right,
         environment=folder.environment_values(),
         recipe=folder.recipe_text(),
         judgements=replace(judgements, remarks=[]),
@@ -119,7 +121,7 @@ def collect_evidence(
         density=density,
         courses=[*_courses(material, methods, seed)],
         benchmark=folder.read_benchmark(),
-        warnings=warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
+        warnings=doubt + warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
         num_resamples=num_resamples,
         seed=seed,
     )

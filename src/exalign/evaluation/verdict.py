@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.special import ndtri
+
 from exalign.errors import InputError
 from exalign.evaluation.frontier import lower_bound, merit, select_within
 from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
@@ -25,6 +27,7 @@ from exalign.evaluation.schema import (
     Optimum,
     Verdict,
 )
+from exalign.evaluation.statistics import CONFIDENCE
 
 LENGTH_CHANGE = 0.25
 """A mean length that changed by this share of the supervised policy's is warned of."""
@@ -108,6 +111,30 @@ def warnings(
         *_disagreement(shown, judgements),
         *(line for curve in curves for line in own_sample_warnings(curve.stage.removeprefix("align/"), curve.values)),
     ]
+
+
+def scorer_accuracy(counts: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """How often the scorer agrees with held-out preferences and labels: a sentence of each kind, and a warning.
+
+    `counts` are those of the stage that scored them; intervals are Wilson's. A warning where one is not above a half.
+
+    >>> scorer_accuracy({"pairs_scored": 400, "pairs_scored_right": 252})[0]
+    ['The scorer prefers the answer that held-out preferences prefer in 63 % [58, 68] of 400 pairs.']
+    """
+    told, doubt = [], []
+    for what, says in (
+        ("pairs", "The scorer prefers the answer that held-out preferences prefer in {} pairs"),
+        ("labels", "The scorer has the label right of {} held-out texts"),
+    ):
+        if number := counts.get(f"{what}_scored", 0):
+            share, z = counts.get(f"{what}_scored_right", 0) / number, float(ndtri((1 + CONFIDENCE) / 2))
+            middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+            half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
+            shown = f"{100 * share:.0f} % [{100 * (middle - half):.0f}, {100 * (middle + half):.0f}]"
+            told.append(says.format(f"{shown} of {number:,}") + ".")
+            if middle - half <= 0.5:
+                doubt.append(f"{told[-1][:-1]}: no better than chance, so a gain of its rewards may be none.")
+    return told, doubt
 
 
 def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) -> Iterator[str]:

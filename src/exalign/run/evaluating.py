@@ -6,7 +6,7 @@ evaluation/answers/… → evaluation/density/METHOD … → report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -68,7 +68,9 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
             yield own.stage(f"evaluation/{below}{name}", partial(work, name=name))
 
     takes = rows + judged + Takes(("evaluate.prompts", "evaluate.first_prompt", "evaluate.category"))
-    yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge))
+    scorer = recipe.judging
+    log_odds = scorer is not None and (scorer.classifier is not None or scorer.stage == "oracle")
+    yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge, log_odds=log_odds))
     drawn = supervised + judged + Takes(SAMPLED, ("evaluation/prompts",))
     sampled = drawn + Takes(("evaluate.samples",))
     yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge))
@@ -103,8 +105,11 @@ def _evaluation_rows(view: View) -> Iterator[Record]:
         yield from records_of(view, "evaluation")
 
 
-def _prompts(view: View, *, judge: Scoring | None) -> None:
-    """The evaluation prompts, each with its reference text (scored) where the data has one."""
+def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
+    """The evaluation prompts, each with its reference text (scored) where the data has one.
+
+    What the data says of its texts, preferences and labels, is what the scorer is held to.
+    """
     evaluate = view.recipe.evaluate
     records = list(islice(_in_order(_evaluation_rows(view), evaluate.first_prompt), evaluate.prompts))
     if not records:
@@ -116,7 +121,9 @@ def _prompts(view: View, *, judge: Scoring | None) -> None:
         del view.counts[name]  # readers do not know that it is
     chosen = [_with_reference_text(record) for record in records]
     if judge is not None and all(record.completions for record in chosen):
-        chosen = scored(judge.load(view), chosen, view.counts)
+        told = scored(judge.load(view), records, view.counts)
+        view.counts.update(_agreement(records, told, log_odds))
+        chosen = [_with_reference_text(record) for record in told]
     elif judge is not None or not all(record.completions for record in chosen):
         chosen = [_prompt_of(record) for record in chosen]
     view.counts["prompts"] = len(chosen)
@@ -137,6 +144,19 @@ def _in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
             return chain([record], before, records)
         before.append(record)
     raise InputError(f"evaluate.first_prompt: no prompt of data.evaluation begins with {first[:100]!r}.")
+
+
+def _agreement(records: Sequence[Record], told: Sequence[Record], log_odds: bool) -> Iterator[str]:
+    """Counts of held-out pairs, and of labelled texts where rewards are `log_odds`, and of those a scorer has right."""
+    for record, rewards in zip(records, (one.rewards or [] for one in told), strict=True):
+        if record.preferred is not None:
+            yield "pairs_scored"
+            if all(rewards[record.preferred] > reward for k, reward in enumerate(rewards) if k != record.preferred):
+                yield "pairs_scored_right"
+        elif log_odds and record.rewards in ([0.0], [1.0]):
+            yield "labels_scored"
+            if (rewards[0] > 0) == (record.rewards == [1.0]):
+                yield "labels_scored_right"
 
 
 def _prompt_of(record: Record) -> Record:
