@@ -76,6 +76,8 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["data.preferences={source: p.jsonl}"], "preferences has no effect beside data.preferences"),
         (["align.exo-pref.beta_r=0.7"], "beta_r"),
         (["align.exo-rw.epsilon=0.2"], "epsilon"),
+        (["align.exo-rw.beta_r_std=0.7"], "align.exo-rw: beta_r has no effect beside beta_r_std"),
+        (["align={a: {fresh_every: 1, beta_r_std: 0.7}}"], "align.a: beta_r_std is of the rewards of given samples"),
         (["align.exo-rw.alpha=0.3"], "align.exo-rw: alpha has no effect on the divergence reverse_kl"),
         (["align.exo-rw.fresh_every=3", "align.exo-rw.passes=2"], "align.exo-rw: fresh_every = 3 steps are no whole"),
         (["align.exo-rw.passes=2"], "align.exo-rw: passes has no effect without fresh_every"),

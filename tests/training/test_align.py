@@ -172,6 +172,30 @@ def traced(divergence: str, target: str, folder: Path) -> list[dict[str, float]]
     return align(by_formula(make_policy()), folder, make_groups(10), learning_rate=1e-3, batch_prompts=4, **changes)
 
 
+def test_with_beta_r_in_standard_deviations_the_scale_of_the_rewards_is_nothing(tmp_path: Path) -> None:
+    settings = Matching(beta_pi=1.0, beta_r_std=0.7, learning_rate=1e-2, batch_prompts=4)
+    losses, groups = [], list[Group]()
+    for name, scale in (("as they are", 1.0), ("tenfold", 10.0)):
+        policy = make_policy()
+        groups = with_reference_logp(policy, make_groups(12), settings, temperature=TEMPERATURE)
+        groups = [replace(group, rewards=scale * group.rewards + 3) for group in groups]
+        spread = math.sqrt(sum(float(group.rewards.var()) for group in groups) / 12)
+        settled = settings.settled(groups)
+        assert settled.beta_r == pytest.approx(0.7 * spread, rel=1e-6)
+        train_matching(policy, make_tokenizer(), groups, settled, tmp_path / name, temperature=TEMPERATURE)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    same = [replace(group, rewards=torch.zeros(group.num_completions)) for group in groups]
+    with pytest.raises(InputError, match="beta_r_std: all completions of a prompt have the same reward"):
+        settings.settled(same)
+
+
+def test_at_seven_tenths_of_a_standard_deviation_the_optimum_of_normal_rewards_is_a_nat_away() -> None:
+    rewards = 3 * torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_w = torch.log_softmax(rewards / (0.7 * 3), dim=0)
+    assert float((log_w.exp() * (log_w + math.log(len(rewards)))).sum()) == pytest.approx(1 / (2 * 0.7**2), abs=0.05)
+
+
 @pytest.mark.parametrize("target", ["reward", "preference"])
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 def test_golden_trace(divergence: str, target: str, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ needs no correction: it compares them as they are, wherever they came from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -44,6 +45,12 @@ class Matching(Method):
     target: Literal["reward", "preference"] = Field("reward", description="what the K completions are matched to")
     beta_pi: float = Field(0.5, gt=0, description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12)")
     beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
+    beta_r_std: float | None = Field(
+        None,
+        gt=0,
+        description="β_r in standard deviations of the rewards within a prompt, over the samples that are trained on, "
+        "in the place of beta_r; with β_π = 1 the optimum of normal rewards lies 1/(2 x²) nats away, 1 nat at 0.7",
+    )
     epsilon: float = Field(
         1e-3, ge=0, lt=1, description="ε: mass a preference target leaves the others (Eq. 18); 0: DPO as published"
     )
@@ -82,7 +89,18 @@ class Matching(Method):
         return self.beta_pi * self.beta_r if self.target == "reward" else None
 
     def at_beta(self, beta: float) -> Method:
-        return self.at("beta_r", beta / self.beta_pi)
+        return self.model_copy(update={"beta_r_std": None}).at("beta_r", beta / self.beta_pi)
+
+    def settled(self, groups: Sequence[Group]) -> Self:
+        rewards = [group.rewards.double() for group in groups if group.rewards is not None and len(group.rewards) > 1]
+        if self.beta_r_std is None or not rewards:
+            return self
+        spread = math.sqrt(math.fsum(float(values.var()) for values in rewards) / len(rewards))
+        if not spread > 0:
+            raise InputError(
+                "beta_r_std: all completions of a prompt have the same reward, so there is nothing to learn."
+            )
+        return self.model_copy(update={"beta_r": self.beta_r_std * spread})
 
     @property
     def line(self) -> str:
@@ -99,6 +117,10 @@ class Matching(Method):
         idle = "epsilon" if self.target == "reward" else "beta_r"
         if getattr(self, idle) != usual[idle].default:
             yield f"{idle} has no effect on a {self.target} target; remove it"
+        if self.beta_r_std is not None and (self.target != "reward" or self.fresh_every is not None):
+            yield "beta_r_std is of the rewards of given samples, which this method does not train on; remove it"
+        elif self.beta_r_std is not None and self.beta_r != usual["beta_r"].default:
+            yield "beta_r has no effect beside beta_r_std; remove one of them"
         if self.epsilon == 0 and self.divergence in ("reverse_kl", "jeffreys"):
             yield f"epsilon = 0 makes the divergence {self.divergence} infinite; give one above 0, as 1e-3"
         if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
@@ -132,7 +154,7 @@ class Matching(Method):
 
     def train(self, material: Material, folder: Path) -> Path:
         if self.fresh_every is None:
-            given = (material.policy, material.tokenizer, material.groups, self, folder)
+            given = (material.policy, material.tokenizer, material.groups, self.settled(material.groups), folder)
             return train_matching(*given, temperature=material.temperature, held_out=material.held_out)
         from exalign.models.logprobs import PackedPolicy
 

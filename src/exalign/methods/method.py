@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -119,6 +119,10 @@ class Method(TrainSettings):
     def at_beta(self, beta: float) -> Method:
         """The same method aimed at the optimum of this β, where it aims at one."""
         return self.at("beta", beta)
+
+    def settled(self, groups: Sequence[Group]) -> Self:
+        """The same method with what it takes from the groups that it trains on."""
+        return self
 
     @property
     def trains_on(self) -> TrainsOn:

@@ -258,9 +258,7 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
     method = view.recipe.align[name]
     if view.has(f"search/{name}"):
         method = searched_settings(view, name, method)
-    if leads():
-        write_json(view.folder / "method.json", method.described())
-    members = [(method, view.folder)]
+    members, settled = [(method, view.folder)], list[Method]()
     if method.swept is not None:
         each = enumerate(_swept(view, method, pool_scorer), start=1)
         members = [(one, view.folder / f"at-{number}") for number, one in each]
@@ -269,7 +267,12 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
             view.console.print(shown(f"  {number} of {len(members)}: {one.line}", "dim"), soft_wrap=True)
         settings = seeded(one, view.recipe)
         torch.manual_seed(settings.seed)
-        settings.train(material(view), place)
+        given = material(view)
+        settled.append(one.settled(given.groups))
+        if leads():
+            now = settled[-1].described() if method.swept is None else method.described()
+            write_json(view.folder / "method.json", now)
+        settings.train(given, place)
         if leads():
             rows = metric_rows(place)
             metrics = {metric: [row.get(metric) for row in rows] for metric in rows[0]}
@@ -280,7 +283,7 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
             for number, (_, place) in enumerate(members, start=1):
                 link_folder(place / "model", view.folder / "policies" / step_name(number))
             link_folder(members[-1][1] / "model", view.folder / "model")
-            write_json(view.folder / "method.json", _sweep_described(method, [one for one, _ in members]))
+            write_json(view.folder / "method.json", _sweep_described(method, settled))
         gathered(None)
 
 
