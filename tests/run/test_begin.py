@@ -105,7 +105,7 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     recipe = load_recipe(tmp_path / "it.yaml")
     assert recipe.scoring is not None and recipe.scoring.function == "exalign.data.synthetic:reward"
     assert [method.trains_on for method in recipe.align.values()] == ["rewards"]
-    assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 1  # type: ignore[union-attr]
+    assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 5  # type: ignore[union-attr]
 
 
 def test_scored_completions_are_pairs_unless_something_can_score_the_samples(model: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_scored_completions_are_pairs_unless_something_can_score_the_samples(mod
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(begin(str(model), str(file)).values["align"]) == ["exo-pref"]
     values = begin(str(model), str(file), reward="exalign.data.synthetic:reward").values
-    assert list(values["align"]) == ["exo-rw"] and values["data"]["rewards"]["skip"] == 2
+    assert list(values["align"]) == ["exo-rw"] and values["data"]["rewards"]["skip"] == 8
 
 
 def test_dialogues_as_text_go_through_the_template_of_a_model_that_has_one(model: Path, tmp_path: Path) -> None:

@@ -222,9 +222,10 @@ def _sources(
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = _some(records)
+    # Half of EVALUATED prompts for the evidence, where these are between a twentieth and a fifth of all.
+    share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
-        share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
         values["data"] = {"preferences": source, "held_out": share}
         return "preference", f"data: {some} {what}; {share:.0%} of the prompts are held out and never trained on"
     if scorer is None:
@@ -232,7 +233,7 @@ def _sources(
             f"{settings.source} has {some} rows without a preference or rewards: say what is good with --reward "
             "module:function or --reward-model MODEL, or give rows with prompt, chosen and rejected."
         )
-    kept = max(min(len(records) // 20, EVALUATED), 1)
+    kept = max(min(round(share * len(records)), EVALUATED), 1)
     used, start = "rewards" if ranked else "prompts", settings.skip
     values["data"] = {used: {**source, "skip": start + kept}, "evaluation": {**source, "skip": start, "limit": kept}}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
