@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from exalign.evaluation.schema import BestOfN, Evidence, FrontierPoint, Interval, OptimumPoint
@@ -72,7 +73,8 @@ def draw_frontier(
         ends += _end_within(axes, "estimated optimum", LIGHT["ink"], curve)
     if start:
         axes.plot(0, start.estimate, "*", color=LIGHT["ink"], markersize=11, zorder=5, label="SFT")
-        axes.annotate("SFT", (0, start.estimate), (7, -10), textcoords="offset points", fontsize=8.5)
+        label = axes.annotate("SFT", (0, start.estimate), (8, -14), textcoords="offset points", fontsize=8.5, zorder=6)
+        label.set_path_effects([withStroke(linewidth=2.5, foreground=LIGHT["paper"])])  # readable on any line
     axes.set_xlabel("KL to the supervised policy (nats, on a √ scale)")
     axes.set_ylabel(measure.label)
     if narrow:
