@@ -17,6 +17,7 @@ from exalign.evaluation.across_runs import (
     RunResults,
     contrasts,
     difference_at,
+    differing_sections,
     differing_settings,
     over_runs,
     read_runs,
@@ -180,6 +181,10 @@ def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunRes
     mixed = [*alike[:-1], with_rate(alike[-1], 5e-5, 3)]
     assert differing_settings(mixed) == {"exo-rw": {"learning_rate": [1e-4, 1e-4, 1e-4, 5e-5]}}
     assert "exo-rw's learning_rate (0.0001, 0.0001, 0.0001, 5e-05)." in tables(mixed, KLS)
+    last = alike[-1].evidence
+    other = replace(alike[-1], evidence=replace(last, recipe=last.recipe + "\nmodel: {source: another}\n"))
+    assert differing_sections(alike) == [] and differing_sections([*alike[:-1], other]) == ["model"]
+    assert "different settings too**: the recipes' model." in tables([*alike[:-1], other], KLS)
 
 
 def test_student_by_hand() -> None:

@@ -21,6 +21,7 @@ from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewa
 from exalign.evaluation.sample_table import SampleTable, tabulate
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 from exalign.evaluation.statistics import CONFIDENCE, Bootstrap
+from exalign.strict_yaml import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[A
             if any(value != values[0] for value in values):
                 found.setdefault(method, {})[name] = values
     return found
+
+
+def differing_sections(runs: Sequence[RunResults]) -> list[str]:
+    """The sections of the runs' recipes, as `model` or `data`, in which they differ, but for the methods'."""
+    recipes = [parse_yaml(run.evidence.recipe, run.evidence.name) for run in runs]
+    aside = {"name", "seed", "threads", "cluster", "align", "search"}
+    names = dict.fromkeys(name for recipe in recipes for name in recipe if name not in aside)
+    return [name for name in names if any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)]
 
 
 def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:

@@ -12,7 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from exalign.evaluation.across_runs import AcrossRuns, RunResults, difference_at, differing_settings, over_runs
+from exalign.evaluation.across_runs import (
+    AcrossRuns,
+    RunResults,
+    difference_at,
+    differing_sections,
+    differing_settings,
+    over_runs,
+)
 from exalign.evaluation.pool import OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Curve, MethodEvidence, Sweep
@@ -91,6 +98,8 @@ def _mixed(runs: Sequence[RunResults]) -> str:
         for method, settings in differing_settings(runs).items()
         for name, values in settings.items()
     ]
+    if sections := differing_sections(runs):
+        sentences.append(f"the recipes' {', '.join(sections)}")
     return f"**The means are over different settings too**: {'; '.join(sentences)}." if sentences else ""
 
 
