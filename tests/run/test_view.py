@@ -67,7 +67,7 @@ def test_a_setting_changes_the_keys_of_exactly_the_stages_that_read_it(path: Pat
     # What no stage reads: names for people, and settings that a recipe's other settings leave without effect.
     unread = {setting for setting, _ in leaves(recipe)} - used
     assert {setting.split(".")[0] for setting in unread} <= {
-        "name", "evaluate", "sample", "data", "score", "search", "preferences"
+        "name", "temperature", "evaluate", "sample", "data", "score", "search", "preferences"
     }  # fmt: skip
 
 

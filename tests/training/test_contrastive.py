@@ -276,5 +276,5 @@ def test_what_is_measured_on_held_out_pairs_is_the_loss_of_the_policy_that_is_sa
 
 def test_a_stop_without_held_out_pairs_is_refused(tmp_path: Path) -> None:
     policy, groups = make_policy(), pairs(3)
-    with pytest.raises(InputError, match="stop_after looks at held-out preferences, and there are none"):
+    with pytest.raises(InputError, match="stop_after looks at held-out preferences or rewards, and there are none"):
         IPO(stop_after=1, save_policies=3).train(material(policy, groups), tmp_path)
