@@ -95,6 +95,10 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["ppo={ppo: {}}"], "ppo is not a setting; here: each method is a section of align, as align: {ppo: {method"),
         (["align.exo-rw.fresh_every=1", "align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out"),
         (["align.exo-rw.stop_after=99"], "align.exo-rw: stop_after = 99 counts saved policies"),
+        (
+            ["search={trials: 2, kl: 1, methods: {exo-rw: {num_completions: {choices: [2, 4]}}}}"],
+            "search.methods.exo-rw.num_completions cannot be searched over: what a method trains on",
+        ),
         (["align.exo-rw.num_completions=9"], "align.exo-rw: num_completions = 9 is above sample.num_completions = "),
         (["align.dpo-pref.num_completions=2"], "align.dpo-pref: num_completions has no effect on a method without rew"),
         (

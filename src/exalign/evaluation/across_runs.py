@@ -77,15 +77,11 @@ def over_runs(values: Sequence[float]) -> AcrossRuns | None:
 
 def contrasts(methods: Sequence[MethodEvidence]) -> list[tuple[str, str]]:
     """What the paper compares: EXO with methods of other known families, as DPO and PPO, on one target and one K."""
-
-    def kind(method: MethodEvidence) -> tuple[str | None, int | None]:
-        return method.target, method.settings.get("num_completions")
-
     return [
         (first.name, second.name)
         for first in methods
         for second in methods
-        if first.family == "exo" and second.family not in ("exo", "other") and kind(first) == kind(second)
+        if first.family == "exo" and second.family not in ("exo", "other") and first.on == second.on
     ]
 
 

@@ -217,6 +217,11 @@ class MethodEvidence:
         return f"step {step}" if self.sweep is None else self.sweep.place(step)
 
     @property
+    def on(self) -> tuple[str | None, int | None]:
+        """Its target and its own K: only methods that have both alike are set against each other."""
+        return self.target, self.settings.get("num_completions")
+
+    @property
     def called(self) -> str:
         return self.label or self.name
 

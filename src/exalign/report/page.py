@@ -399,13 +399,13 @@ def _ranking_sentence(equal: EqualKL) -> str:
 
 
 def _exo_against_others(evidence: Evidence) -> list[str]:
-    """One sentence per pair of EXO and another known family, as DPO, on the same target."""
+    """One sentence per pair of EXO and another known family, as DPO, on one target and one K."""
     by_name = {method.name: method for method in evidence.methods}
     sentences = []
     for pair in evidence.comparisons:
         first, second = by_name[pair.first], by_name[pair.second]
         families = {first.family, second.family}
-        if "exo" in families and len(families - {"other"}) > 1 and first.target == second.target:
+        if "exo" in families and len(families - {"other"}) > 1 and first.on == second.on:
             on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
             one, other = (f"{method.called} ({method.name})" for method in (first, second))
             amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"

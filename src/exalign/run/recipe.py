@@ -181,6 +181,7 @@ _FIXED = {
     "save_policies": "it decides which policies a trial is ranked by",
     "target": "the stages before the method are made for it; give the other target a method of its own",
     "fresh_every": "the stages before the method are made for it; give the other one a method of its own",
+    "num_completions": "what a method trains on is made for it; give the other K a method of its own",
     "precision": "the stages before the method are made for it; give the other precision a method of its own",
 }
 

@@ -191,8 +191,13 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
                 pool_scorer = scoring(recipe)
                 assert pool_scorer is not None
                 takes += pool_scorer.takes
-        how = {"num_completions": method.num_completions, "reference": reference, "critic": critic}
-        material = partial(_material, scorer=scoring(recipe), **how)  # type: ignore[arg-type]
+        material = partial(
+            _material,
+            num_completions=method.num_completions,
+            reference=reference,
+            scorer=scoring(recipe),
+            critic=critic,
+        )
         searched = recipe.search is not None and name in recipe.search.methods
         if searched:
             yield search_stage(recipe, name, takes, material)
@@ -407,7 +412,7 @@ def _held_out(rows: Sequence[Record], share: float, most: int, where: str) -> tu
     prints = [fingerprint(["held out", row.prompt]) for row in rows]
     different = sorted(set(prints))
     if len(different) < 2:
-        raise InputError(f"{where} has one prompt, so none can be held out; give more, or data.evaluation.")
+        raise InputError(f"{where} has one prompt, so none can be held out; give more.")
     kept = set(different[: min(max(round(share * len(different)), 1), most)])
     sides: tuple[list[Record], list[Record]] = [], []
     for row, found in zip(rows, prints, strict=True):
