@@ -12,6 +12,7 @@ from exalign.evaluation.pool import (
     best_of_n_shares,
     expected_best,
     gap_to_optimum,
+    objective_share,
     optimum,
     pool_frontier,
 )
@@ -112,6 +113,45 @@ def test_the_gap_needs_shared_prompts_and_a_policy_that_moved():
     assert gap_to_optimum(pool, sft, []) is None
     assert gap_to_optimum(pool, sft, [sft.as_reference()]) is None
     assert gap_to_optimum(pool, sft, [policy]) is not None
+
+
+def tilted(beta, scale=3000):
+    """A policy π ∝ π_sft exp(r/β) on the four outcomes, each sampled in proportion, with its log-ratio."""
+    weights = PROBABILITIES * np.exp(REWARDS / beta)
+    weights /= weights.sum()
+    counts = np.round(scale * weights).astype(int)
+    texts = [
+        Completion("y", logprob=float(np.log(w / q)), reference_logprob=0.0, reward=float(r))
+        for n, w, q, r in zip(counts, weights, PROBABILITIES, REWARDS, strict=True)
+        for _ in range(n)
+    ]
+    return tabulate([Record("p", "x", tuple(texts))], "test")
+
+
+def test_the_share_of_the_objective_is_the_share_of_the_way_to_the_optimum():
+    """1 − KL(π‖π*)/KL(π_sft‖π*), by enumeration: 1 for the optimum, 0 for π_sft, below 0 for what overshoots it."""
+    pool, sft, beta = {"p": proportional_pool(10)}, tilted(1e9), 1.5
+
+    def share(policy):
+        return objective_share(pool, beta, sft, policy).estimate
+
+    def distance(other):
+        p, q = (PROBABILITIES * np.exp(REWARDS / b) for b in (other, beta))
+        p, q = p / p.sum(), q / q.sum()
+        return p @ np.log(p / q)
+
+    assert share(tilted(beta)) == pytest.approx(1, abs=1e-3)
+    assert share(sft) == pytest.approx(0, abs=1e-3)
+    for other in (4.0, 1.0, 0.3):
+        assert share(tilted(other)) == pytest.approx(1 - distance(other) / distance(1e9), abs=2e-3)
+    assert share(tilted(0.3)) < 0.3
+
+
+def test_no_share_of_an_objective_whose_optimum_the_pool_does_not_show():
+    pool, sft = {"p": proportional_pool(1)}, tilted(1e9)
+    assert objective_share(pool, 1.5, sft, tilted(1.5)) is None  # ten samples, of which fewer than ten count
+    elsewhere = tabulate([Record("q", "x", (Completion("y", logprob=0.0, reference_logprob=0.0, reward=1.0),))], "t")
+    assert objective_share({"p": proportional_pool(10)}, 1.5, sft, elsewhere) is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

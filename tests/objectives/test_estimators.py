@@ -8,19 +8,15 @@ import pytest
 import torch
 
 from exalign.objectives import (
-    best_of_n_kl,
-    beta_for_kl,
     density_ratio,
     distance_to_optimum,
     effective_sample_size,
     group_spread,
     kl_estimate,
-    largest_kl,
     log_importance_weights,
     log_partition,
     log_reward_target,
     optimal_frontier,
-    optimal_kl,
     reward_correlation,
     weighted_mean,
 )
@@ -116,13 +112,6 @@ def test_group_spread_sets_the_length_of_the_first_gradient(draw):
     torch.testing.assert_close(group_spread(values), values.std(-1, correction=0))
     torch.testing.assert_close(group_spread(values, torch.zeros(4, 6).bool()), torch.zeros(4, dtype=torch.float64))
     assert group_spread(torch.full((1, 3), 7.0)).item() == 0.0
-
-
-def test_best_of_n_bound():
-    assert best_of_n_kl(1) == 0.0
-    assert best_of_n_kl(128) == pytest.approx(math.log(128) - 127 / 128)
-    with pytest.raises(ValueError, match="at least 1"):
-        best_of_n_kl(0)
 
 
 def test_optimal_frontier_is_exact_where_samples_are_the_whole_space(draw):
@@ -228,33 +217,14 @@ def test_correlation_is_that_of_numpy_and_0_without_spread(draw) -> None:
 def test_kl_of_the_optimum_falls_in_beta_between_its_limits(draw) -> None:
     rewards = draw(20, 16)
     rewards[0, 3] = rewards[0].max()  # a tie: two of 16 share the best
-    betas = torch.logspace(-4, 4, 60, dtype=torch.float64)
-    kls = optimal_kl(rewards, betas)
+    kls = optimal_frontier(rewards, torch.logspace(-4, 4, 60, dtype=torch.float64)).mean_kl
     assert (kls.diff() <= 1e-12).all() and float(kls[-1]) < 1e-6
-    assert largest_kl(rewards) == pytest.approx((19 * math.log(16) + math.log(8)) / 20, rel=1e-12)
-    assert float(kls[0]) == pytest.approx(largest_kl(rewards), rel=1e-3)
+    assert float(kls[0]) == pytest.approx((19 * math.log(16) + math.log(8)) / 20, rel=1e-3)
 
 
 def test_two_samples_by_hand() -> None:
     """Rewards 0 and 1: w = σ(1/β), KL = log 2 + w log w + (1 − w) log(1 − w)."""
-    rewards = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     w = 1 / (1 + math.exp(-2.0))
     kl = math.log(2) + w * math.log(w) + (1 - w) * math.log(1 - w)
-    assert optimal_kl(rewards, torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(kl, rel=1e-12)
-    assert beta_for_kl(rewards, kl) == pytest.approx(0.5, rel=1e-7)
-
-
-@pytest.mark.parametrize("kl", [0.01, 0.5, 1.0, 2.0])
-def test_beta_for_kl_is_the_inverse(kl: float, draw) -> None:
-    rewards, mask = 3 * draw(12, 32), torch.rand(12, 32, generator=torch.Generator().manual_seed(1)) < 0.8
-    beta = beta_for_kl(rewards, kl, mask)
-    assert optimal_kl(rewards, torch.tensor([beta], dtype=torch.float64), mask).item() == pytest.approx(kl, rel=1e-6)
-    assert beta_for_kl(10 * rewards, kl, mask) == pytest.approx(10 * beta, rel=1e-6)  # β is in units of reward
-
-
-@pytest.mark.parametrize("kl", [0.0, -1.0, math.log(2) + 1e-9, math.nan])
-def test_a_kl_that_no_beta_reaches_is_refused(kl: float) -> None:
-    with pytest.raises(ValueError, match=r"below 0\.6931"):
-        beta_for_kl(torch.tensor([[0.0, 1.0]], dtype=torch.float64), kl)
-    with pytest.raises(ValueError, match="below 0,"):
-        beta_for_kl(torch.ones(2, 3), 0.5)  # equal rewards: every policy is optimal
+    frontier = optimal_frontier(torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([0.5]).double())
+    assert frontier.mean_kl.item() == pytest.approx(kl, rel=1e-12)

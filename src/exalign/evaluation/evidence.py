@@ -23,7 +23,15 @@ from exalign.evaluation.frontier import (
     select_within,
     win_rate,
 )
-from exalign.evaluation.pool import PoolFrontier, best_of_n, density_ratios, gap_to_optimum, optimum, pool_frontier
+from exalign.evaluation.pool import (
+    PoolFrontier,
+    best_of_n,
+    density_ratios,
+    gap_to_optimum,
+    objective_share,
+    optimum,
+    pool_frontier,
+)
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import (
     PairTable,
@@ -39,6 +47,7 @@ from exalign.evaluation.schema import (
     Evidence,
     Example,
     FrontierPoint,
+    Interval,
     Judgements,
     MethodEvidence,
     OptimumPoint,
@@ -282,13 +291,15 @@ class _Material:
 
 def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap) -> MethodEvidence:
     tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
+    described, beta = material.run.describe(name)
     points, rates = list[FrontierPoint](), dict[str, WinRate | None]()
     for step, table in tables.items():
         rates = _rates(material, name, step, bootstrap)
         point = frontier_point(table, step=step, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
         gain = reward_gain(table, material.sft, bootstrap) if scored else None
         measured = held_out(pairs[step], bootstrap) if step in pairs else None
-        points.append(replace(point, win_vs_sft=rates.get(SFT), gain=gain, held_out=measured))
+        share = _objective_share(material, described, beta, step, bootstrap)
+        points.append(replace(point, win_vs_sft=rates.get(SFT), gain=gain, held_out=measured, objective=share))
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
     material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
@@ -297,7 +308,6 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         known = [table for table in tables.values() if table.log_ratios is not None]
         gap = gap_to_optimum(material.pool, material.sft, known, bootstrap)
     selected = None if material.kl_budget is None else select_within(points, material.kl_budget)
-    described, beta = material.run.describe(name)
     return replace(
         described,
         points=points,
@@ -336,11 +346,27 @@ def _by_category(material: _Material, name: str, step: int, bootstrap: Bootstrap
     return {kind: [rate for rate in rates.values() if rate is not None] for kind, rates in found.items()}
 
 
-def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:
-    """π*_β as the pool shows it, where its rewards are those that methods were trained on."""
+def _trained_on_pools_rewards(material: _Material) -> bool:
+    """Whether there is a pool whose rewards are those that methods were trained on."""
     trained, judge = _scorers(material.recipe)
     given = (material.recipe.get("data") or {}).get("rewards")
-    if beta is None or material.pool is None or given or not trained or judge != trained:
+    return material.pool is not None and not given and bool(trained) and judge == trained
+
+
+def _objective_share(
+    material: _Material, method: MethodEvidence, beta: float | None, step: int, bootstrap: Bootstrap
+) -> Interval | None:
+    """That of a policy in the objective at its own β, which a sweep has for each."""
+    beta = beta if method.sweep is None else method.sweep.betas[step - 1]
+    if beta is None or not material.sft.scored or not _trained_on_pools_rewards(material):
+        return None
+    policy = material.tables[method.name][step]
+    return objective_share(material.pool_rewards, beta, material.sft, policy, bootstrap)
+
+
+def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:
+    """π*_β as the pool shows it, where its rewards are those that methods were trained on."""
+    if beta is None or not _trained_on_pools_rewards(material):
         return None
     found = pool_frontier(material.pool_rewards, np.array([beta]))
     return None if found is None else optimum(found, bootstrap).points[0]

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.evaluation.frontier import path, reach, reward_at_kl, win_rate
-from exalign.evaluation.sample_table import SampleTable, prompt_means, render_prompt
+from exalign.evaluation.sample_table import SampleTable, common_prompts, prompt_means, render_prompt
 from exalign.evaluation.schema import (
     BestOfN,
     DensityCurve,
@@ -42,7 +42,7 @@ from exalign.evaluation.schema import (
 )
 from exalign.evaluation.statistics import BOOTSTRAP, CONFIDENCE, Array, Bootstrap, interval_of
 
-NUM_BETAS = 32
+NUM_BETAS = 64
 LEAST_ESS = 10.0
 """Below this effective sample size (median over prompts) a point is marked as unreliable.
 
@@ -184,6 +184,28 @@ def gap_to_optimum(
     first = float(kls[:, 1:].mean(axis=0).min())
     # The method's own largest KL is one of its checkpoints, up to rounding.
     return Gap(kl, bootstrap.mean(gaps), kl < first * (1 - 1e-9))
+
+
+def objective_share(
+    pool: Mapping[str, Sequence[float]],
+    beta: float,
+    sft: SampleTable,
+    policy: SampleTable,
+    bootstrap: Bootstrap = BOOTSTRAP,
+) -> Interval | None:
+    """What a policy has of all that can be gained over π_sft in the objective J = E r − β KL (Eq. 4), as a share.
+
+    The most is J(π*_β) = β log Z_β. As J(π*_β) − J(π) = β KL(π‖π*_β), the share is 1 − KL(π_θ‖π*_β) / KL(π_sft‖π*_β):
+    how much of the way from π_sft to the optimum is behind the policy. Below 0 it is farther from it than π_sft. None
+    where the policy has no KL, or the pool's samples do not show that optimum (`LEAST_ESS`).
+    """
+    found = pool_frontier(pool, np.array([beta]))
+    ids = [] if policy.log_ratios is None else common_prompts([policy, sft])
+    if found is None or not found.reliable.all() or not ids:
+        return None
+    kls, rewards = path(sft, [policy], ids)
+    gained = rewards[:, 1] - rewards[:, 0] - beta * kls[:, 1]
+    return bootstrap.ratio(gained, found.reward[:, 0] - found.base - beta * found.kl[:, 0])
 
 
 def rank_weights(num_samples: int, n: int) -> Array:

@@ -65,7 +65,8 @@ class FrontierPoint:
     `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
     `accuracy` the mean of σ(reward) (where rewards are a classifier's log-odds), `tokens` the mean length,
     `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
-    that it had before, `gain` the reward less that of π_sft, paired by prompt, `parts` the means of a sum of scorers.
+    that it had before, `gain` the reward less that of π_sft, paired by prompt, `parts` the means of a sum of scorers,
+    `objective` the share that it has of what its method's objective E r − β KL can gain over π_sft.
     Where nothing was scored, rewards are None; `held_out` is there where the checkpoint read held-out preference pairs.
     A policy with other tokens than π_sft has no KL.
     """
@@ -84,6 +85,7 @@ class FrontierPoint:
     gain: Interval | None = None
     held_out: HeldOut | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    objective: Interval | None = None
 
     @property
     def nats(self) -> float:

@@ -18,18 +18,14 @@ from exalign.objectives.contrastive import cpo_loss, ipo_loss, kto_loss, orpo_lo
 from exalign.objectives.divergences import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 from exalign.objectives.estimators import (
     OptimalFrontier,
-    best_of_n_kl,
-    beta_for_kl,
     density_ratio,
     distance_to_optimum,
     effective_sample_size,
     group_spread,
     kl_estimate,
-    largest_kl,
     log_importance_weights,
     log_partition,
     optimal_frontier,
-    optimal_kl,
     reward_correlation,
     saturated,
     weighted_mean,

@@ -171,13 +171,6 @@ def saturated(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None = 
     return (forward > 1) & (reverse < ratio * forward)
 
 
-def best_of_n_kl(n: int) -> float:
-    """`log N − (N−1)/N`: an upper bound, in nats, on the KL to π_sft of the best of N of its samples."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    return math.log(n) - (n - 1) / n
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class OptimalFrontier:
     """Reward against KL of the optimum π*_β, for a grid of β, per prompt: `[P, G]` each, for intervals over prompts.
@@ -241,49 +234,3 @@ def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None)
         columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live), log_z))
     mean, kl, ess, log_z = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
     return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess, log_z=log_z)
-
-
-def optimal_kl(rewards: Tensor, betas: Tensor, mask: Tensor | None = None) -> Tensor:
-    """β ↦ mean over prompts of KL(π*_β‖π_sft), from a pool of rewards of π_sft's samples. `[P, N]`, `[G]` → `[G]` nats.
-
-    It falls in β, from `largest_kl` at β → 0 to 0 at β → ∞: `dKL/dβ = −Var_w(r)/β³` with w the optimum's weights.
-    """
-    return optimal_frontier(rewards, betas, mask).mean_kl
-
-
-def largest_kl(rewards: Tensor, mask: Tensor | None = None) -> float:
-    """The limit of `optimal_kl` at β → 0: mean of `log(N / number of a prompt's best samples)`, log N without ties."""
-    (reward,), live = as_groups({"rewards": rewards}, mask)
-    best = reward.masked_fill(~live, -math.inf).amax(dim=-1, keepdim=True)
-    ties = (live & (reward == best)).sum(dim=-1)
-    return float((live.sum(dim=-1) / ties).to(reward.dtype).log().mean())
-
-
-def beta_for_kl(rewards: Tensor, kl: float, mask: Tensor | None = None) -> float:
-    """The β whose optimum is `kl` nats from π_sft, in the mean over the prompts of a pool: the inverse of `optimal_kl`.
-
-    `rewards` `[P, N]`. Bisection on log β to a relative precision of 1e-9. Near `largest_kl` the answer stands on one
-    or two samples of each prompt: see `OptimalFrontier.effective_samples` at the β found.
-
-    Raises:
-        ValueError: wrong shape or type, no prompt or one without samples, or a KL that is not above 0 and below
-            `largest_kl`, which no β reaches.
-    """
-    (reward,), live = as_groups({"rewards": rewards}, mask)
-    limit = largest_kl(reward, live) if len(reward) else 0.0
-    if not 0 < kl < limit:
-        raise ValueError(f"kl must lie above 0 and below {limit:.4g}, the largest that these samples have, not {kl}")
-    spread = float(group_spread(reward.double(), live).max())
-
-    def kl_of(log_beta: float) -> float:
-        return float(optimal_kl(reward.double(), torch.tensor([math.exp(log_beta)], dtype=torch.float64), live)[0])
-
-    low = high = math.log(spread)
-    while kl_of(high) > kl:
-        high += 1
-    while kl_of(low) < kl:
-        low -= 1
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if kl_of(middle) > kl else (low, middle)
-    return math.exp((low + high) / 2)

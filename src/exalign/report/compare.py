@@ -47,8 +47,9 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
         *_sweeps(runs),
         "## Last checkpoints",
-        "The gap is the estimated optimum's reward less the method's, at the KL given with it. Training is the time of "
-        "the optimizer steps, with the sampling of methods that sample while they train, whose share is named.",
+        f"{'' if any(m.sweep for run in runs for m in run.evidence.methods) else _OBJECTIVE + ' '}The gap is the "
+        "estimated optimum's reward less the method's, at the KL given with it. Training is the time of the optimizer "
+        "steps, with the sampling of methods that sample while they train, whose share is named.",
         _ends(runs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -67,6 +68,10 @@ def across(value: AcrossRuns | None) -> str:
 
 
 _CONTRASTS = "EXO less DPO on the same target, and less PPO, paired by prompt"
+_OBJECTIVE = (
+    "The share of its objective: what a policy gained in reward − β·KL over the supervised one, of what the optimum at "
+    "its own β gains."
+)
 _SHARES = "What a method gains over the supervised policy, as a share of what the estimated optimum gains at that KL."
 
 
@@ -134,13 +139,14 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
             for point, value, beta in zip(method.points, sweep.values, sweep.betas, strict=False):
                 learnt = _last(run, f"align/{method.name}/at-{point.step}", "reward_correlation")
                 aim = [f"{sweep.setting} {value:g}", number(beta)]
-                rows.append([run.name, method.name, *aim, interval(point.kl), interval(point.reward), learnt])
+                reached = [interval(found) for found in (point.kl, point.reward, point.objective)]
+                rows.append([run.name, method.name, *aim, *reached, learnt])
     told = (
-        "A policy for each value; of kl it is the nats at which the optimum lies. Correlation: of log-ratio and reward "
-        "within a prompt, on the samples of the last steps of training; on given samples it is flattered by what was "
-        "learnt by heart."
+        f"A policy for each value; of kl it is the nats at which the optimum lies. {_OBJECTIVE} Correlation: of "
+        "log-ratio and reward within a prompt, on the samples of the last steps of training; on given samples it is "
+        "flattered by what was learnt by heart."
     )
-    head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "correlation"]
+    head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "share of its objective", "correlation"]
     return ("## Ends of the sweeps", told, _table(head, rows)) if rows else ()
 
 
@@ -152,13 +158,13 @@ def _last(run: RunResults, stage: str, metric: str) -> str:
 def _ends(runs: Sequence[RunResults]) -> str:
     rows = [row for run in runs for row in _end_rows(run)]
     head = ["run", "method", "steps", "KL (nats)", "reward", "won against SFT", "won against the reference texts"]
-    return _table([*head, "gap to the optimum", "at KL", "training"], rows)
+    return _table([*head, "share of its objective", "gap to the optimum", "at KL", "training"], rows)
 
 
 def _end_rows(run: RunResults) -> Iterator[list[str]]:
     curves = run.evidence.curves
     if run.evidence.sft is not None:
-        yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), "–", "–", "–", "–", "–"]
+        yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), *["–"] * 6]
     won = {who: _bold({m.name: _won(m, who) for m in run.evidence.methods}) for who in ("SFT", "reference texts")}
     for method in run.evidence.methods:
         if method.points:
@@ -170,6 +176,7 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
                 interval(last.kl),
                 interval(last.reward),
                 *(column[method.name] for column in won.values()),
+                interval(last.objective),
                 interval(None if method.gap is None else method.gap.gap),
                 number(None if method.gap is None else method.gap.kl),
                 _training([c for c in curves if f"{c.stage}/".startswith(f"{stage}/")]),
@@ -177,7 +184,7 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
         bound = f"≤ {number(best.kl_bound)}"
-        yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), "–", "–", "–", "–", "–"]
+        yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), *["–"] * 6]
 
 
 def _training(curves: Sequence[Curve]) -> str:

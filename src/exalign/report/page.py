@@ -150,6 +150,8 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
+    if value is None:
+        return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -243,9 +245,10 @@ def shipped(evidence: Evidence) -> Headline | None:
         assert point.held_out is not None
         right = f"{100 * point.held_out.accuracy.estimate:.0f}\N{NO-BREAK SPACE}% of held-out pairs right"
         title = f"Ship {method.name} at {method.at(point.step)}: {right}, {at}."
-    where = f"{'It is' if verdict.certain else f'The best guess, {method.name} at {method.at(point.step)}, is'} in "
+    what = f"{method.name}: {method.line}. " if method.line else ""
+    where = "It is" if verdict.certain else f"The best guess, {method.name} at {method.at(point.step)}, is"
     place = f"{verdict.folder} of the run" if verdict.folder.startswith("align/") else verdict.folder
-    sentences = [f"{where}{place}. {_gained(evidence, point)}", _cost(evidence, point)]
+    sentences = [f"{what}{where} in {place}. {_gained(evidence, point)}", _cost(evidence, point)]
     return Headline(title, [*sentences, _rule(evidence, verdict.within)])
 
 

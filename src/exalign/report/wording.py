@@ -35,14 +35,14 @@ def visible(text: str) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number with about `digits` significant digits and a true minus; – where there is none.
 
-    >>> number(12.345), number(-0.01234), number(1234567.0), number(0.0), number(None)
-    ('12.3', '−0.0123', '1,234,567', '0', '–')
+    >>> number(12.345), number(-0.01234), number(1234567.0), number(0.09999), number(0.0), number(None)
+    ('12.3', '−0.0123', '1,234,567', '0.100', '0', '–')
     """
     if value is None:
         return "–"
     if value == 0:
         return "0"
-    magnitude = math.floor(math.log10(abs(value)))
+    magnitude = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     if magnitude < -4:
         text = f"{value:.{digits - 1}e}"
     else:
