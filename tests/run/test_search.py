@@ -329,6 +329,7 @@ RATE = "search.methods.exo-rw.learning_rate"
         (["search.methods.exo-rw.seed={low: 0, high: 9}"], "seed cannot be searched over: a search over seeds"),
         (["search.methods.exo-rw.token_budget={low: 9, high: 99}"], "it changes no result"),
         (["search.methods.exo-rw.target={choices: [reward]}"], "target cannot be searched over"),
+        (["search.methods.exo-rw.stop_after={choices: [1, 2]}"], "stop_after cannot be searched over: what it holds"),
         ([f"{RATE}={{low: 1e-3, high: 1e-5}}"], f"{RATE}: low must be below high"),
         ([f"{RATE}={{low: 0, high: 1, log: true}}"], "log needs low above 0"),
         ([f"{RATE}={{low: 1e-3}}"], "give low and high, or choices"),

@@ -183,6 +183,7 @@ _FIXED = {
     "fresh_every": "the stages before the method are made for it; give the other one a method of its own",
     "num_completions": "what a method trains on is made for it; give the other K a method of its own",
     "precision": "the stages before the method are made for it; give the other precision a method of its own",
+    "stop_after": "what it holds out is kept from every trial; set it in the method",
 }
 
 
