@@ -1,10 +1,10 @@
-"""What K samples per prompt say about a policy: KL, log Z, importance weights, the distance to the optimum.
+"""What K samples per prompt say about a policy: KL, importance weights, the optimum that they show.
 
 Nothing here is trained on; `policy_logp` and the like are numbers. `[B, K]` in, `[B]` out, nats, `mask` true where
 a sample exists, as everywhere in `exalign.objectives`. A prompt without samples gets 0: leave it out of averages.
 
-Which samples an estimator needs is part of its meaning. `kl_estimate` and `distance_to_optimum` average over samples
-of **π_θ**; `log_partition` and `optimal_frontier` over samples of **π_sft**.
+Which samples an estimator needs is part of its meaning: `kl_estimate` averages over samples of **π_θ**,
+`optimal_frontier` over samples of **π_sft**.
 
 `optimal_frontier` draws the best that any method could do. π*_β is π_sft reweighted by exp(r/β), so samples of π_sft
 with their rewards are enough to estimate its reward and its KL for every β at once:
@@ -20,14 +20,13 @@ reward 3.000 at KL 1.386, worth 1.00 samples
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from exalign.objectives.divergences import reverse_kl
-from exalign.objectives.masked import as_groups, check_positive, masked_log_softmax, masked_mean, weighted_sum
+from exalign.objectives.masked import as_groups, masked_log_softmax, masked_mean, weighted_sum
 from exalign.objectives.matching import log_reward_target
 
 
@@ -35,57 +34,6 @@ def kl_estimate(policy_logp: Tensor, reference_logp: Tensor, mask: Tensor | None
     """`KL(π_θ‖π_sft) ≈ mean_i (log π_θ(y_i|x) − log π_sft(y_i|x))`, y_i ~ π_θ. Unbiased; a sample may be below 0."""
     (policy, reference), live = as_groups({"policy_logp": policy_logp, "reference_logp": reference_logp}, mask)
     return masked_mean(policy - reference, live)
-
-
-def log_partition(rewards: Tensor, *, beta: float, mask: Tensor | None = None) -> Tensor:
-    """`log Z_β(x) ≈ log mean_i exp(r(x, y_i)/β)`, y_i ~ π_sft (Eq. 5).
-
-    Biased low, by about Var(exp(r/β)) / (2 K Z²), since the log of a mean is at least the mean of logs.
-
-    Raises:
-        ValueError: wrong shape or type, or β not above 0.
-    """
-    check_positive("beta", beta)
-    (reward,), live = as_groups({"rewards": rewards}, mask)
-    energy = torch.where(live.any(dim=-1, keepdim=True), (reward / beta).masked_fill(~live, -math.inf), 0)
-    log_count = live.sum(dim=-1).clamp(min=1).to(reward.dtype).log()
-    return torch.where(live.any(dim=-1), torch.logsumexp(energy, dim=-1) - log_count, 0)
-
-
-def distance_to_optimum(
-    policy_logp: Tensor,
-    reference_logp: Tensor,
-    rewards: Tensor,
-    log_z: Tensor,
-    *,
-    beta: float,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """`KL(π_θ‖π*_β) ≈ mean_i (log π_θ − log π_sft − r/β)(x, y_i) + log Z_β(x)`, y_i ~ π_θ (Eq. 5).
-
-    β times it is what the policy leaves of the alignment objective (Eq. 4): `J(π*_β) − J(π_θ)`.
-
-    Args:
-        policy_logp: `[B, K]` log π_θ(y_i|x) of samples of π_θ.
-        reference_logp: `[B, K]` log π_sft(y_i|x) of the same.
-        rewards: `[B, K]` r(x, y_i) of the same.
-        log_z: `[B]` log Z_β(x), as `log_partition` estimates it from samples of π_sft.
-        beta: β > 0 of the optimum.
-        mask: `[B, K]` bool, true where a sample exists; all do by default.
-
-    Returns:
-        `[B]` nats; 0 for a prompt without samples.
-
-    Raises:
-        ValueError: wrong shape or type, or β not above 0.
-    """
-    check_positive("beta", beta)
-    values = {"policy_logp": policy_logp, "reference_logp": reference_logp, "rewards": rewards}
-    (policy, reference, reward), live = as_groups(values, mask)
-    if log_z.shape != policy.shape[:1]:
-        raise ValueError(f"log_z must be [{len(policy)}], one per row of policy_logp, not {list(log_z.shape)}")
-    gap = masked_mean(policy - reference - reward / beta, live) + log_z
-    return torch.where(live.any(dim=-1), gap, 0)
 
 
 def log_importance_weights(target_logp: Tensor, proposal_logp: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -180,14 +128,12 @@ class OptimalFrontier:
         reward: expected reward of π*_β.
         kl: KL(π*_β‖π_sft), nats; it cannot exceed log N, so points near that bound say "at least".
         effective_samples: how many of the N samples carry the estimate; near 1 it is not to be trusted.
-        log_z: log Z_β(x), what `distance_to_optimum` needs.
     """
 
     betas: Tensor
     reward: Tensor
     kl: Tensor
     effective_samples: Tensor
-    log_z: Tensor
 
     @property
     def mean_reward(self) -> Tensor:
@@ -206,7 +152,7 @@ class OptimalFrontier:
 
 
 def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None) -> OptimalFrontier:
-    """Estimate reward, KL(π*_β‖π_sft) and log Z for every β from samples of π_sft.
+    """Estimate reward and KL(π*_β‖π_sft) for every β from samples of π_sft.
 
     With `w = softmax(r/β)` over a prompt's N samples: reward `Σ w r`, KL `Σ w log(N w)`, which equals
     `Σ w r / β − log Z_β`. Self-normalised importance sampling: consistent, biased by O(1/N) towards π_sft.
@@ -230,7 +176,6 @@ def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None)
         log_w = log_reward_target(reward, beta_r=beta, mask=live)
         # Against the uniform distribution over the samples, whose log-probability is −log N.
         kl = reverse_kl(log_w, (-log_count)[:, None].expand_as(log_w), live)
-        log_z = log_partition(reward, beta=beta, mask=live)
-        columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live), log_z))
-    mean, kl, ess, log_z = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
-    return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess, log_z=log_z)
+        columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live)))
+    mean, kl, ess = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
+    return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess)

@@ -3,7 +3,7 @@
 | method | composed of |
 |---|---|
 | PPO | `token_rewards`, `generalised_advantages`, `whiten`; `clipped_policy_loss`, `clipped_value_loss` |
-| RLOO | `leave_one_out_advantages` of `penalised_rewards`; `score_function_loss` |
+| RLOO | `leave_one_out_advantages` of `penalised_rewards`; `clipped_policy_loss` |
 | GRPO | `group_mean_advantages`, `divided_by_spread`; `token_advantages`, `clipped_policy_loss`, `token_kl_penalty` |
 | GSPO | the same advantages; `clipped_sequence_loss` |
 
@@ -271,16 +271,6 @@ def divided_by_spread(
     check_positive("epsilon", epsilon)
     (advantage, reward), live = as_groups({"advantages": advantages, "rewards": rewards}, mask)
     return advantage / (group_spread(reward, live)[:, None] + epsilon)
-
-
-def score_function_loss(policy_logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`−mean_i A_i log π_θ(y_i|x)`, whose gradient is that of REINFORCE (Williams 1992). `[B, K]` → `[B]`.
-
-    No gradient flows through the advantages. Its value means nothing; its gradient over log π_θ(y_i) is `−A_i/K`.
-    """
-    named = {"policy_logp": policy_logp, "advantages": advantages.detach()}
-    (policy, advantage), live = as_groups(named, mask)
-    return -masked_mean(policy * advantage, live)
 
 
 def token_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
