@@ -54,6 +54,18 @@ def test_without_a_budget_the_highest_lower_bound_of_the_gain_wins() -> None:
     assert (found.method, found.step, found.within, found.certain) == ("sure", 4, None, True)
 
 
+def test_without_a_budget_a_kl_that_is_wasted_is_passed_over() -> None:
+    """The best of 4 has 2.0 ± 0.1 at 0.6 nats: more than `far` has at 9, which is 1.7 ± 0.1, and less than `near`."""
+    best = [BestOfN(n, span(reward), kl) for n, reward, kl in ((2, 1.0, 0.2), (4, 2.0, 0.6))]
+    far, near = method("far", point(9, span(1.2), kl=9.0)), method("near", point(4, span(1.0), kl=1.0))
+    found = verdict([far, near], None, best)
+    assert found is not None and (found.method, found.passed_over) == ("near", 1)
+    alone = verdict([far], None, best)
+    assert alone is not None and (alone.method, alone.passed_over) == ("far", 0)
+    within = verdict([far, near], 10.0, best)  # who names a budget has said what it may cost
+    assert within is not None and (within.method, within.passed_over) == ("far", 0)
+
+
 def test_with_a_budget_the_most_reward_within_it_wins() -> None:
     methods = [method("a", point(1, span(0.5), kl=0.5), point(2, span(2.0), kl=3.0)), method("b", point(1, span(0.6)))]
     found = verdict(methods, 1.0)

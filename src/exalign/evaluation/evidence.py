@@ -101,7 +101,7 @@ def collect_evidence(
     curves = folder.curves(counts)
     counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
-    chosen = verdict(methods, material.kl_budget)
+    chosen = verdict(methods, material.kl_budget, of_n)
     stages = folder.stages()
     right, doubt = scorer_accuracy(next((s.counts for s in stages if s.name == "evaluation/prompts"), {}))
     evidence = Evidence(

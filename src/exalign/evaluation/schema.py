@@ -546,8 +546,9 @@ class Verdict:
     """The checkpoint to ship, and where it stands in the run.
 
     With a KL budget (`within`, nats) it has the most reward of those within it, else the highest lower bound of what it
-    gains over π_sft; without a scorer, the highest lower bound of the accuracy on held-out pairs. `certain` says that
-    the interval of that gain excludes 0. `example` is a prompt drawn by chance with the first sample of both.
+    gains over π_sft, of all but those `passed_over`, whose KL a best of N shows to be wasted; without a scorer, the
+    highest lower bound of the accuracy on held-out pairs. `certain` says that the interval of that gain excludes 0.
+    `example` is a prompt drawn by chance with the first sample of both.
     """
 
     method: str
@@ -556,6 +557,7 @@ class Verdict:
     within: float | None
     certain: bool
     example: Example | None = None
+    passed_over: int = 0
 
 
 @dataclass(frozen=True)

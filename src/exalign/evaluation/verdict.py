@@ -68,11 +68,19 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
     return sorted(found, key=lambda one: -merit(one.point)), [name for name, point in points.items() if point is None]
 
 
-def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdict | None:
-    """The checkpoint to ship of all methods; None where nothing was measured, or nothing is within the budget."""
+def verdict(
+    methods: Sequence[MethodEvidence], kl_budget: float | None, best_of_n: Sequence[BestOfN] = ()
+) -> Verdict | None:
+    """The checkpoint to ship of all methods; None where nothing was measured, or nothing is within the budget.
+
+    Without a budget those are passed over whose KL a best of N shows to be wasted, unless all are.
+    """
+    passed_over = 0
     if kl_budget is None:
         able = [(m, p) for m in methods for p in m.points if lower_bound(p) > -math.inf]
-        best = max(able, key=lambda pair: (lower_bound(pair[1]), -pair[1].nats), default=None)
+        kept = [pair for pair in able if beaten_by(pair[1], best_of_n) is None] or able
+        passed_over = len(able) - len(kept)
+        best = max(kept, key=lambda pair: (lower_bound(pair[1]), -pair[1].nats), default=None)
     else:
         within = [(m, point) for m in methods if (point := select_within(m.points, kl_budget)) is not None]
         best = max(within, key=lambda pair: merit(pair[1]), default=None)
@@ -82,7 +90,20 @@ def verdict(methods: Sequence[MethodEvidence], kl_budget: float | None) -> Verdi
     folder = RunFolder(Path()).policy(method.name, point.step).as_posix()
     value = point.held_out.accuracy if point.held_out and not point.reward else point.gain
     certain = value is not None and value.low is not None and lower_bound(point) > 0
-    return Verdict(method.name, point.step, folder, kl_budget, certain)
+    return Verdict(method.name, point.step, folder, kl_budget, certain, passed_over=passed_over)
+
+
+def beaten_by(point: FrontierPoint, best_of_n: Sequence[BestOfN]) -> BestOfN | None:
+    """The best of few samples of π_sft that surely has more reward than a policy at a small part of its KL, if any."""
+    high = None if point.reward is None or point.kl is None else point.reward.high
+    return next(
+        (
+            best
+            for best in (best_of_n if high is not None else ())
+            if best.reward.low is not None and best.reward.low > (high or 0) and WASTED * best.kl_bound < point.nats
+        ),
+        None,
+    )
 
 
 def warnings(
@@ -156,22 +177,17 @@ def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) ->
 def _wasted(shown: Sequence[tuple[str, FrontierPoint]], best_of_n: Sequence[BestOfN]) -> Iterator[str]:
     """A sentence for a policy that the best of few samples of π_sft surely beats at a small part of its KL."""
     for name, point in shown:
-        if point.reward is None or point.reward.high is None or point.kl is None:
-            continue
-        for best in best_of_n:
-            low = best.reward.low
-            if low is not None and low > point.reward.high and WASTED * best.kl_bound < point.nats:
-                better = (
-                    "the supervised policy itself: its KL buys nothing"
-                    if best.n == 1
-                    else f"the best of {best.n} samples of the supervised policy, which is {best.kl_bound:.1f} nats "
-                    "away at most: most of its KL buys nothing"
-                )
-                yield (
-                    f"{name} is {point.nats:.1f} nats away and has less reward than {better}. A nearer checkpoint, or "
-                    "a larger β, is the better choice."
-                )
-                break
+        if (best := beaten_by(point, best_of_n)) is not None:
+            better = (
+                "the supervised policy itself: its KL buys nothing"
+                if best.n == 1
+                else f"the best of {best.n} samples of the supervised policy, which is {best.kl_bound:.1f} nats away "
+                "at most: most of its KL buys nothing"
+            )
+            yield (
+                f"{name} is {point.nats:.1f} nats away and has less reward than {better}. A nearer checkpoint, or a "
+                "larger β, is the better choice."
+            )
 
 
 def own_sample_warnings(name: str, metrics: Mapping[str, Sequence[float | None]]) -> Iterator[str]:

@@ -148,6 +148,7 @@ def _panels(titles: Sequence[str], width: float) -> tuple[Figure, list[Axes]]:
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title)
         axes.margins(x=0.02)
+        axes.ticklabel_format(axis="y", useOffset=False)
     for axes in panels[-columns:]:
         axes.set_xlabel("step")
     return figure, panels

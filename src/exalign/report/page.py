@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence
+from exalign.evaluation.schema import EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence, Verdict
 from exalign.report.figure_density import draw_density
 from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier
 from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
@@ -249,7 +249,7 @@ def shipped(evidence: Evidence) -> Headline | None:
     where = "It is" if verdict.certain else f"The best guess, {method.name} at {method.at(point.step)}, is"
     place = f"{verdict.folder} of the run" if verdict.folder.startswith("align/") else verdict.folder
     sentences = [f"{what}{where} in {place}. {_gained(evidence, point)}", _cost(evidence, point)]
-    return Headline(title, [*sentences, _rule(evidence, verdict.within)])
+    return Headline(title, [*sentences, _rule(evidence, verdict)])
 
 
 def _gained(evidence: Evidence, point: FrontierPoint) -> str:
@@ -277,9 +277,11 @@ def _cost(evidence: Evidence, point: FrontierPoint) -> str:
     return "; ".join(parts) + "."
 
 
-def _rule(evidence: Evidence, within: float | None) -> str:
-    count = sum(len(method.points) for method in evidence.methods)
+def _rule(evidence: Evidence, verdict: Verdict) -> str:
+    count, within = sum(len(method.points) for method in evidence.methods), verdict.within
     of = f"Of {count} checkpoint{'s' * (count != 1)}"
+    if verdict.passed_over:
+        of += f", less {verdict.passed_over} that the best of a few samples beats at a quarter of their KL or less,"
     surest = f"it has the {'gain' if evidence.scored else 'accuracy'} whose interval has the highest lower end"
     if within is None:
         rule = f"{of} {surest}, however far it went: the recipe sets no evaluate.kl_budget"
