@@ -12,8 +12,9 @@ import pytest
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
-from exalign.run.carry_out import check_inputs
+from exalign.run.carry_out import check_inputs, check_room
 from exalign.run.recipe import Recipe, make_recipe
+from exalign.run.runner import Run
 
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
 NO_SYSTEM = (
@@ -153,3 +154,25 @@ def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> No
         changed[f"data__{name}"] = {"source": str(file), "prompt_tokens": 1}
     said = check_inputs(recipe(["Hi"], score__scorer={"function": "exalign.data.synthetic:reward"}, **changed))
     assert said == ["1 of the 3 prompts of data.evaluation are in data.prompts too, and may be trained on."]
+
+
+def test_policies_that_no_disk_could_hold_are_told_before_the_work(recipe: Any, model: Path, tmp_path: Path) -> None:
+    """Each saved policy takes the weights' four bytes, and one checkpoint of all weights twelve more."""
+    parameters = sum(
+        p.numel() for p in load_policy(ModelSettings(source=str(model)), load_tokenizer(str(model))).parameters()
+    )
+    many = 10**12
+    (said,) = check_room(Run(recipe(["Hi"], align__dpo__save_policies=many), tmp_path / "far" / "run"))
+    assert f"run: align/dpo will keep up to {(4 * many + 12) * parameters / 1e9:,.1f} GB, and " in said
+    assert "GB are free there: save fewer policies (save_policies)" in said
+    scored = {"score__scorer": {"function": "exalign.data.synthetic:reward"}, "align__dpo__target": "reward"}
+    swept = recipe(["Hi"], **scored, align__dpo__sweep={"beta_r": [1.0, 0.5]}, align__dpo__save_policies=1)
+    assert not [*check_room(Run(swept, tmp_path))] and not [*check_room(Run(recipe(["Hi"]), tmp_path))]
+    stopping = {"align__dpo__stop_after": 1, "align__dpo__sweep": {"beta_r": [1.0, 0.5]}}
+    (said,) = check_room(Run(recipe(["Hi"], **scored, **stopping, align__dpo__save_policies=many), tmp_path))
+    assert f"up to {2 * (4 * many + 12) * parameters / 1e9:,.1f} GB" in said
+    adapters = {"model__lora": {"rank": 2, "save": "adapter"}, "align__dpo__save_policies": many}
+    assert not [*check_room(Run(recipe(["Hi"], **adapters), tmp_path))]
+    (tmp_path / "align" / "dpo").mkdir(parents=True)
+    (tmp_path / "align" / "dpo" / "done.json").touch()
+    assert not [*check_room(Run(recipe(["Hi"], align__dpo__save_policies=many), tmp_path))]

@@ -5,12 +5,14 @@ By one process, or by the first of several, which the others join where all trai
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
@@ -39,6 +41,7 @@ from exalign.run.search import propose, validation_prompts
 from exalign.run.stages import plan, texts_of
 from exalign.storage import exists
 from exalign.terminal import shown
+from exalign.training.train_settings import TrainSettings
 
 
 def run_recipe(
@@ -64,7 +67,7 @@ def carry_out(run: Run, *targets: str) -> None:
             return
         with leading():
             if not all(run.path(name, "done.json").exists() for name in stages):
-                for sentence in check_inputs(run.recipe):
+                for sentence in (*check_inputs(run.recipe), *check_room(run)):
                     run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
             run.carry_out([*stages.values()], targets)
     finally:
@@ -101,6 +104,37 @@ def check_inputs(recipe: Recipe) -> list[str]:
                 "trained on."
             )
     return said
+
+
+def check_room(run: Run) -> Iterator[str]:
+    """A sentence where the disk has no room for what trainings that are to come will keep, as far as weights are known.
+
+    They keep the policies that are saved and, where all weights are trained, a checkpoint with the optimizer's moments.
+    """
+    recipe = run.recipe
+    methods = {f"align/{name}": method for name, method in recipe.align.items() if not method.given}
+    sections: dict[str, TrainSettings | None] = {"sft": recipe.sft, "reward": recipe.reward, **methods}
+    left = {n: s for n, s in sections.items() if s is not None and not run.path(n, "done.json").exists()}
+    if recipe.model.source is None or not left:
+        return
+    parameters = sum(parameter.numel() for parameter in policy_skeleton(recipe.model).parameters())
+    weights, state = (
+        parameters * getattr(torch, recipe.model.dtype).itemsize,
+        0 if recipe.model.lora else 12 * parameters,
+    )
+    needed = 0
+    for name, settings in left.items():
+        method = methods.get(name)
+        ends = 1 if method is None or method.swept is None else len(method.swept[1])
+        saved = 1 if ends > 1 and method is not None and method.stop_after is None else settings.save_policies
+        needed += ends * (state + (0 if method is not None and recipe.model.saves_adapter else saved * weights))
+    there = next(folder for folder in (run.folder.absolute(), *run.folder.absolute().parents) if exists(folder))
+    if needed > (free := shutil.disk_usage(there).free):
+        yield (
+            f"{run.folder}: {', '.join(left)} will keep up to {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
+            "free there: save fewer policies (save_policies) or adapters alone (model.lora.save: adapter), or choose "
+            "another place with --run DIR."
+        )
 
 
 @dataclass
