@@ -14,10 +14,11 @@ FUZZERS := recipe readers records judge state
 demo: $(READY)
 	$(BIN)/exalign demo
 
-# One process with one thread for each core: the models of the tests are too small for more threads. Files keep the
-# order of tests/conftest.py, the longest first.
+# One process with one thread for each core, and one for while others wait: the models of the tests are too small for more
+# threads. Files keep the order of tests/conftest.py, the longest first.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
+		--numprocesses $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8
 
 # vLLM's build for CPUs draws for real. It wants an older transformers, so it has an environment of its own; what comes
 # along for pictures and sound is for another torch.

@@ -191,6 +191,7 @@ def _write_training(run: Path, world: World, generator: np.random.Generator) -> 
         settings = _settings(name)
         family, target = "exo" if settings["divergence"] == "reverse_kl" else "dpo", settings["target"]
         described = {"label": family.upper(), "family": family, "target": target, "settings": settings}
+        described["beta"] = settings["beta_pi"] * settings["beta_r"] if target == "reward" else None
         (folder / "method.json").write_text(json.dumps(described), encoding="utf-8")
         _done(folder, 60 + 10 * generator.random(), {"groups": 400, "completions_cut": 5})
     _done(run / "evaluation", 80.0, {})

@@ -166,9 +166,9 @@ def test_of_a_single_run_the_figure_has_its_interval_over_prompts(results: list[
 
 
 def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunResults]) -> None:
-    def with_rate(run: RunResults, rate: float, seed: int) -> RunResults:
+    def with_rate(run: RunResults, rate: float, seed: int, **more: float) -> RunResults:
         methods = [
-            replace(method, settings={**method.settings, "seed": seed, "learning_rate": rate})
+            replace(method, settings={**method.settings, "seed": seed, "learning_rate": rate, **more})
             if method.name == "exo-rw"
             else method
             for method in run.evidence.methods
@@ -181,6 +181,8 @@ def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunRes
     mixed = [*alike[:-1], with_rate(alike[-1], 5e-5, 3)]
     assert differing_settings(mixed) == {"exo-rw": {"learning_rate": [1e-4, 1e-4, 1e-4, 5e-5]}}
     assert "exo-rw's learning_rate (0.0001, 0.0001, 0.0001, 5e-05)." in tables(mixed, KLS)
+    follows = [with_rate(run, 1e-4, 0, beta_r_std=0.7, beta_r=0.4 + seed / 100) for seed, run in enumerate(results)]
+    assert differing_settings(follows) == {}  # a β_r that follows from the samples is no other setting
     last = alike[-1].evidence
     other = replace(alike[-1], evidence=replace(last, recipe=last.recipe + "\nmodel: {source: another}\n"))
     assert differing_sections(alike) == [] and differing_sections([*alike[:-1], other]) == ["model"]

@@ -26,9 +26,10 @@ from exalign.evaluation.schema import (
     Interval,
     MethodEvidence,
     Standing,
+    Verdict,
 )
 from exalign.report import write_report
-from exalign.report.page import headline, render_page
+from exalign.report.page import headline, render_page, shipped
 from exalign.report.wording import describe, number, visible
 
 
@@ -291,3 +292,17 @@ def test_numbers_keep_their_size():
         assert float(number(value).replace(",", "").replace("−", "-")) == pytest.approx(value, rel=0.01)
         if value:
             assert number(-value) == "−" + number(value).replace("e-", "e−")
+
+
+def test_no_checkpoint_is_called_no_better_that_was_not_looked_at(evidence_and_page):
+    """A gain that is certain beyond the budget, or among those passed over, is not denied."""
+    evidence, _ = evidence_and_page
+    name = evidence.methods[0].name
+    verdict = Verdict(name, evidence.methods[0].points[0].step, "align/x", None, certain=False)
+
+    def title(**changed):
+        return shipped(replace(evidence, verdict=replace(verdict, **changed))).title
+
+    assert title() == "No checkpoint is measurably better than the supervised policy."
+    assert title(within=0.5) == "No checkpoint within 0.5 nats is measurably better than the supervised policy."
+    assert "No checkpoint whose KL is not wasted is measurably better" in title(passed_over=2)

@@ -106,6 +106,8 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     assert recipe.scoring is not None and recipe.scoring.function == "exalign.data.synthetic:reward"
     assert [method.trains_on for method in recipe.align.values()] == ["rewards"]
     assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 5  # type: ignore[union-attr]
+    few = begin(str(model), prompts, ["limit=20"], reward="exalign.data.synthetic:reward").values["data"]
+    assert few["prompts"]["skip"] + few["prompts"]["limit"] == 20 and few["evaluation"]["limit"] == 4
 
 
 def test_scored_completions_are_pairs_unless_something_can_score_the_samples(model: Path, tmp_path: Path) -> None:

@@ -176,3 +176,23 @@ def test_policies_that_no_disk_could_hold_are_told_before_the_work(recipe: Any, 
     (tmp_path / "align" / "dpo").mkdir(parents=True)
     (tmp_path / "align" / "dpo" / "done.json").touch()
     assert not [*check_room(Run(recipe(["Hi"], align__dpo__save_policies=many), tmp_path))]
+
+
+def test_what_the_evaluation_names_is_looked_for_before_the_work(recipe: Any, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"prompt": prompt, "kind": "a"}) + "\n" for prompt in ("Hi", "Why?")))
+    source = {"data__evaluation": {"source": str(held), "chat": False}}
+    rows = [[USER]]
+    assert check_inputs(recipe(rows, **source, evaluate__category="kind", evaluate__first_prompt="Wh")) == []
+    for name, value, sentence in (
+        ("category", "kid", r"evaluate\.category: data\.evaluation has no column 'kid'"),
+        ("first_prompt", "How", r"evaluate\.first_prompt: no prompt of the evaluation begins with 'How'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            check_inputs(recipe(rows, **source, **{f"evaluate__{name}": value}))
+    stopping = {"align__dpo__stop_after": 1, "align__dpo__save_policies": 4}
+    with pytest.raises(InputError, match=r"align\.dpo\.stop_after looks at held-out preferences, and data\.evaluation"):
+        check_inputs(recipe(rows, **source, **stopping))
+    own = {"align__dpo__fresh_every": 1, "score__scorer": {"function": "exalign.data.synthetic:reward"}}
+    with pytest.raises(InputError, match=r"align\.dpo: of 2 completions .* epsilon = 0\.5"):
+        check_inputs(recipe(rows, **own, align__dpo__epsilon=0.5))

@@ -96,6 +96,14 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align.exo-rw.fresh_every=1", "align.exo-rw.stop_after=2"], "align.exo-rw: stop_after looks at held-out"),
         (["align.exo-rw.stop_after=99"], "align.exo-rw: stop_after = 99 counts saved policies"),
         (
+            ["align={a: {method: kto, save_policies: 4, stop_after: 2}}"],
+            "align.a: stop_after compares losses, and KTO's",
+        ),
+        (
+            ["align={a: {sweep: {kl: [0.5, 1]}}}", "data.rewards={source: r.jsonl}", "score.scorer=null"],
+            "align.a.sweep: kl chooses β by the pool's rewards, and data.rewards brings its own",
+        ),
+        (
             ["search={trials: 2, kl: 1, methods: {exo-rw: {num_completions: {choices: [2, 4]}}}}"],
             "search.methods.exo-rw.num_completions cannot be searched over: what a method trains on",
         ),

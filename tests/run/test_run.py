@@ -29,9 +29,11 @@ from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import open_scorer
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
-from exalign.run.evaluating import _agreement
-from exalign.run.recipe import Recipe, ScorerSettings, load_recipe
+from exalign.run.evaluating import _agreement, evaluation_rows, in_order
+from exalign.run.materials import prompts_of, records_of
+from exalign.run.recipe import Recipe, ScorerSettings, load_recipe, make_recipe
 from exalign.run.runner import Run
+from exalign.run.search import validation_prompts
 from exalign.run.stages import plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer
@@ -281,8 +283,35 @@ def test_the_scorer_is_held_to_held_out_preferences(tiny: MakeRecipe, world: Pat
             (row["chosen"], remark_reward(row["prompt"], row["chosen"]))
         ]
     told, doubt = scorer_accuracy(counts)
-    assert told[0].startswith("The scorer prefers the answer that held-out preferences prefer in 33 % [")
-    assert doubt[0].startswith(told[0][:-1])
+    assert not told and doubt[0].startswith("The scorer prefers the answer that held-out preferences prefer in 33 % [")
+    assert doubt[0].endswith("of 6 pairs, which may be chance: a gain of its rewards may be none.")
+
+
+def test_equal_rewards_of_a_pair_count_half_and_each_rival_is_a_pair() -> None:
+    texts = (Completion("a"), Completion("b"), Completion("c"))
+    one = Record("0", "", texts, preferred=1)
+    found = Counter(_agreement([one], [one.with_rewards([0.0, 1.0, 1.0])], log_odds=False))
+    assert found == {"pairs_scored": 2, "pairs_scored_right": 1, "pairs_scored_alike": 1}
+    told, doubt = scorer_accuracy({"pairs_scored": 400, "pairs_scored_right": 160, "pairs_scored_alike": 240})
+    assert told == ["The scorer prefers the answer that held-out preferences prefer in 70 % [65, 74] of 400 pairs."]
+    assert not doubt
+
+
+def test_rows_without_a_reference_text_take_it_from_no_other(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in (world / "test.jsonl").open()))[:4]
+    rows = [{"prompt": prompt, "chosen": " was very funny.", "rejected": " was dull."} for prompt in prompts]
+    rows[1] = {"prompt": prompts[1], "chosen": " was dull.", "rejected": " was dull."}  # equal: no pair
+    tie = {"prompt": prompts[2], "completions": [" was dull.", " was fun."], "rewards": [1.0, 1.0]}
+    lines = [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "preferred": 0} for r in rows]
+    lines[2] = {k: v for k, v in tie.items() if k != "rewards"} | {"preferred": "tie"}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    functions = "preferences=null", "reward=null", "score.scorer={function: exalign.data.synthetic:reward}"
+    data = f"data.evaluation={{source: {tmp_path}/pairs.jsonl, labels: {{tie: tie}}}}"
+    carry_out(tiny(*functions, "align.dpo-pref=null", data), tmp_path / "run", "evaluation/prompts")
+    done = read_json(tmp_path / "run" / "evaluation" / "prompts" / "done.json")["counts"]
+    kept = [record.rewards for record in read_records(tmp_path / "run" / "evaluation" / "prompts")]
+    assert done["prompts_without_reference_text"] == sum(not rewards for rewards in kept) == 1
+    assert sum(rewards is not None for rewards in kept) == len(kept) - 1
 
 
 def test_log_odds_are_held_to_labels() -> None:
@@ -312,3 +341,50 @@ def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> No
     counts = read_json(folder / "rollouts" / "done.json")["counts"]
     assert counts["completions"] == 72
     assert counts["prompts"] == 24
+
+
+def test_what_is_held_out_of_preferences_is_held_out_of_everything(tmp_path: Path) -> None:
+    """Of the prompts, of given rewards and texts, and of what a search is ranked on; and a prompt is drawn for once."""
+    texts = [f"Question {i}?" for i in range(40)]
+
+    def file(name: str, rows: list[dict[str, object]]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    pairs = [{"prompt": x, "chosen": f"yes {n}", "rejected": "no"} for x in texts for n in range(2)]
+    rewards = [{"prompt": x, "completions": ["a", "b"], "rewards": [0.0, 1.0]} for x in texts]
+    scored = {"scorer": {"function": "exalign.data.synthetic:reward"}}
+    search = {"kl": 1.0, "prompts": 8, "methods": {"exo": {"epochs": {"choices": [1, 2]}}}}
+    prompts = {"source": file("prompts.jsonl", [{"prompt": x} for x in texts])}
+    values = {
+        "name": "it",
+        "model": {"source": "gpt2"},
+        "data": {"preferences": {"source": file("pairs.jsonl", pairs)}, "held_out": 0.25},
+        "score": scored,
+        "align": {"exo": {}},
+    }
+    given = {"rewards": {"source": file("rewards.jsonl", rewards)}, "sft": {"source": file("sft.jsonl", pairs)}}
+    recipe = make_recipe(values)
+    other = make_recipe(
+        {**values, "data": {**values["data"], "prompts": prompts, "validation": prompts}, "search": search}
+    )
+    third = make_recipe({**values, "data": {**values["data"], **given}, "score": {}, "evaluate": scored})
+    for one in (recipe, other, third):
+        run = Run(one, tmp_path / "run", Console(quiet=True))
+        stages = {stage.name: stage for stage in plan(one)}
+        run.carry_out([*stages.values()], ["preferences"])
+        kept = {record.prompt for record in read_records(tmp_path / "run" / "preferences" / "held-out")}
+        assert len(kept) == 10
+        if one is third:
+            run.carry_out([*stages.values()], ["scored"])
+            left = [record.prompt for record in read_records(tmp_path / "run" / "scored" / "records")]
+            assert read_json(tmp_path / "run" / "scored" / "done.json")["counts"]["rows_held_out"] == 10
+        else:
+            view = run.view(stages["rollouts"])
+            left = [record.prompt for record in prompts_of(view)]
+            assert view.counts["rows_held_out"] == (10 if one is other else 0)
+        assert len(left) == 30 and not kept & {*left} and len({*left}) == 30
+    view = Run(other, tmp_path / "run").view({stage.name: stage for stage in plan(other)}["validation"])
+    rows = in_order(evaluation_rows(view), None)
+    found = validation_prompts(rows, records_of(view, "validation"), view.counts, used=512, wanted=30)
+    assert not kept & {record.prompt for record in found} and view.counts["prompts_of_the_evaluation"] > 0

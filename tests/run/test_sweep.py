@@ -114,6 +114,7 @@ def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Rec
         ("{sweep: {beta_r: [0.5, -1]}}", "sweep.beta_r reaches -1, which the setting does not allow"),
         ("{sweep: {alpha: [0.1, 0.2]}}", "sweep: alpha = 0.1: alpha has no effect"),
         ("{method: grpo, sweep: {kl: [0.5, 1]}}", "this one aims at none"),
+        ("{method: rloo, beta: 0, sweep: {kl: [0.5, 1]}}", "this one aims at none"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(method: str, problem: str, tiny: Callable[..., Recipe]) -> None:

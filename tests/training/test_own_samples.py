@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from exalign.data.batching import Group, group_of
+from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.methods.grpo import GRPO
@@ -248,8 +248,8 @@ def test_log_q_of_one_step_is_the_step_s_own(method: type[Matching | RLOO]) -> N
         task: Any = MatchingTask(own.batches, settings, TEMPERATURE, own) if method is Matching else None
         task = task or PolicyGradientTask(settings, own)  # type: ignore[arg-type]
         metrics = {name: float(value) / 8 for name, value in task.loss(module, own.batches[0])[1].items()}
-        metrics = {name: value for name, value in metrics.items() if "seconds" not in name}
-        found.append((gradient(task, module), metrics))
+        said = {name: value for name, value in (task.numbers | metrics).items() if "seconds" not in name}
+        found.append((gradient(task, module), said))
     (once, said), (before, expected) = found
     assert torch.allclose(once, before, rtol=1e-4, atol=1e-6 * float(before.abs().max()))
     assert said == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -299,6 +299,27 @@ def test_own_pairs_are_two_by_two_and_ties_weigh_nothing() -> None:
     assert task.weight(groups) == count / 2
     assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
     assert {"accuracy", "kl", "effective_samples"} <= metrics.keys()
+
+
+def test_ties_weigh_nothing_however_a_step_is_divided() -> None:
+    """One decided pair and three ties: the step's weight is one pair, with all in a micro-batch or each in its own."""
+    ids, logp = tuple(torch.tensor([i]) for i in range(2)), torch.tensor([-1.0, -2.0])
+    rewards = [torch.tensor(pair) for pair in ([0.0, 1.0], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0])]
+    groups = [Group(i, ids[0], ids, rewards=pair, reference_logp=logp) for i, pair in enumerate(rewards)]
+    own, _ = own_of(Matching(target="preference", fresh_every=1), make_policy())
+    task = MatchingTask(own.batches, Matching(target="preference", fresh_every=1), TEMPERATURE, own)
+    for budget in (3, 1000):
+        assert sum(task.weight(part) for part in microbatches(groups, token_budget=budget)) == 1
+
+
+def test_two_own_samples_of_a_prompt_are_a_pair(tmp_path: Path) -> None:
+    """The usual online DPO: with K = 2 the pairs are as many as the groups, and carry their preference all the same."""
+    settings = Matching(target="preference", divergence="forward_kl", fresh_every=1, batch_prompts=4)
+    material = make_material(make_policy())
+    material = replace(material, sampling=material.sampling.model_copy(update={"num_completions": 2}))
+    settings.train(material, tmp_path)
+    rows = read_metrics(tmp_path)
+    assert rows and all(0 <= row["accuracy"] <= 1 and math.isfinite(row["reward"]) for row in rows)
 
 
 def test_killed_in_the_second_rollout_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from statistics import pstdev
@@ -127,11 +127,23 @@ def test_metrics_of_a_rollout_by_hand() -> None:
     loss, metrics = task.loss(module, groups)
     weight = task.weight(groups)
     assert weight == count
-    assert float(metrics["reward"]) / weight == pytest.approx(total / 32, rel=1e-5)
-    assert float(metrics["kl"]) / weight == pytest.approx(log_ratio / 32, rel=1e-4)
-    assert float(metrics["value_clip"]) / weight == pytest.approx(100 * pstdev(rewards), rel=1e-5)
+    assert task.numbers["reward"] == pytest.approx(total / 32, rel=1e-5)
+    assert task.numbers["kl"] == pytest.approx(log_ratio / 32, rel=1e-4)
+    assert task.numbers["value_clip"] == pytest.approx(100 * pstdev(rewards), rel=1e-5)
     assert float(metrics["value_loss"]) == pytest.approx(square, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(float(metrics["policy_loss"] + metrics["value_loss"]), rel=1e-6)
+
+
+def test_a_row_of_weight_0_is_not_trained_on() -> None:
+    """Of a rollout of eight, four of which weigh nothing, the sums are those of the other four alone."""
+    module = make_actor_critic()
+    task = PPOTask(module, make_material(module.model), PPO(rollout_prompts=8, batch_prompts=8))
+    groups = task.batches[0]
+    halved = [replace(group, weight=float(place < 4)) for place, group in enumerate(groups)]
+    (loss, seen), (expected, told) = task.loss(module, halved), task.loss(module, groups[:4])
+    assert task.weight(halved) == task.weight(groups[:4])
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert {n: float(v) for n, v in seen.items()} == pytest.approx({n: float(v) for n, v in told.items()}, rel=1e-5)
 
 
 def test_the_micro_batch_split_changes_nothing(tmp_path: Path) -> None:

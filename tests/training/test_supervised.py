@@ -11,8 +11,8 @@ from torch import nn
 
 from exalign.data.batching import Group
 from exalign.errors import InputError
-from exalign.methods.oracle import Oracle, train_classifier
-from exalign.methods.reward_model import RewardModel, train_reward_model
+from exalign.methods.oracle import BinaryCrossEntropy, Oracle, train_classifier
+from exalign.methods.reward_model import BradleyTerry, RewardModel, train_reward_model
 from exalign.methods.sft import SFT, train_sft
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_classifier, load_reward_model
@@ -91,6 +91,19 @@ def test_reward_model_learns_what_separates(tmp_path: Path) -> None:
         rewards = completion_outputs(model, unseen)[..., 0]
     right = [int(row.argmax()) == group.preferred for row, group in zip(rewards, unseen, strict=True)]
     assert sum(right) >= 30
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_row_of_weight_2_counts_as_that_row_twice_and_one_of_weight_0_not_at_all(labels: int) -> None:
+    model, rows = small_scorer(labels=labels), separable(3)
+    if labels == 2:
+        rows = [replace(row, completion_ids=row.completion_ids[:1], preferred=None) for row in rows]
+    kind = BradleyTerry(None) if labels == 1 else BinaryCrossEntropy(None, [0, 1, 1])  # type: ignore[arg-type]
+    weighted = [replace(row, weight=weight) for row, weight in zip(rows, (2.0, 1.0, 0.0), strict=True)]
+    (loss, seen), (expected, told) = kind.loss(model, weighted), kind.loss(model, [rows[0], rows[0], rows[1]])
+    assert kind.weight(weighted) == 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert float(seen["accuracy"]) == pytest.approx(float(told["accuracy"]))
 
 
 def test_preference_accuracy_by_hand() -> None:

@@ -94,12 +94,14 @@ def difference_at(runs: Sequence[RunResults], pair: tuple[str, str], kl: float) 
 def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[Any]]]:
     """For each method, its settings that differ between runs, with the value in every run that has the method.
 
-    The seed is not among them. A mean over runs of such a method is a mean over settings too.
+    The seed is not among them, nor a β_r that follows from the samples. A mean over runs of such a method is a mean
+    over settings too.
     """
     found: dict[str, dict[str, list[Any]]] = {}
     for method in dict.fromkeys(method.name for run in runs for method in run.evidence.methods):
         settings = [m.settings for run in runs for m in run.evidence.methods if m.name == method]
-        for name in dict.fromkeys(name for each in settings for name in each if name != "seed"):
+        derived = {"seed", *(("beta_r",) if all(each.get("beta_r_std") for each in settings) else ())}
+        for name in dict.fromkeys(name for each in settings for name in each if name not in derived):
             values = [each.get(name) for each in settings]
             if any(value != values[0] for value in values):
                 found.setdefault(method, {})[name] = values

@@ -95,7 +95,8 @@ def collect_evidence(
     sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
     tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
     paths = Paths(material.sft, tables, bootstrap)
-    density = density_ratios(material.density, {m.name: m.settings for m in methods}, material.notes, bootstrap)
+    aims = {name: material.run.describe(name)[1] for name in material.density}
+    density = density_ratios(material.density, aims, material.notes, bootstrap)
     best = None if material.pool is None else optimum(material.pool, bootstrap)
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)

@@ -21,7 +21,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -329,17 +328,17 @@ def density_curve(
 
 def density_ratios(
     records: Mapping[str, Sequence[Record]],
-    settings: Mapping[str, Mapping[str, Any]],
+    betas: Mapping[str, float | None],
     notes: list[str],
     bootstrap: Bootstrap = BOOTSTRAP,
 ) -> DensityRatios | None:
     """Density ratios of every method and of the optimum on the prompts of `records`, or None where there are none.
 
     `records` are the same samples of π_sft for each method, with log π_θ as `logprob`, log π_sft as `reference_logprob`
-    and rewards; a sample that lacks one is an `InputError`. The first method's `settings` with a reward target name the
-    optimum's β = β_π·β_r. `notes` takes a sentence for what is left out.
+    and rewards; a sample that lacks one is an `InputError`. The optimum's β is that of the first method that aims at
+    one, by `betas`. `notes` takes a sentence for what is left out.
     """
-    beta_of, beta = _optimum_of(records, settings)
+    beta_of, beta = next(((name, beta) for name in records if (beta := betas.get(name))), (None, None))
     by_prompt: dict[str, dict[str, Record]] = {}
     for method, found in records.items():
         for record in found:
@@ -351,16 +350,6 @@ def density_ratios(
     if prompts and beta is None:
         notes.append("No method has a reward target, so no β for the optimum's density ratio.")
     return DensityRatios(prompts, beta, beta_of) if prompts else None
-
-
-def _optimum_of(
-    records: Mapping[str, Sequence[Record]], settings: Mapping[str, Mapping[str, Any]]
-) -> tuple[str | None, float | None]:
-    for method in records:
-        values = settings.get(method, {})
-        if values.get("target") == "reward" and values.get("beta_pi") and values.get("beta_r"):
-            return method, float(values["beta_pi"]) * float(values["beta_r"])
-    return None, None
 
 
 def _prompt_density(of_methods: Mapping[str, Record], beta: float | None, bootstrap: Bootstrap) -> PromptDensity | None:

@@ -534,7 +534,7 @@ class PromptDensity:
 
 @dataclass(frozen=True)
 class DensityRatios:
-    """Density ratios on a few prompts. `beta` = β_π·β_r of the method `beta_of` is the optimum's; None without one."""
+    """Density ratios on a few prompts. The optimum's `beta` is what the method `beta_of` aims at; None without one."""
 
     prompts: list[PromptDensity]
     beta: float | None = None

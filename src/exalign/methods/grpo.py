@@ -62,7 +62,7 @@ class GRPO(RLOO):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from exalign import objectives
 
-        mask, rewards, (*_, live, rows) = given.mask, given.rewards, given.more
+        mask, rewards, (live, rows) = given.mask, given.rewards, given.more
         assert rewards is not None
         logp = model(groups, temperature=own.material.temperature, by_token=True)
         reference, *before = (rows_of(part, rows, logp) for part in own.tokens)

@@ -7,7 +7,7 @@ completion, label), K completions with rewards, or pairs, of which each side is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
@@ -79,6 +79,10 @@ class KTO(Contrastive):
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
+
+    def problems(self) -> Iterator[str]:
+        if self.stop_after is not None:
+            yield "stop_after compares losses, and KTO's depends on the step it is measured after; remove it"
 
     @property
     def fewest(self) -> int:

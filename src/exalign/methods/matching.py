@@ -189,13 +189,17 @@ class MatchingTask:
     temperature: float
     own: OwnSamples | None = None
 
-    def weight(self, groups: Sequence[Group]) -> float:
-        # Where every pair is a tie the loss is 0, whatever it is divided by.
-        return sum(group.weight for group in self._compared(groups)) or 1.0
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a step's row says of the rollout that it belongs to."""
+        return {} if self.own is None else self.own.numbers
 
-    def _compared(self, groups: Sequence[Group]) -> list[Group]:
+    def weight(self, groups: Sequence[Group]) -> float:
+        return sum(group.weight for group in self._compared(groups))
+
+    def _compared(self, groups: Sequence[Group]) -> Sequence[Group]:
         own_pairs = self.own is not None and self.settings.target == "preference"
-        return [pair for group in groups for pair in pairs_of(group)] if own_pairs else list(groups)
+        return [pair for group in groups for pair in pairs_of(group)] if own_pairs else groups
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign import objectives
@@ -203,18 +207,14 @@ class MatchingTask:
         from exalign.models.logprobs import completion_logprobs
 
         policy_logp = completion_logprobs(model, groups, temperature=self.temperature)
-        more = () if self.own is None else (self.own.noted(self.weight(groups)),)
-        given = values_of(groups, policy_logp.device, *more)
+        given = values_of(groups, policy_logp.device)
         seen = {}
         if self.own is not None:
             seen, given = self.own.correction(policy_logp, given), self.own.drawn_by(policy_logp, given)
         compared = self._compared(groups)
-        if len(compared) != len(groups):
+        if compared is not groups:
             seen = {name: value.repeat_interleave(len(compared) // len(groups)) for name, value in seen.items()}
-            given, policy_logp = (
-                replace(values_of(compared, policy_logp.device), more=given.more),
-                policy_logp.view(len(compared), 2),
-            )
+            given, policy_logp = values_of(compared, policy_logp.device), policy_logp.view(len(compared), 2)
         mask, reference_logp = given.mask, given.reference_logp
         assert reference_logp is not None
         log_p_policy = objectives.log_policy_distribution(
@@ -226,9 +226,7 @@ class MatchingTask:
         metrics |= self._reward_metrics(given, policy_logp.detach(), reference_logp)
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
         weights = given.weights.to(loss.dtype)
-        sums = {name: (value * weights).sum() for name, value in (metrics | seen).items()}
-        drawn = {} if self.own is None else self.own.as_metrics(given.more[0].to(loss.dtype))
-        return (loss * weights).sum(), drawn | sums
+        return (loss * weights).sum(), {name: (value * weights).sum() for name, value in (metrics | seen).items()}
 
     def _reward_metrics(self, given: GroupValues, policy_logp: Tensor, reference_logp: Tensor) -> dict[str, Tensor]:
         from exalign import objectives

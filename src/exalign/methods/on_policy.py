@@ -86,15 +86,6 @@ class OwnSamples:
         self.whole_distribution = material.sampling.top_p is None and material.sampling.top_k is None
         self.at_once = self.whole_distribution and one_step(settings)
 
-    def noted(self, weight: float) -> Tensor:
-        """`numbers` in units of a step's weight, on the CPU: to be copied with what else the step needs."""
-        import torch
-
-        return torch.tensor([number * weight for number in self.numbers.values()])
-
-    def as_metrics(self, noted: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.numbers, noted.unbind(), strict=True))
-
     def drawn_by(self, policy_logp: Tensor, given: GroupValues) -> GroupValues:
         """The values of a step's groups with log q `[B, K]` as the training path computes it."""
         return replace(given, proposal_logp=policy_logp.detach()) if self.at_once else given

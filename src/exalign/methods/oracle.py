@@ -32,24 +32,29 @@ class Oracle(TrainSettings):
 
 @dataclass(frozen=True, slots=True)
 class BinaryCrossEntropy:
-    """−log p(label | text) in nats, `labels[group.index]` 0 or 1; one completion per group; the weight is the texts."""
+    """−log p(label | text) in nats, `labels[group.index]` 0 or 1; one completion per group; the weight is the texts,
+    each times that of its row."""
 
     batches: Batches
     labels: Sequence[int]
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return len(groups)
+        return sum(group.weight for group in groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
         from torch.nn.functional import cross_entropy
 
+        from exalign.data.batching import stack_weights
+        from exalign.device import to_device
         from exalign.models.heads import completion_outputs
 
         logits = completion_outputs(model, groups)[:, 0]
-        labels = torch.tensor([self.labels[group.index] for group in groups], device=logits.device)
-        correct = (logits.argmax(dim=1) == labels).to(logits.dtype)
-        return cross_entropy(logits, labels, reduction="sum"), {"accuracy": correct.sum()}
+        labels = torch.tensor([self.labels[group.index] for group in groups])
+        labels, weights = to_device(logits.device, labels, stack_weights(groups))
+        weights = weights.to(logits.dtype)
+        correct = weights * (logits.argmax(dim=1) == labels)
+        return (weights * cross_entropy(logits, labels, reduction="none")).sum(), {"accuracy": correct.sum()}
 
 
 def train_classifier(

@@ -82,7 +82,7 @@ class PPO(Method):
 
     @property
     def optimum_beta(self) -> float | None:
-        return self.beta if self.target_kl is None else None
+        return (self.beta or None) if self.target_kl is None else None
 
     @property
     def line(self) -> str:
@@ -135,36 +135,39 @@ class PPOTask:
         self.own = OwnSamples(module, material, settings, path, compute=self._valued, took=self._took)
         self.batches = self.own.batches
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a step's row says of the rollout that it belongs to."""
+        return self.own.numbers | self._numbers
+
     def weight(self, groups: Sequence[Group]) -> float:
-        return sum(len(ids) for group in groups for ids in group.completion_ids)
+        return sum(group.weight * len(ids) for group in groups for ids in group.completion_ids)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-        import torch
-
         from exalign import objectives
+        from exalign.data.batching import stack_weights
         from exalign.device import to_device
 
         settings = self.settings
         logp, values = model(groups, temperature=self.material.temperature, critic_alone=self.critic_alone)
-        numbers, weight = self.own.numbers | self._numbers, self.weight(groups)
-        noted = torch.tensor([number * weight for number in numbers.values()])
-        mask, rows, noted = to_device(logp.device, *token_places(groups), noted)
-        mask = mask.flatten(0, 1)
+        mask, rows, weights = to_device(logp.device, *token_places(groups), stack_weights(groups))
+        weights, mask = weights.repeat_interleave(mask.shape[1])[:, None], mask.flatten(0, 1)
         sampled_logp, sampled_values, advantages, returns = (
             rows_of(part, rows, logp).flatten(0, 1) for part in self._experience
         )
         ratio_of = (logp.flatten(0, 1), sampled_logp, advantages, mask)
-        policy_loss = objectives.clipped_policy_loss(*ratio_of, clip=settings.clip).sum()
+        policy_loss = (weights * objectives.clipped_policy_loss(*ratio_of, clip=settings.clip)).sum()
         value_loss = objectives.clipped_value_loss(
             values.flatten(0, 1), sampled_values, returns, mask, clip=self._numbers["value_clip"]
         )
-        value_loss = value_loss.sum()
+        value_loss = (weights * value_loss).sum()
         metrics = {
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
-            "clip_fraction": objectives.is_clipped(*ratio_of, clip=settings.clip).sum().to(policy_loss.dtype),
+            "clip_fraction": (weights * objectives.is_clipped(*ratio_of, clip=settings.clip))
+            .sum()
+            .to(policy_loss.dtype),
         }
-        metrics |= zip(numbers, noted.to(value_loss.dtype).unbind(), strict=True)
         return (value_loss if self.critic_alone else policy_loss + value_loss), metrics
 
     @property

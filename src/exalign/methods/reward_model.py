@@ -30,12 +30,13 @@ class RewardModel(TrainSettings):
 
 @dataclass(frozen=True, slots=True)
 class BradleyTerry:
-    """−log σ(r(x, y_w) − r(x, y_l)), averaged over the losers of a prompt; the weight is the prompts."""
+    """−log σ(r(x, y_w) − r(x, y_l)), averaged over the losers of a prompt; the weight is the prompts, each times that
+    of its row."""
 
     batches: Batches
 
     def weight(self, groups: Sequence[Group]) -> float:
-        return len(groups)
+        return sum(group.weight for group in groups)
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         from exalign.data.batching import values_of
@@ -46,8 +47,8 @@ class BradleyTerry:
         given = values_of(groups, rewards.device)
         assert given.preferred is not None
         accuracy, margin = preference_accuracy(rewards.detach(), given.preferred, given.mask)
-        loss = bradley_terry_loss(rewards, given.preferred, given.mask)
-        return loss.sum(), {"accuracy": accuracy.sum(), "margin": margin.sum()}
+        loss, weights = bradley_terry_loss(rewards, given.preferred, given.mask), given.weights.to(rewards.dtype)
+        return (loss * weights).sum(), {"accuracy": (accuracy * weights).sum(), "margin": (margin * weights).sum()}
 
 
 def train_reward_model(

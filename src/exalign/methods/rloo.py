@@ -45,7 +45,7 @@ class RLOO(Method):
 
     @property
     def optimum_beta(self) -> float | None:
-        return self.beta
+        return self.beta or None
 
     @property
     def line(self) -> str:
@@ -106,6 +106,11 @@ class PolicyGradientTask:
     def batches(self) -> Batches:
         return self.own.batches
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a step's row says of the rollout that it belongs to."""
+        return self.own.numbers
+
     def weight(self, groups: Sequence[Group]) -> float:
         return sum(group.weight for group in groups)
 
@@ -113,9 +118,9 @@ class PolicyGradientTask:
         from exalign.data.batching import values_of
         from exalign.models.capability import device_of
 
-        given = values_of(groups, device_of(model), self.own.noted(self.weight(groups)), *token_places(groups))
+        given = values_of(groups, device_of(model), *token_places(groups))
         losses, clipped, logp = self.settings.losses(model, groups, given, self.own)
         weights, completions = given.weights.to(losses.dtype), given.mask.sum(dim=1)
         seen = self.own.correction(logp, given) | {"clip_fraction": clipped.sum(dim=1) / completions}
-        noted, loss = self.own.as_metrics(given.more[0].to(losses.dtype)), losses.sum(dim=1) / completions
-        return (loss * weights).sum(), noted | {name: (value * weights).sum() for name, value in seen.items()}
+        loss = losses.sum(dim=1) / completions
+        return (loss * weights).sum(), {name: (value * weights).sum() for name, value in seen.items()}

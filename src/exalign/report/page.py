@@ -238,7 +238,9 @@ def shipped(evidence: Evidence) -> Headline | None:
     method, point = chosen
     gain, at = point.gain, "at an unknown KL" if point.kl is None else f"at a KL of {number(point.nats, 2)} nats"
     if not verdict.certain:
-        title = "No checkpoint is measurably better than the supervised policy."
+        of = "" if verdict.within is None else f" within {verdict.within:g} nats"
+        of += " whose KL is not wasted" if verdict.passed_over else ""
+        title = f"No checkpoint{of} is measurably better than the supervised policy."
     elif gain is not None:
         title = f"Ship {method.name} at {method.at(point.step)}: {number(gain.estimate, 2)} more reward, {at}."
     else:

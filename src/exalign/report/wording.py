@@ -257,7 +257,7 @@ class Captions:
                 if max(counts) < LEAST_ESS
                 else f"stands on {stands}, and is drawn where they are {LEAST_ESS:g} or more."
             )
-            beta = f"β = {density.beta:g}, β_π·β_r of {density.beta_of}"
+            beta = f"β = {density.beta:g}, that of {density.beta_of}"
             text += f" The optimum π*_β of the evaluation's rewards at {beta}, {drawn}"
         return text
 

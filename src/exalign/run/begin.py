@@ -235,7 +235,9 @@ def _sources(
         )
     kept = max(min(round(share * len(records)), EVALUATED), 1)
     used, start = "rewards" if ranked else "prompts", settings.skip
-    values["data"] = {used: {**source, "skip": start + kept}, "evaluation": {**source, "skip": start, "limit": kept}}
+    rest = {} if settings.limit is None else {"limit": max(settings.limit - kept, 1)}
+    values["data"] = {used: {**source, "skip": start + kept, **rest}}
+    values["data"]["evaluation"] = {**source, "skip": start, "limit": kept}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
     return "reward", f"data: {some} {what}; the first {kept} rows are held out for the evidence"

@@ -35,7 +35,8 @@ from exalign.processes import calls, leading, leads
 from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.run import cluster
-from exalign.run.recipe import Recipe, changed, models_of
+from exalign.run.evaluating import in_order
+from exalign.run.recipe import Recipe, changed, holds_out, models_of
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import propose, validation_prompts
 from exalign.run.stages import plan, texts_of
@@ -90,6 +91,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
     said = [f"align.{name}: {method.warning}." for name, method in recipe.align.items() if method.warning is not None]
     said += [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
     _check_methods(recipe, looked)
+    _check_evaluation(recipe, looked)
     if recipe.search is not None:
         _check_search(recipe)
     if recipe.cluster is not None:
@@ -139,11 +141,14 @@ def check_room(run: Run) -> Iterator[str]:
 
 @dataclass
 class _Looked:
-    """A local data source: the first record of every pattern of roles, its prompts, its completions at the least."""
+    """A local data source: the first record of every pattern of roles, its prompts, its completions at the least, how
+    many preferences, and the columns that nothing was made of."""
 
     patterns: dict[Any, Record] = field(default_factory=dict)
     prompts: set[bytes] = field(default_factory=set)
     fewest: int | None = None
+    preferences: int = 0
+    columns: set[str] = field(default_factory=set)
 
 
 def _look(name: str, sources: Sources) -> _Looked:
@@ -157,6 +162,8 @@ def _look(name: str, sources: Sources) -> _Looked:
             found.prompts.add(prompt_digest(record))
             number = 2 if record.preferred is None else len(record.completions)  # of rewards pairs are made
             found.fewest = min(number, found.fewest or number)
+            found.preferences += record.preferred is not None
+            found.columns |= (record.columns or {}).keys()
     return found
 
 
@@ -259,8 +266,30 @@ def _check_methods(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
         ranges = recipe.search.methods.get(name, {}) if recipe.search is not None else {}
         tried = [changed(method, {setting: value}) for setting, v in ranges.items() for value in v.extremes]
         for one in [method, *tried]:
-            if one.trains_on == "preferences" and (problem := one.problem_with((given and given.fewest) or 2)):
+            if one.trains_on != "rewards" and (problem := one.problem_with((given and given.fewest) or 2)):
                 raise InputError(f"align.{name}: {problem}")
+        held_out = looked.get("evaluation")
+        if (
+            method.stop_after
+            and method.trains_on == "preferences"
+            and held_out is not None
+            and not held_out.preferences
+        ):
+            raise InputError(
+                f"align.{name}.stop_after looks at held-out preferences, and data.evaluation has none; remove it, or "
+                "give data.evaluation with preferences."
+            )
+
+
+def _check_evaluation(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
+    """What `evaluate` names of the evaluation's rows, before anything is trained."""
+    name = "preferences" if holds_out(recipe) else "evaluation"
+    category, found = recipe.evaluate.category, looked.get(name)
+    if found is not None and category is not None and category not in found.columns:
+        raise InputError(f"evaluate.category: data.{name} has no column {category!r} beside those that it is read by.")
+    first, sources = recipe.evaluate.first_prompt, getattr(recipe.data, name)
+    if found is not None and first is not None and all(one.prompt_tokens is None for one in each(sources)):
+        next(in_order(read_source(sources, Counter()), first))
 
 
 def whole(settings: DataSettings) -> DataSettings:

@@ -59,7 +59,7 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
 def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     settings, judge, supervised = recipe.evaluate, judging(recipe), takes_supervised(recipe)
     judged = Takes() if judge is None else judge.takes
-    rows = Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
+    rows = takes_evaluation(recipe)
 
     def of_every_method(below: str, takes: Takes, work: Callable[..., None]) -> Iterator[Stage]:
         """A stage of its own for each, so that a method that is added later changes no other's."""
@@ -92,13 +92,18 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
         yield from of_every_method("density/", takes, _density)
 
 
+def takes_evaluation(recipe: Recipe) -> Takes:
+    """The evaluation's rows: given, or held out of the preferences."""
+    return Takes(needs=("preferences",)) if holds_out(recipe) else takes_data(recipe, "evaluation")
+
+
 def reads_pairs(recipe: Recipe) -> bool:
     """Whether held-out preferences are read: the run has any, and a method or a reader would look."""
     there = recipe.data.preferences is not None or trained_on(recipe) == {"nothing"}
     return there and (bool(trained_on(recipe) & {"preferences", "nothing"}) or judging(recipe) is None)
 
 
-def _evaluation_rows(view: View) -> Iterator[Record]:
+def evaluation_rows(view: View) -> Iterator[Record]:
     if view.has("preferences"):
         yield from read_records(view.path("preferences", "held-out"))
     else:
@@ -111,7 +116,7 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
     What the data says of its texts, preferences and labels, is what the scorer is held to.
     """
     evaluate = view.recipe.evaluate
-    records = list(islice(_in_order(_evaluation_rows(view), evaluate.first_prompt), evaluate.prompts))
+    records = list(islice(in_order(evaluation_rows(view), evaluate.first_prompt), evaluate.prompts))
     if not records:
         raise InputError("data.evaluation has no usable rows.")
     category = evaluate.category
@@ -119,13 +124,15 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
         raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
     for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
         del view.counts[name]  # readers do not know that it is
+    having = [record for record in records if _with_reference_text(record).completions]
+    if having:
+        view.counts["prompts_without_reference_text"] = len(records) - len(having)
+    if having and judge is not None:
+        told = scored(judge.load(view), having, view.counts)
+        view.counts.update(_agreement(having, told, log_odds))
+        by_id = {record.id: record for record in told}
+        records = [by_id.get(record.id, record) for record in records]
     chosen = [_with_reference_text(record) for record in records]
-    if judge is not None and all(record.completions for record in chosen):
-        told = scored(judge.load(view), records, view.counts)
-        view.counts.update(_agreement(records, told, log_odds))
-        chosen = [_with_reference_text(record) for record in told]
-    elif judge is not None or not all(record.completions for record in chosen):
-        chosen = [_prompt_of(record) for record in chosen]
     view.counts["prompts"] = len(chosen)
     with RecordWriter(view.folder) as writer:
         for record in chosen[writer.written :]:
@@ -133,7 +140,7 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
         writer.close(Header(counts=dict(view.counts)))
 
 
-def _in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
+def in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
     """The first record of every prompt; before all others the one whose text, or last message, begins with `first`."""
     records = different_prompts(rows)
     if first is None:
@@ -143,16 +150,20 @@ def _in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
         if (record.prompt if isinstance(record.prompt, str) else record.prompt[-1]["content"]).startswith(first):
             return chain([record], before, records)
         before.append(record)
-    raise InputError(f"evaluate.first_prompt: no prompt of data.evaluation begins with {first[:100]!r}.")
+    raise InputError(f"evaluate.first_prompt: no prompt of the evaluation begins with {first[:100]!r}.")
 
 
 def _agreement(records: Sequence[Record], told: Sequence[Record], log_odds: bool) -> Iterator[str]:
-    """Counts of held-out pairs, and of labelled texts where rewards are `log_odds`, and of those a scorer has right."""
+    """Counts of held-out pairs, of labelled texts where rewards are `log_odds`, and of those a scorer has right.
+
+    A preferred completion makes a pair with each other one of its prompt.
+    """
     for record, rewards in zip(records, (one.rewards or [] for one in told), strict=True):
         if record.preferred is not None:
-            yield "pairs_scored"
-            if all(rewards[record.preferred] > reward for k, reward in enumerate(rewards) if k != record.preferred):
-                yield "pairs_scored_right"
+            for reward in (reward for k, reward in enumerate(rewards) if k != record.preferred):
+                yield "pairs_scored"
+                if rewards[record.preferred] >= reward:
+                    yield "pairs_scored_right" if rewards[record.preferred] > reward else "pairs_scored_alike"
         elif log_odds and record.rewards in ([0.0], [1.0]):
             yield "labels_scored"
             if (rewards[0] > 0) == (record.rewards == [1.0]):
@@ -232,7 +243,7 @@ def saved_policies(trained: Path) -> list[Path]:
 def _pairs(view: View) -> None:
     """Held-out preferences with their token ids and log π_sft; none where the evaluation's rows have no preference."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
-    rows = (record for record in _evaluation_rows(view) if record.preferred is not None)
+    rows = (record for record in evaluation_rows(view) if record.preferred is not None)
     records, known = list(islice(rows, view.recipe.evaluate.prompts)), []
     if records:
         groups = tokenize(view, records, tokenizer)

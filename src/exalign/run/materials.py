@@ -32,7 +32,7 @@ from exalign.rollout.rollout import Numerics, open_sampler, rollout
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.rollout.vllm import close_engine
-from exalign.run.recipe import Recipe
+from exalign.run.recipe import Recipe, holds_out
 from exalign.run.view import Stage, View
 from exalign.storage import fingerprint
 from exalign.training.train_settings import TrainSettings
@@ -225,21 +225,42 @@ def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Ite
 
 
 def takes_prompts(recipe: Recipe) -> Takes:
-    """The prompts to sample from."""
-    return Takes(needs=("preferences",)) if recipe.data.prompts is None else takes_data(recipe, "prompts")
+    """The prompts to sample from; with those that are held out for the evidence, which are none of them."""
+    if recipe.data.prompts is None:
+        return Takes(needs=("preferences",))
+    return takes_data(recipe, "prompts") + takes_held_out(recipe)
+
+
+def takes_held_out(recipe: Recipe) -> Takes:
+    """The prompts that are held out for the evidence, where any are."""
+    return Takes(needs=("preferences",)) if holds_out(recipe) else Takes()
+
+
+def not_held_out(view: View, records: Iterable[Record], counts: Counter[str]) -> Iterator[Record]:
+    """The records less those whose prompt is held out for the evidence, which are counted."""
+    folder = view.path("preferences", "held-out") if view.has("preferences") else None
+    there = folder is not None and (folder / "header.json").is_file()
+    kept = {fingerprint(record.prompt) for record in iter_records(folder)} if folder is not None and there else set()
+    for record in records:
+        if kept and fingerprint(record.prompt) in kept:
+            counts["rows_held_out"] += 1
+        else:
+            yield record
 
 
 def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
-    """The prompts to sample from, without their completions, as they are read."""
-    given = not view.has("preferences")
-    records = records_of(view, "prompts", counts) if given else iter_records(view.path("preferences", "records"))
+    """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
+    if "data.prompts" in view.stage.reads:
+        records = not_held_out(view, records_of(view, "prompts", counts), counts)
+    else:
+        records = different_prompts(iter_records(view.path("preferences", "records")))
     for record in records:
         yield replace(record, completions=(), preferred=None)
 
 
 def prompts_of(view: View) -> list[Record]:
-    """All prompts to sample from, each once."""
-    return list({record.id: record for record in iter_prompts(view, view.counts)}.values())
+    """All prompts to sample from."""
+    return list(iter_prompts(view, view.counts))
 
 
 def different_prompts(records: Iterable[Record]) -> Iterator[Record]:

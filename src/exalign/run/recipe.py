@@ -417,6 +417,8 @@ def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:
             yield ": kl chooses the β of the optimum that a method aims at, and this one aims at none"
         elif not recipe.evaluate.pool_prompts or recipe.judging is None:
             yield ": kl needs the evaluation's pool: evaluate.pool_prompts above 0, and a scorer"
+        elif method.trains_on == "rewards" and recipe.data.rewards is not None:
+            yield ": kl chooses β by the pool's rewards, and data.rewards brings its own; give values of beta_r"
         elif min(values) <= 0:
             yield f": an optimum lies at more than 0 nats, not at {min(values):g}"
         return

@@ -35,7 +35,7 @@ from exalign.evaluation.schema import Trial
 from exalign.evaluation.statistics import Array
 from exalign.methods.method import Material, Method
 from exalign.processes import gathered, leads, several
-from exalign.run.evaluating import sample_policies
+from exalign.run.evaluating import evaluation_rows, in_order, sample_policies, takes_evaluation
 from exalign.run.materials import (
     SAMPLED,
     Scoring,
@@ -82,9 +82,9 @@ def validation_stage(recipe: Recipe) -> Iterator[Stage]:
     takes = (
         takes_supervised(recipe)
         + judge.takes
-        + Takes((*SAMPLED, "search.prompts", "search.samples", "evaluate.prompts"))
+        + Takes((*SAMPLED, "search.prompts", "search.samples", "evaluate.prompts", "evaluate.first_prompt"))
     )
-    takes += takes_data(recipe, "evaluation") + takes_data(recipe, "validation")
+    takes += takes_evaluation(recipe) + takes_data(recipe, "validation")
     yield takes.stage("validation", partial(_validation, judge=judge))
 
 
@@ -161,7 +161,8 @@ def _validation(view: View, *, judge: Scoring) -> None:
     search = recipe.search
     assert search is not None
     own = records_of(view, "validation") if "data.validation" in view.stage.reads else None
-    rows = records_of(view, "evaluation", Counter() if own else None) if "data.evaluation" in view.stage.reads else ()
+    quiet = replace(view, counts=Counter()) if own else view
+    rows = in_order(evaluation_rows(quiet), recipe.evaluate.first_prompt)
     prompts = validation_prompts(rows, own, view.counts, used=recipe.evaluate.prompts, wanted=search.prompts)
     write_records(view.folder / "prompts", prompts, Header(counts=dict(view.counts)))
     tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, search.samples)

@@ -54,6 +54,7 @@ from exalign.run.materials import (
     Wanted,
     draw,
     metric_rows,
+    not_held_out,
     offline_sampling,
     prompts_of,
     records_of,
@@ -63,6 +64,7 @@ from exalign.run.materials import (
     supervised,
     supervised_settings,
     takes_data,
+    takes_held_out,
     takes_prompts,
     takes_supervised,
     takes_tokenizer,
@@ -106,9 +108,7 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         yield (takes_data(recipe, "preferences") + held_out).stage("preferences", _given_preferences)
     if recipe.sft is not None:
         name = "sft" if data.sft is not None else "preferences"
-        source = takes_data(recipe, name)
-        if name == "preferences" and holds_out(recipe):
-            source += Takes(needs=("preferences",))
+        source = takes_data(recipe, name) + takes_held_out(recipe)
         takes = limited + tokenizer + source + Takes(("model", "sft"))
         yield takes.stage("sft", partial(_sft, source=name), together=True)
     if recipe.oracle is not None:
@@ -120,7 +120,8 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         takes = policy + OFFLINE + _pool(recipe) + takes_data(recipe, "prompts") + scorer.takes
         yield takes.stage("preferences", partial(_sampled_preferences, scorer=scorer))
     if recipe.reward is not None:
-        started = policy if recipe.reward.model is None else Takes()
+        scratch = recipe.reward.model is not None and recipe.reward.model.source is None
+        started = policy if recipe.reward.model is None else tokenizer if scratch else Takes()
         takes = limited + started + Takes(("reward",), ("preferences",))
         yield takes.stage("reward", _reward, together=True)
 
@@ -134,7 +135,7 @@ def _samples(recipe: Recipe) -> Iterator[Stage]:
     """Samples and their rewards for the methods that train on them, and log π_sft of whatever methods train on."""
     policy, wanted = takes_supervised(recipe), trained_on(recipe)
     if "rewards" in wanted and recipe.data.rewards is not None:
-        yield takes_data(recipe, "rewards").stage("scored", _given_rewards)
+        yield (takes_data(recipe, "rewards") + takes_held_out(recipe)).stage("scored", _given_rewards)
     elif "rewards" in wanted:
         drawn = policy + OFFLINE + Takes(("sample.num_completions",)) + _pool(recipe) + takes_prompts(recipe)
         yield drawn.stage("rollouts", _rollouts)
@@ -272,7 +273,7 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
             view.console.print(shown(f"  {number} of {len(members)}: {one.line}", "dim"), soft_wrap=True)
         settings = seeded(one, view.recipe)
         torch.manual_seed(settings.seed)
-        given = material(view)
+        given = material(view if number == 1 else replace(view, counts=Counter()))
         settled.append(one.settled(given.groups))
         if leads():
             now = settled[-1].described() if method.swept is None else method.described()
@@ -338,10 +339,7 @@ def texts_of(record: Record) -> list[str]:
 
 
 def _sft(view: View, *, source: str) -> None:
-    recipe, records = view.recipe, records_of(view, source)
-    if view.has("preferences"):
-        kept = {fingerprint(record.prompt) for record in read_records(view.path("preferences", "held-out"))}
-        records = (record for record in records if fingerprint(record.prompt) not in kept)
+    recipe, records = view.recipe, not_held_out(view, records_of(view, source), view.counts)
     tokenizer, best = run_tokenizer(view), []
     for record in records:
         if record.preferred is None and len(record.completions) > 1 and len({*(record.rewards or ())}) == 1:
@@ -375,7 +373,7 @@ def _oracle(view: View) -> None:
     assert recipe.data.labelled is not None
     records = list(read_source(recipe.data.labelled, view.counts, tokenizer))
     for record in records:
-        if record.rewards is None:
+        if record.rewards not in ([0.0], [1.0]):
             raise InputError(f"data.labelled: row {record.id} has no label (0 or 1).")
     labels = [int(record.rewards[0]) for record in records if record.rewards is not None]
     groups = tokenize(view, records, tokenizer, longest=settings.max_tokens)
@@ -449,7 +447,12 @@ def _reward(view: View) -> None:
     recipe, settings = view.recipe, view.recipe.reward
     assert settings is not None
     started = settings.model or supervised_settings(view)
-    tokenizer = run_tokenizer(view) if settings.model is None else load_tokenizer(str(started.source))
+    own = settings.model
+    tokenizer = (
+        run_tokenizer(view)
+        if own is None or own.source is None
+        else load_tokenizer(own.source, trust_remote_code=own.trust_remote_code)
+    )
     groups = tokenize(view, read_records(view.path("preferences", "records")), tokenizer)
     torch.manual_seed(recipe.seed)
     model = load_reward_model(started, tokenizer)
@@ -492,7 +495,7 @@ def _score(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[s
 
 
 def _given_rewards(view: View) -> None:
-    records = list(records_of(view, "rewards"))
+    records = list(not_held_out(view, records_of(view, "rewards"), view.counts))
     for record in records:
         if record.rewards is None:
             raise InputError(f"data.rewards: row {record.id} has no rewards (prompt, completions, rewards).")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exalign.data.batching import Group
+from exalign.data.batching import Group, microbatches
 from exalign.errors import InputError
-from exalign.models.memory import computed
+from exalign.models.memory import computed, fitting
+from exalign.processes import several
 from exalign.storage import link_folder, remove_folder, write_json
 from exalign.training.checkpoint import rows_up_to
 
@@ -46,14 +48,18 @@ class HeldOut:
                 self._note(row["step"], row["held_out_loss"])
 
     def measure(self, loss_of: Loss, weight_of: Weight, step: int, *, token_budget: int) -> dict[str, float]:
-        """A task's means over the groups, by the code path of training; every process computes all of them."""
+        """A task's means over the groups, by the code path of training; every process computes all of them.
+
+        Several processes work in step, and none can begin a part again alone: `TooLargeError` where one does not fit.
+        """
         sums: dict[str, float] = {}
+        by_parts = _in_step if several() else computed
         with torch.no_grad():
-            for part, (loss, metrics) in computed(loss_of, self.groups, token_budget=token_budget):
+            for part, (loss, metrics) in by_parts(loss_of, self.groups, token_budget=token_budget):
                 values = {"loss": loss} | metrics | {"weight": loss.new_tensor(weight_of(part))}
                 for name in {*SHOWN, "weight"} & values.keys():
                     sums[name] = sums.get(name, 0.0) + float(values[name])
-        found = {f"held_out_{name}": sums[name] / sums["weight"] for name in SHOWN if name in sums}
+        found = {f"held_out_{name}": sums[name] / (sums["weight"] or 1.0) for name in SHOWN if name in sums}
         self._note(step, found["held_out_loss"])
         return found
 
@@ -87,3 +93,10 @@ class HeldOut:
         )
         write_json(folder / "held-out.json", {"best": self.best, "last": last, "sentence": sentence})
         return sentence
+
+
+def _in_step(loss_of: Loss, groups: Sequence[Group], *, token_budget: int) -> Iterator[tuple[list[Group], Any]]:
+    for part in microbatches(groups, token_budget=token_budget):
+        with fitting(part):
+            found = loss_of(part)
+        yield part, found

@@ -83,7 +83,10 @@ class Task(Protocol):
         """What a sum over these groups is divided by: their number, or their completion tokens."""
 
     def loss(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the metrics, each as a scalar sum in units of `weight`."""
+        """The loss and the metrics, each as a scalar sum in units of `weight`.
+
+        What a step says beside these, one number for all of it, is the task's `numbers`, if it has any.
+        """
 
 
 @dataclass(slots=True)
@@ -185,7 +188,7 @@ def accumulate(
     half = len(groups) // 2 if agreement else 0
     before, after = (microbatches(side, token_budget=token_budget) for side in (groups[:half], groups[half:]))
     micro = before + after
-    weight = sum(task.weight(part) for part in micro)
+    weight = sum(task.weight(part) for part in micro) or 1.0  # where nothing counts the loss is 0, whatever it is
     rounds = range(accelerator.process_index, len(micro) + accelerator.process_index, accelerator.num_processes)
     sums: dict[str, Tensor] = {}
     for index in rounds:
@@ -272,7 +275,7 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
         step, num_steps=len(trainer.task.batches), warmup_steps=trainer.warmup_steps, schedule=settings.schedule
     )
     set_learning_rate(optimizer, settings.learning_rate * factor)
-    values = _gradient(trainer, groups, step, seed, say)
+    values = {**getattr(trainer.task, "numbers", {}), **_gradient(trainer, groups, step, seed, say)}
     norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.max_grad_norm)
     values["grad_norm"] = whole_number(norm)
     skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
@@ -316,7 +319,11 @@ def _show_rows(trainer: _Trainer, step: int) -> None:
 def _measured(trainer: _Trainer, step: int) -> dict[str, float | None]:
     with trainer.accelerator.autocast():
         loss_of, budget = partial(trainer.task.loss, trainer.model), trainer.token_budget
-        found = trainer.held_out.measure(loss_of, trainer.task.weight, step, token_budget=budget)
+        try:
+            found = trainer.held_out.measure(loss_of, trainer.task.weight, step, token_budget=budget)
+        except TooLargeError as error:  # of one of several processes
+            smaller_budget(error, budget, step=step, saved_at=trainer.saved_at)
+            raise
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
