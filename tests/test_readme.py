@@ -80,6 +80,15 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_what_the_site_takes_from_other_files_is_there() -> None:
+    """A formatter of Python in Markdown takes the line that includes a file for Python."""
+    page = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    (included,) = re.findall(r'^```\{\.python\}\n--8<-- "(.*)"\n```$', page, flags=re.MULTILINE)
+    assert "class BestOfK(Method)" in (ROOT / included).read_text(encoding="utf-8")
+    for document in (ROOT / "docs").rglob("*.md"):
+        assert "--8 <" not in document.read_text(encoding="utf-8"), document.name
+
+
 def sources(recipe: Recipe) -> list[str]:
     kinds = [getattr(recipe.data, name) for name in type(recipe.data).model_fields]
     return [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +235,31 @@ def test_familiar_names_lead_to_settings_that_exist() -> None:
         assert first is None or here.startswith(("none", "each", "the option")) or first[0] in known, here
     with pytest.raises(InputError, match="dpo is not a setting; here: each method is a section of align"):
         make_recipe({**LEAST_RECIPE, "dpo": {}})
+
+
+def test_a_method_of_ones_own_is_found_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started as the script `exalign` is, whose own folder is where Python looks first, and not where one stands."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "start.py").write_text("from exalign.cli import main\nmain()\n")
+    (tmp_path / "my_method.py").write_text(Path(__file__).with_name("outside_method.py").read_text())
+    (tmp_path / "my_broken_method.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    rows, path = {"source": "p.jsonl"}, list(sys.path)
+    recipe = {**LEAST_RECIPE, "data": {"prompts": rows, "evaluation": rows}, "score": {"scorer": {"reward_model": "m"}}}
+    Path("mine.yaml").write_text(json.dumps({**recipe, "align": {"a": {"method": "my_method:BestOfK"}}}))
+    command = [sys.executable, "bin/start.py", "recipe", "mine.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "least: -1000000000.0" in done.stdout, done
+    for name, said in (
+        ("my_broken_method", f"cannot be imported from {tmp_path}: ZeroDivisionError: division by zero."),
+        ("no_such_method", f"cannot be imported from {tmp_path}: No module named 'no_such_method'."),
+    ):
+        with pytest.raises(InputError) as caught:
+            make_recipe({**recipe, "align": {"a": {"method": f"{name}:BestOfK"}}})
+        assert f"align.a.method: {name} {said}" in str(caught.value)
+    assert sys.path == path
 
 
 def test_the_least_recipe_is_one() -> None:

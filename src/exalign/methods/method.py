@@ -21,6 +21,7 @@ from pydantic import Field
 from exalign import methods
 from exalign.errors import InputError
 from exalign.models.model_settings import ModelSettings
+from exalign.rollout.own_modules import own_module
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import STEP_SIZE
 from exalign.training.train_settings import TrainSettings
@@ -215,22 +216,23 @@ def train_on(
 
 
 def available() -> list[str]:
-    names = (module.name for module in pkgutil.iter_modules(methods.__path__))
-    return sorted(name for name in names if _class_in(f"exalign.methods.{name}") is not None)
+    return sorted(name for name in _files() if _class_in(f"exalign.methods.{name}") is not None)
+
+
+def _files() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(methods.__path__)]
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of `ppo` or `module:Class`; an unknown one is an `InputError` that lists those there are."""
+    """The class of `ppo` or `module:Class`; an unknown one is an `InputError` that lists those there are.
+
+    A module is looked for in the working directory too, as those of reward functions are.
+    """
     module, colon, attribute = name.partition(":")
-    try:
-        if not colon:
-            found: Any = _class_in(f"exalign.methods.{name}") if name.isidentifier() else None
-        else:
-            found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        if colon or error.name != f"exalign.methods.{name}":
-            raise InputError(f"method: {module} cannot be imported ({error}).") from None
-        found = None
+    if colon:
+        found: Any = getattr(own_module(module, f"method: {module}"), attribute, None)
+    else:
+        found = _class_in(f"exalign.methods.{name}") if name in _files() else None
     if isinstance(found, type) and issubclass(found, Method):
         return found
     if colon:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import importlib.util
 import inspect
 import logging
 import math
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +28,7 @@ from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
 from exalign.models.sizes import reading_budget
+from exalign.rollout.own_modules import own_module
 from exalign.rollout.settings import OneScorer, ScorerSettings
 
 logger = logging.getLogger(__name__)
@@ -405,28 +402,11 @@ class FunctionScorer:
             raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
 
 
-@contextmanager
-def _working_directory() -> Iterator[str]:
-    """The working directory as the first place where modules are looked for."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield here
-    finally:
-        sys.path.remove(here)
-
-
 def _load(name: str) -> RewardFunction:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise InputError(f"A reward function is named as module:function, not {name!r}.")
-    with _working_directory() as here:
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # whatever the file does when it is imported
-            said = first_line(error)[:200]
-            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            raise InputError(f"The reward function {name} cannot be imported from {here}: {kind}{said}.") from error
+    module = own_module(module_name, f"The reward function {name}")
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"The module {module_name} has no function {function_name}.")

@@ -1,0 +1,27 @@
+"""Python that a recipe names as `module:name`: reward functions and methods of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from exalign.errors import InputError, first_line
+
+
+def own_module(name: str, what: str) -> ModuleType:
+    """The module, looked for in the working directory first; one that cannot be imported is an `InputError`.
+
+    `what` is how its sentence begins.
+    """
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the file does when it is imported
+        said = first_line(error)[:200]
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise InputError(f"{what} cannot be imported from {here}: {kind}{said}.") from error
+    finally:
+        sys.path.remove(here)
