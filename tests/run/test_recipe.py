@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from exalign.errors import InputError
 from exalign.run.demo import RECIPE
 from exalign.run.explain import LEAST, explain, recipe_schema
-from exalign.run.familiar import SETTINGS
+from exalign.run.familiar import SETTINGS, loss_meaning, meaning
 from exalign.run.recipe import Recipe, dump_recipe, load_recipe, make_recipe, parse_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -260,6 +260,17 @@ def test_a_method_of_ones_own_is_found_in_the_working_directory(
             make_recipe({**recipe, "align": {"a": {"method": f"{name}:BestOfK"}}})
         assert f"align.a.method: {name} {said}" in str(caught.value)
     assert sys.path == path
+
+
+def test_every_name_that_the_page_for_users_of_trl_explains_is_known() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "from-trl.md").read_text(encoding="utf-8")
+    table = re.search(r"\| TRL \| exalign \|\n((?:\|.*\n)+)", page)
+    assert table is not None
+    spans = [span for row in table[1].splitlines() for span in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    theirs = {name for span in spans for name in re.findall(r"\w+(?=:|$)", span)}
+    ours = {setting.name.rpartition(".")[2] for setting in explain(Recipe)}
+    assert {"dataset_config", "exo_pair", "use_vllm", "model_init_kwargs", "max_steps"} <= theirs
+    assert [name for name in theirs - ours if meaning(name) is None and loss_meaning(name) is None] == []
 
 
 def test_the_least_recipe_is_one() -> None:
