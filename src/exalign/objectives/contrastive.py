@@ -120,13 +120,15 @@ def kto_loss(
     A completion is judged by itself, so that K = 1 is the usual record; with more the mean over them is taken.
 
     Args:
-        policy_logp, reference_logp: `[B, K]` log π_θ(y|x), log π_sft(y|x).
+        policy_logp: `[B, K]` log π_θ(y|x).
+        reference_logp: `[B, K]` log π_sft(y|x).
         desirable: bool `[B, K]`.
         kl: z ≥ 0, a scalar without gradient: the batch's estimate of KL(π_θ‖π_sft), from completions of other prompts
             in the paper, `mean h` over these; below 0 it counts as 0.
         mask: `[B, K]` bool.
         beta: β > 0.
-        desirable_weight, undesirable_weight: λ_D, λ_U > 0; the paper balances them by the numbers of each.
+        desirable_weight: λ_D > 0; the paper balances it and λ_U by the numbers of each.
+        undesirable_weight: λ_U > 0.
 
     Raises:
         ValueError: wrong shape or type, β or a weight not above 0.
