@@ -1,7 +1,10 @@
 """Align language models with human preferences, exactly and efficiently, and prove what was achieved.
 
->>> from exalign import load_recipe, run_recipe                                           # doctest: +SKIP
->>> run = run_recipe(load_recipe("recipes/demo.yaml", ["align.exo-rw.beta_pi=0.2"]))      # doctest: +SKIP
+After `exalign demo`, which writes the data of this recipe:
+
+>>> from exalign import load_recipe, run_recipe                                    # doctest: +SKIP
+>>> recipe = load_recipe("recipes/demo.yaml", ["align.exo-rw.beta_pi=0.2"])        # doctest: +SKIP
+>>> run = run_recipe(recipe, folder="runs/other")                                  # doctest: +SKIP
 """
 
 from __future__ import annotations
