@@ -106,7 +106,9 @@ class StudySettings(Settings):
 @with_settings(StudySettings)
 def new_study(
     run: Annotated[Path, typer.Argument(help="The run folder with evaluation samples.")],
-    match: Annotated[str, typer.Option(help="Match-ups FIRST:SECOND,…: methods, METHOD@STEP, sft or reference.")],
+    match: Annotated[
+        str, typer.Option(help="Match-ups FIRST:SECOND,…: method, METHOD@STEP, sft, best-of-N, reference.")
+    ],
     settings: StudySettings,
     assessors: Annotated[str, typer.Option(help="How many people, or their names separated by commas.")] = "3",
     store: Annotated[str | None, typer.Option(help="SQLite file or database URL instead of the run's own.")] = None,

@@ -43,7 +43,12 @@ class Matching(Method):
 
     divergence: Divergence = Field("reverse_kl", description="what is minimised: reverse_kl is EXO, forward_kl is DPO")
     target: Literal["reward", "preference"] = Field("reward", description="what the K completions are matched to")
-    beta_pi: float = Field(0.5, gt=0, description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12)")
+    beta_pi: float = Field(
+        0.5,
+        gt=0,
+        description="β_π: weight of the log-ratio in the policy's distribution (Eq. 12); with fresh_every and a reward "
+        "target 1 where nothing is said",
+    )
     beta_r: float = Field(0.1, gt=0, description="β_r: temperature of the rewards in a reward target (Eq. 14)")
     beta_r_std: float | None = Field(
         None,
