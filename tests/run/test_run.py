@@ -332,8 +332,16 @@ def test_the_first_prompt_comes_first_and_is_asked_for_by_how_it_begins(
     prompts = [record.prompt for record in usual]
     other = [record.prompt for record in read_records(tmp_path / "other" / "evaluation" / "prompts")]
     assert other == [text, *prompts[:-1]]
-    with pytest.raises(InputError, match=r"first_prompt: no prompt of data.evaluation begins with 'This Fox'"):
+    with pytest.raises(InputError, match=r"first_prompt: no prompt of the evaluation begins with 'This Fox'"):
         carry_out(tiny("evaluate.first_prompt=This Fox"), tmp_path / "none", "evaluation/prompts")
+
+
+def test_a_reward_model_from_scratch_has_the_tokenizer_of_the_run(tiny: MakeRecipe, tmp_path: Path) -> None:
+    config = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 96}"
+    carry_out(tiny(f"reward.model={{config: {config}}}"), tmp_path, "reward")
+    assert len(load_tokenizer(str(tmp_path / "reward" / "model"))) >= len(
+        load_tokenizer(str(tmp_path / "sft" / "model"))
+    )
 
 
 def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> None:
