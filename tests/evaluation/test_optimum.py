@@ -71,6 +71,15 @@ def test_a_point_is_reliable_while_enough_samples_carry_it():
     assert points[-1].kl.estimate <= np.log(64)
 
 
+@pytest.mark.parametrize("samples", [64, 4096])
+def test_the_optimum_is_shown_as_far_as_its_samples_carry_it(samples):
+    """Not as far as a grid happens to go: at the last reliable β little more than the least of them count."""
+    generator = np.random.default_rng(2)
+    points = optimum(pool_frontier({f"p{i}": generator.normal(size=samples) for i in range(20)})).points
+    last = [point for point in points if point.reliable][-1]
+    assert LEAST_ESS <= last.ess < 1.25 * LEAST_ESS and not points[-1].reliable
+
+
 @pytest.mark.parametrize("pool", [{}, {"a": [1.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}])
 def test_without_differences_there_is_no_frontier(pool):
     assert pool_frontier(pool) is None

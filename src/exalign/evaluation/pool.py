@@ -41,7 +41,7 @@ from exalign.evaluation.schema import (
 )
 from exalign.evaluation.statistics import BOOTSTRAP, CONFIDENCE, Array, Bootstrap, interval_of
 
-NUM_BETAS = 64
+NUM_BETAS = 96
 LEAST_ESS = 10.0
 """Below this effective sample size (median over prompts) a point is marked as unreliable.
 
@@ -69,8 +69,9 @@ class PoolFrontier:
 def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = None) -> PoolFrontier | None:
     """The optimum of every prompt from the rewards of its pool; prompts may have different numbers of samples.
 
-    By default β runs over a geometric grid around the rewards' spread within prompts. None where the pool has no
-    prompt with two samples, or no reward differs from its prompt's others: then every policy is optimal.
+    By default β runs over a geometric grid from ten times the rewards' spread within prompts to a fiftieth, where even
+    thousands of samples have ended. None where the pool has no prompt with two samples, or no reward differs from its
+    prompt's others: then every policy is optimal.
     """
     # Imported here so that reading evidence never loads torch.
     import torch
@@ -82,7 +83,7 @@ def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = Non
     if spread == 0:
         return None
     if betas is None:
-        betas = spread * np.geomspace(10, 0.1, NUM_BETAS)
+        betas = spread * np.geomspace(10, 0.02, NUM_BETAS)
     counts = np.array([len(rewards) for rewards in usable.values()])
     mask = np.arange(counts.max())[None, :] < counts[:, None]
     padded = np.zeros(mask.shape)
