@@ -95,15 +95,11 @@ def verdict(
 
 def beaten_by(point: FrontierPoint, best_of_n: Sequence[BestOfN]) -> BestOfN | None:
     """The best of few samples of π_sft that surely has more reward than a policy at a small part of its KL, if any."""
-    high = None if point.reward is None or point.kl is None else point.reward.high
-    return next(
-        (
-            best
-            for best in (best_of_n if high is not None else ())
-            if best.reward.low is not None and best.reward.low > (high or 0) and WASTED * best.kl_bound < point.nats
-        ),
-        None,
-    )
+    if point.reward is None or point.reward.high is None or point.kl is None:
+        return None
+    high, nats = point.reward.high, point.nats
+    sure = (best for best in best_of_n if best.reward.low is not None and best.reward.low > high)
+    return next((best for best in sure if WASTED * best.kl_bound < nats), None)
 
 
 def warnings(
