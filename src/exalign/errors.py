@@ -17,5 +17,6 @@ class InputError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, as far as its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What a library's error says, as far as its first line, and the next where that only announces it."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first

@@ -35,10 +35,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
                 _sync(file)
-            if temporary.is_dir() and path.exists():
-                remove_folder(path)
-            os.replace(temporary, path)
+            aside = _set_aside(path) if temporary.is_dir() and path.exists() else None
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                if aside is not None:
+                    os.replace(aside, path)
+                raise
             _sync(path.parent)
+            if aside is not None:
+                _remove(aside)
         finally:
             with suppress(OSError):
                 _remove(temporary)
@@ -169,9 +175,14 @@ def link_folder(source: Path, target: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that under its name it is whole or absent, also where a kill comes in the middle."""
+    _remove(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")  # a name that is taken for a leftover
+    _remove(aside)  # one of an earlier process of this number
     os.replace(path, aside)
-    _remove(aside)
+    return aside
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import nn
@@ -20,6 +22,7 @@ from exalign.errors import InputError
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import (
     check_trainable,
+    check_weights,
     load_classifier,
     load_policy,
     load_reward_model,
@@ -101,8 +104,10 @@ def test_a_classifier_has_two_labels_and_is_refused_as_a_reward_model(tmp_path: 
         | {"intermediate_size": 32, "attention_dropout": 0.3, "hidden_dropout": 0.3, "max_position_embeddings": 64},
         {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         | {"intermediate_size": 32, "attention_dropout": 0.3, "max_position_embeddings": 64},
+        {"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24}
+        | {"word_embed_proj_dim": 16, "layerdrop": 0.5, "max_position_embeddings": 64},
     ],
-    ids=["gpt2", "gpt_neox", "llama"],
+    ids=["gpt2", "gpt_neox", "llama", "opt"],
 )
 def test_dropout_is_off_even_while_training(config, tokenizer) -> None:
     model = load_policy(ModelSettings(config=config), tokenizer).train()
@@ -314,6 +319,78 @@ class TestAnAdaptersFolder:
         with pytest.raises(InputError, match="does not fit its base"):
             load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
 
+    @pytest.mark.parametrize("kept", [".layers.0.", "nothing"])
+    def test_that_lacks_weights_is_refused(self, kept, tmp_path: Path, tokenizer) -> None:
+        self.trained(tmp_path, tokenizer)
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: value for name, value in load_file(file).items() if kept in name}, file)
+        with pytest.raises(
+            InputError, match=r"does not fit its base \(\d of its weights have no counterpart, as .*lora_"
+        ):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+
+    def test_of_a_deeper_model_is_refused(self, tmp_path: Path, tokenizer) -> None:
+        self.trained(tmp_path, tokenizer)
+        shallow = load_policy(ModelSettings(config=LLAMA | {"num_hidden_layers": 1}), tokenizer)
+        save_model(shallow, tokenizer, tmp_path / "base", card="")
+        with pytest.raises(InputError, match=r"4 of its weights have no counterpart, as .*layers\.1\."):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+
+    def test_of_prompts_that_were_learnt_is_refused(self, tmp_path: Path, tokenizer) -> None:
+        save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "base", card="")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        learnt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        get_peft_model(base, learnt).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(InputError, match="prompts and prefixes that were learnt cannot be merged"):
+            load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+
+    def test_with_the_base_s_configuration_beside_it_is_an_adapter_still(self, tmp_path: Path, tokenizer) -> None:
+        model, own = self.trained(tmp_path, tokenizer)
+        shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapter")
+        found = load_policy(ModelSettings(source=str(tmp_path / "adapter")), own).eval()
+        ids = torch.tensor([[3, 4, 5, 6]])
+        with torch.no_grad():
+            assert torch.allclose(found(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+    def test_with_a_whole_model_in_it_is_refused(self, tmp_path: Path, tokenizer) -> None:
+        """transformers would add the one to the other."""
+        self.trained(tmp_path, tokenizer)
+        (tmp_path / "base" / "SHA256SUMS").unlink()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(tmp_path / "adapter" / name, tmp_path / "base")
+        with pytest.raises(InputError, match="base holds an adapter beside a whole model"):
+            load_policy(ModelSettings(source=str(tmp_path / "base")), tokenizer)
+
+    def test_on_itself_or_nothing_is_refused(self, tmp_path: Path, tokenizer) -> None:
+        self.trained(tmp_path, tokenizer)
+        path, folder = tmp_path / "adapter" / "adapter_config.json", str(tmp_path / "adapter")
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"base_model_name_or_path": folder}))
+        with pytest.raises(InputError, match=r"stands on .*adapter, an adapter itself"):
+            check_weights(folder)
+        path.write_text(json.dumps(values | {"base_model_name_or_path": None}))
+        with pytest.raises(InputError, match="does not name the model"):
+            check_weights(folder)
+
+    @pytest.mark.parametrize(
+        ("targets", "tying", "refused"),
+        [(".*(lm_head|q_proj)", False, None), (["q_proj", "embed_tokens"], True, "tied cannot be merged")],
+    )
+    def test_on_a_tied_matrix(self, targets, tying, refused, tmp_path: Path, tokenizer) -> None:
+        tied = ModelSettings(config=LLAMA | {"tie_word_embeddings": True})
+        save_model(load_policy(tied, tokenizer), tokenizer, tmp_path / "base", card="")
+        config = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=tying, task_type="CAUSAL_LM")
+        model = _moved(get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        settings = ModelSettings(source=str(tmp_path / "adapter"))
+        if refused is not None:
+            with pytest.raises(InputError, match=refused):
+                load_policy(settings, tokenizer)
+            return
+        found = load_policy(settings, tokenizer).eval()
+        expected = completion_logprobs(model, GROUPS, temperature=1.0)
+        assert torch.allclose(completion_logprobs(found, GROUPS, temperature=1.0), expected, atol=1e-4)
+
     def test_of_a_reward_model_scores(self, tmp_path: Path, tokenizer) -> None:
         save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "base", card="")
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
@@ -324,10 +401,34 @@ class TestAnAdaptersFolder:
 
 
 def test_half_precision_is_refused_before_anything_is_loaded() -> None:
-    check_trainable(ModelSettings(source="x"), "model")
-    check_trainable(ModelSettings(source="x", dtype="bfloat16", lora=LoraSettings()), "model")
-    with pytest.raises(InputError, match=r"reward.model.dtype = float16: .* float32"):
-        check_trainable(ModelSettings(source="x", dtype="float16"), "reward.model")
+    check_trainable(ModelSettings(source="x"), "model", head=False)
+    adapters = ModelSettings(source="x", dtype="float16", lora=LoraSettings())
+    check_trainable(adapters, "model", head=False)
+    with pytest.raises(InputError, match=r"reward.model.dtype = float16: .* float32 \(precision may be bf16\)\.$"):
+        check_trainable(adapters, "reward.model", head=True)
+    with pytest.raises(InputError, match=r"model.dtype = float16: .* or train LoRA adapters"):
+        check_trainable(ModelSettings(source="x", dtype="float16"), "model", head=False)
+
+
+def test_a_model_whose_files_do_not_agree_is_one_sentence(tmp_path: Path, tokenizer, caplog) -> None:
+    save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "m", card="")
+    (tmp_path / "m" / "SHA256SUMS").unlink()
+    path = tmp_path / "m" / "config.json"
+    values = json.loads(path.read_text())
+    for changed, message in (
+        ({"intermediate_size": 32}, r"m: model.layers.0.mlp.down_proj.weight has the shape \(16, 24\), .* \(16, 32\)"),
+        ({"_attn_implementation": "flash_attention_2"}, r"Cannot load the model"),
+        ({"pad_token_id": 10**6}, r"Cannot load the model"),
+    ):
+        path.write_text(json.dumps(values | changed))
+        with pytest.raises(InputError, match=message):
+            load_policy(ModelSettings(source=str(tmp_path / "m")), tokenizer)
+    path.write_text(json.dumps(values | {"num_hidden_layers": 1}))
+    load_policy(ModelSettings(source=str(tmp_path / "m")), tokenizer)
+    assert "9 weights are not used, as model.layers.1." in caplog.text
+    path.write_text(json.dumps(values | {"num_hidden_layers": "two"}))
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        load_policy(ModelSettings(source=str(tmp_path / "m")), tokenizer)
 
 
 def test_transformers_alone_stops_where_the_chat_template_ends_answers(tmp_path: Path, tokenizer) -> None:

@@ -8,9 +8,19 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torchs
 
+from exalign.data.record import Record
 from exalign.models import attention
 from exalign.rollout import sampler
-from exalign.rollout.sampler import Branches, PagedDecoder, PlainDecoder, SharedDecoder, decoder_for, why_not
+from exalign.rollout.sampler import (
+    Branches,
+    GroupedSampler,
+    PagedDecoder,
+    PlainDecoder,
+    SharedDecoder,
+    decoder_for,
+    why_not,
+)
+from exalign.rollout.settings import SampleSettings
 
 ARCHITECTURES = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"]
 
@@ -88,6 +98,31 @@ def test_a_page_serves_again_once_nobody_has_it(make_model):
             decoder.step([group])
             counts.add(decoder._pages.count)
     assert len(counts) == 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_where_pages_run_out_fewer_groups_have_them(make_model, tokenizer, monkeypatch):
+    """Room for 60 pages of one block: 36 completions ask for more, and what they had asked for is let go."""
+    asked, whole = [], attention.pad
+
+    def cramped(states, sizes):
+        if len(sizes) == 4:
+            asked.append((states.shape[2] + sizes[3]) // attention.BLOCK)
+            if asked[-1] > 60:
+                raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+        return whole(states, sizes)
+
+    settings = SampleSettings(num_completions=3, max_new_tokens=6, max_prompt_tokens=20, batch_completions=36)
+    prompts = [Record(f"p{i}", "w1 w2 w3") for i in range(12)]
+
+    def drawn():
+        sampler = GroupedSampler(make_model("llama"), tokenizer, settings, temperature=1.0, seed=0)
+        sampler._decoder = PagedDecoder(sampler._model)
+        return [[c.token_ids for c in record.completions] for record in sampler.sample(prompts)]
+
+    expected = drawn()
+    monkeypatch.setattr(attention, "pad", cramped)
+    assert drawn() == expected and max(asked) > 60 >= asked[-1]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

@@ -117,6 +117,19 @@ def test_one_prompt_that_does_not_fit_is_one_sentence(make_model, tokenizer):
         list(cramped.sample(prompts(2)))
 
 
+def test_a_model_of_nans_is_one_sentence(make_model, tokenizer):
+    drawing = sampler(make_model("llama"), tokenizer)
+    list(drawing.sample(prompts(1)))
+    with torch.no_grad():
+        drawing._model.get_input_embeddings().weight[3:] = torch.nan  # some prompts have none of these words
+    with pytest.raises(InputError, match="The model gives no finite probabilities"):
+        list(drawing.sample(prompts(4)))
+    broken = make_model("gpt2")
+    broken.transformer.wte.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="its weights give no finite numbers"):
+        list(sampler(broken, tokenizer).sample(prompts(1)))
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 16])
 def test_more_completions_and_longer_limits_only_add(make_model, tokenizer, number):
     model = make_model("gpt2")

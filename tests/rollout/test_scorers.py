@@ -199,6 +199,18 @@ def test_an_encoder_with_one_label_is_a_reward_model(records, model_type):
             assert found == pytest.approx([model(input_ids=ids).logits.item() for ids in texts], abs=1e-9)
 
 
+def test_a_classifier_s_tokenizer_needs_no_token_that_ends_a_text(records, tmp_path):
+    """As BERT's has none."""
+    model, tokenizer = tiny_classifier("bert", 2), word_tokenizer(encoder=True)
+    tokenizer.eos_token = None
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    found = open_scorer(ScorerSettings(classifier=str(tmp_path), positive=1)).score(records)
+    for record, rewards in zip(records, found, strict=True):
+        expected = [log_odds_by_hand(model, tokenizer, record, c, 1) for c in record.completions]
+        assert rewards == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_padding_that_ends_a_text_is_read_as_transformers_reads_it(records, model_type):
     """Makers who pad with the end of a text trained on the token before it."""
@@ -398,6 +410,13 @@ def flat_fails(prompts, completions):
 
 def flat_too_few(prompts, completions):
     return [1.0]
+
+def lazy(prompts, completions):
+    import a_neighbour
+    yield from ([1 / 0] for _ in prompts)
+
+def enormous(prompts, completions):
+    return [[10**400 for _ in texts] for texts in completions]
 """
 
 
@@ -405,6 +424,8 @@ def flat_too_few(prompts, completions):
 def _working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "my_broken_rewards.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "my_leaving_rewards.py").write_text("raise SystemExit(3)")
+    (tmp_path / "a_neighbour.py").write_text("")
     monkeypatch.chdir(tmp_path)
     yield
     for name in ("my_rewards", "my_broken_rewards"):
@@ -460,6 +481,15 @@ def test_what_the_function_raises_names_file_line_and_row(records):
         FunctionScorer("my_rewards:fails_together").score(records)
 
 
+def test_whatever_a_function_does_is_one_sentence(records):
+    with pytest.raises(InputError, match=r"lazy .*my_rewards.py, line \d+: ZeroDivisionError"):
+        FunctionScorer("my_rewards:lazy").score(records)
+    with pytest.raises(InputError, match=r"enormous .* gave the reward 10+ to completion 0 of record a"):
+        FunctionScorer("my_rewards:enormous").score(records)
+    with pytest.raises(InputError, match=r"cannot be imported .*SystemExit: 3"):
+        FunctionScorer("my_leaving_rewards:any")
+
+
 def test_a_function_gets_the_columns_it_asks_for(records):
     rows = [replace(r, columns={"answer": f"w{2 + i}", "level": i}) for i, r in enumerate(records)]
     found = FunctionScorer("my_rewards:right").score(rows)
@@ -468,7 +498,10 @@ def test_a_function_gets_the_columns_it_asks_for(records):
     assert FunctionScorer("my_rewards:right").score(rows) == [[5 + value for value in row] for row in found]
     assert {v for row in FunctionScorer("my_rewards:named").score(rows) for v in row} == {3.0}
     with pytest.raises(InputError, match=r"asks for the column answer, .* there are level"):
-        FunctionScorer("my_rewards:right").score([replace(r, columns={"level": 1}) for r in records])
+        FunctionScorer("my_rewards:right").check_columns([replace(r, columns={"level": 1}) for r in records])
+    # A batch may have none of the rows that have it; a name of ours is no column's.
+    rows = [replace(r, columns={"prompts": 1, "level": 2}) for r in records]
+    assert FunctionScorer("my_rewards:named").score(rows) == [[1.0] * len(r.completions) for r in records]
     with pytest.raises(InputError, match="prompts and completions as its first two"):
         FunctionScorer("my_rewards:prompts_alone")
 

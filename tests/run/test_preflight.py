@@ -156,6 +156,23 @@ def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> No
     assert said == ["1 of the 3 prompts of data.evaluation are in data.prompts too, and may be trained on."]
 
 
+def test_a_scorer_is_tried_on_what_it_will_score(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with the column that it needs are the prompts; the pairs are for DPO alone."""
+    monkeypatch.chdir(tmp_path)
+    rewards = """def right(prompts, completions, answer):
+    return [[float(a in text) for text in texts] for texts, a in zip(completions, answer)]"""
+    (tmp_path / "answer_rewards.py").write_text(rewards)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Two?", "answer": "2"}\n')
+    more = {"data__prompts": {"source": str(prompts)}, "score__scorer": {"function": "answer_rewards:right"}}
+    align = {"dpo": {"target": "preference"}, "exo": {"target": "reward", "beta_r": 0.5}}
+    judged = {"data__evaluation": {"source": str(prompts)}}
+    check_inputs(recipe(["Hi", "Ho"], **more, **judged, align=align))
+    prompts.write_text('{"prompt": "Two?"}\n')
+    with pytest.raises(InputError, match="asks for the column answer, which the data does not have"):
+        check_inputs(recipe(["Hi", "Ho"], **more, **judged, align=align))
+
+
 def test_policies_that_no_disk_could_hold_are_told_before_the_work(recipe: Any, model: Path, tmp_path: Path) -> None:
     """Each saved policy takes the weights' four bytes, and one checkpoint of all weights twelve more."""
     parameters = sum(

@@ -154,6 +154,15 @@ def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> 
     assert Contents(known).of_function("no.such:thing") is None
 
 
+def test_a_function_in_the_working_directory_has_a_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything has imported it, as at the start of a run that is done."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "not_imported_yet.py").write_text("def reward(): ...")
+    first = Contents(tmp_path / "known").of_function("not_imported_yet:reward")
+    (tmp_path / "not_imported_yet.py").write_text("def reward(): pass")
+    assert first is not None and first != Contents(tmp_path / "known").of_function("not_imported_yet:reward")
+
+
 def test_an_adapter_is_what_it_is_on_its_base(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

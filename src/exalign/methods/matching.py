@@ -308,6 +308,9 @@ def train_matching(
     from exalign.models.logprobs import PackedPolicy
 
     check_groups(groups, settings)
+    if settings.target == "preference" and any(group.rewards is None for group in (*groups, *held_out)):
+        # Else metrics of rewards would depend on which rows share a micro-batch.
+        groups, held_out = ([replace(group, rewards=None) for group in some] for some in (groups, held_out))
     text = f"A language model aligned by {settings.divergence} to a {settings.target} target at τ = {temperature}."
     task = partial(MatchingTask, settings=settings, temperature=temperature)
     card = ("Aligned policy", text, "text-generation")

@@ -184,18 +184,20 @@ def _make_plan(base: Any) -> Plan:
     testable = not any(parameter.is_meta or hasattr(parameter, "placements") for parameter in base.parameters())
     if testable and base.get_output_embeddings() is not None:
         check_causal(base)
-    if reason is None:
-        share_prompts(base)
-        reason = _tree_trial(base) if testable else None
-        if reason is not None:
-            use_own_attention(base)
     logit_map: LogitMap | None = _logit_map(base.config)
-    if testable and logit_map and base.get_output_embeddings() is not None and not _head_trial(base, logit_map):
-        logger.warning("%s: its head is not a plain map of hidden states; computing full logits.", type(base).__name__)
-        logit_map = None
-    if reason is not None:
-        logger.warning("%s: prompts are repeated for each completion, because %s.", type(base).__name__, reason)
-    embeds = reason is None and testable and _takes_embeddings(base)
+    with evaluating(base):
+        if reason is None:
+            share_prompts(base)
+            reason = _tree_trial(base) if testable else None
+            if reason is not None:
+                use_own_attention(base)
+        if testable and logit_map and base.get_output_embeddings() is not None and not _head_trial(base, logit_map):
+            said = "%s: its head is not a plain map of hidden states; computing full logits."
+            logger.warning(said, type(base).__name__)
+            logit_map = None
+        if reason is not None:
+            logger.warning("%s: prompts are repeated for each completion, because %s.", type(base).__name__, reason)
+        embeds = reason is None and testable and _takes_embeddings(base)
     window = getattr(base.config.get_text_config(), "sliding_window", None)
     return Plan(reason is None, logit_map, embeds=embeds, rope=rope, windows=(None, window))
 
@@ -239,10 +241,31 @@ def check_causal(base: Any) -> None:
             whole, begun = (row_hidden(base, part[None].to(device_of(base)))[0, :3] for part in (ids, ids[:3]))
         except Exception:  # any architecture may run here, also one whose body is not to be had alone
             return
+    if not bool(whole.isfinite().all()):
+        raise InputError(f"{type(base).__name__}: its weights give no finite numbers; load another copy of them.")
     if not _agree(whole, begun):
         raise InputError(
             f"{type(base).__name__} reads the tokens that follow as well, so it gives no probability of the next one; "
             "name a causal language model (some are one with is_decoder: true in their config)."
+        )
+
+
+@torch.no_grad()
+def check_steady(base: Any) -> None:
+    """Say it where a model that is to be trained has noise in training that is not called dropout."""
+    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
+    training = base.training
+    try:
+        states = [row_hidden(base.train(mode), ids[None].to(device_of(base))) for mode in (False, True)]
+    except Exception:  # as above
+        return
+    finally:
+        base.train(training)
+    if not _agree(*states):
+        logger.warning(
+            "%s gives other states in training than in evaluation, by noise that is not called dropout: log-ratios do "
+            "not begin at 0; look for it in its config.",
+            type(base).__name__,
         )
 
 
@@ -295,11 +318,15 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _logit_map(config: Any) -> LogitMap:
-    """What the architectures that change their logits call it: Cohere, Granite, Gemma."""
+    """What the architectures that change their logits call it: Cohere, Granite, Gemma and RecurrentGemma."""
     text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
-    divisor = getattr(text, "logits_scaling", None) or 1.0
-    return LogitMap(scale=float(scale) / float(divisor), cap=getattr(text, "final_logit_softcapping", None))
+
+    def number(*names: str) -> float | None:
+        found = (getattr(text, name, None) for name in names)
+        return next((float(value) for value in found if isinstance(value, int | float) and value), None)
+
+    scale = (number("logit_scale") or 1.0) / (number("logits_scaling") or 1.0)
+    return LogitMap(scale=scale, cap=number("final_logit_softcapping", "logits_soft_cap"))
 
 
 def _steady_rope(base: Any) -> None:

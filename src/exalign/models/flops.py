@@ -108,8 +108,9 @@ def _products(model: nn.Module, groups: Sequence[Group]) -> list[tuple[bool, flo
 def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
     """q·k and p·v of every pair, head and layer."""
     config: Any = base_of(model).config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4.0 * necessary_positions(groups).pairs * size * config.num_attention_heads * config.num_hidden_layers
+    heads = getattr(config, "num_attention_heads", 0)  # Mamba and RWKV have none
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    return 4.0 * necessary_positions(groups).pairs * size * heads * config.num_hidden_layers
 
 
 def _body(model: nn.Module) -> list[tuple[bool, Tensor]]:

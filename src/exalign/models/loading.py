@@ -10,8 +10,9 @@ import copy
 import json
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -55,13 +56,18 @@ from exalign.storage import atomic_path, exists, read_object, write_json
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p")
+_DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p", "layerdrop")
 
 
 def load_tokenizer(
-    source: str, *, trust_remote_code: bool = False, chat_template_kwargs: dict[str, Any] | None = None
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    speaks: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with an end-of-sequence token (`InputError` without one).
+    """The tokenizer of a folder or hub name, for a model that `speaks` with an end-of-sequence token (`InputError`
+    without one).
 
     An adapter that comes without one has its base's. A missing padding token becomes the end-of-sequence token;
     nothing here reads padding, so no result depends on it.
@@ -76,7 +82,7 @@ def load_tokenizer(
         )
     except Exception as error:  # transformers, tokenizers and the hub's client raise many kinds
         raise _unreadable("tokenizer", source, error) from error
-    if tokenizer.eos_token_id is None:
+    if speaks and tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {source} has no end-of-sequence token; set eos_token in its configuration.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -160,6 +166,10 @@ def check_weights(source: str) -> None:
     """Raise what loading the weights of a folder, or of the base of its adapter, would raise, as their heads tell."""
     base = _adapter_base(source)
     if base is not None:
+        if _adapter_base(base) is not None:
+            raise InputError(
+                f"The adapter {source} stands on {base}, an adapter itself; merge that into its model first."
+            )
         check_weights(base)
     if not is_folder(source):
         return
@@ -187,11 +197,14 @@ def untrainable(dtype: torch.dtype) -> str | None:
     return None
 
 
-def check_trainable(settings: ModelSettings, where: str) -> None:
-    """Weights of this type can be trained here, which is known before anything is loaded; `where` names the setting."""
-    reason = None if settings.lora is not None else untrainable(getattr(torch, settings.dtype))
+def check_trainable(settings: ModelSettings, where: str, *, head: bool) -> None:
+    """Weights of this type can be trained here, which is known before anything is loaded; `where` names the setting.
+
+    With a new `head` some of the model's own weights are trained beside adapters too.
+    """
+    reason = None if settings.lora is not None and not head else untrainable(getattr(torch, settings.dtype))
     if reason is not None:
-        instead = "set dtype: float32 (precision may be bf16), or train LoRA adapters"
+        instead = "set dtype: float32 (precision may be bf16)" + ("" if head else ", or train LoRA adapters")
         raise InputError(f"{where}.dtype = {settings.dtype}: {reason}; {instead}.")
 
 
@@ -503,7 +516,7 @@ def read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | No
     source = _adapter_base(settings.source) or settings.source
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         if source != settings.source:
             why = str(_unreadable("model", source, error))
             raise InputError(f"{settings.source} holds a LoRA adapter alone, to be added to its base. {why}") from error
@@ -565,14 +578,26 @@ def _from_pretrained(
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,  # a pickle is never opened, and no service is asked to convert one
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many kinds here, all of them about what it was given
         raise _unreadable("model", str(settings.source), error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{settings.source} holds an adapter beside a whole model, which transformers would add to it; move "
+            "adapter_config.json away, or the model."
+        )
+    for name, there, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{settings.source}: {name} has the shape {tuple(there)}, where config.json asks for {tuple(wanted)}."
+        )
     missing = sorted(report["missing_keys"])
     if new_head:
         missing = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
     if missing:
         raise InputError(f"{settings.source} lacks weights that this model needs ({', '.join(missing[:3])}).")
+    if (surplus := sorted(report["unexpected_keys"])) and not new_head:
+        logger.warning("%s: %d weights are not used, as %s.", settings.source, len(surplus), surplus[0])
     return model
 
 
@@ -597,18 +622,25 @@ def _hub_adapter(source: str) -> str | None:
 
 def _adapted(model: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model with a LoRA adapter merged into its weights, and the tokens that were added for it."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, get_peft_model
 
     try:
         cached_file(source, "adapter_model.safetensors")  # a pickle is never opened
         config = PeftConfig.from_pretrained(source)
         config.megatron_config = None  # which names a module to import
+        if config.is_prompt_learning:
+            raise ValueError("prompts and prefixes that were learnt cannot be merged into weights")
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[index]
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        targets = getattr(config, "target_modules", None) or ()
-        untie(model, [targets] if isinstance(targets, str) else targets)
+        untied = untie(model, getattr(config, "target_modules", None) or ())
+        if untied and getattr(config, "ensure_weight_tying", False):
+            raise ValueError("adapters that keep head and embedding tied cannot be merged into them")
         with _between_libraries():
-            adapted: Any = PeftModel.from_pretrained(model, source, config=config)
+            adapted: Any = get_peft_model(model, config)
+            report = adapted.load_adapter(source, "default")
+        lost = [*report.missing_keys, *(name for name in report.unexpected_keys if ".lora_" in name)]
+        if lost:
+            raise ValueError(f"{len(lost)} of its weights have no counterpart, as {lost[0]}")
         return adapted if is_quantised(model.config) else _merged(adapted).requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"The adapter {source} does not fit its base ({first_line(error)[:200]}).") from error
@@ -678,19 +710,25 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings | None, *, task: st
     return adapted
 
 
-def untie(model: PreTrainedModel, targets: Sequence[str]) -> None:
+def untie(model: PreTrainedModel, targets: str | Collection[str]) -> bool:
     """Give the head weights of its own where adapters are meant for it or the embedding, and both are one matrix.
 
     What is added to one would otherwise be added to the other when the adapters are merged. As PEFT does, `targets` are
-    compared with the last parts of a module's name.
+    compared with the last parts of a module's name, one text as a regular expression with all of it. Returns whether
+    it did.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "weight", None) is not embedding.weight:
-        return
+        return False
     names = [name for name, module in model.named_modules() if module is head or module is embedding]
-    if any(name == target or name.endswith(f".{target}") for name in names for target in targets):
+    if isinstance(targets, str):
+        meant = any(re.fullmatch(targets, name) for name in names)
+    else:
+        meant = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    if meant:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return meant
 
 
 def _silence_dropout(config: PreTrainedConfig) -> None:

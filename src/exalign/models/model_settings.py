@@ -19,7 +19,10 @@ class LoraSettings(Settings):
     rank: int = Field(16, gt=0, description="Rank of each adapter: more rank, more trained weights.")
     alpha: float = Field(32.0, gt=0, description="The adapters' product is scaled by alpha / rank.")
     targets: tuple[str, ...] | None = Field(
-        None, strict=False, description="Module names that get adapters; none given: every linear layer of the body."
+        None,
+        strict=False,
+        min_length=1,
+        description="Module names that get adapters; none given: every linear layer of the body.",
     )
     dora: bool = Field(False, description="DoRA: each column's length is trained apart from its direction.")
     save: Literal["merged", "adapter"] = Field(
@@ -55,11 +58,19 @@ class ModelSettings(Settings):
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The model that a folder's adapter was trained on; None where there is no adapter, or a whole model beside it."""
+    """The model that a folder's adapter was trained on; None where there is no adapter, or a whole model beside it.
+
+    Some trainers write the base's config.json beside an adapter that stands alone.
+    """
     path = folder / "adapter_config.json"
-    if not exists(path) or exists(folder / "config.json"):
+    weights = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
+    alone = not weights and any(folder.glob("adapter_model*"))
+    if not exists(path) or (exists(folder / "config.json") and not alone):
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not name the model that the adapter was trained on.") from error
+    return base

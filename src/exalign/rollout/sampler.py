@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,6 +186,8 @@ class GroupedSampler:
             )
             start = 0
             found, logp_list = torch.stack([ids.double(), logps]).tolist()  # in one copy; ids are exact in it
+            if not all(map(math.isfinite, logp_list)):
+                raise InputError("The model gives no finite probabilities: its weights, or sums in 16 bits, are NaN.")
             id_list = [int(number) for number in found]
             for group in running:
                 part = slice(start, start + len(group.live))
@@ -391,12 +394,13 @@ def _invert(scaled: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Ten
     cumulative = weights.sum(2).double().cumsum(1)[rows]
     total = cumulative[:, -1:]
     target = torch.minimum(uniforms[:, None] * total, _just_below(total))
-    block = torch.searchsorted(cumulative, target, right=True)
+    block = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)  # NaN is beyond all
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_min(0)), 0.0)
     within = weights[rows, block[:, 0]].double().cumsum(1)
     # The block's own float64 total may differ from its float32 sum in the last digits: stay inside it.
     rest = torch.minimum(target - before, _just_below(within[:, -1:]))
-    ids = block[:, 0] * _BLOCK + torch.searchsorted(within, rest, right=True)[:, 0]
+    place = torch.searchsorted(within, rest, right=True)[:, 0].clamp_max(_BLOCK - 1)
+    ids = block[:, 0] * _BLOCK + place
     logps = (scaled[rows, ids].double() - top[rows, 0].double()) - total[:, 0].log()
     return ids, logps
 
@@ -575,6 +579,8 @@ class PagedDecoder:
 
     def _take_pages(self, entering: Sequence[Branches], running: Sequence[Branches]) -> Tensor:
         """Give every token of the step a place; the places. A page that no group here has is free."""
+        if not running:
+            self._pages = Pages()  # nobody has any: what they had grown to is let go, for which there may be no room
         full = [group for group in running if group.cache.length == group.cache.own.shape[1] * BLOCK]
         prompts = [-(-len(group.prompt_ids) // BLOCK) for group in entering]
         needed = sum(prompts) + sum(len(group.cache.own) for group in full)

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_scoring_model, load_tokenizer
 from exalign.models.memory import computed
 from exalign.models.sizes import reading_budget
-from exalign.rollout.own_modules import own_module
+from exalign.rollout.own_modules import from_here, own_module
 from exalign.rollout.settings import OneScorer, ScorerSettings
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[st
         assert trained_here is not None
         source = trained_here(settings.stage)
     assert source is not None
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, speaks=False)
     labels = 1 if settings.reward_model is not None else None
     model: Any = load_scoring_model(source, tokenizer, num_labels=labels).to(device())  # type: ignore[arg-type]
     if settings.classifier is not None or settings.stage == "oracle":
@@ -105,7 +106,10 @@ def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
     records = [r if r.completions else replace(r, completions=(Completion("Yes."),)) for r in records]
     for part in settings.sum or (settings,):
         if part.stage is None:
-            open_scorer(part).score(records)
+            scorer = open_scorer(part)
+            if isinstance(scorer, FunctionScorer):
+                scorer.check_columns(records)
+            scorer.score(records)
 
 
 def part_names(parts: Sequence[OneScorer]) -> list[str]:
@@ -361,7 +365,7 @@ class FunctionScorer:
             if by_prompt:
                 return [list(values) for values in given]
             flat = [float(value) for value in given]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             wanted = "list of rewards per prompt, or one per" if by_prompt else "number per"
             raise InputError(f"{self._name} must return one {wanted} completion.") from None
         texts = sum(len(record.completions) for record in records)
@@ -370,25 +374,32 @@ class FunctionScorer:
         rest = iter(flat)
         return [[next(rest) for _ in record.completions] for record in records]
 
-    def _call(self, records: Sequence[Record], *, by_prompt: bool) -> Any:
-        given = dict.fromkeys(name for record in records for name in record.columns or ())
-        missing = [name for name in self._takes.needed if name not in given]
-        if missing:
+    def check_columns(self, records: Sequence[Record]) -> None:
+        """An `InputError` where a column that the function needs is in none of the records."""
+        given = _named(records)
+        if missing := [name for name in self._takes.needed if name not in given]:
             there = f"there are {', '.join(given)}" if given else "there are none"
             raise InputError(f"{self._name} asks for the column {missing[0]}, which the data does not have; {there}.")
-        names = [name for name in given if self._takes.all or name in self._takes.named]
+
+    def _call(self, records: Sequence[Record], *, by_prompt: bool) -> Any:
+        wanted = dict.fromkeys((*self._takes.needed, *_named(records)))
+        names = [name for name in wanted if self._takes.all or name in self._takes.named]
+        names = [name for name in names if name not in ("prompts", "completions")]
         rows = records if by_prompt else [record for record in records for _ in record.completions]
         columns = {name: [(record.columns or {}).get(name) for record in rows] for name in names}
         prompts = [record.prompt for record in rows]
-        try:
-            if by_prompt:
-                return self._function(prompts, [[c.text for c in record.completions] for record in records], **columns)
+        if by_prompt:
+            call = partial(self._function, prompts, [[c.text for c in record.completions] for record in records])
+        else:
             told = zip(prompts, (c.text for record in records for c in record.completions), strict=True)
             texts = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in told]
-            if self._takes.by_place:
-                return self._function(prompts, texts, **columns)
             own = {"prompts": prompts} if self._takes.all or "prompts" in self._takes.named else {}
-            return self._function(completions=texts, **own, **columns)
+            by_name = partial(self._function, completions=texts, **own)
+            call = partial(self._function, prompts, texts) if self._takes.by_place else by_name
+        try:
+            with from_here():  # what it imports only now may lie beside it
+                found = call(**columns)
+                return list(found) if isinstance(found, Iterator) else found
         except InputError:
             raise
         except Exception as error:
@@ -400,6 +411,11 @@ class FunctionScorer:
             where = f"{Path(line.filename).name}, line {line.lineno}"
             said = f"{type(error).__name__}: {first_line(error)[:200]}"
             raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
+
+
+def _named(records: Sequence[Record]) -> dict[str, None]:
+    """The further columns of the records."""
+    return dict.fromkeys(name for record in records for name in record.columns or ())
 
 
 def _load(name: str) -> RewardFunction:
@@ -469,7 +485,7 @@ def check_rewards(rewards: Sequence[Sequence[float]], records: Sequence[Record],
 def _finite(value: object, record: Record, position: int, source: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(

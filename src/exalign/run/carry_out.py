@@ -82,11 +82,14 @@ def check_inputs(recipe: Recipe) -> list[str]:
     be said before the work.
     """
     looked = {name: _look(name, sources) for name, sources in local_sources(recipe).items()}
-    sampled = [looked[name] for name in ("prompts", "preferences", "evaluation", "validation") if name in looked]
     making = None if recipe.preferences is None else recipe.preferences.scorer
-    for scorer in (making, recipe.evaluate.scorer, recipe.score.scorer):
+    drawn = ["preferences" if recipe.data.prompts is None else "prompts"]
+    judged = ["preferences" if holds_out(recipe) else "evaluation", "validation"]
+    own = [*drawn, *(judged if recipe.judging == recipe.score.scorer else ())]
+    for scorer, names in ((making, drawn), (recipe.evaluate.scorer, judged), (recipe.score.scorer, own)):
         if scorer is not None:
-            check_scorer(scorer, [record for found in sampled for record in found.patterns.values()])
+            scored = [looked[name] for name in names if name in looked]
+            check_scorer(scorer, [record for found in scored for record in found.patterns.values()])
     tokenizer = _tokenizer(recipe, looked)
     said = [f"align.{name}: {method.warning}." for name, method in recipe.align.items() if method.warning is not None]
     said += [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
@@ -190,7 +193,8 @@ def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
         if where == "model" and recipe.sft is None:
             check_base(model)
         if where != "model" or trains:
-            check_trainable(model, where)
+            head = where != "model" or bool(recipe.reward and recipe.reward.model is None)
+            check_trainable(model, where, head=head)
         if model.config is not None and tokenizer is None:
             continue
         if model.config is None and (where != "model" or trains):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -60,7 +59,7 @@ from exalign.run.materials import (
 from exalign.run.recipe import ClusterSettings
 from exalign.run.runner import pin_to_run
 from exalign.run.view import View
-from exalign.storage import remove_leftovers
+from exalign.storage import remove_folder, remove_leftovers
 
 ShardWork = Callable[[Sequence[Record]], tuple[list[Record], Counter[str]]]
 """What a worker makes of the records of a shard: as many records, and what was counted."""
@@ -78,7 +77,7 @@ def sample_by_workers(view: View, settings: SampleSettings, *, folder: Path, pur
     work = partial(_sampling, _for_workers(view), settings, purpose)
     header = samples_header(view, settings, purpose, view.recipe.temperature)
     view.counts.update(_filled(view, prompts, folder, work, header))
-    shutil.rmtree(prompts)
+    remove_folder(prompts)
 
 
 def score_by_workers(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[str]:

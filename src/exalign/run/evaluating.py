@@ -231,6 +231,8 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
         own = own_tokenizer(view, policy, tokenizer)
         model = frozen_policy(view, policy, own or tokenizer)
         of_policy = replace(wanted, purpose=f"{wanted.purpose} {policy.name}")
+        if own is not None:  # ids of the run's tokenizer say nothing to it
+            of_policy = replace(of_policy, prompts=[replace(one, prompt_ids=None) for one in wanted.prompts])
         comparable = reference if own is None else None
         draw(view, model, own or tokenizer, of_policy, here, scorer=scorer, reference=comparable)
 

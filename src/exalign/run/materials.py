@@ -254,8 +254,11 @@ def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
     else:
         records = different_prompts(iter_records(view.path("preferences", "records")))
+    prompts = view.recipe.data.prompts
+    cut_here = prompts is None or any(source.prompt_tokens is not None for source in each(prompts))
     for record in records:
-        yield replace(record, completions=(), preferred=None)
+        # Ids that a record of another run brought along may be of another tokenizer.
+        yield replace(record, completions=(), preferred=None, prompt_ids=record.prompt_ids if cut_here else None)
 
 
 def prompts_of(view: View) -> list[Record]:
@@ -307,7 +310,7 @@ def samples_header(view: View, settings: SampleSettings, purpose: str, temperatu
         tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
         temperature=temperature,
         seed=recipe.seed,
-        sampler="GroupedSampler" if settings.engine is None else settings.engine,
+        sampler=settings.engine,
         fingerprint=fingerprint([settings.deciding(), purpose, recipe.seed]),
     )
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from exalign.checksums import checksum
 from exalign.errors import InputError
 from exalign.models.model_settings import adapter_base
+from exalign.rollout.own_modules import from_here
 from exalign.run.recipe import Recipe
 from exalign.settings import CONTENT, FUNCTION, NO_RESULT, STEP_SIZE, Settings
 from exalign.storage import exists, read_sealed, write_sealed
@@ -140,7 +141,8 @@ class Contents:
     def of_function(self, name: str) -> str | None:
         """The hash of the file that holds `module:function`; None where there is none."""
         try:
-            found = find_spec(name.partition(":")[0])
+            with from_here():
+                found = find_spec(name.partition(":")[0])
         except (ImportError, ValueError, AttributeError):
             return None
         return self._of_file(Path(found.origin)) if found and found.has_location and found.origin else None

@@ -69,7 +69,8 @@ class EpochBatches:
             for tensor in (group.prompt_ids, *group.completion_ids, *values):
                 digest.update(tensor.numpy().tobytes() if isinstance(tensor, Tensor) else b"-")
                 digest.update(b"|")
-            digest.update(f"{group.index} {group.preferred}\n".encode())
+            weight = "" if group.weight == 1 else f" {group.weight!r}"
+            digest.update(f"{group.index} {group.preferred}{weight}\n".encode())
         return digest.hexdigest()[:16]
 
 

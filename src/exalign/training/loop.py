@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, microbatches
 from exalign.device import device_memory
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
+from exalign.models.capability import base_of, check_steady
 from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
@@ -399,6 +400,9 @@ def _prepare(
     )
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
     accelerator.init_trackers("exalign", config=flat, init_kwargs=tracked_as(folder.absolute()))
+    for model in module.children():
+        if hasattr(base_of(model), "get_input_embeddings"):
+            check_steady(base_of(model))
     module.train()
     budget, checkpointing = _sizes(module, settings, accelerator, sharded=sharding is not None)
     if checkpointing:
@@ -406,7 +410,10 @@ def _prepare(
             part: Any = model
             # The second name is that of older transformers 5 releases.
             enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            try:
+                enable({"use_reentrant": False})
+            except ValueError as error:
+                raise InputError(f"gradient_checkpointing: {first_line(error)} Set it to false.") from error
     if sharding is None:
         module.to(accelerator.device)  # before there is an optimizer, which may mark its weights
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from exalign.settings import NO_RESULT, STEP_SIZE, Choice, Settings, Size
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(Settings):
@@ -19,7 +21,7 @@ class TrainSettings(Settings):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="how the rate falls after warm-up; linear and cosine fall towards 0"
     )
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
+    adam_betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of weight matrices; biases and norms have none")
     max_grad_norm: float = Field(
         1.0, gt=0, description="gradients with a larger norm are scaled down to it", json_schema_extra=STEP_SIZE
