@@ -303,7 +303,10 @@ def inspect(
     limits = TokenLimits(max_prompt_tokens=max_prompt_tokens, max_completion_tokens=max_completion_tokens)
     counts: Counter[str] = Counter()
     records = read_source(source, counts, tokenizer)
-    console.print(render_inspection(inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=rows)))
+    found = inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=rows)
+    if not counts["rows"]:
+        raise InputError(f"{data} has no rows.")
+    console.print(render_inspection(found))
 
 
 @app.command("chat", rich_help_panel=RESULT)

@@ -634,7 +634,8 @@ def test_the_settings_of_a_command_line():
     for columns, more, message in [
         (["prompt"], [], "'columns.prompt' is not KEY=VALUE"),
         ([], ["labels.a=b"], "labels"),
-        ([], ["limti=5"], "limti"),
+        ([], ["limti=5"], "'limti' is no setting of a data source; did you mean limit"),
+        ([], ["align.exo.epochs=2"], r"'align.exo.epochs' is no setting of a data source"),
         (["promt=a"], [], r"columns: 'promt' is no column.*did you mean prompt"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -92,6 +92,13 @@ def test_what_has_no_mean_is_refused(bad):
         mean_interval(np.array(bad))
 
 
+def test_a_share_of_what_a_resample_does_not_have_has_no_interval():
+    """One of 8 prompts has a gain: a third of the resamples have none."""
+    rare = np.array([0.0] * 7 + [1.0])
+    found = BOOTSTRAP.ratio(rare, rare)
+    assert (found.estimate, found.low, found.high) == (1.0, None, None)
+
+
 def test_unequal_prompts_cannot_be_paired():
     with pytest.raises(ValueError, match="same prompts"):
         BOOTSTRAP.difference(np.zeros(2), np.zeros(3))

@@ -75,7 +75,7 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
     assert "▸ sft" not in again.getvalue() and f"align/{name}: done before, skipped" in again.getvalue()
     edited = tmp_path / "first.yaml"
     edited.write_text(edited.read_text().replace("beta_pi: 0.5", "beta_pi: 0.25"))
-    with pytest.raises(InputError, match=r"first\.yaml was edited.*exalign run"):
+    with pytest.raises(InputError, match=r"first\.yaml is there already, edited or .*exalign run"):
         align(str(model), str(pairs), out=out)
 
 
@@ -98,6 +98,8 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     prompts = str(world / "prompts.jsonl")
     with pytest.raises(InputError, match=r"24 rows without a preference or rewards: say what is good with --reward"):
         begin(str(model), prompts)
+    with pytest.raises(InputError, match=r"nowhere.py|nowhere:f cannot be imported"):
+        begin(str(model), prompts, reward="nowhere:f")
     with pytest.raises(InputError, match="not both"):
         begin(str(model), prompts, reward="a:b", reward_model="c")
     begun = begin(str(model), prompts, reward="exalign.data.synthetic:reward", out=tmp_path / "it")
@@ -108,6 +110,16 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 5  # type: ignore[union-attr]
     few = begin(str(model), prompts, ["limit=20"], reward="exalign.data.synthetic:reward").values["data"]
     assert few["prompts"]["skip"] + few["prompts"]["limit"] == 20 and few["evaluation"]["limit"] == 4
+
+
+def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"p {i % 30}", "completion": "a b", "label": i % 2 == 0} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"one answer with a reward or label to each prompt, which `method: kto`"):
+        begin(str(model), str(file))
+    reasons = begin(str(model), str(file), reward="exalign.data.synthetic:reward").reasons
+    assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]
 
 
 def test_scored_completions_are_pairs_unless_something_can_score_the_samples(model: Path, tmp_path: Path) -> None:

@@ -150,6 +150,12 @@ def settings_of(source: str, columns: Iterable[str], more: Iterable[str], split:
     for text in [*(f"columns.{pair}" for pair in columns), *more]:
         key, equals, value = text.partition("=")
         name, dot, entry = key.partition(".")
+        if equals and name not in DataSettings.model_fields:
+            near = difflib.get_close_matches(name, DataSettings.model_fields, n=1)
+            known = (
+                f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(DataSettings.model_fields))}."
+            )
+            raise InputError(f"{key[:100]!r} is no setting of a data source; {known}")
         if not equals or not key or (dot and name not in ("columns", "labels")):
             raise InputError(f"{text[:100]!r} is not KEY=VALUE, as in columns.prompt=question or labels.model_a=0.")
         if dot:

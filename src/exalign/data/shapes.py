@@ -151,6 +151,7 @@ class Shape:
         if self.kind == "messages":
             messages = clean_messages(_needed(row, "messages"), "messages", counts)
             if messages[-1]["role"] != "assistant":
+                counts["conversations_without_a_last_answer"] += 1
                 return messages, (), None
             return self._single(messages[:-1], _text_of(messages[-1]), row, counts)
         if self.kind == "prompt":
@@ -182,7 +183,10 @@ class Shape:
         if given is None and name in self.present:
             raise Dropped("rows_without_prompt")
         if given is None and self.kind != "single":
-            raise ValueError(f"it has no `prompt`, and its answers have no {ASSISTANT!r} to find the prompt by.")
+            raise ValueError(
+                f"it has no `prompt`, and its answers have no {ASSISTANT!r} to find the prompt by; `columns` says what "
+                "the prompt is called, as columns.prompt=question."
+            )
         return given or "", self._without_prompt(given or "", texts, counts)
 
     def _without_prompt(self, prompt: Prompt, texts: list[str], counts: Counter[str]) -> list[str]:
@@ -201,6 +205,8 @@ class Shape:
         found = _list(_needed(row, "completions"), "completions")
         rewards = self._rewards(row, len(found))
         places = [i for i, text in enumerate(found) if text is not None and (rewards is None or rewards[i] is not None)]
+        if empty := sum(isinstance(found[i], str) and not found[i].strip() for i in places):
+            counts["completions_empty"] += empty  # answers that end at once
         if len(places) < len(found):
             counts["completions_left_out"] += len(found) - len(places)
         if not places:

@@ -147,7 +147,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         shares = {
             method: {
                 kl: resamples.ratio(paths.gain(method, kl), known[kl] - best[:, 0])
-                if kl in known and kl <= paths.reach(method)
+                if kl in known and kl <= paths.reach(method) and known[kl].mean() > best[:, 0].mean()
                 else None
                 for kl in kls
             }

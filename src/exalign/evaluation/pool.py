@@ -197,7 +197,7 @@ def objective_share(
 
     The most is J(π*_β) = β log Z_β. As J(π*_β) − J(π) = β KL(π‖π*_β), the share is 1 − KL(π_θ‖π*_β) / KL(π_sft‖π*_β):
     how much of the way from π_sft to the optimum is behind the policy. Below 0 it is farther from it than π_sft. None
-    where the policy has no KL, or the pool's samples do not show that optimum (`LEAST_ESS`).
+    where the policy has no KL, the pool's samples do not show that optimum (`LEAST_ESS`), or nothing can be gained.
     """
     found = pool_frontier(pool, np.array([beta]))
     ids = [] if policy.log_ratios is None else common_prompts([policy, sft])
@@ -205,7 +205,8 @@ def objective_share(
         return None
     kls, rewards = path(sft, [policy], ids)
     gained = rewards[:, 1] - rewards[:, 0] - beta * kls[:, 1]
-    return bootstrap.ratio(gained, found.reward[:, 0] - found.base - beta * found.kl[:, 0])
+    most = found.reward[:, 0] - found.base - beta * found.kl[:, 0]
+    return bootstrap.ratio(gained, most) if most.mean() > 0 else None
 
 
 def rank_weights(num_samples: int, n: int) -> Array:

@@ -67,14 +67,18 @@ class Bootstrap:
         return self.mean(_finite(first) - _finite(second))
 
     def ratio(self, first: Array, second: Array) -> Interval:
-        """Mean of `first` over that of `second`, of P and Q prompts, which are resampled each on their own.
+        """Mean of `first` over that of `second`, which is above 0, of P and Q prompts, resampled each on their own.
+
+        Without an interval where there are resamples whose `second` is not above 0.
 
         >>> Bootstrap().ratio(np.ones(3), np.full(2, 4.0))
         Interval(estimate=0.25, low=0.25, high=0.25, num_prompts=2)
         """
         below = resample_weights(len(second), num_resamples=self.num_resamples, seed=self.seed + 1) @ _finite(second)
-        resampled = (self.weights(len(first)) @ _finite(first)) / below
-        return interval_of(first.mean() / second.mean(), resampled, min(len(first), len(second)))
+        share, fewest = first.mean() / second.mean(), min(len(first), len(second))
+        if not (below > 0).all():
+            return Interval(float(share), None, None, fewest)
+        return interval_of(share, (self.weights(len(first)) @ _finite(first)) / below, fewest)
 
 
 BOOTSTRAP = Bootstrap()

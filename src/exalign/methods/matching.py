@@ -103,7 +103,8 @@ class Matching(Method):
         spread = math.sqrt(math.fsum(float(values.var()) for values in rewards) / len(rewards))
         if not spread > 0:
             raise InputError(
-                "beta_r_std: all completions of a prompt have the same reward, so there is nothing to learn."
+                "beta_r_std: all completions of a prompt have the same reward, so there is nothing to learn. Look at "
+                "what a reward function is given: of a chat model a completion is a list of one message."
             )
         return self.model_copy(update={"beta_r": self.beta_r_std * spread})
 

@@ -149,7 +149,7 @@ class Method(TrainSettings):
 
     @property
     def line(self) -> str:
-        return (type(self).__doc__ or "").strip().split("\n")[0]
+        return (type(self).__doc__ or "").strip().split("\n")[0].removesuffix(".")
 
     def described(self) -> dict[str, Any]:
         on = {"preferences": "preference", "nothing": None}.get(self.trains_on, "reward")

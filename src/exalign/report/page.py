@@ -158,7 +158,7 @@ def _plain(value: Any) -> str:
 def _mark_names(text: str, names: list[str]) -> Markup:
     """Escaped text in which the methods' names stand out and are not broken at their hyphens."""
     text = str(escape(visible(text)))
-    if names:
+    if names := [name for name in names if len(name) > 1]:  # "a" is a word as well
         longest_first = sorted((str(escape(visible(name))) for name in names), key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first))
         text = re.sub(rf"(?<![\w/-])({pattern})(?![\w/-])", r'<span class="method">\1</span>', text)

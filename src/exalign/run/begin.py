@@ -22,10 +22,11 @@ from exalign.device import device, device_memory
 from exalign.errors import InputError
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
+from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
 from exalign.run.recipe import load_recipe, make_recipe
 from exalign.run.runner import Run
-from exalign.storage import exists, write_text
+from exalign.storage import exists, fingerprint, write_text
 from exalign.strict_yaml import dump_yaml
 from exalign.terminal import shown
 
@@ -120,6 +121,8 @@ def evidence(
             f"{settings.source} has no preference pairs: say what is good with --reward module:function or "
             "--reward-model MODEL."
         )
+    for place in (place for places in policies.values() for place in places):
+        check_weights(os.path.expanduser(place))
     used = min(len(records), EVALUATED)
     values: dict[str, Any] = {"model": {"source": reference}}
     values["data"] = {"evaluation": _said(settings)}
@@ -143,6 +146,10 @@ def _carried_out(begun: Begun, overrides: Sequence[str], console: Console | None
 def _scorer(reward: str | None, reward_model: str | None) -> dict[str, Any] | None:
     if reward is not None and reward_model is not None:
         raise InputError("Give --reward or --reward-model, not both.")
+    if reward is not None:
+        FunctionScorer(reward)  # before anything is written
+    if reward_model is not None:
+        check_weights(reward_model)
     return {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
 
 
@@ -199,10 +206,9 @@ def write_down(begun: Begun, console: Console) -> None:
     text = "# Chosen by exalign; every setting may be changed: exalign recipe --explain\n" + dump_yaml(begun.values)
     if exists(begun.file) and begun.file.read_text(encoding="utf-8", errors="replace") != text:
         raise InputError(
-            f"{begun.file} was edited since it was written, or is for other data: carry it out with "
-            f"exalign run {begun.file}, or choose another place with --out."
+            f"{begun.file} is there already, edited or chosen for other data or options: carry it out with "
+            f"exalign run {begun.file}, remove it, or choose another place with --out."
         )
-    begun.file.parent.mkdir(parents=True, exist_ok=True)
     write_text(begun.file, text)
     for reason in begun.reasons:
         console.print(shown(f"• {reason}"), soft_wrap=True)
@@ -228,6 +234,12 @@ def _sources(
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         values["data"] = {"preferences": source, "held_out": share}
         return "preference", f"data: {some} {what}; {share:.0%} of the prompts are held out and never trained on"
+    if scorer is None and any(record.rewards is not None for record in records):
+        raise InputError(
+            f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto` in a recipe "
+            "takes (docs/methods.md); or say what is good with --reward module:function or --reward-model MODEL, and "
+            "own samples are drawn and scored."
+        )
     if scorer is None:
         raise InputError(
             f"{settings.source} has {some} rows without a preference or rewards: say what is good with --reward "
@@ -240,7 +252,10 @@ def _sources(
     values["data"]["evaluation"] = {**source, "skip": start, "limit": kept}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
-    return "reward", f"data: {some} {what}; the first {kept} rows are held out for the evidence"
+    held = {fingerprint(record.prompt) for record in records[:kept]}
+    twice = sum(fingerprint(record.prompt) in held for record in records[kept:])
+    again = f", but {twice:,} later rows have their prompts and are trained on: remove them" if twice else ""
+    return "reward", f"data: {some} {what}; the first {kept} rows are held out for the evidence{again}"
 
 
 def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:
@@ -259,7 +274,9 @@ def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> s
     prompt, completion = (min(-(-length // 32) * 32, positions // 2) for length in longest)
     values["data"] |= {"max_prompt_tokens": prompt, "max_completion_tokens": completion}
     values["sample"] = {"max_new_tokens": min(completion, 128)}
-    return f"lengths: prompts up to {prompt} tokens, answers up to {completion} (99 of 100 rows are shorter)"
+    drawn = f"samples up to {values['sample']['max_new_tokens']} (sample.max_new_tokens)"
+    answers = f", answers up to {completion}" if completions else ""
+    return f"lengths: prompts up to {prompt} tokens{answers} (99 of 100 rows are shorter), {drawn}"
 
 
 def _weights(values: dict[str, Any], model: str) -> str:

@@ -67,7 +67,7 @@ def carry_out(run: Run, *targets: str) -> None:
                 stages[name].work(run.view(stages[name]))
             return
         with leading():
-            if not all(run.path(name, "done.json").exists() for name in stages):
+            if run.redo or not all(run.path(name, "done.json").exists() for name in stages):
                 for sentence in (*check_inputs(run.recipe), *check_room(run)):
                     run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
             run.carry_out([*stages.values()], targets)
@@ -332,7 +332,11 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
     ranked = record.rewards is not None and len(record.completions) > 1
     needs = {
         "data.preferences": ("a preference (prompt, chosen, rejected)", record.preferred is not None or ranked),
-        "data.rewards": ("rewards (prompt, completions, rewards)", record.rewards is not None),
+        "data.rewards": (
+            "rewards: `rewards` beside `completions`, or a `label` of 0 or 1; `labels` says what other values mean, as "
+            "labels.good=1 labels.bad=0",
+            record.rewards is not None,
+        ),
         "data.labelled": ("a label (text, label: 0 or 1)", record.rewards is not None),
         "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None or ranked),
     }

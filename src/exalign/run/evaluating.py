@@ -99,8 +99,10 @@ def takes_evaluation(recipe: Recipe) -> Takes:
 
 def reads_pairs(recipe: Recipe) -> bool:
     """Whether held-out preferences are read: the run has any, and a method or a reader would look."""
+    if judging(recipe) is None:
+        return True
     there = recipe.data.preferences is not None or trained_on(recipe) == {"nothing"}
-    return there and (bool(trained_on(recipe) & {"preferences", "nothing"}) or judging(recipe) is None)
+    return there and bool(trained_on(recipe) & {"preferences", "nothing"})
 
 
 def evaluation_rows(view: View) -> Iterator[Record]:

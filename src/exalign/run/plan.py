@@ -169,7 +169,7 @@ def find_machine(name: str, count: int, assumed: Assumptions) -> Machine:
 
 # ---- Models, without their weights
 
-Kind = Literal["policy", "reward model", "classifier"]
+Kind = Literal["policy", "reward model", "critic", "classifier"]
 
 _PYTHIA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
 _QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "intermediate_size": 18944}
@@ -221,7 +221,7 @@ def _architecture(settings_json: str, kind: Kind, vocabulary: int | None) -> Arc
         else:
             config, origin = read_config(settings, None), "its own configuration"
         if kind != "policy":
-            config.num_labels = 1 if kind == "reward model" else 2
+            config.num_labels = 2 if kind == "classifier" else 1
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in a way that will go
             model = auto_class.from_config(
@@ -577,7 +577,7 @@ class Budget:
         times = 1 if settings.swept is None else len(settings.swept[1])
         models = [self.policy()]
         if amount.critic is not None:
-            models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "reward model"))
+            models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "critic"))
         trained = train(models, settings, load, machine, passes=times * amount.passes)
         every = replace(load, prompts=load.prompts * times * (amount.draws if draws else amount.reads))
         how = (settings.token_budget, settings.precision)

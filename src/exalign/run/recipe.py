@@ -367,7 +367,9 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
     if any(
-        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name in NO_METHODS or name.startswith(BEST_OF)
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)
+        or name.lower() in NO_METHODS
+        or name.startswith(BEST_OF)
         for name in recipe.align
     ):
         yield (
@@ -572,6 +574,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             raise InputError(f"{path} does not exist; exalign recipes copy {path.stem} writes it here.") from None
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
         raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
+    except IsADirectoryError:
+        instead = "it holds no recipe.yaml"
+        if (path / "recipe.yaml").is_file():
+            instead = f"of a run give its recipe: {path}/recipe.yaml --run {path}"
+        raise InputError(f"{path} is a folder, and a recipe is a file: {instead}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)[:200]} cannot be read ({str(error)[:200]}).") from None
     values = parse_yaml(text, str(path))
