@@ -130,6 +130,9 @@ def test_redo_makes_again_what_differs_and_nothing_else(
     again = [line.split()[1] for line in printed.splitlines() if line.startswith("▸")]
     assert again == ["align/exo-rw"]
     assert (copy / "evaluation" / "sft" / "done.json").exists()
+    with pytest.raises(InputError, match="no file or folder"):
+        run_recipe(tiny("data.sft.source=no/such.jsonl"), folder=copy, redo=True)
+    assert (copy / "sft" / "done.json").exists()  # what cannot be made again is not taken away
 
 
 def test_changed_data_is_noticed(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
