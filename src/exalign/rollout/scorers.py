@@ -43,7 +43,8 @@ class Scorer(Protocol):
     """Gives each completion a reward r(x, y): a finite number, higher is better.
 
     `score` returns one list per record, as long as the record has completions, in the same order. A completion's
-    reward depends on its prompt and itself alone, never on what else is scored with it.
+    reward depends on its prompt and itself alone, never on what else is scored with it, but where a prompt is cut so
+    that its longest completion fits, which is counted.
     """
 
     def score(self, records: Sequence[Record]) -> list[list[float]]: ...
@@ -65,6 +66,7 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
         rewards = scorer.score(records)
     for name, number in (_cuts(scorer) - before).items():
         counts[f"{name}_in_scoring"] += number
+    rewards = check_rewards(rewards, records, source=type(scorer).__name__)  # of a sum, and of others' scorers
     return [record.with_rewards(row) for record, row in zip(done, rewards, strict=True)]
 
 
@@ -542,8 +544,9 @@ def _similar_lengths(rows: Sequence[Sequence[int]], token_budget: int) -> Iterat
 
 
 def max_positions(model: Any) -> int | None:
-    """The longest text a model can read, in tokens, or None where it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest text a model can read, in tokens, or None where it has no limit (XLNet's config says −1)."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else None
 
 
 def _encoder_positions(model: Any) -> int:
