@@ -250,12 +250,12 @@ def not_held_out(view: View, records: Iterable[Record], counts: Counter[str]) ->
 
 def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
     """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
+    cut_here = True
     if "data.prompts" in view.stage.reads:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
+        cut_here = any(source.prompt_tokens is not None for source in each(view.recipe.data.prompts or []))
     else:
         records = different_prompts(iter_records(view.path("preferences", "records")))
-    prompts = view.recipe.data.prompts
-    cut_here = prompts is None or any(source.prompt_tokens is not None for source in each(prompts))
     for record in records:
         # Ids that a record of another run brought along may be of another tokenizer.
         yield replace(record, completions=(), preferred=None, prompt_ids=record.prompt_ids if cut_here else None)
