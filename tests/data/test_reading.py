@@ -625,6 +625,14 @@ def test_a_column_that_nothing_reads_is_no_setting():
         DataSettings(source="x", columns={"question": "prompt"})
 
 
+def test_an_empty_answer_in_a_list_is_kept_and_counted(write_jsonl):
+    counts: Counter[str] = Counter()
+    rows = [{"prompt": "p", "completions": ["a", " "], "rewards": [1.0, 0.0]}]
+    (record,) = read_source(DataSettings(source=str(write_jsonl(rows))), counts)
+    assert [completion.text for completion in record.completions] == ["a", " "]
+    assert counts == {"rows": 1, "records": 1, "answers_that_end_at_once": 1}
+
+
 def test_the_settings_of_a_command_line():
     more = ["labels.model_a=0", "labels.tie (bothbad)=tie", "labels.2=1", "join=true", "limit=5"]
     settings = settings_of("x", ["prompt=a[?b=='c'].d", "completions=x"], more, "test")

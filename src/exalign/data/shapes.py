@@ -206,7 +206,7 @@ class Shape:
         rewards = self._rewards(row, len(found))
         places = [i for i, text in enumerate(found) if text is not None and (rewards is None or rewards[i] is not None)]
         if empty := sum(isinstance(found[i], str) and not found[i].strip() for i in places):
-            counts["completions_empty"] += empty  # answers that end at once
+            counts["answers_that_end_at_once"] += empty  # answers that end at once
         if len(places) < len(found):
             counts["completions_left_out"] += len(found) - len(places)
         if not places:
