@@ -257,7 +257,7 @@ def check_steady(base: Any) -> None:
     training = base.training
     try:
         states = [row_hidden(base.train(mode), ids[None].to(device_of(base))) for mode in (False, True)]
-    except Exception:  # as above
+    except Exception:  # one that cannot be read so trains as it did, and is not looked at
         return
     finally:
         base.train(training)

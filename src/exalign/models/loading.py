@@ -516,7 +516,7 @@ def read_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | No
     source = _adapter_base(settings.source) or settings.source
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many kinds here too
         if source != settings.source:
             why = str(_unreadable("model", source, error))
             raise InputError(f"{settings.source} holds a LoRA adapter alone, to be added to its base. {why}") from error
