@@ -141,7 +141,7 @@ def _kernel(name: str, heads: tuple[int, int, int], window: int | None, softcap:
     queries, keys, width = heads
     groups = make_groups("tldr" if trees > 2 else "tiny", prompts=trees, k=8, vocabulary=99)
     stream, _ = policy_stream(groups, device(), windows=(window,))
-    layout, rows = stream.layout.with_window(window), padded_rows(groups, device()).input_ids
+    layout, rows = stream.layout.with_window(window), padded_rows(groups, device())[0]
     how: dict[str, Any] = {"scale": width**-0.5, "softcap": softcap}
 
     def states(number: int, length: int) -> list[Tensor]:
@@ -215,11 +215,11 @@ class Plain:
         total = torch.zeros((), device=device())
         for begin in range(0, len(groups), micro):
             part = groups[begin : begin + micro]
-            rows = padded_rows(part, device())
+            input_ids, _, wanted = padded_rows(part, device())
             with self.ours.accelerator.autocast():  # padding stands behind, so that causal attention needs no mask
-                logits = self.model(input_ids=rows.input_ids, use_cache=False).logits.flatten(0, 1)
-            logp = logits.float().log_softmax(-1)[rows.positions, rows.targets]
-            flat = logp.new_zeros(len(part) * part[0].num_completions).index_add(0, rows.places, logp)
+                logits = self.model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+            logp = logits.float().log_softmax(-1)[wanted.positions, wanted.targets]
+            flat = logp.new_zeros(len(part) * part[0].num_completions).index_add(0, wanted.places, logp)
             reference = torch.stack([g.reference_logp for g in part if g.reference_logp is not None]).to(device())
             loss = exo_loss(flat.view(len(part), -1), reference, part).sum() / len(groups)
             loss.backward()

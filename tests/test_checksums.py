@@ -13,6 +13,7 @@ import pytest
 from exalign.checksums import (
     NAME,
     begun,
+    check_file,
     damaged_files,
     is_unchanged,
     read_sums,
@@ -107,6 +108,12 @@ def test_a_file_with_its_size_and_time_is_not_read(tmp_path: Path) -> None:
     assert is_unchanged(path, written)
     path.unlink()
     assert not is_unchanged(path, written)
+
+
+def test_a_file_that_nothing_vouches_for_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("a")
+    monkeypatch.setattr("exalign.checksums.checksum", lambda path: pytest.fail(f"{path} was read"))
+    check_file(tmp_path / "a")
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="this system has no sha256sum")

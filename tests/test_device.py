@@ -23,15 +23,15 @@ if kind == "mps":
 assert torch.accelerator.current_accelerator().type == kind
 
 from exalign.data.record import Record
+from exalign.device import device
 from exalign.models.memory import release_memory
-from exalign.processes import on_cpu
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
 from exalign.run.materials import ready
 from training.tiny_world import make_tokenizer, small_align_run
 
 model = ready(small_align_run(Path("{folder}")))
-assert on_cpu()
+assert device().type == "cpu"
 release_memory()
 settings = SampleSettings(num_completions=2, max_new_tokens=3, max_prompt_tokens=8)
 drawn = list(GroupedSampler(model, make_tokenizer(), settings, temperature=1.0, seed=0).sample([Record("a", "x")]))
@@ -44,6 +44,13 @@ def _threads_as_they_were():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", ["1", "True", "yes", "on"])
+def test_the_cpu_is_asked_for_as_accelerate_reads_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert subject.device.__wrapped__().type == "cpu"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a driver here")

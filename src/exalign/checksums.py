@@ -22,9 +22,6 @@ from exalign.storage import atomic_path, read_sealed, write_sealed, write_text
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_END = "# {count} files, {digest}\n"
-"""The last line, a comment to `sha256sum`: how many lines stand above and their own SHA-256, so that none is lost or
-changed unnoticed, a name no more than a checksum."""
 BEGUN = ".*.begun"
 
 
@@ -134,7 +131,8 @@ def settle(folder: Path, more: Mapping[str, str]) -> None:
 
 def check_file(path: Path) -> None:
     """A file that is not what the SHA256SUMS beside it says is an `InputError`."""
-    if read_sums(path.parent).get(path.name) not in (None, checksum(path)):
+    digest = read_sums(path.parent).get(path.name)
+    if digest is not None and not holds(path, digest):
         raise InputError(f"{path} is damaged: it is not what {NAME} says; delete it and run the stage again.")
 
 
@@ -175,5 +173,7 @@ def holds(file: Path, digest: str) -> bool:
 
 
 def _text(sums: Mapping[str, str]) -> str:
+    """A line for each file. The last, a comment to `sha256sum`, has the number of lines above and their own SHA-256, so
+    that none is lost or changed unnoticed, a name no more than a checksum."""
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-    return lines + _END.format(count=len(sums), digest=hashlib.sha256(lines.encode()).hexdigest())
+    return lines + f"# {len(sums)} files, {hashlib.sha256(lines.encode()).hexdigest()}\n"

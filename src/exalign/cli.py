@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -322,10 +323,8 @@ def chat_(
     from exalign.run.chat import Speaker, chat
 
     _quiet_libraries()
-    sources = [model] if against is None else [model, against]
-    how = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens, "system": system}
-    speakers = [Speaker.load(source, **how) for source in sources]  # type: ignore[arg-type]
-    chat(speakers, console)
+    speak = partial(Speaker.load, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, system=system)
+    chat([speak(source) for source in (model, against) if source is not None], console)
 
 
 def _version(asked: bool) -> None:
@@ -373,7 +372,7 @@ def figures(
     ] = None,
 ) -> None:
     """Draw the paper's figures: Figures 2 to 9 and Tables 1, 2 of a run; without one, Figures 1 and 5, exactly."""
-    paths, missing = _draw_exact_figures(out or Path("figures")) if run is None else draw_run_figures(run, out)
+    paths, missing = (_exact_figures(out or Path("figures")), []) if run is None else draw_run_figures(run, out)
     for path in paths:
         console.print(shown(f"wrote {path}{' and .svg' if path.suffix == '.png' else ''}"), soft_wrap=True)
     for sentence in missing:
@@ -402,7 +401,7 @@ def draw_run_figures(run: Path, out: Path | None = None) -> tuple[list[Path], li
     return write_paper_figures(evidence, run, folder.figures if out is None else out)
 
 
-def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
+def _exact_figures(folder: Path) -> list[Path]:
     """Figures 1 and 5, the theorems' and on-policy gradients, as PNG and SVG in `folder`: seconds, always the same."""
     from exalign.exact.bimodal import objective_figure, two_mode_figure
     from exalign.exact.convergence import gradient_error_figure, on_policy_figure
@@ -414,7 +413,7 @@ def _draw_exact_figures(folder: Path) -> tuple[list[Path], list[str]]:
     figures = {name: draw_divergences(**asdict(shown)) for name, shown in densities.items()}
     figures["theorems"] = draw_error_against_k(gradient_error_figure())
     figures["on-policy"] = draw_error_against_k(on_policy_figure())
-    return [save_figure(figure, folder, name) for name, figure in figures.items()], []
+    return [save_figure(figure, folder, name) for name, figure in figures.items()]
 
 
 @app.command(rich_help_panel=RESULT)
@@ -490,11 +489,8 @@ def benchmark_(
     if against is not None if is_run else method is not None:
         raise InputError("--against is for a model, --method for a run, which is measured against where it started.")
     _quiet_libraries()
-
-    def find() -> Any:
-        how = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template}
-        return find_tasks(tasks, include_path, **how)
-
+    how = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template}
+    find = partial(find_tasks, tasks, include_path, **how)
     if is_run:
         console.print(benchmark_table(benchmark_run(run, method, find)))
         console.print(shown(f"wrote {run.benchmark}; exalign report RECIPE shows it"), soft_wrap=True)

@@ -31,7 +31,7 @@ def device() -> torch.device:
     import torch
 
     cpu, built = torch.device("cpu"), torch.accelerator.current_accelerator()
-    if built is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if built is None or is_on("ACCELERATE_USE_CPU"):
         return cpu
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -44,6 +44,11 @@ def device() -> torch.device:
         _log.warning("Apple's GPU (MPS) has no float64, which sampling needs; running on the CPU.")
         return cpu
     return usable or cpu
+
+
+def is_on(name: str) -> bool:
+    """Whether this variable of the environment says yes, as Accelerate reads it."""
+    return os.environ.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
 def to_device(target: torch.device, *tensors: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from exalign.device import device
+from exalign.device import device, is_on
 from exalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,14 +31,9 @@ TOGETHER = timedelta(hours=2)
 _messages = itertools.count()
 
 
-def number() -> int:
-    """How many processes a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def several() -> bool:
-    """Whether there are other processes than this one."""
-    return number() > 1
+    """Whether a launcher started other processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leads() -> bool:
@@ -46,19 +41,9 @@ def leads() -> bool:
     return not several() or int(os.environ.get("RANK", "0")) == 0
 
 
-def on_cpu() -> bool:
-    """Whether the processes train on CPUs: where there is no accelerator, or ACCELERATE_USE_CPU says so."""
-    return device().type == "cpu"
-
-
 def shards() -> bool:
     """Whether the launcher's configuration asks for sharded weights (FSDP)."""
     return is_on("ACCELERATE_USE_FSDP")
-
-
-def is_on(name: str) -> bool:
-    """Whether the launcher set this variable of the environment to true."""
-    return os.environ.get(name, "").lower() in ("1", "true")
 
 
 def join() -> None:
@@ -75,7 +60,7 @@ def join() -> None:
     if several():
         from accelerate import PartialState
 
-        PartialState(cpu=on_cpu(), timeout=TOGETHER)
+        PartialState(cpu=device().type == "cpu", timeout=TOGETHER)
 
 
 @contextmanager

@@ -133,6 +133,13 @@ def exists(path: Path) -> bool:
         return False
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether Git LFS did not fetch a file, and this stands in its place."""
+    start = b"version https://git-lfs"
+    with file.open("rb") as stream:
+        return stream.read(len(start)) == start
+
+
 def fingerprint(value: Any) -> str:
     """A short content hash (16 hex digits) of a JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

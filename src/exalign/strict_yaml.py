@@ -26,7 +26,7 @@ MAX_INTEGER = 2**63 - 1
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-6` is a number, a key is given once."""
+    """YAML as people write it: `1e-6` is a number; a key is given once and is a text, also `yes` and `1`."""
 
     depth = 0
 
@@ -38,17 +38,18 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise _problem("a mapping is made of names and values", node.start_mark)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a setting's name is a word", key.start_mark)
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise _problem(f"{key.value[:60]!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            if key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise _problem(f"{key.value[:60]!r} is given twice", key.start_mark)
+                seen.add(key.value)
+                key.tag = "tag:yaml.org,2002:str"
+        return node
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -108,8 +109,6 @@ def _count(node: yaml.Node, known: dict[int, tuple[int, int] | None], level: int
         size, height = 1, 0
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
         for child in [part for pair in children for part in (pair if isinstance(pair, tuple) else (pair,))]:
-            if level >= MAX_DEPTH:
-                raise _problem(f"nested more than {MAX_DEPTH} deep", child.start_mark)
             inner, below = _count(child, known, level + 1)
             size, height = size + inner, max(height, below + 1)
             if size > MAX_VALUES:

@@ -19,7 +19,10 @@ def escape_controls(text: str) -> str:
     >>> print(escape_controls("a\\n\\x1b[31mb\\u202e"))
     a\\n\\x1b[31mb\\u202e
     """
-    return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
+    if text.isascii() and text.isprintable():
+        return text
+    hidden = [character for character in set(text) if unicodedata.category(character) in _HIDDEN]
+    return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in hidden})
 
 
 def shown(text: object, style: str = "") -> Text:
@@ -29,9 +32,3 @@ def shown(text: object, style: str = "") -> Text:
     '[red]x[/]\\\\x1b]8;;http://a\\\\x07'
     """
     return Text(escape_controls(str(text)), style=style)
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) in _HIDDEN:
-        return character.encode("unicode_escape").decode("ascii")
-    return character

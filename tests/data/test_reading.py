@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -411,7 +412,7 @@ def as_csv(rows):
 
 def as_parquet(rows):
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), stream)
+    pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), stream)
     return stream.getvalue()
 
 
@@ -466,6 +467,7 @@ BROKEN = {
     "quote.csv": (b'prompt,completion\na,"b', "row 1: not valid CSV"),
     "utf8.csv": (b"prompt,completion\na,b\nc,\xff\n", "line 3: not valid UTF-8"),
     "bad.parquet": (b"PAR1 not really", "Parquet"),
+    "twice.parquet": (as_parquet(pa.table([["p"], ["q"]], names=["prompt", "prompt"])), "columns of one name"),
     "data.text": (b"hello", "must end in"),
     "utf8.txt": (b"a\n\xff\n", "row 2: not valid UTF-8"),
     "half.json": (b'{"prompt": "p"\n}\n{"prompt":\n', "line 4: not valid JSON"),
@@ -497,6 +499,15 @@ def test_a_missing_file_names_the_nearest(tmp_path, write_jsonl):
             read_source(DataSettings(source=str(wrong)), Counter())
     with pytest.raises(InputError, match=f"did you mean {tmp_path}"):
         read_source(DataSettings(source=f"{tmp_path}x/train.jsonl"), Counter())
+
+
+def test_a_folder_that_may_not_be_listed_names_none(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"There is no file or folder .*train\.jsonl\.$"):
+        read_source(DataSettings(source=str(tmp_path / "train.jsonl")), Counter())
 
 
 def test_splits_of_a_folder(tmp_path, write_jsonl):
@@ -546,6 +557,10 @@ def test_a_folder_saved_by_datasets(tmp_path):
     assert len(read(tmp_path / "saved" / "train")) == 5
     with pytest.raises(InputError, match="train, test"):
         read(tmp_path / "saved")
+    (table,) = (tmp_path / "saved" / "train").glob("*.arrow")
+    table.write_bytes(table.read_bytes().replace(b"line one", b"line \xff\xff\xff"))
+    with pytest.raises(InputError, match="cannot be read by datasets"):
+        read(tmp_path / "saved" / "train")
 
 
 def test_windows_are_disjoint_and_shuffling_keeps_ids(write_jsonl):
@@ -568,6 +583,8 @@ def test_a_line_of_a_text_file_is_a_text(tmp_path):
     ]
     assert counts == {"blank_lines": 1, "rows": 2, "records": 2}
     assert [r.prompt for r in read(tmp_path / "data.txt", columns={"prompt": "text"})] == ["one", " two "]
+    (tmp_path / "data.txt").write_bytes(b"[1] a note, no JSON\n")
+    assert len(read(tmp_path / "data.txt", streaming=True)) == 1
 
 
 def test_columns_are_renamed(write_jsonl):
@@ -601,6 +618,8 @@ def test_columns_may_be_expressions(write_jsonl):
     assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column meta not used": 2}
     (last, _) = read(path, columns={**columns, "completions": "[answers[-1].text]", "rewards": "[`3`]"})
     assert last.rewards == [3.0]
+    best = "max_by(answers[?score.overall], &score.overall).text || 'none'"  # `score` is read from an answer
+    assert read(path, columns={"prompt": joined, "completion": best})[0].completions[0].text == "none"
 
 
 @pytest.mark.parametrize(
@@ -610,6 +629,8 @@ def test_columns_may_be_expressions(write_jsonl):
         ({"completion": "anwser.text"}, "asks for a column 'anwser'"),
         ({"completion": "answers[.text"}, "asks for a column 'answers\\[.text'.*nor is it JMESPath"),
         ({"completion": "join(input, answers)"}, "`columns` cannot read completion"),
+        ({"completion": "answers[::0].text"}, "`columns` cannot read completion .slice step cannot be zero"),
+        ({"completion": "[" * 3_000}, r"asks for a column '\[{100}' \(nor is it JMESPath: maximum recursion"),
         ({"prompt": "instruction", "label": "meta.none"}, "names label, which has no content here or no use"),
     ],
 )
@@ -645,6 +666,7 @@ def test_the_settings_of_a_command_line():
         ([], ["limti=5"], "'limti' is no setting of a data source; did you mean limit"),
         ([], ["align.exo.epochs=2"], r"'align.exo.epochs' is no setting of a data source"),
         (["promt=a"], [], r"columns: 'promt' is no column.*did you mean prompt"),
+        ([], ["labels=5", "labels.a=1"], r"'labels.a=1': labels is a single value"),
     ]:
         with pytest.raises(InputError, match=message):
             settings_of("x", columns, more)
@@ -694,8 +716,9 @@ def test_rows_of_one_prompt_are_joined(write_jsonl):
         ("data.jsonl:4", 1, [1.0]),
     ]
     assert counts == {"rows": 4, "records": 3}
-    with pytest.raises(InputError, match=r"`join` cannot take effect on row data.jsonl:1"):
-        read(write_jsonl([PAIR, PAIR]), join=True)
+    for wrong in ([PAIR, PAIR], [{**rows[0], "weight": 1}, {**rows[1], "weight": 2}]):
+        with pytest.raises(InputError, match=r"`join` cannot take effect on row data.jsonl:1"):
+            read(write_jsonl(wrong), join=True)
 
 
 def test_prompts_that_two_sources_share(write_jsonl):
@@ -725,6 +748,7 @@ def test_settings_that_cannot_take_effect_are_errors(tmp_path, write_jsonl):
         (path, {"streaming": True, "shuffle_seed": 1}, "`shuffle_seed`"),
         (tmp_path / "records", {"split": "train"}, "`split`"),
         (tmp_path / "records", {"columns": {"prompt": "x"}}, "`columns`"),
+        (tmp_path / "records", {"shuffle_seed": 0}, "`shuffle_seed`"),
     ]:
         with pytest.raises(InputError, match=message):  # before anything is read
             read_source(DataSettings(source=str(source), **settings), Counter())
@@ -759,6 +783,18 @@ def test_a_file_is_never_held_in_memory(write_jsonl):
     tracemalloc.stop()
     assert number == 2_000
     assert peak < path.stat().st_size / 10
+
+
+@pytest.mark.parametrize("data_dir", ["part", "part/", "/part/"])
+def test_a_folder_of_a_hub_data_set(tmp_path, monkeypatch, data_dir):
+    def download(name, *, repo_type, allow_patterns):
+        assert (name, repo_type, allow_patterns) == ("somebody/some-data", "dataset", "part/*")
+        return str(tmp_path)
+
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/train.jsonl").write_bytes(as_lines(ROWS))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert [r.id for r in read("somebody/some-data", data_dir=data_dir, limit=1)] == ["train.jsonl:1"]
 
 
 HUB = """

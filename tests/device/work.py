@@ -128,7 +128,7 @@ def scored(folder: Path) -> list[float]:
     records = list(sampler_of("gpt2").sample(make_prompts(6)))
     models = [model.to(device()) for model in (scalar_model(), oracle_model())]
     scorers = RewardModelScorer(models[0], make_tokenizer()), ClassifierScorer(models[1], make_tokenizer(), 1)
-    rewards = WeightedSum([("reward", (1.0, scorers[0])), ("log-odds", (2.0, scorers[1]))]).score(records)
+    rewards = WeightedSum({"reward": (1.0, scorers[0]), "log-odds": (2.0, scorers[1])}).score(records)
     return [reward for row in rewards for reward in row]
 
 

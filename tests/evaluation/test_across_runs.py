@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from exalign.evaluation.across_runs import (
     read_runs,
 )
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.schema import MethodEvidence
+from exalign.evaluation.schema import MethodEvidence, Sweep
 from exalign.report.compare import draw_differences, tables, write_differences
 from exalign.report.wording import interval
 
@@ -187,6 +188,29 @@ def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunRes
     other = replace(alike[-1], evidence=replace(last, recipe=last.recipe + "\nmodel: {source: another}\n"))
     assert differing_sections(alike) == [] and differing_sections([*alike[:-1], other]) == ["model"]
     assert "different settings too**: the recipes' model." in tables([*alike[:-1], other], KLS)
+
+
+def test_runs_of_one_name_in_several_folders_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    for experiment, run in zip(("one", "other"), runs, strict=False):
+        shutil.copytree(run, tmp_path / experiment / "seed-0")
+    places = [tmp_path / experiment / "seed-0" for experiment in ("one", "other")]
+    assert [run.name for run in read_runs(places, KLS)] == [place.as_posix() for place in places]
+
+
+def test_a_run_whose_recipe_is_gone_is_compared(results: list[RunResults]) -> None:
+    bare = replace(results[0], evidence=replace(results[0].evidence, recipe=""))
+    assert differing_sections([bare]) == [] and "different settings" not in tables([bare], KLS)
+    assert differing_sections([results[1], bare]) == ["temperature", "oracle", "evaluate"]
+
+
+def test_the_ends_of_a_sweep_keep_their_values_where_one_is_left_out(results: list[RunResults]) -> None:
+    """Of three trainings at kl = 1, 2 and 3 nats the samples of the second are incomplete."""
+    first, *others = results[0].evidence.methods
+    points = [replace(point, step=step) for point, step in zip(first.points, (1, 3), strict=False)]
+    swept = replace(first, points=points, sweep=Sweep("kl", [1.0, 2.0, 3.0], [0.5, 0.25, 0.125]))
+    run = replace(results[0], evidence=replace(results[0].evidence, methods=[swept, *others]))
+    (table,) = [part for part in tables([run], KLS).split("\n\n") if part.startswith("| run | method | trained for")]
+    assert [line.split(" | ")[2:4] for line in table.splitlines()[2:]] == [["kl 1", "0.500"], ["kl 3", "0.125"]]
 
 
 def test_student_by_hand() -> None:

@@ -23,7 +23,7 @@ from exalign.evaluation.schema import (
     PromptDensity,
     Tally,
 )
-from exalign.evaluation.verdict import own_sample_warnings, verdict, warnings
+from exalign.evaluation.verdict import misled, own_sample_warnings, verdict, warnings
 
 SFT = FrontierPoint(0, None, Interval(0, 0, 0, 9), None, 9, tokens=16.0, finished=0.9, repetition=0.02)
 
@@ -121,6 +121,12 @@ def test_a_policy_that_the_best_of_few_samples_beats_nearby_is_warned_of() -> No
     assert said(point(1, span(2.2), kl=2.5), best_of_n=best) == ""
     worse = said(shown, best_of_n=[BestOfN(1, span(2.4), 0.0)])
     assert "has less reward than the supervised policy itself: its KL buys nothing" in worse
+
+
+def test_a_training_reward_that_leads_nowhere_is_warned_of() -> None:
+    (far,) = misled(1.2, span(0.28, 0.08))
+    assert "at 1.2 nats the optimum for it has 28 % [20, 36] of what could be gained" in far
+    assert misled(1.2, span(0.45, 0.08)) == []
 
 
 def test_few_effective_samples_are_warned_of() -> None:

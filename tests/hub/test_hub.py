@@ -12,6 +12,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from exalign.evaluation.run_folder import RunFolder
 from exalign.models.loading import save_model
 from exalign.report import write_report
 from exalign.report.wording import interval
+from exalign.run.publish import card as publish_card
 from exalign.run.publish import publish
 from faults.starts import Starter
 
@@ -291,6 +293,10 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     assert front["library_name"] == "transformers" and "exalign" in front["tags"]
     assert f"| {interval(evidence.methods[0].points[0].kl)} |" in card
     assert str(tmp_path) not in card
+    own = {"critic": {"source": str(tmp_path)}, "other": {"source": "g/critic"}}
+    told = replace(evidence.methods[0], settings=own)
+    written = publish_card(evidence, told, told.points[0], RunFolder(tmp_path / "run").recipe_values())
+    assert str(tmp_path) not in written and "g/critic" in written
     adapter = RunFolder(tmp_path / "run").policy("exo-rw", chosen)
     shutil.rmtree(adapter)
     base = AutoModelForCausalLM.from_pretrained(repositories / "models/tiny")

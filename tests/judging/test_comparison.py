@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from itertools import permutations
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from exalign.judging.agreement import (
 )
 from exalign.judging.comparisons import (
     CRITERIA,
-    VERDICTS,
     Comparison,
+    Verdict,
     read_comparisons,
     verdict_from_shown,
     write_comparisons,
@@ -44,9 +45,9 @@ COMPARISONS = st.builds(
     first_text=TEXT,
     second_text=TEXT,
     judge=TEXT,
-    verdict=st.sampled_from(VERDICTS),
+    verdict=st.sampled_from(get_args(Verdict)),
     left=st.sampled_from(["first", "second", None]),
-    criteria=st.dictionaries(st.sampled_from(CRITERIA), st.sampled_from(VERDICTS)),
+    criteria=st.dictionaries(st.sampled_from(CRITERIA), st.sampled_from(get_args(Verdict))),
     reference=st.none() | TEXT,
     comment=st.none() | TEXT,
     answer=st.none() | TEXT,
@@ -266,8 +267,9 @@ def test_mt_bench_rows_of_both_turns():
     assert (three.verdict, three.judge) == ("tie", "gpt4/pair")
     assert [c.verdict for c in from_mt_bench([_mt_bench(winner="?")], counts=counts)] == ["unreadable"]
     assert counts == {"unknown_winner": 1}
-    with pytest.raises(InputError, match="Row 0"):
-        list(from_mt_bench([{"question_id": 1}], counts=counts))
+    for wrong in ({"question_id": 1}, _mt_bench(turn=0), _mt_bench(turn=3)):
+        with pytest.raises(InputError, match="Row 0"):
+            list(from_mt_bench([wrong], counts=counts))
 
 
 def _feedback(**changes):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +174,34 @@ def test_an_export_repeats_no_stored_study_but_adds_one_kept_elsewhere(run: Path
     here, elsewhere = read_judgements(run).studies
     assert [here] == stored
     assert (elsewhere.name, elsewhere.num_verdicts, elsewhere.num_asked) == ("elsewhere", 18, None)
+
+
+def test_a_damaged_export_takes_no_other_with_it(run: Path) -> None:
+    write_comparisons(run / "assessment" / "good.jsonl", people(run))
+    RunFolder(run).studies.unlink()
+    (run / "assessment" / "damaged.jsonl").write_text("{")
+    found = read_judgements(run)
+    assert [study.name for study in found.studies] == ["good"]
+    assert len(found.notes) == 1
+    assert "damaged.jsonl, line 1" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("DROP TABLE assignment", "cannot be used as a study database: no such table"),
+        ("UPDATE assignment SET answer = '{' WHERE decided_at IS NOT NULL", "holds what exalign did not write"),
+        ("UPDATE assignment SET answer = '{}' WHERE decided_at IS NOT NULL", "holds what exalign did not write"),
+        ("UPDATE assignment SET decided_at = 'x' WHERE decided_at IS NOT NULL", "holds what exalign did not write"),
+    ],
+)
+def test_a_damaged_study_withholds_no_report(run: Path, damage: str, said: str) -> None:
+    with closing(sqlite3.connect(RunFolder(run).studies)) as connection, connection:
+        connection.execute(damage)
+    found = read_judgements(run)
+    assert len(found.judges) == 2
+    assert found.studies == []
+    assert said in found.notes[0]
 
 
 def test_verdicts_on_answers_that_were_replaced_are_counted(run: Path) -> None:

@@ -98,9 +98,7 @@ def test_the_blocks_are_those_of_the_whole_mask(seed, window) -> None:
     """Built from the segments alone they are what torch finds by looking at every pair, in the same order."""
     layout = layout_of(random_shape(random.Random(seed)), window)
     with torch.no_grad():
-        tokens = layout.lineage()
-        parts = tokens.tensors()
-        found = attention.block_mask(parts, parts[::2], attention.mask_parts(layout)[3:], layout.window)
+        found = attention.block_mask(attention.mask_parts(layout), layout.window)
     n = layout.num_tokens
     index, zero = torch.arange(n), torch.tensor(0)
     assert torch.equal(found.mask_mod(zero, zero, index[:, None], index[None]), layout.dense_mask(torch.device("cpu")))

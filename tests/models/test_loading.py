@@ -131,6 +131,35 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tokenizer) -> None:
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no file that nobody can read from")
+@pytest.mark.parametrize("name", ["SHA256SUMS", "config.json", "model.safetensors", "tokenizer.json"])
+def test_files_that_cannot_be_read_are_one_sentence(name, tmp_path: Path, tokenizer) -> None:
+    """As on a disk that is failing, or of another user's."""
+    folder = tmp_path / "model"
+    save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, folder, card="")
+    for vouched in (True, False):
+        if not vouched:
+            (folder / "SHA256SUMS").unlink()
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/proc/self/mem")
+        with pytest.raises(InputError, match=f"{tmp_path}.*"):
+            load_policy(ModelSettings(source=str(folder)), load_tokenizer(str(folder)))
+
+
+def test_settings_of_other_types_than_anybody_writes_are_one_sentence(tmp_path: Path, tokenizer) -> None:
+    save_model(load_policy(ModelSettings(config=CONFIG), tokenizer), tokenizer, tmp_path, card="")
+    (tmp_path / "SHA256SUMS").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [3], "num_labels": 2}))
+    assert load_classifier(ModelSettings(source=str(tmp_path)), tokenizer).config.num_labels == 2
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": ["gpt2"]}))
+    with pytest.raises(InputError, match="Cannot load the model"):
+        load_scoring_model(str(tmp_path), tokenizer)
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="Cannot load the model"):
+        check_weights(str(tmp_path))
+
+
 def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(tmp_path: Path, tokenizer) -> None:
     import copy
 
@@ -308,7 +337,12 @@ class TestAnAdaptersFolder:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
         with pytest.raises(InputError, match=r"adapter holds a LoRA adapter alone.*gone does not exist"):
             load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
-        path.write_text("{}")
+        for text in ("{}", "[" * 100_000):
+            path.write_text(text)
+            with pytest.raises(InputError, match="does not name the model"):
+                load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
+        path.unlink()
+        path.mkdir()
         with pytest.raises(InputError, match="does not name the model"):
             load_policy(ModelSettings(source=str(tmp_path / "adapter")), tokenizer)
 

@@ -51,6 +51,11 @@ def test_activations_are_recomputed_where_the_budget_would_not_fit_without() -> 
     assert trained(model_of(LARGE), 80, shards=8)[0] > trained(model_of(LARGE), 80)[0] == 1024
 
 
+def test_a_model_without_blocks_has_sizes_too() -> None:
+    model = model_of({"config": PUBLIC_CONFIGURATIONS["gpt2"] | {"n_layer": 0}})
+    assert model.layer_bytes == 0 and trained(model, 80)[0] == 32768
+
+
 def test_more_memory_never_means_less() -> None:
     model = model_of(SMALL)
     for sizes in (

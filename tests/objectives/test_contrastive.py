@@ -176,6 +176,8 @@ def test_kto_of_several_completions_is_their_mean(draw) -> None:
         (lambda p: simpo_loss(p, LENGTHS, PREFERRED, beta=1.0, gamma=-1.0), "gamma must be at least 0"),
         (lambda p: simpo_loss(p, LENGTHS * 0, PREFERRED, beta=1.0, gamma=0.0), "at least one token"),
         (lambda p: cpo_loss(p, torch.tensor([0, 3]), beta=1.0), r"preferred\[1\] is 3, outside 0 … 2"),
+        (lambda p: ipo_loss(p, p, torch.tensor([0]), beta=1.0), "preferred must be int64 .* one per row"),
+        (lambda p: cpo_loss(p, torch.tensor([True, False]), beta=1.0), "preferred must be int64 .* not torch.bool"),
         (lambda p: orpo_loss(p, LENGTHS, PREFERRED, weight=0.0), "weight must be a finite number above 0"),
         (lambda p: kto_loss(p, p, PREFERRED, torch.tensor(0.0), beta=1.0), "desirable must be bool"),
     ],

@@ -77,10 +77,14 @@ def test_optimal_frontier_is_exact_where_samples_are_the_whole_space(draw):
     """With π_sft uniform over N completions, each listed once, the estimates are the quantities themselves."""
     rewards, betas = draw(3, 6), torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
     frontier = optimal_frontier(rewards, betas)
+    other = draw(3, 6)
+    judged = optimal_frontier(rewards, betas, judged=other)
+    torch.testing.assert_close((judged.kl, judged.effective_samples), (frontier.kl, frontier.effective_samples))
     for column, beta in enumerate(betas.tolist()):
         log_z = torch.logsumexp(rewards / beta, -1) - math.log(6)
         optimum = -math.log(6) + rewards / beta - log_z[:, None]
         torch.testing.assert_close(frontier.reward[:, column], (optimum.exp() * rewards).sum(-1))
+        torch.testing.assert_close(judged.reward[:, column], (optimum.exp() * other).sum(-1))
         kl = (optimum.exp() * (optimum + math.log(6))).sum(-1)
         torch.testing.assert_close(frontier.kl[:, column], kl)
         torch.testing.assert_close(frontier.effective_samples[:, column], 1 / optimum.exp().square().sum(-1))

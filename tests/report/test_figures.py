@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from exalign.evaluation.schema import MethodEvidence
 from exalign.exact.convergence import GradientErrors
-from exalign.report.figure_frontier import draw_frontier
-from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages, smooth
+from exalign.report.figures import draw_alignment, draw_checkpoints, draw_frontier, draw_other_stages, smooth
 from exalign.report.paper_figures import draw_divergences, draw_error_against_k
 from exalign.report.style import DARK, LIGHT, figure_style, inline_svg, looks_of, save_figure, spread_apart
 

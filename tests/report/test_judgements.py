@@ -12,13 +12,11 @@ from markupsafe import Markup
 
 from exalign.data.store import read_header, read_records, write_records
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Interval, Judgements, MethodEvidence, Tally
+from exalign.evaluation.schema import Interval, Judgements, Tally
 from exalign.judging.agreement import OVERALL, tally
 from exalign.judging.comparisons import read_comparisons
 from exalign.judging.judgements import read_judgements, stored_studies
 from exalign.report.page import render_page
-from exalign.report.style import looks_of
-from exalign.report.verdicts import verdict_bar
 from exalign.report.wording import interval, percent
 from report.test_browser import open_page
 
@@ -177,15 +175,17 @@ def test_people_alone_have_their_bars_explained(evidence_and_page, judged_run):
     assert text.count("Bars: from the left") == 1
 
 
-def test_bars_are_as_long_as_the_shares():
-    looks = looks_of(MethodEvidence(name, "exo", "preference", True, [], []) for name in ("exo-pref",))
+def test_bars_are_as_long_as_the_shares(evidence_and_page, judged_run):
     parts = Interval(0.5, 0.4, 0.61, 9), Interval(0.2, None, None, 9), Interval(0.3, -0.01, 0.36, 9)
-    bar = verdict_bar(Tally("exo-pref@5", "sft", OVERALL, *parts, parts[0], 9, 0), looks)
-    assert '<i class="win hollow" style="--c: var(--exo-1); --share: 50.0%"></i>' in bar
+    tallies = Tally("exo-pref@5", "sft", OVERALL, *parts, parts[0], 9, 0), Tally("a", "b", OVERALL, *[None] * 4, 0, 3)
+    judge = judged_run[1].judges[0]
+    judge = replace(judge, match_ups=[replace(judge.match_ups[0], tally=each) for each in tallies])
+    bar = render_page(replace(evidence_and_page[0], judgements=Judgements([judge])), {})
+    assert '<i class="win hollow" style="--c: var(--exo-2); --share: 50.0%"></i>' in bar
     assert '<i class="lose" style="--c: var(--muted); --share: 30.0%"></i>' in bar
     assert '<b class="above" style="--low: 40.0%; --high: 61.0%"></b>' in bar
     assert '<b class="below" style="--low: 0.0%; --high: 36.0%"></b>' in bar
-    assert verdict_bar(Tally("a", "b", OVERALL, None, None, None, None, 0, 3), looks) == ""
+    assert bar.count('class="verdicts"') == 1 and bar.count('<td class="wide-cell"></td>') == 1  # none without verdicts
 
 
 @pytest.mark.parametrize("width", [1280, 375, 320])

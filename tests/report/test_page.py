@@ -122,6 +122,15 @@ def test_what_was_lost_is_told_where_it_was_measured(evidence_and_page):
     assert "SFT: the run has since replaced this" in text
 
 
+def test_a_bar_ends_where_a_share_can(evidence_and_page):
+    """For few prompts an interval is widened, beyond 0 and 1 too."""
+    evidence = evidence_and_page[0]
+    wide = replace(evidence.methods[0].win_rates[0], rate=Interval(0.95, -0.01, 1.04, 4))
+    first = replace(evidence.methods[0], win_rates=[wide])
+    html = render_page(replace(evidence, methods=[first, *evidence.methods[1:]]), {})
+    assert "--low: 0.0%; --high: 100.0%; --at: 95.0%" in html
+
+
 def test_importing_the_report_does_not_load_torch():
     code = "import sys, exalign.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

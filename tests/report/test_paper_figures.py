@@ -20,10 +20,8 @@ from exalign.errors import InputError
 from exalign.evaluation.evidence import collect_evidence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import BestOfN, Evidence, Interval, Judgements, MethodEvidence, Tally, WinRate
-from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import CLASSIFIER, draw_frontier
-from exalign.report.figure_steps import draw_reward_against_step
-from exalign.report.paper_figures import ablations, draw_ablation
+from exalign.report.figures import CLASSIFIER, draw_density, draw_frontier, draw_reward_against_step
+from exalign.report.paper_figures import ablations, draw_ablation, write_paper_figures
 from exalign.report.style import drawable, figure_style, looks_of
 from exalign.report.verdicts import OVERALL, as_markdown, draw_verdicts, win_table
 from judging.judged_run import assess_run, judge_run, longer, moody
@@ -185,6 +183,14 @@ def test_a_run_without_any_samples_is_one_sentence(whole: Path, tmp_path: Path) 
         draw_run_figures(run)
 
 
+def test_a_prompt_with_backticks_stays_code(evidence: Evidence, whole: Path, tmp_path: Path) -> None:
+    assert evidence.density is not None
+    first, *_ = evidence.density.prompts
+    density = replace(evidence.density, prompts=[replace(first, prompt="run ``x`` <b>\nnow")])
+    write_paper_figures(replace(evidence, density=density), whole, tmp_path)
+    assert "\n1. ``` run ``x`` <b> now ```\n" in (tmp_path / "figures.md").read_text()
+
+
 def test_no_log_odds_no_accuracy(whole: Path, tmp_path: Path) -> None:
     run = copied(whole, tmp_path)
     recipe = run / "recipe.yaml"
@@ -256,6 +262,18 @@ def test_methods_that_differ_in_one_beta_are_found(evidence: Evidence) -> None:
     assert [axes.get_xlabel() for axes in figure.axes[-2:]] == ["β_π", "β_r"]
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [0.1, 0.5]
+
+
+def test_an_end_without_a_kl_has_none_beside_it(evidence: Evidence) -> None:
+    first = evidence.methods[0]
+    methods = [
+        replace(first, name=name, settings={"beta_pi": beta}, points=[replace(first.points[-1], kl=kl)])
+        for name, beta, kl in (("a", 0.1, Interval(1.5, None, None, 9)), ("b", 0.5, None))
+    ]
+    with figure_style():
+        figure = draw_ablation(replace(evidence, methods=methods), width=8.8)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["KL 1.5", "no KL"]
 
 
 def test_what_a_judge_says_of_methods_that_differ_in_one_beta_is_drawn_too(evidence: Evidence) -> None:

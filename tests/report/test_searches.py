@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from evaluation.synthetic_run import World, write_run
+from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.evaluation.schema import Search, Trial, read_evidence
 from exalign.report import write_report
@@ -47,6 +51,14 @@ def test_the_page_lists_every_trial(tmp_path: Path) -> None:
     assert "Loss was &lt;not&gt; finite." in text and "&lt;b&gt;" in text
     assert "0 0.000100 reverse_kl 0.250 1.50 1 min 1 s" in text
     assert "2 (best) 0.00100 forward_kl 0.750" in text and "3 the same as 2" in text
+
+
+@pytest.mark.parametrize(("file", "values"), [("best.json", {"trial": 2}), ("trials.json", {"trials": [{"no": 0}]})])
+def test_a_damaged_search_is_one_sentence(tmp_path: Path, file: str, values: dict[str, Any]) -> None:
+    run = searched(tmp_path)
+    write_json(run / "search/exo-rw" / file, values)
+    with pytest.raises(InputError, match="does not hold a search; make search/exo-rw again"):
+        build_evidence(run, num_resamples=20)
 
 
 def test_without_a_search_the_page_says_nothing_of_one(tmp_path: Path) -> None:

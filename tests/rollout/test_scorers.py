@@ -232,8 +232,10 @@ def test_a_reward_that_is_not_finite_names_its_record(records):
         RewardModelScorer(model, word_tokenizer(encoder=False)).score(records)
 
 
-def test_no_records_no_rewards():
-    assert RewardModelScorer(tiny_classifier("gpt2", 1), word_tokenizer(encoder=False)).score([]) == []
+@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
+def test_no_records_no_rewards(model_type):
+    tokenizer = word_tokenizer(encoder=model_type in ENCODERS)
+    assert RewardModelScorer(tiny_classifier(model_type, 1), tokenizer).score([]) == []
 
 
 def log_odds_by_hand(model, tokenizer, record: Record, completion: Completion, positive: int) -> float:
@@ -417,6 +419,21 @@ def lazy(prompts, completions):
 
 def enormous(prompts, completions):
     return [[10**400 for _ in texts] for texts in completions]
+
+def leaves(prompts, completions):
+    raise SystemExit(3)
+
+def by_number(prompts, completions):
+    return {i: [0.0] * len(completions[i]) for i in range(len(prompts))}
+
+def flat_by_number(prompts, completions, **columns):
+    return dict(enumerate(len(text) for text in completions))
+
+def unordered(prompts, completions):
+    return [{float(i) for i, _ in enumerate(texts)} for texts in completions]
+
+def digits(prompts, completions):
+    return ["1" * len(texts) for texts in completions if isinstance(texts, list)]
 """
 
 
@@ -465,6 +482,10 @@ def test_a_function_that_cannot_be_had(name, message):
         ("not_finite", "the reward inf to completion 0 of record b"),
         ("words", "the reward good to completion 0 of record a"),
         ("nothing", "one list of rewards per prompt"),
+        ("by_number", "one list of rewards per prompt"),
+        ("flat_by_number", "one number per completion"),
+        ("unordered", "one list of rewards per prompt"),
+        ("digits", "one list of rewards per prompt"),
     ],
 )
 def test_rewards_that_cannot_be_used(records, name, message):
@@ -486,6 +507,8 @@ def test_whatever_a_function_does_is_one_sentence(records):
         FunctionScorer("my_rewards:lazy").score(records)
     with pytest.raises(InputError, match=r"enormous .* gave the reward 10+ to completion 0 of record a"):
         FunctionScorer("my_rewards:enormous").score(records)
+    with pytest.raises(InputError, match=r"leaves .*my_rewards.py, line \d+: SystemExit: 3"):
+        FunctionScorer("my_rewards:leaves").score(records)
     with pytest.raises(InputError, match=r"cannot be imported .*SystemExit: 3"):
         FunctionScorer("my_leaving_rewards:any")
 

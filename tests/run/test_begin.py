@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
     edited.write_text(edited.read_text().replace("beta_pi: 0.5", "beta_pi: 0.25"))
     with pytest.raises(InputError, match=r"first\.yaml is there already, edited or .*exalign run"):
         align(str(model), str(pairs), out=out)
+
+
+def test_what_is_chosen_is_named_by_model_and_data(model: Path, pairs: Path, tmp_path: Path) -> None:
+    for name in ("Tiny2.5-1B", "Tiny2.5-7B"):
+        shutil.copytree(model, tmp_path / name)
+        begun = begin(str(tmp_path / name), str(pairs))
+        assert begun.values["name"] == f"{name}-pairs" and begun.file == Path(f"runs/{name}-pairs.yaml")
+    for out in (".", "..", "/"):
+        with pytest.raises(InputError, match=r"--out .* has no name"):
+            begin(str(model), str(pairs), out=out)
 
 
 def test_other_names_of_columns_come_in_with_the_command(model: Path, pairs: Path, tmp_path: Path) -> None:

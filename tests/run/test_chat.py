@@ -63,5 +63,17 @@ def test_two_side_by_side_in_the_terminal(models: Path) -> None:
     assert ended.output.count("/chat ─") == 2 and ended.output.count("/plain ─") == 2  # a panel each, twice
 
 
+def test_what_is_said_of_a_conversation_is_of_this_one(models: Path) -> None:
+    cut = "no room for all of it: the beginning is cut"
+    arguments = ["chat", str(models / "chat"), "--max-new-tokens", "4", "--system", "Be brief."]
+    ended = CliRunner().invoke(app, arguments, input=f"{'long ' * 300}\n/new\nHello\n")
+    assert ended.exit_code == 0, ended.output
+    assert " ".join(ended.output.split()).count(cut) == 1
+    plain = CliRunner().invoke(
+        app, ["chat", str(models / "plain"), "--max-new-tokens", "4", "--system", "Be brief."], input=""
+    )
+    assert "continues each text by itself, without --system" in " ".join(plain.output.split())
+
+
 def test_the_version_is_said() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"exalign {__version__}\n"

@@ -36,13 +36,15 @@ from exalign.data.store import (
     write_records,
     write_shard,
 )
+from exalign.data.tokenization import pin_date, render_chat
 from exalign.errors import InputError
-from exalign.run.cluster import ShardWork, _for_workers, _sampling, connected, map_shards
-from exalign.run.materials import offline_sampling
+from exalign.run.cluster import ShardWork, _for_workers, _sampling, _scoring, connected, map_shards
+from exalign.run.materials import offline_sampling, scoring
 from exalign.run.recipe import ClusterSettings, Recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
 from exalign.run.view import Contents, View, key
+from exalign.storage import write_json
 
 # Looked for, not imported: what closes a cluster to others is read with the first import.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install "exalign[ray]"')
@@ -141,6 +143,22 @@ def test_the_stages_write_what_one_process_writes(
     assert not (tmp_path / "rollouts" / "prompts").exists()
 
 
+def test_workers_that_sample_and_that_score_write_the_date_of_the_run(
+    make: Callable[..., Recipe], policy: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}"
+    write_json(tmp_path / "environment.json", {"begun": "2001-02-03T04:05:06"})
+    view, scorer = _for_workers(rollouts_of(make(cluster={}), tmp_path)), scoring(make())
+    assert scorer is not None
+    scored = _for_workers(rollouts_of(make(cluster={}), tmp_path, "scored"))
+    for begin in (partial(sampling, view), partial(_scoring, scored, scorer)):
+        pin_date(None)
+        begin()
+        assert render_chat(tokenizer, [{"role": "user", "content": "Hi"}]) == "03 February 2001"
+    pin_date(None)
+
+
 def rollout_prompts(plain: Path, folder: Path) -> Path:
     """The prompts of the plain run as shards, as the stage writes them for its workers."""
     records = [Record(record.id, record.prompt) for record in read_records(plain / "rollouts" / "records")]
@@ -148,10 +166,10 @@ def rollout_prompts(plain: Path, folder: Path) -> Path:
     return folder
 
 
-def rollouts_of(recipe: Recipe, folder: Path, console: Console | None = None) -> View:
-    """What the stage that samples gets."""
-    stage = next(stage for stage in plan(recipe) if stage.name == "rollouts")
-    return Run(recipe, folder, console or Console(quiet=True)).view(stage)
+def rollouts_of(recipe: Recipe, folder: Path, name: str = "rollouts") -> View:
+    """What the stage that samples gets, or another."""
+    stage = next(stage for stage in plan(recipe) if stage.name == name)
+    return Run(recipe, folder, Console(quiet=True)).view(stage)
 
 
 def sampling(view: View) -> ShardWork:

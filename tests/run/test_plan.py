@@ -164,6 +164,42 @@ def test_learning_prompts_moves_their_tokens_and_adds_work_in_the_head() -> None
     assert learnt.costs[0].flops > plain.costs[0].flops
 
 
+def tokens_of(*overrides: str, **assumed: Any) -> dict[str, int]:
+    return {cost.stage: cost.tokens for cost in planned(RECIPE, *overrides, **assumed).costs}
+
+
+def test_references_are_of_all_completions_read_as_the_device_allows() -> None:
+    """A method may train on the first K and in small micro-batches; its reference is one for all methods."""
+    plain, other = planned(RECIPE), planned(RECIPE, "align.exo-rw.num_completions=2", "align.exo-rw.token_budget=64")
+    assert tokens_of("align.exo-rw.num_completions=2")["align/exo-rw"] < tokens_of()["align/exo-rw"]
+    before, after = (next(c for c in b.costs if c.stage == "reference/reward") for b in (plain, other))
+    assert before == after
+
+
+def test_preferences_that_are_held_out_are_evaluated_and_not_trained_on() -> None:
+    given = ["preferences=null", "data.preferences.source=no/such-pairs", "data.evaluation=null", "data.held_out=0.1"]
+    tokens = tokens_of(*given, prompts=100, prompt_tokens=10, completion_tokens=20)
+    assert tokens["reward"] == 3 * 90 * (10 + 2 * 20)  # three epochs
+    assert tokens["evaluation/sft"] == 2 * 10 * (10 + 4 * 20)  # drawn, and log π_sft of them
+    few = tokens_of(*given, "evaluate.prompts=7", prompts=100, prompt_tokens=10, completion_tokens=20)
+    assert (few["reward"], few["evaluation/sft"]) == (3 * 93 * 50, 2 * 7 * 90)
+
+
+def test_a_search_is_validated_on_its_own_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(5)))
+    search = "search={trials: 3, kl: 1.0, prompts: 20, samples: 2, methods: {exo-rw: {beta_pi: {low: 0.1, high: 1.0}}}}"
+    assert tokens_of(search, f"data.validation.source={file}")["validation"] == 2 * 5 * (12 + 2 * 28)
+
+
+def test_data_without_rows_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "p"}\n')
+    with pytest.raises(InputError, match=r"data\.prompts: .*prompts\.jsonl has no usable rows"):
+        planned(RECIPE, f"data.prompts={{source: {file}, skip: 1}}")
+    assert rows_of(DataSettings(source="x" * 300))[0] == UNKNOWN_ROWS
+
+
 def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))

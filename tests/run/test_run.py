@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from exalign.data.batching import group_of
+from exalign import checksums
+from exalign.data.batching import Group, group_of
 from exalign.data.record import Completion, Record
-from exalign.data.store import read_header, read_records
+from exalign.data.store import Header, read_header, read_records, write_records
 from exalign.data.synthetic import remark_reward
+from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.verdict import scorer_accuracy
@@ -34,6 +37,7 @@ from exalign.run.materials import prompts_of, records_of
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.run.search import validation_prompts
+from exalign.run.stage_files import stage_checksums
 from exalign.run.stages import plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer
@@ -399,3 +403,46 @@ def test_what_is_held_out_of_preferences_is_held_out_of_everything(tmp_path: Pat
     rows = in_order(evaluation_rows(view), None)
     found = validation_prompts(rows, records_of(view, "validation"), view.counts, used=512, wanted=30)
     assert not kept & {record.prompt for record in found} and view.counts["prompts_of_the_evaluation"] > 0
+
+
+def test_ids_of_another_tokenizer_are_not_taken_for_those_of_a_model(
+    tiny: MakeRecipe, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of another run that are evaluated on, and samples of the policy that a reward model of its own reads."""
+    rows = [Record(str(i), f"the film {i}", prompt_ids=(9999,)) for i in range(8)]
+    write_records(tmp_path / "rows", rows, Header())
+    own = build_tokenizer((world / "sft.jsonl").read_text().splitlines(), vocab_size=300)
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=len(own), pad_token_id=0)
+    for part in (own, AutoModelForCausalLM.from_config(config)):
+        part.save_pretrained(tmp_path / "own")
+    recipe = tiny(f"data.evaluation.source={tmp_path}/rows", f"reward.model.source={tmp_path}/own")
+    read: list[Group] = []
+    monkeypatch.setattr("exalign.run.stages.train_reward_model", lambda *given: read.extend(given[2]))
+    carry_out(recipe, tmp_path / "run", "reward", "evaluation/prompts")
+    assert {record.prompt_ids for record in read_records(tmp_path / "run" / "evaluation" / "prompts")} == {None}
+    texts = [c.text for r in read_records(tmp_path / "run" / "preferences" / "records") for c in r.completions]
+    told = [own.decode(ids, skip_special_tokens=True) for group in read for ids in group.completion_ids]
+    assert told and all(any(text.startswith(words) for text in texts) for words in told)
+
+
+def test_the_checksums_of_a_folder_are_read_once_when_its_stage_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of its files, which would make the end of a stage of n shards cost n²."""
+    inner = tmp_path / "stage" / "records"
+    inner.mkdir(parents=True)
+    for number in range(5):
+        (inner / f"part-{number}").write_text(str(number))
+    checksums.write_sums(inner)
+    (tmp_path / "stage" / "metrics.jsonl").write_text("{}")
+    read, read_sums = list[Path](), checksums.read_sums
+
+    def reading(folder: Path) -> dict[str, str]:
+        read.append(folder)
+        return read_sums(folder)
+
+    monkeypatch.setattr(checksums, "read_sums", reading)
+    found = stage_checksums(tmp_path / "stage")
+    assert read == [inner]
+    assert list(found) == ["metrics.jsonl", "records/SHA256SUMS", *(f"records/part-{number}" for number in range(5))]
+    assert all(one.sha256 == checksums.checksum(tmp_path / "stage" / name) for name, one in found.items())

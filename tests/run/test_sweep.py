@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from exalign.data.store import read_records
 from exalign.errors import InputError
@@ -72,6 +72,30 @@ def test_the_beta_of_a_kl_is_that_of_the_optimum_so_far_away(swept: RunFolder) -
     assert told.count("| exo | kl 0.") == 2 and "| dpo | beta_r 0.5 | 0.250 |" in told and "2 trainings" in told
     page = swept.page.read_text(encoding="utf-8")
     assert "Each point of exo, dpo is the end of a training of its own." in page
+
+
+def test_where_another_judges_beta_and_optimum_are_those_of_the_training_reward(world: Path, tmp_path: Path) -> None:
+    settings = ["evaluate.pool_samples=48", f"align={{exo: {SWEPT}sweep: {{kl: [0.1, 0.4]}}}}}}"]
+    run_recipe(load_recipe(RECIPE, tiny_overrides(world, *settings)), folder=tmp_path)
+    run = RunFolder(tmp_path)
+    (exo,), proxy = run.read_evidence().methods, run.read_evidence().proxy_optimum
+    trained, judged = pool_rewards(run.proxy), pool_rewards(run.pool)
+    assert list(trained) == list(judged) and trained != judged
+    assert exo.sweep is not None and exo.aim is not None and exo.aim.kl.estimate == pytest.approx(0.4, rel=1e-4)
+    for kl, beta in zip(exo.sweep.values, exo.sweep.betas, strict=True):
+        assert beta is not None
+        assert np.mean([kl_of_optimum(rewards, beta) for rewards in trained.values()]) == pytest.approx(kl, rel=1e-4)
+    assert proxy is not None
+    for point in proxy.points[::16]:
+        weights = [softmax(np.array(rewards) / point.beta) for rewards in trained.values()]
+        means = [w @ rewards for w, rewards in zip(weights, judged.values(), strict=True)]
+        assert point.reward.estimate == pytest.approx(np.mean(means))
+    told = tables(read_runs([run.path], [0.1]), [0.1])
+    assert told.count("| optimum of the training reward |") == 2 and "how far that reward leads" in told
+    assert "The dashed line is the best policy for the reward that methods were trained on" in run.page.read_text(
+        encoding="utf-8"
+    )
+    assert "optimum of the training reward" in (run.figures / "optimum.csv").read_text(encoding="utf-8")
 
 
 def test_a_method_takes_some_completions_and_ends_where_held_out_prompts_say(world: Path, tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from exalign.run.demo import RECIPE
-from exalign.run.materials import sections_of
 from exalign.run.recipe import Recipe, load_recipe
 from exalign.run.runner import Run
 from exalign.run.stages import plan
-from exalign.run.view import Contents, ReadPastViewError, Stage, View, key, step_sizes
+from exalign.run.view import Contents, ReadPastViewError, Stage, View, key, sections_of, step_sizes
 from exalign.settings import NO_RESULT, STEP_SIZE, Settings
 from exalign.storage import read_json
 from run.conftest import ALIGN, tiny_overrides

@@ -58,6 +58,12 @@ def test_every_method_moves_the_policy_towards_reward(divergence: str, target: s
     assert rows[-1]["kl"] > 0
 
 
+def test_an_epsilon_without_effect_is_told_once() -> None:
+    """Nothing is infinite on a target that no ε belongs to."""
+    assert list(Matching(epsilon=0).problems()) == ["epsilon has no effect on a reward target; remove it"]
+    assert "infinite" in next(Matching(target="preference", epsilon=0).problems())
+
+
 def test_before_the_first_step_every_log_ratio_is_zero(tmp_path: Path) -> None:
     """Same code for policy and cached reference, dropout off (the configuration asks for dropout 0.1)."""
     groups = make_groups(16)

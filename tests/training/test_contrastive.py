@@ -259,7 +259,10 @@ def test_training_stops_where_held_out_pairs_say_so_and_keeps_the_best(tmp_path:
     stopping(tmp_path / "killed", steps=last - 1)
     stopping(tmp_path / "killed")
     assert_same_outcome(tmp_path / "killed", tmp_path / "stopped")
+    others = tmp_path / "stopped/policies/step-mine"
+    others.mkdir()
     again = stopping(tmp_path / "stopped")  # it is done: no step is taken again
+    others.rmdir()  # it is there
     assert_same_outcome(again.parent, tmp_path / "killed")
 
 
@@ -278,3 +281,9 @@ def test_a_stop_without_held_out_pairs_is_refused(tmp_path: Path) -> None:
     policy, groups = make_policy(), pairs(3)
     with pytest.raises(InputError, match="stop_after looks at held-out preferences or rewards, and there are none"):
         IPO(stop_after=1, save_policies=3).train(material(policy, groups), tmp_path)
+
+
+def test_a_bound_of_rewards_without_effect_is_told() -> None:
+    bound = "desirable_above has no effect on a preference target; remove it"
+    assert list(KTO(desirable_above=0.7).problems()) == [bound]
+    assert list(KTO(target="reward", desirable_above=0.7).problems()) == []

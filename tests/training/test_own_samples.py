@@ -207,7 +207,7 @@ def test_grpo_and_its_metrics_by_hand_on_stale_samples(how: dict[str, Any]) -> N
 def test_what_a_rollout_says_of_itself_by_hand() -> None:
     settings = Matching(batch_prompts=8, fresh_every=1)
     policy = moved(make_policy())
-    scorer = WeightedSum([("good", (1.0, GoodWords())), ("again", (2.0, GoodWords()))])
+    scorer = WeightedSum({"good": (1.0, GoodWords()), "again": (2.0, GoodWords())})
     own, module = own_of(settings, policy, scorer=scorer)
     groups = own.batches[0]
     logp = plain_completion_logprobs(policy, groups, temperature=TEMPERATURE).detach()
@@ -352,6 +352,11 @@ def test_what_cannot_work_is_one_sentence(
     limits = {"num_completions": 4, "max_new_tokens": 8, "max_prompt_tokens": 8}
     with pytest.raises(InputError, match=sentence):
         run(settings, tmp_path, sampling=SampleSettings(**(limits | sampling)))
+
+
+def test_a_single_own_sample_is_refused_before_any_is_drawn() -> None:
+    problems = Matching(fresh_every=1).sampling_problems(SampleSettings(num_completions=1))
+    assert list(problems) == ["compares at least two completions of a prompt; raise sample.num_completions"]
 
 
 def test_samples_cut_to_their_likely_tokens_are_corrected_by_what_the_sampler_says(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from exalign.methods.ppo import PPO, PPOTask
 from exalign.models.model_settings import LoraSettings, ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.settings import SampleSettings
-from exalign.training.rollouts import RolloutBatches, RolloutPlan
+from exalign.training.batches import RolloutBatches, RolloutPlan
 from training.tiny_world import (
     CONFIG,
     GoodWords,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from exalign.errors import InputError
 from exalign.methods.sft import SFT, train_sft
 from exalign.training.loop import tracked_as
 from training.tiny_world import make_groups, make_policy, make_tokenizer
@@ -62,6 +63,14 @@ def test_trainings_of_a_run_are_a_group(
         settings = SFT(batch_prompts=4, trackers=(tracker,))
         train_sft(make_policy(), make_tokenizer(), make_groups(4), settings, runs / group / name)
     assert read(folder) == PLACES
+
+
+def test_a_tracker_that_does_not_begin_is_one_sentence(tmp_path: Path) -> None:
+    """As one does for which nobody is logged in; here a file lies where its folder would."""
+    (tmp_path / "exalign").touch()
+    settings = SFT(batch_prompts=4, trackers=("tensorboard",))
+    with pytest.raises(InputError, match=r"^trackers: .*exalign"):
+        train_sft(make_policy(), make_tokenizer(), make_groups(4), settings, tmp_path)
 
 
 def test_the_run_is_the_folder_with_a_recipe(runs: Path) -> None:

@@ -48,7 +48,7 @@ from exalign.judging.assess import CHOICES, QUESTIONS, _tally_table, create_app,
 from exalign.judging.comparisons import Comparison, Pair, read_comparisons, write_comparisons
 from exalign.judging.judge import _print_grade, _print_summaries
 from exalign.judging.study import Store, Task
-from exalign.report.figure_frontier import draw_frontier
+from exalign.report.figures import draw_frontier
 from exalign.report.page import render_page
 from exalign.report.style import figure_style, inline_svg, looks_of
 from exalign.report.wording import visible
@@ -172,7 +172,7 @@ def test_tables_of_judgements_show_names_only(name: str) -> None:
     console = Console(file=io.StringIO(), width=400, force_terminal=True)
     agreement = {"with": [name], "pairs": 1, "kappa": None, "alpha": None, "theirs_among_themselves": None}
     entry = {**agreement, "raw": None, "without_ties": None}
-    interval = {"estimate": 0.5, "low": 0.1, "high": 0.9}
+    interval = {"estimate": 0.5, "low": 0.1, "high": 0.9, "num_prompts": 1}
     shares = dict.fromkeys(("win", "tie", "lose", "score", "flip_rate", "shown_first"), interval)
     row = {**shares, "first": name, "second": "sft", "length_controlled": None, "unreadable_pairs": 0, "pairs": 1}
     row = {**row, "tokens": {"prompt": 1, "completion": 1}, "agreement": [entry]}

@@ -63,6 +63,13 @@ def test_what_is_refused(text: str, said: str) -> None:
     assert time.monotonic() - start < 10
 
 
+def test_a_name_is_a_text_however_it_is_spelled() -> None:
+    """Labels of a data set are written as the data has them, `yes` and `on` too."""
+    text = "labels: &x {yes: 1, on: 0, No: 2, 1.0: 3, null: 4}\nmore: {<<: *x, yes: 5}"
+    labels = {"yes": 1, "on": 0, "No": 2, "1.0": 3, "null": 4}
+    assert parse_yaml(text, "recipe") == {"labels": labels, "more": {**labels, "yes": 5}}
+
+
 def test_aliases_within_bounds_are_copies() -> None:
     """Methods that repeat one block are told apart afterwards: changing one changes no other."""
     base = "{divergence: reverse_kl, target: reward}"

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from exalign.data.record import Record
 from exalign.device import to_device
@@ -99,16 +100,20 @@ def microbatches(groups: Sequence[Group], *, token_budget: int) -> list[list[Gro
     return [[groups[p] for p in batch] for batch in sorted(sorted(batch) for batch in members)]
 
 
-def completion_mask(groups: Sequence[Group]) -> Tensor:
-    """Which of the K places hold a completion: bool `[B, K]`, K the largest of the batch.
+def completion_lengths(groups: Sequence[Group]) -> Tensor:
+    """The tokens of every completion: int64 `[B, K]`, K the largest of the batch, 0 where there is no completion.
 
-    >>> one, two = (Group(0, torch.ones(1), (torch.ones(1),) * k) for k in (1, 2))
-    >>> completion_mask([one, two]).tolist()
-    [[True, False], [True, True]]
+    >>> one, two = (Group(0, torch.ones(1), (torch.ones(3),) * k) for k in (1, 2))
+    >>> completion_lengths([one, two]).tolist()
+    [[3, 0], [3, 3]]
     """
-    sizes = torch.tensor([group.num_completions for group in groups], dtype=torch.long)
-    width = int(sizes.max()) if len(groups) else 0
-    return torch.arange(width)[None, :] < sizes[:, None]
+    lengths = [torch.tensor([len(ids) for ids in group.completion_ids], dtype=torch.long) for group in groups]
+    return pad_sequence(lengths, batch_first=True)
+
+
+def completion_mask(groups: Sequence[Group]) -> Tensor:
+    """Which of the K places hold a completion: bool `[B, K]`."""
+    return completion_lengths(groups) > 0
 
 
 def completion_token_mask(groups: Sequence[Group]) -> Tensor:
@@ -118,11 +123,8 @@ def completion_token_mask(groups: Sequence[Group]) -> Tensor:
     >>> completion_token_mask([group]).tolist()
     [[[True, False, False], [True, True, True]]]
     """
-    lengths = torch.zeros(completion_mask(groups).shape, dtype=torch.long)
-    for row, group in enumerate(groups):
-        lengths[row, : group.num_completions] = torch.tensor([len(ids) for ids in group.completion_ids])
-    width = int(lengths.max()) if len(groups) else 0
-    return torch.arange(width) < lengths[..., None]
+    lengths = completion_lengths(groups)
+    return torch.arange(int(lengths.max())) < lengths[..., None]
 
 
 def stack_values(groups: Sequence[Group], name: Literal["rewards", "reference_logp", "proposal_logp"]) -> Tensor:
@@ -130,16 +132,15 @@ def stack_values(groups: Sequence[Group], name: Literal["rewards", "reference_lo
 
     Raises `ValueError` naming the first group that lacks them or has another number of them than completions.
     """
-    mask = completion_mask(groups)
-    stacked = torch.zeros(mask.shape, dtype=torch.float32)
-    for row, group in enumerate(groups):
+    rows = []
+    for group in groups:
         values = getattr(group, name)
         if values is None:
             raise ValueError(f"group {group.index} has no {name}")
         if values.shape != (group.num_completions,):
             raise ValueError(f"group {group.index} has {group.num_completions} completions but {name} {values.shape}")
-        stacked[row, : group.num_completions] = values
-    return stacked
+        rows.append(values)
+    return pad_sequence(rows, batch_first=True).to(torch.float32)
 
 
 def stack_weights(groups: Sequence[Group]) -> Tensor:
@@ -183,10 +184,8 @@ class GroupValues:
 
 def values_of(groups: Sequence[Group], target: torch.device, *more: Tensor) -> GroupValues:
     """All of it, and `more` from the CPU, in one copy to `target`."""
-    mask = completion_mask(groups)
-    lengths = mask.long()
-    lengths[mask] = torch.tensor([len(ids) for group in groups for ids in group.completion_ids], dtype=torch.long)
-    found = {"mask": mask, "weights": stack_weights(groups), "lengths": lengths}
+    lengths = completion_lengths(groups)
+    found = {"mask": lengths > 0, "weights": stack_weights(groups), "lengths": lengths}
     for name in ("rewards", "reference_logp"):
         if all(getattr(group, name) is not None for group in groups):
             found[name] = stack_values(groups, name)

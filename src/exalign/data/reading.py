@@ -16,6 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -25,13 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
-from exalign.data.hub import hub_sentence, is_lfs_pointer
 from exalign.data.record import Record
 from exalign.data.shapes import COLUMNS, Shape, as_messages, spelled
 from exalign.data.store import iter_records
-from exalign.errors import InputError, first_line
+from exalign.errors import InputError, first_line, hub_sentence, nearest
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
-from exalign.storage import exists
+from exalign.storage import exists, is_lfs_pointer
 from exalign.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class DataSettings(Settings):
     @field_validator("labels", mode="before")
     @classmethod
     def _as_spelled(cls, labels: Any) -> Any:
-        """YAML reads `1` and `yes` as numbers and truth values; what counts is how they are written."""
+        """What counts is how a value is written, whether YAML or Python gives it."""
         if not isinstance(labels, dict):
             return labels
         return {spelled(k): float(v) if isinstance(v, int) and abs(v) < 2**53 else v for k, v in labels.items()}
@@ -151,15 +151,15 @@ def settings_of(source: str, columns: Iterable[str], more: Iterable[str], split:
         key, equals, value = text.partition("=")
         name, dot, entry = key.partition(".")
         if equals and name not in DataSettings.model_fields:
-            near = difflib.get_close_matches(name, DataSettings.model_fields, n=1)
-            known = (
-                f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(DataSettings.model_fields))}."
-            )
+            known = nearest(name, DataSettings.model_fields)
             raise InputError(f"{key[:100]!r} is no setting of a data source; {known}")
         if not equals or not key or (dot and name not in ("columns", "labels")):
             raise InputError(f"{text[:100]!r} is not KEY=VALUE, as in columns.prompt=question or labels.model_a=0.")
         if dot:
-            values.setdefault(name, {})[entry] = value if name == "columns" else parse_yaml(value, key[:100])
+            below = values.setdefault(name, {})
+            if not isinstance(below, dict):
+                raise InputError(f"{text[:100]!r}: {name} is a single value and has no settings below it.")
+            below[entry] = value if name == "columns" else parse_yaml(value, key[:100])
         else:
             values[name] = parse_yaml(value, key[:100])
     try:
@@ -178,9 +178,6 @@ class SourceRow:
     number: int
     id: str
     values: dict[str, Any]
-
-    def problem(self, text: str) -> InputError:
-        return InputError(f"{self.where}, row {self.number}: {text}")
 
 
 def read_source(
@@ -216,7 +213,7 @@ def _read_one(
     path = local_path(settings)
     if settings.prompt_tokens is not None and tokenizer is None:
         raise InputError("`prompt_tokens` cuts texts with a tokenizer, which is not used where this data is read.")
-    if path is not None and any((path / name).exists() for name in ("part-000000.parquet", "header.json")):
+    if path is not None and any(exists(path / name) for name in ("part-000000.parquet", "header.json")):
         records = _own_records(path, settings, counts)
     else:
         _check_settings(settings, path)
@@ -232,7 +229,7 @@ def _own_records(folder: Path, settings: DataSettings, counts: Counter[str]) -> 
     if not (folder / "header.json").exists():
         raise InputError(f"{folder} was not finished (it has no header.json): run the stage that writes it again.")
     for name in ("name", "data_dir", "split", "columns", "labels", "prompt_tokens", "shuffle_seed"):
-        if getattr(settings, name):
+        if getattr(settings, name) not in (None, {}):
             raise InputError(f"`{name}` cannot take effect on {folder}, which already holds records.")
     return _window(iter_records(folder), settings, counts)
 
@@ -254,14 +251,13 @@ def _foreign_records(
         try:
             records = list(shape.records(row.id, row.values, counts))
         except (ValueError, RecursionError) as error:
-            raise row.problem(str(error)) from None
+            raise InputError(f"{row.where}, row {row.number}: {error}") from None
         if settings.prompt_tokens is not None and tokenizer is not None:
             from exalign.data.tokenization import split_text
 
             cut = (split_text(r, tokenizer, prompt_tokens=settings.prompt_tokens, counts=counts) for r in records)
-            yield from (record for record in cut if record is not None)
-        else:
-            yield from records
+            records = [record for record in cut if record is not None]
+        yield from records
 
 
 Placed = TypeVar("Placed", Record, SourceRow)
@@ -285,10 +281,12 @@ def _window(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]
 
 def _joined(records: Iterable[Record]) -> Iterator[Record]:
     for _, same in groupby(records, key=lambda record: (record.prompt, record.tools)):
-        first, *more = same
-        if any(record.preferred is not None for record in (first, *more)):
+        first, *_ = joined = list(same)
+        if any(record.preferred is not None for record in joined):
             raise InputError(f"`join` cannot take effect on row {first.id}, which has a preferred completion already.")
-        yield replace(first, completions=tuple(c for record in (first, *more) for c in record.completions))
+        if any(record.weight != first.weight for record in joined):
+            raise InputError(f"`join` cannot take effect on row {first.id}: rows of its prompt differ in `weight`.")
+        yield replace(first, completions=tuple(c for record in joined for c in record.completions))
 
 
 def _counted(records: Iterable[Record], weight: float | None, counts: Counter[str]) -> Iterator[Record]:
@@ -350,8 +348,11 @@ def _nearest(path: Path) -> str:
         folder, wanted = folder.parent, folder.name
     if not folder.is_dir() or len(wanted) > 255:
         return ""
-    names = difflib.get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean {folder / names[0]}?" if names else ""
+    with suppress(OSError):  # a folder that may not be listed
+        there = [entry.name for entry in folder.iterdir()]
+        for name in difflib.get_close_matches(wanted, there, n=1, cutoff=0.5):
+            return f"; did you mean {folder / name}?"
+    return ""
 
 
 def _check_settings(settings: DataSettings, path: Path | None) -> None:
@@ -372,7 +373,7 @@ def _all_rows(settings: DataSettings, path: Path | None, counts: Counter[str]) -
         yield from _hub_rows(settings, counts)
     elif path.is_file():
         yield from _file_rows(path, path.name, settings, counts)
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    elif exists(path / "dataset_dict.json") or exists(path / "state.json"):
         yield from _saved_rows(path, settings)
     else:
         for file in _split_files(path, settings.split):
@@ -442,17 +443,19 @@ def _saved_rows(folder: Path, settings: DataSettings) -> Iterator[SourceRow]:
 
     try:
         data = datasets.load_from_disk(str(folder))
+        if isinstance(data, datasets.DatasetDict):
+            split = next(iter(data)) if settings.split is None and len(data) == 1 else settings.split
+            if split not in data:
+                raise InputError(f"The folder {folder} has the splits {', '.join(data)}: name one of them in `split`.")
+            data = data[split]
+        elif settings.split is not None:
+            raise InputError(f"`split` cannot take effect: the folder {folder} holds a single split.")
+        for number, values in enumerate(data, start=1):
+            yield SourceRow(str(folder), number, f"{folder.name}:{number}", dict(values))
+    except InputError:
+        raise
     except Exception as error:  # a damaged folder brings up errors of several libraries
         raise InputError(f"The folder {folder} cannot be read by datasets ({first_line(error)}).") from None
-    if isinstance(data, datasets.DatasetDict):
-        split = next(iter(data)) if settings.split is None and len(data) == 1 else settings.split
-        if split not in data:
-            raise InputError(f"The folder {folder} has the splits {', '.join(data)}: name one of them in `split`.")
-        data = data[split]
-    elif settings.split is not None:
-        raise InputError(f"`split` cannot take effect: the folder {folder} holds a single split.")
-    for number, values in enumerate(data, start=1):
-        yield SourceRow(str(folder), number, f"{folder.name}:{number}", dict(values))
 
 
 def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRow]:
@@ -462,12 +465,12 @@ def _hub_rows(settings: DataSettings, counts: Counter[str]) -> Iterator[SourceRo
     where = f"{settings.source} ({split})"
     try:
         if settings.data_dir is not None:
-            yield from _hub_folder_rows(settings, settings.data_dir, counts)
+            yield from _hub_folder_rows(settings, settings.data_dir.strip("/"), counts)
             return
         data = datasets.load_dataset(settings.source, settings.name, split=split, streaming=settings.streaming)
         for number, values in enumerate(data, start=1):
             yield SourceRow(where, number, f"{split}:{number}", dict(values))
-    except (GeneratorExit, InputError):
+    except InputError:
         raise
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         near = _nearest(Path(settings.source))
@@ -485,9 +488,7 @@ def _hub_folder_rows(settings: DataSettings, below: str, counts: Counter[str]) -
 
     if settings.name is not None:
         raise InputError("`name` chooses a configuration and `data_dir` a folder of a hub data set: give one of them.")
-    folder = (
-        Path(snapshot_download(settings.source, repo_type="dataset", allow_patterns=f"{below.strip('/')}/*")) / below
-    )
+    folder = Path(snapshot_download(settings.source, repo_type="dataset", allow_patterns=f"{below}/*")) / below
     if not folder.is_dir():
         raise InputError(f"The data set {settings.source} has no folder {below}; correct `data_dir`.")
     named = any(_split_of(file.relative_to(folder)) for file in _data_files(folder))  # else all of it is `train`
@@ -529,9 +530,12 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
             yield from _parquet_rows(path)
             return
         with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as content:
-            rows = _json_rows(path, content, streaming, counts)
-            if kind in (".csv", ".txt"):
-                rows = _csv_rows(path, content) if kind == ".csv" else _text_rows(path, content, counts)
+            if kind == ".csv":
+                rows = _csv_rows(path, content)
+            elif kind == ".txt":
+                rows = _text_rows(path, content, counts)
+            else:
+                rows = _json_rows(path, content, streaming, counts)
             for row, values in rows:
                 yield row, values
     except (EOFError, zlib.error, OSError) as error:
@@ -539,26 +543,24 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
 
 
 def _json_rows(path: Path, stream: ByteStream, streaming: bool, counts: Counter[str]) -> Rows:
-    blocks = (block.lstrip(_BLANK) for block in iter(lambda: stream.read(1 << 16), b""))
-    first = next(filter(None, blocks), b"")[:1]
+    lines = (line.lstrip(_BLANK) for line in iter(lambda: stream.readline(MAX_ROW), b""))
+    first = next(filter(None, lines), b"")
+    more = stream.read(1)
     stream.seek(0)
-    if first == b"[" or (first == b"{" and _over_several_lines(stream)):
+    if first.startswith(b"[") or (first.startswith(b"{") and more and _goes_on(first)):
         if streaming:
-            what = "one JSON array" if first == b"[" else "JSON over several lines"
+            what = "one JSON array" if first.startswith(b"[") else "JSON over several lines"
             raise InputError(f"{path} is {what}, which cannot be streamed: write one object per line (JSON lines).")
         return _whole_json(path, stream)
     return _json_lines(path, stream, counts)
 
 
-def _over_several_lines(stream: ByteStream) -> bool:
-    """Whether the first line that is not blank begins a JSON object and does not end it."""
-    line = next(line for line in iter(lambda: stream.readline(MAX_ROW), b"") if line.strip(_BLANK))
-    more = stream.read(1)
-    stream.seek(0)
+def _goes_on(line: bytes) -> bool:
+    """Whether a line begins a JSON object and does not end it."""
     try:
-        json.loads(line.decode("utf-8-sig"))
+        json.loads(line.decode())
     except json.JSONDecodeError as error:
-        return bool(more) and error.pos >= len(error.doc.rstrip())
+        return error.pos >= len(error.doc.rstrip())
     except (ValueError, RecursionError):
         pass
     return False
@@ -571,9 +573,6 @@ def _json_lines(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            said = f"not valid JSON ({error.msg} at character {error.pos + 1})"
-            raise InputError(f"{path}, row {number}: {said}.") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, row {number}: not valid JSON ({_unreadable(error)}).") from None
         yield number, _object(value, path, number)
@@ -602,6 +601,8 @@ def _whole_json(path: Path, stream: ByteStream) -> Rows:
 
 
 def _unreadable(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
 
 
@@ -650,6 +651,8 @@ def _parquet_rows(path: Path) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+                raise InputError(f"{path} has columns of one name; found {file.schema_arrow.names!s:.200}.")
             for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1

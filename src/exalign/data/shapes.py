@@ -30,7 +30,6 @@ from dataclasses import replace
 from typing import Any
 
 import jmespath
-from jmespath.exceptions import JMESPathError
 from jmespath.visitor import TreeInterpreter
 
 from exalign.data.record import Completion, Prompt, Record
@@ -297,7 +296,7 @@ class Shape:
         for ours, read in self._columns.items():
             try:
                 row[ours] = read(values)
-            except JMESPathError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"`columns` cannot read {ours} ({' '.join(str(error).split())[:200]}).") from None
         row = {name: value for name, value in row.items() if has_content(value) and name != "conversations"}
         return {name: _parsed(value) if name in self._json else value for name, value in row.items()}
@@ -347,12 +346,14 @@ def _readers(
         try:
             parsed = jmespath.compile(theirs).parsed
             named[ours] = set(names) if (roots := _roots(parsed)) is None else roots
-        except JMESPathError as error:
+        except (ValueError, RecursionError) as error:  # those of jmespath are `ValueError`s
             problem = f" (nor is it JMESPath: {' '.join(str(error).split())[:120]})"
         if problem or not named[ours] <= names.keys():
             missing = theirs if problem else ", ".join(sorted(named[ours] - names.keys()))
             found = ", ".join(map(repr, names))
-            raise ValueError(f"`columns` asks for a column {missing!r}{problem}, but its columns are {found:.500}.")
+            raise ValueError(
+                f"`columns` asks for a column {missing[:100]!r}{problem}, but its columns are {found:.500}."
+            )
         readers[ours] = lambda row, parsed=parsed: _Aligned().visit(parsed, row)  # type: ignore[misc]
     return readers, named
 
@@ -366,6 +367,8 @@ def _roots(node: dict[str, Any]) -> set[str] | None:
         return {node["value"]}
     if node["type"] in ("current", "identity"):
         return None
+    if node["type"] == "expref":  # read from what the function is given beside it, as in max_by(answers, &score)
+        return set()
     children = node["children"][:1] if node["type"] in _FIRST_CHILD else node["children"]
     found = [_roots(child) for child in children if isinstance(child, dict)]
     return None if None in found else set().union(*found)  # type: ignore[arg-type]
@@ -376,7 +379,7 @@ def _kind(present: set[str], rows: Sequence[Values], columns: Mapping[str, str])
     beside = {"system", "tools", "weight"}
     for kind, needed, more in _KINDS:
         usable = needed | more | beside
-        if not needed <= present or not (columns.keys() & set(present) <= usable):
+        if not needed <= present or not (columns.keys() & present <= usable):
             continue
         if kind in ("pair", "group", "single") or not _ANSWERS & present:
             more = more & present - ({"messages"} if "prompt" in present else set())
@@ -408,8 +411,8 @@ def _is_chat(view: Values) -> bool:
 
 def _answers(view: Values) -> list[Any]:
     several = view.get("completions")
-    found = [view.get(name) for name in ("chosen", "rejected", "completion")]
-    return [*(one for one in found if one is not None), *(several if isinstance(several, list | tuple) else ())]
+    single = [view[name] for name in ("chosen", "rejected", "completion") if name in view]
+    return [*single, *(several if isinstance(several, list | tuple) else ())]
 
 
 def _answers_repeat_prompt(views: Sequence[Values]) -> bool:
@@ -496,8 +499,6 @@ def clean_text(value: Any, name: str, counts: Counter[str]) -> str:
         raise ValueError(f"`{name}` must be text, but is {_said(value)}.")
     if _PYTHON_MESSAGES.match(value):
         raise ValueError(f"`{name}` holds messages as Python prints them, not as JSON: write it with json.dumps.")
-    if value.isascii():
-        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -643,18 +644,15 @@ def as_messages(record: Record, counts: Counter[str]) -> Record:
     if not isinstance(record.prompt, str) or not record.prompt.strip():
         return record
     start, *turns = re.split(f"({HUMAN}|{ASSISTANT})", record.prompt)
-    said = list(zip(turns[::2], turns[1::2], strict=True))
-    roles = [HUMAN if place % 2 == 0 else ASSISTANT for place in range(len(said))]
-    in_turns = [marker for marker, _ in said] == roles and not start.strip()
+    markers, said = turns[::2], [text.strip() for text in turns[1::2]]
     if not said:
         counts["prompts_read_as_a_message"] += 1
         return replace(record, prompt=({"role": "user", "content": record.prompt},))
-    if not in_turns or roles[-1] is HUMAN or said[-1][1].strip():
+    if start.strip() or markers != [HUMAN, ASSISTANT] * (len(said) // 2) or said[-1]:
         counts["prompts_of_turns_out_of_order"] += 1
         return record
     counts["prompts_read_as_dialogues"] += 1
-    names = {HUMAN: "user", ASSISTANT: "assistant"}
-    prompt = tuple({"role": names[marker], "content": text.strip()} for marker, text in said[:-1])
+    prompt = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said[:-1]))
     answers = tuple(replace(completion, text=completion.text.strip()) for completion in record.completions)
     return replace(record, prompt=prompt, completions=answers)
 

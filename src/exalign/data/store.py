@@ -215,7 +215,7 @@ def read_header(folder: Path) -> Header:
         found = str(values.get("version"))[:40]
         raise InputError(f"{folder} has record format {found}; this exalign reads {FORMAT_VERSION}.")
     try:
-        return _HEADER.validate_python({name: values[name] for name in Header.__slots__ if name in values})
+        return _HEADER.validate_python(values)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))[:100]
         raise InputError(f"{path} is damaged at {where}; delete it and run the stage again.") from None

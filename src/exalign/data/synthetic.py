@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -89,7 +89,18 @@ class Remark:
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-_LINKS = {(".", "The"): "", (",", "and", "the"): "and", (",", "but", "the"): "but"}
+_LINKS = {". The": "", ", and the": "and", ", but the": "but"}
+
+
+def _any(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, words))
+
+
+_CLAUSE = re.compile(
+    rf"(?:^|(?<= )({_any(_LINKS)}) ({_any(ASPECTS)}) )(?:{_any(VERBS)}) "
+    rf"(?:({_any(DEGREES)}) )?({_any([*QUALITIES, *FITTING])})(?!\S)"
+)
+"""A clause among words and signs with spaces between: at the start of a remark, or after a link and with an aspect."""
 
 
 def read_remark(text: str) -> Remark:
@@ -102,37 +113,9 @@ def read_remark(text: str) -> Remark:
     words = sum(token[0].isalnum() for token in tokens)
     finished = tokens[-1:] == ["."]
     tokens = tokens[:-1] if finished else tokens
-    clauses: list[Clause] = []
-    position = unparsed = 0
-    while position < len(tokens):
-        found = _clause_at(tokens, position)
-        if found is None:
-            unparsed += 1
-            position += 1
-        else:
-            clause, position = found
-            clauses.append(clause)
-    return Remark(tuple(clauses), words, unparsed, finished)
-
-
-def _clause_at(tokens: Sequence[str], position: int) -> tuple[Clause, int] | None:
-    """The clause that begins at `position` and where it ends, or None."""
-    link, aspect = "", ""
-    if position > 0:
-        found = next(
-            (opening for opening in _LINKS if tuple(tokens[position : position + len(opening)]) == opening), None
-        )
-        position += len(found or ())
-        if found is None or position >= len(tokens) or tokens[position] not in ASPECTS:
-            return None
-        link, aspect = _LINKS[found], tokens[position]
-        position += 1
-    rest = tokens[position : position + 3]
-    degree = rest[1] if len(rest) == 3 and rest[1] in DEGREES else ""
-    needed = 3 if degree else 2
-    if len(rest) < needed or rest[0] not in VERBS or not (rest[needed - 1] in QUALITIES or rest[needed - 1] in FITTING):
-        return None
-    return Clause(link, aspect, degree, rest[needed - 1]), position + needed
+    found = list(_CLAUSE.finditer(" ".join(tokens)))
+    clauses = tuple(Clause(_LINKS.get(match[1], ""), *(part or "" for part in match.groups()[1:])) for match in found)
+    return Remark(clauses, words, len(tokens) - sum(len(match[0].split()) for match in found), finished)
 
 
 def opinion(clause: Clause, genre: str | None) -> float:

@@ -396,7 +396,7 @@ class _Text:
         if self.record.prompt_ids is None:
             ids = _encode(self.tokenizer, self.turn.start)
             front = [] if self.chat else _leading_special(self.tokenizer)
-            ids = ids if front and ids[: len(front)] == front else front + ids
+            ids = ids if ids[: len(front)] == front else front + ids
         start = self.tokenizer.bos_token_id
         return ids or [eos_id(self.tokenizer) if start is None else int(start)]
 

@@ -15,8 +15,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from exalign.errors import InputError
-from exalign.evaluation.frontier import Paths, reward_at_kl
-from exalign.evaluation.pool import OPTIMUM, optimum_path, pool_frontier
+from exalign.evaluation.frontier import Paths
+from exalign.evaluation.pool import OPTIMUM, PROXY_OPTIMUM, gain_at, pool_frontier, proxy_share
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import SampleTable, tabulate
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
@@ -52,11 +52,14 @@ class AcrossRuns:
 
 def read_runs(folders: Sequence[Path], kls: Sequence[float]) -> list[RunResults]:
     """The results of finished runs; a run without evidence, or one given twice, is an `InputError`."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
+    places = [folder.resolve() for folder in folders]
+    if len(set(places)) < len(places):
         raise InputError("A run is given twice; name each folder once.")
     if not kls or min(kls) <= 0:
         raise InputError("Rewards are compared at KLs above 0 nats.")
+    names = [place.name for place in places]
+    if len(set(names)) < len(names):  # the same seed of several experiments
+        names = [folder.as_posix() for folder in folders]
     return [_read(folder, name, kls) for folder, name in zip(folders, names, strict=True)]
 
 
@@ -110,7 +113,7 @@ def differing_settings(runs: Sequence[RunResults]) -> dict[str, dict[str, list[A
 
 def differing_sections(runs: Sequence[RunResults]) -> list[str]:
     """The sections of the runs' recipes, as `model` or `data`, in which they differ, but for the methods'."""
-    recipes = [parse_yaml(run.evidence.recipe, run.evidence.name) for run in runs]
+    recipes = [parse_yaml(run.evidence.recipe, run.evidence.name) or {} for run in runs]
     aside = {"name", "seed", "threads", "cluster", "align", "search"}
     names = dict.fromkeys(name for recipe in recipes for name in recipe if name not in aside)
     return [name for name in names if any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)]
@@ -127,33 +130,30 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     }
     resamples = Bootstrap(seed=evidence.seed)
     paths = Paths(supervised, checkpoints, resamples)
-    rewards: dict[str, dict[float, Interval | None]] = {
-        method: {kl: paths.interval(paths.reward(method, kl)) if kl <= paths.reach(method) else None for kl in kls}
-        for method in paths.methods
+    beyond, mean = dict.fromkeys(kls), resamples.mean
+    reached = {method: [kl for kl in kls if kl <= paths.reach(method)] for method in paths.methods}
+    rewards = {
+        method: beyond | {kl: mean(paths.reward(method, kl)) for kl in within} for method, within in reached.items()
     }
     differences = {
-        (first, second): {
-            kl: paths.interval(paths.reward(first, kl) - paths.reward(second, kl))
-            if kl <= min(paths.reach(first), paths.reach(second))
-            else None
-            for kl in kls
-        }
-        for first, second in contrasts([method for method in evidence.methods if method.name in paths.methods])
+        (one, other): beyond
+        | {kl: mean(paths.reward(one, kl) - paths.reward(other, kl)) for kl in reached[one] if kl in reached[other]}
+        for one, other in contrasts([method for method in evidence.methods if method.name in reached])
     }
-    pool, shares = pool_frontier(pool_rewards(run.pool)), {}
-    if pool is not None and pool.reliable.any():
-        best_kls, best = optimum_path(pool)
-        known = {kl: reward_at_kl(best_kls, best, kl) for kl in kls if kl <= best_kls.mean(axis=0).max()}
+    judged, shares = pool_rewards(run.pool), dict[str, dict[float, Interval | None]]()
+    pool, proxy = pool_frontier(judged), pool_frontier(pool_rewards(run.proxy) if judged else {}, judged=judged)
+    if pool is not None:
+        gains = {kl: most for kl in kls if (most := gain_at(pool, kl)) is not None and most.mean() > 0}
         shares = {
-            method: {
-                kl: resamples.ratio(paths.gain(method, kl), known[kl] - best[:, 0])
-                if kl in known and kl <= paths.reach(method) and known[kl].mean() > best[:, 0].mean()
-                else None
-                for kl in kls
-            }
-            for method in paths.methods
+            method: beyond | {kl: resamples.ratio(paths.gain(method, kl), gains[kl]) for kl in within if kl in gains}
+            for method, within in reached.items()
         }
-        rewards[OPTIMUM] = {kl: resamples.mean(known[kl]) if kl in known else None for kl in kls}
+        if proxy is not None:
+            shares[PROXY_OPTIMUM] = {kl: proxy_share(proxy, pool, kl, resamples) for kl in kls}
+    for which, found in ((PROXY_OPTIMUM, proxy), (OPTIMUM, pool)):
+        if found is not None:
+            known = {kl: gain for kl in kls if (gain := gain_at(found, kl)) is not None}
+            rewards[which] = beyond | {kl: mean(found.base + gain) for kl, gain in known.items()}
     return RunResults(name, evidence, rewards, differences, shares)
 
 

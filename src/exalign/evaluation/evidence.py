@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from exalign.evaluation.frontier import (
     win_rate,
 )
 from exalign.evaluation.pool import (
-    PoolFrontier,
     best_of_n,
     density_ratios,
     gap_to_optimum,
     objective_share,
     optimum,
+    optimum_path,
     pool_frontier,
+    proxy_share,
 )
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import (
@@ -57,7 +58,7 @@ from exalign.evaluation.schema import (
     write_evidence,
 )
 from exalign.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES, Array, Bootstrap
-from exalign.evaluation.verdict import scorer_accuracy, verdict, warnings
+from exalign.evaluation.verdict import misled, scorer_accuracy, verdict, warnings
 from exalign.storage import read_json
 
 SFT = "SFT"
@@ -87,24 +88,24 @@ def collect_evidence(
     """
     folder = RunFolder(Path(run))
     judgements = Judgements() if judgements is None else judgements
-    material = _Material.read(folder)
     bootstrap = Bootstrap(num_resamples, seed)
-    _, judge = _scorers(material.recipe)
-    log_odds = bool(judge.get("classifier")) or judge.get("stage") == "oracle"
-    methods = [_method(material, name, log_odds, bootstrap) for name in material.methods]
-    sft = frontier_point(material.sft.as_reference(), step=0, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
+    material = _Material(folder, bootstrap)
+    methods = [_method(material, name) for name in material.methods]
+    sft = _point(material, material.sft.as_reference(), 0)
     tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
     paths = Paths(material.sft, tables, bootstrap)
     aims = {name: material.run.describe(name)[1] for name in material.density}
     density = density_ratios(material.density, aims, material.notes, bootstrap)
-    best = None if material.pool is None else optimum(material.pool, bootstrap)
+    best, proxy = (None if found is None else optimum(found, bootstrap) for found in (material.pool, material.proxy))
     counts: Counter[str] = Counter()
     curves = folder.curves(counts)
     counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
     chosen = verdict(methods, material.kl_budget, of_n)
+    shown = _looked_at(methods, chosen)
     stages = folder.stages()
     right, doubt = scorer_accuracy(next((s.counts for s in stages if s.name == "evaluation/prompts"), {}))
+    doubt += _misled(material, max((point.nats for _, point in shown if point.kl), default=0.0))
     evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
@@ -131,7 +132,8 @@ def collect_evidence(
         density=density,
         courses=[*_courses(material, methods, seed)],
         benchmark=folder.read_benchmark(),
-        warnings=doubt + warnings(sft, _looked_at(methods, chosen), best, density, judgements, curves, methods, of_n),
+        proxy_optimum=proxy,
+        warnings=doubt + warnings(sft, shown, best, density, judgements, curves, methods, of_n),
         num_resamples=num_resamples,
         seed=seed,
     )
@@ -156,53 +158,46 @@ def _with_texts(evidence: Evidence, to_ship: Verdict, material: _Material) -> Ev
     return replace(evidence, verdict=shown, worst=_worst(theirs, ours, to_ship.method))
 
 
-@dataclass(eq=False)
 class _Material:
-    """What a run folder offers, read once; `samples` are those of π_sft, `notes` say what the folder lacks."""
+    """What a run folder offers, read once; `samples` are those of π_sft, `notes` say what the folder lacks.
 
-    run: RunFolder
-    recipe: dict[str, Any]
-    sft: SampleTable
-    samples: list[Record]
-    prompts: list[Record]
-    reference: SampleTable | None
-    pool_rewards: dict[str, list[float]]
-    pool: PoolFrontier | None
-    density: dict[str, list[Record]]
-    methods: list[str]
-    tables: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
-    pairs: dict[str, dict[int, PairTable]] = field(default_factory=dict)
-    judged: dict[str, dict[int, SampleTable]] = field(default_factory=dict)
-    answers: dict[str, list[Record]] = field(default_factory=dict)
-    first_samples: dict[str, dict[int, list[Record]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    `log_odds` says that rewards are a classifier's, `aimed_at` that the pool's are those that methods were trained on;
+    `trained_rewards` are those of the pool's samples, where they are known.
+    """
 
-    @classmethod
-    def read(cls, run: RunFolder) -> _Material:
+    def __init__(self, run: RunFolder, bootstrap: Bootstrap) -> None:
         samples = complete_records(run.supervised)
         if samples is None:
             raise InputError(f"{run.supervised} is missing or incomplete; run the evaluate stage first.")
-        prompts = complete_records(run.prompts) or []
-        texts = [record for record in prompts if record.rewards is not None]
-        pool = pool_rewards(run.pool)
-        material = cls(
-            run=run,
-            recipe=run.recipe_values(),
-            sft=tabulate(samples, run.relative(run.supervised)),
-            samples=samples,
-            prompts=prompts,
-            reference=tabulate(texts, run.relative(run.prompts)) if texts else None,
-            pool_rewards=pool,
-            pool=pool_frontier(pool),
-            density=run.density_records(),
-            methods=run.methods(),
-        )
-        material._note_missing()
-        material._read_answers(SFT, 0, run.supervised, samples, material.sft)
-        for method in material.methods:
-            material._read_method(method)
-            material._read_pairs(method)
-        return material
+        self.run, self.bootstrap = run, bootstrap
+        self.recipe, self.methods = run.recipe_values(), run.methods()
+        self.samples, self.sft = samples, tabulate(samples, run.relative(run.supervised))
+        self.prompts = complete_records(run.prompts) or []
+        texts = [record for record in self.prompts if record.rewards is not None]
+        self.reference = tabulate(texts, run.relative(run.prompts)) if texts else None
+        self.pool_rewards = pool_rewards(run.pool)
+        self.pool = pool_frontier(self.pool_rewards)
+        self.trained_rewards = pool_rewards(run.proxy) if self.pool_rewards else {}
+        self.proxy = pool_frontier(self.trained_rewards, judged=self.pool_rewards)
+        trained, judge = _scorers(self.recipe)
+        self.log_odds = bool(judge.get("classifier")) or judge.get("stage") == "oracle"
+        given = (self.recipe.get("data") or {}).get("rewards")
+        self.aimed_at = self.pool is not None and not given and bool(trained) and judge == trained
+        if self.aimed_at:
+            self.trained_rewards = self.pool_rewards
+        density = {method: complete_records(run.density(method)) for method in self.methods}
+        self.density = {method: records for method, records in density.items() if records is not None}
+        self.tables: dict[str, dict[int, SampleTable]] = {}
+        self.pairs: dict[str, dict[int, PairTable]] = {}
+        self.judged: dict[str, dict[int, SampleTable]] = {}
+        self.answers: dict[str, list[Record]] = {}
+        self.first_samples: dict[str, dict[int, list[Record]]] = {}
+        self.notes: list[str] = []
+        self._note_missing()
+        self._read_answers(SFT, 0, run.supervised, samples, self.sft)
+        for method in self.methods:
+            self._read_method(method)
+            self._read_pairs(method)
 
     @property
     def evaluate(self) -> dict[str, Any]:
@@ -290,16 +285,21 @@ class _Material:
             self.notes.append("All pooled samples of a prompt have the same reward, so every policy is optimal.")
 
 
-def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap) -> MethodEvidence:
+def _point(material: _Material, table: SampleTable, step: int) -> FrontierPoint:
+    return frontier_point(table, step=step, rewards_are_log_odds=material.log_odds, bootstrap=material.bootstrap)
+
+
+def _method(material: _Material, name: str) -> MethodEvidence:
     tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
+    bootstrap = material.bootstrap
     described, beta = material.run.describe(name)
     points, rates = list[FrontierPoint](), dict[str, WinRate | None]()
     for step, table in tables.items():
-        rates = _rates(material, name, step, bootstrap)
-        point = frontier_point(table, step=step, rewards_are_log_odds=log_odds, bootstrap=bootstrap)
+        rates = _rates(material, name, step)
+        point = _point(material, table, step)
         gain = reward_gain(table, material.sft, bootstrap) if scored else None
         measured = held_out(pairs[step], bootstrap) if step in pairs else None
-        share = _objective_share(material, described, beta, step, bootstrap)
+        share = _objective_share(material, described, beta, step)
         points.append(replace(point, win_vs_sft=rates.get(SFT), gain=gain, held_out=measured, objective=share))
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
@@ -316,13 +316,13 @@ def _method(material: _Material, name: str, log_odds: bool, bootstrap: Bootstrap
         gain=points[-1].gain if points else None,
         gap=gap,
         selected_step=selected.step if selected else None,
-        aim=_aim(material, beta, bootstrap),
-        by_category=_by_category(material, name, points[-1].step, bootstrap) if points else {},
+        aim=_aim(material, beta),
+        by_category=_by_category(material, name, points[-1].step) if points else {},
     )
 
 
 def _rates(
-    material: _Material, name: str, step: int, bootstrap: Bootstrap, among: Collection[str] | None = None
+    material: _Material, name: str, step: int, among: Collection[str] | None = None
 ) -> dict[str, WinRate | None]:
     """Win rates of a policy's answers, by opponent: on all prompts, or on those `among` these."""
     ours = material.judged.get(name, {}).get(step)
@@ -333,44 +333,44 @@ def _rates(
         return {key: rewards for key, rewards in table.by_prompt.items() if among is None or key in among}
 
     return {
-        who: win_rate(chosen(ours), chosen(table), opponent=who, bootstrap=bootstrap)
+        who: win_rate(chosen(ours), chosen(table), opponent=who, bootstrap=material.bootstrap)
         for who, table in material.opponents.items()
     }
 
 
-def _by_category(material: _Material, name: str, step: int, bootstrap: Bootstrap) -> dict[str, list[WinRate]]:
+def _by_category(material: _Material, name: str, step: int) -> dict[str, list[WinRate]]:
     column = material.evaluate.get("category")
     ids: dict[str, set[str]] = {}
     for record in material.prompts if column is not None else ():
         ids.setdefault(str((record.columns or {}).get(str(column), "none")), set()).add(record.id)
-    found = {kind: _rates(material, name, step, bootstrap, among) for kind, among in sorted(ids.items())}
+    found = {kind: _rates(material, name, step, among) for kind, among in sorted(ids.items())}
     return {kind: [rate for rate in rates.values() if rate is not None] for kind, rates in found.items()}
 
 
-def _trained_on_pools_rewards(material: _Material) -> bool:
-    """Whether there is a pool whose rewards are those that methods were trained on."""
-    trained, judge = _scorers(material.recipe)
-    given = (material.recipe.get("data") or {}).get("rewards")
-    return material.pool is not None and not given and bool(trained) and judge == trained
-
-
-def _objective_share(
-    material: _Material, method: MethodEvidence, beta: float | None, step: int, bootstrap: Bootstrap
-) -> Interval | None:
+def _objective_share(material: _Material, method: MethodEvidence, beta: float | None, step: int) -> Interval | None:
     """That of a policy in the objective at its own β, which a sweep has for each."""
     beta = beta if method.sweep is None else method.sweep.betas[step - 1]
-    if beta is None or not material.sft.scored or not _trained_on_pools_rewards(material):
+    if beta is None or not material.sft.scored or not material.aimed_at:
         return None
     policy = material.tables[method.name][step]
-    return objective_share(material.pool_rewards, beta, material.sft, policy, bootstrap)
+    return objective_share(material.pool_rewards, beta, material.sft, policy, material.bootstrap)
 
 
-def _aim(material: _Material, beta: float | None, bootstrap: Bootstrap) -> OptimumPoint | None:
-    """π*_β as the pool shows it, where its rewards are those that methods were trained on."""
-    if beta is None or not _trained_on_pools_rewards(material):
+def _aim(material: _Material, beta: float | None) -> OptimumPoint | None:
+    """π*_β of the reward that methods were trained on, as the pool shows it."""
+    if beta is None:
         return None
-    found = pool_frontier(material.pool_rewards, np.array([beta]))
-    return None if found is None else optimum(found, bootstrap).points[0]
+    found = pool_frontier(material.trained_rewards, np.array([beta]), judged=material.pool_rewards)
+    return None if found is None else optimum(found, material.bootstrap).points[0]
+
+
+def _misled(material: _Material, kl: float) -> list[str]:
+    """How far the reward leads that was trained on: at `kl` nats, or as far as the pool shows it."""
+    if material.pool is None or material.proxy is None:
+        return []
+    kl = min([kl, *(float(optimum_path(found)[0].mean(axis=0).max()) for found in (material.pool, material.proxy))])
+    share = proxy_share(material.proxy, material.pool, kl, material.bootstrap)
+    return [] if share is None else misled(kl, share)
 
 
 def choose_examples(
@@ -386,8 +386,8 @@ def choose_examples(
     these answers, which judges drew by chance too, come before others.
     """
     by_id = {name: {r.id: r for r in records if r.completions} for name, records in answers.items()}
-    known = {record.id: record for records in answers.values() for record in records}
-    known.update({record.id: record for record in prompts})
+    given = {record.id: record for record in prompts}
+    known = {record.id: record for records in answers.values() for record in records} | given
     shared = [key for key in known if all(key in records for records in by_id.values())]
     if not by_id or not shared:
         return []
@@ -397,8 +397,8 @@ def choose_examples(
     examples = []
     for key in (shared[i] for i in sorted(drawn)):
         rows = [_answer(name, records[key].completions[0]) for name, records in by_id.items()]
-        if known[key].completions and any(record.id == key for record in prompts):
-            rows.insert(0, _answer(REFERENCE_TEXT, known[key].completions[0]))
+        if key in given and given[key].completions:
+            rows.insert(0, _answer(REFERENCE_TEXT, given[key].completions[0]))
         shown = {row.source for row in rows}
         said = [remark for remark in remarks if remark.prompt_id == key and {remark.a, remark.b} <= shown]
         examples.append(Example(key, render_prompt(known[key].prompt), rows, said))

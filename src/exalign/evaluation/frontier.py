@@ -66,8 +66,7 @@ def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> Frontier
 
     Without rewards: with the highest lower bound of the accuracy on held-out pairs.
     """
-    within = [point for point in points if point.nats <= kl_budget and (point.reward or point.held_out)]
-    return max(within, key=merit, default=None)
+    return max((p for p in points if p.nats <= kl_budget and p.measured), key=merit, default=None)
 
 
 def merit(point: FrontierPoint) -> float:
@@ -80,13 +79,8 @@ def lower_bound(point: FrontierPoint) -> float:
 
     The estimate stands for it where one prompt or pair gives no interval; −∞ where nothing was measured.
     """
-    if point.held_out is not None and point.reward is None:
-        value, base = point.held_out.accuracy, 0.5
-    elif point.gain is not None:
-        value, base = point.gain, 0.0
-    else:
-        return -math.inf
-    return (value.estimate if value.low is None else value.low) - base
+    value, base = (point.gain, 0.0) if point.reward else (point.measured, 0.5)
+    return -math.inf if value is None else value.ends[0] - base
 
 
 def reward_at_kl(kls: Array, rewards: Array, kl: float) -> Array:
@@ -203,9 +197,9 @@ class Paths:
     ) -> None:
         known = {name: [t for t in tables if t.log_ratios is not None] for name, tables in methods.items()}
         evaluated = {name: checkpoints for name, checkpoints in known.items() if checkpoints}
-        self.ids = common_prompts([sft, *(table for tables in evaluated.values() for table in tables)])
-        self._bootstrap = bootstrap
-        self._columns = {name: path(sft, tables, self.ids) for name, tables in evaluated.items() if self.ids}
+        ids = common_prompts([sft, *(table for tables in evaluated.values() for table in tables)])
+        self.bootstrap = bootstrap
+        self._columns = {name: path(sft, tables, ids) for name, tables in evaluated.items() if ids}
 
     @property
     def methods(self) -> list[str]:
@@ -222,9 +216,6 @@ class Paths:
     def gain(self, method: str, kl: float) -> Array:
         """`[P]` values whose mean is what the method gains over π_sft at `kl`."""
         return self.reward(method, kl) - self._columns[method][1][:, 0]
-
-    def interval(self, values: Array) -> Interval:
-        return self._bootstrap.mean(values)
 
 
 def path(sft: SampleTable, checkpoints: Sequence[SampleTable], ids: Sequence[str]) -> tuple[Array, Array]:
@@ -249,7 +240,7 @@ def compare_pairs(paths: Paths) -> list[Comparison]:
         difference = paths.reward(first, kl) - paths.reward(second, kl)
         if difference.mean() < 0:
             first, second, difference = second, first, -difference
-        found.append(Comparison(first, second, kl, paths.interval(difference)))
+        found.append(Comparison(first, second, kl, paths.bootstrap.mean(difference)))
     return found
 
 
@@ -266,9 +257,9 @@ def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
     kl = min(compared.values())
     readings = {name: paths.reward(name, kl) for name in compared}
     ranked = sorted(readings, key=lambda name: -readings[name].mean())
-    lead = readings[ranked[0]]
+    lead, mean = readings[ranked[0]], paths.bootstrap.mean
     standings = [
-        Standing(name, paths.interval(readings[name]), None if i == 0 else paths.interval(lead - readings[name]))
+        Standing(name, mean(readings[name]), None if i == 0 else mean(lead - readings[name]))
         for i, name in enumerate(ranked)
     ]
     return EqualKL(kl, standings, [name for name in reaches if name not in compared])

@@ -66,8 +66,14 @@ class PoolFrontier:
         return np.median(self.ess, axis=0) >= LEAST_ESS
 
 
-def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = None) -> PoolFrontier | None:
+def pool_frontier(
+    pool: Mapping[str, Sequence[float]],
+    betas: Array | None = None,
+    judged: Mapping[str, Sequence[float]] | None = None,
+) -> PoolFrontier | None:
     """The optimum of every prompt from the rewards of its pool; prompts may have different numbers of samples.
+
+    With other rewards `judged` of the same samples it is the optimum for those of `pool`, with the judged reward.
 
     By default β runs over a geometric grid from ten times the rewards' spread within prompts to a fiftieth, where even
     thousands of samples have ended. None where the pool has no prompt with two samples, or no reward differs from its
@@ -86,13 +92,15 @@ def pool_frontier(pool: Mapping[str, Sequence[float]], betas: Array | None = Non
         betas = spread * np.geomspace(10, 0.02, NUM_BETAS)
     counts = np.array([len(rewards) for rewards in usable.values()])
     mask = np.arange(counts.max())[None, :] < counts[:, None]
-    padded = np.zeros(mask.shape)
-    padded[mask] = np.concatenate(list(usable.values()))
-    frontier = optimal_frontier(torch.from_numpy(padded), torch.from_numpy(betas), torch.from_numpy(mask))
+    seen = usable if judged is None else {name: np.asarray(judged[name], dtype=np.float64) for name in usable}
+    rewards, means = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
+    for padded, values in ((rewards, usable), (means, seen)):
+        padded[torch.from_numpy(mask)] = torch.from_numpy(np.concatenate(list(values.values())))
+    frontier = optimal_frontier(rewards, torch.from_numpy(betas), torch.from_numpy(mask), judged=means)
     return PoolFrontier(
         ids=tuple(usable),
         betas=betas,
-        base=prompt_means(tuple(usable.values())),
+        base=prompt_means(tuple(seen.values())),
         reward=frontier.reward.numpy(),
         kl=frontier.kl.numpy(),
         ess=frontier.effective_samples.numpy(),
@@ -157,6 +165,23 @@ def optimum_path(pool: PoolFrontier) -> tuple[Array, Array]:
     """KL and reward `[P, 1 + G]` of the optimum where it is reliable; first π_sft, which is π*_β at β = ∞."""
     kls = np.hstack([np.zeros((len(pool.ids), 1)), pool.kl[:, pool.reliable]])
     return kls, np.hstack([pool.base[:, None], pool.reward[:, pool.reliable]])
+
+
+def gain_at(pool: PoolFrontier, kl: float) -> Array | None:
+    """`[P]` what the optimum gains over π_sft at `kl` nats; None where the pool does not show it so far away."""
+    kls, rewards = optimum_path(pool)
+    return reward_at_kl(kls, rewards, kl) - rewards[:, 0] if 0 < kl <= kls.mean(axis=0).max() else None
+
+
+def proxy_share(
+    proxy: PoolFrontier, pool: PoolFrontier, kl: float, bootstrap: Bootstrap = BOOTSTRAP
+) -> Interval | None:
+    """What the optimum for a `proxy` gains at `kl` nats, as a share of what that for the pool's own rewards gains.
+
+    None where the samples do not show one of them so far away, or nothing is to be gained.
+    """
+    ours, most = gain_at(proxy, kl), gain_at(pool, kl)
+    return None if ours is None or most is None or most.mean() <= 0 else bootstrap.ratio(ours, most)
 
 
 def gap_to_optimum(
@@ -269,7 +294,7 @@ def best_of_n(
     return points
 
 
-OPTIMUM = "estimated optimum"
+OPTIMUM, PROXY_OPTIMUM = "estimated optimum", "optimum of the training reward"
 GRID_POINTS = 80
 
 

@@ -10,6 +10,7 @@
     evaluation/answers/sft, …/METHOD/step-N  answers for win rates and judges alone, where evaluate.answers has them
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
+    evaluation/proxy/samples                 the same, with the rewards that methods were trained on, where others
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
     evaluation/benchmark.json                what lm-eval measured before and after
     evaluation/evidence.json                 every number of the report
@@ -56,7 +57,7 @@ from exalign.strict_yaml import parse_yaml
 DONE = "done.json"
 SUPERVISED, REFERENCE = "sft", "reference"
 """What the supervised policy and the reference texts are called among the systems of a run."""
-NO_METHODS = (SUPERVISED, "prompts", "pool", "density", "pairs", "answers")
+NO_METHODS = (SUPERVISED, "prompts", "pool", "proxy", "density", "pairs", "answers")
 """Folders of `evaluation/` that belong to no method."""
 BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
@@ -72,7 +73,8 @@ class RunFolder:
         self.recipe, self.environment = path / "recipe.yaml", path / "environment.json"
         self.evaluation = path / "evaluation"
         self.evidence, self.benchmark = self.evaluation / "evidence.json", self.evaluation / "benchmark.json"
-        self.prompts, self.pool = self.evaluation / "prompts", self.evaluation / "pool"
+        self.prompts = self.evaluation / "prompts"
+        self.pool, self.proxy = self.evaluation / "pool", self.evaluation / "proxy" / "samples"
         self.supervised = self.evaluation / SUPERVISED / "samples"
         self.judgements = path / "judging" / "llm"
         self.assessment = path / "assessment"
@@ -240,14 +242,12 @@ class RunFolder:
             best = self.search(method) / "best.json"
             if best.is_file():
                 values, listed = read_json(best), read_sealed(self.search(method) / "trials.json")
-                trials = [Trial(**trial) for trial in listed["trials"]]
-                found.append(Search(method, values["ranked_at"], values["trial"], trials))
+                try:
+                    trials = [Trial(**trial) for trial in listed["trials"]]
+                    found.append(Search(method, values["ranked_at"], values["trial"], trials))
+                except (TypeError, KeyError):
+                    raise InputError(f"{best.parent} does not hold a search; make search/{method} again.") from None
         return found
-
-    def density_records(self) -> dict[str, list[Record]]:
-        """Per method, samples of π_sft with the final policy's log-probabilities, where they are complete."""
-        found = {name: complete_records(self.density(name)) for name in self.methods()}
-        return {name: records for name, records in found.items() if records is not None}
 
     def stages(self) -> list[Stage]:
         """Every finished stage but the report, which comes after, in the order in which they ended."""

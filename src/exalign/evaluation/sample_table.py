@@ -142,12 +142,10 @@ def prompt_means(ragged: Ragged) -> Array:
 
 
 def common_prompts(tables: Iterable[SampleTable]) -> list[str]:
-    """The ids that every table has, in the order of the first; empty for no tables."""
-    tables = list(tables)
-    if not tables:
-        return []
-    shared = set(tables[0].ids).intersection(*(table.ids for table in tables[1:]))
-    return [name for name in tables[0].ids if name in shared]
+    """The ids that every table has, in the order of the first."""
+    first, *others = tables
+    shared = set(first.ids).intersection(*(table.ids for table in others))
+    return [name for name in first.ids if name in shared]
 
 
 def log_ratio(completion: Completion) -> float | None:

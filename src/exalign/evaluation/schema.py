@@ -28,6 +28,14 @@ class Interval:
     high: float | None
     num_prompts: int
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Its bounds, or twice the estimate where it has none."""
+        return (
+            self.estimate if self.low is None else self.low,
+            self.estimate if self.high is None else self.high,
+        )
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -91,6 +99,11 @@ class FrontierPoint:
     def nats(self) -> float:
         """The estimate of the KL; ∞ where there is none."""
         return math.inf if self.kl is None else self.kl.estimate
+
+    @property
+    def measured(self) -> Interval | None:
+        """The mean reward, without rewards the accuracy on held-out pairs; None where neither was measured."""
+        return self.held_out.accuracy if self.held_out and not self.reward else self.reward
 
 
 @dataclass(frozen=True)
@@ -176,15 +189,6 @@ class Sweep:
     values: list[float]
     betas: list[float | None]
 
-    def place(self, step: int) -> str:
-        """How the policy is called that stands in place of a checkpoint, from 1.
-
-        >>> Sweep("kl", [0.5, 1.0], [0.31, 0.2]).place(2)
-        'its β 0.2'
-        """
-        beta = self.betas[step - 1]
-        return f"its {self.setting} {self.values[step - 1]:.3g}" if beta is None else f"its β {beta:.3g}"
-
 
 @dataclass(frozen=True)
 class MethodEvidence:
@@ -215,8 +219,17 @@ class MethodEvidence:
     sweep: Sweep | None = None
 
     def at(self, step: int) -> str:
-        """Which of its policies one is: that of a step, or of a value of its sweep."""
-        return f"step {step}" if self.sweep is None else self.sweep.place(step)
+        """Which of its policies one is: that of a step, or of a value of its sweep, counted from 1.
+
+        >>> sweep = Sweep("kl", [0.5, 1.0], [None, 0.2])
+        >>> method = MethodEvidence("exo", "exo", "reward", True, [], [], sweep=sweep)
+        >>> method.at(1), method.at(2)
+        ('its kl 0.5', 'its β 0.2')
+        """
+        if self.sweep is None:
+            return f"step {step}"
+        beta = self.sweep.betas[step - 1]
+        return f"its {self.sweep.setting} {self.sweep.values[step - 1]:.3g}" if beta is None else f"its β {beta:.3g}"
 
     @property
     def on(self) -> tuple[str | None, int | None]:
@@ -566,6 +579,8 @@ class Evidence:
 
     `answers` says how those of win rates, judgements and examples were drawn, where they are not the samples that
     rewards and KL are of. `worst` are the prompts on which the verdict's checkpoint lost most reward against π_sft.
+    `proxy_optimum` is the optimum for the reward that methods were trained on, where the evaluation has another one,
+    with the evaluation's reward.
     """
 
     name: str
@@ -598,6 +613,7 @@ class Evidence:
     courses: list[Course] = field(default_factory=list)
     answers: str | None = None
     benchmark: Benchmark | None = None
+    proxy_optimum: Optimum | None = None
     version: int = EVIDENCE_VERSION
 
     @property

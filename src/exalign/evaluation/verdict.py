@@ -22,6 +22,7 @@ from exalign.evaluation.schema import (
     Curve,
     DensityRatios,
     FrontierPoint,
+    Interval,
     Judgements,
     MethodEvidence,
     Optimum,
@@ -31,7 +32,9 @@ from exalign.evaluation.statistics import CONFIDENCE
 
 LENGTH_CHANGE = 0.25
 """A mean length that changed by this share of the supervised policy's is warned of."""
-REPETITION = UNFINISHED = 0.05
+MISLED = 0.5
+"""Below this share of the best possible gain the optimum for the training reward is warned of."""
+RISE = 0.05
 """A share of repeated 4-grams, or of samples cut at the limit, that rose by this is warned of."""
 LEAST_OWN = 2
 """Effective samples a prompt below which the correction of own samples is warned of."""
@@ -88,7 +91,7 @@ def verdict(
         return None
     method, point = best
     folder = RunFolder(Path()).policy(method.name, point.step).as_posix()
-    value = point.held_out.accuracy if point.held_out and not point.reward else point.gain
+    value = point.gain if point.reward else point.measured
     certain = value is not None and value.low is not None and lower_bound(point) > 0
     return Verdict(method.name, point.step, folder, kl_budget, certain, passed_over=passed_over)
 
@@ -121,8 +124,7 @@ def warnings(
         *_out_of_reach(methods, optimum),
         *_wasted(shown, best_of_n),
         *_lengths(sft, shown),
-        *_rising(sft, shown, _repetition, REPETITION, "Answers repeat themselves (share of repeated 4-grams)"),
-        *_rising(sft, shown, _unfinished, UNFINISHED, "More answers are cut at the limit of tokens"),
+        *_rising(sft, shown),
         *_uncertain_kl(shown),
         *_few_effective_samples(shown, optimum, density),
         *_disagreement(shown, judgements),
@@ -156,6 +158,18 @@ def scorer_accuracy(counts: Mapping[str, int]) -> tuple[list[str], list[str]]:
             else:
                 told.append(f"{said}.")
     return told, doubt
+
+
+def misled(kl: float, share: Interval) -> list[str]:
+    """A sentence where even the optimum for the training reward surely has little of what could be gained at `kl`."""
+    if share.high is None or share.high >= MISLED:
+        return []
+    estimate, low, high = (100 * value for value in (share.estimate, *share.ends))
+    return [
+        f"The reward that was trained on is the limit: at {kl:.2g} nats the optimum for it has {estimate:.0f} % "
+        f"[{low:.0f}, {high:.0f}] of what could be gained by the evaluation's scorer. A better reward, not another "
+        "method or β, is what is missing."
+    ]
 
 
 def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) -> Iterator[str]:
@@ -225,39 +239,29 @@ def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> 
         )
 
 
-def _rising(
-    sft: FrontierPoint,
-    shown: Sequence[tuple[str, FrontierPoint]],
-    read: Callable[[FrontierPoint], float | None],
-    least: float,
-    what: str,
-) -> Iterator[str]:
-    start = read(sft)
-    if start is None:
-        return
-    values = [(name, read(point)) for name, point in shown]
-    risen = [f"{name} {100 * value:.0f} %" for name, value in values if value is not None and value - start >= least]
-    if risen:
-        yield f"{what}: {', '.join(risen)}; the supervised policy {100 * start:.0f} %."
-
-
-def _repetition(point: FrontierPoint) -> float | None:
-    return point.repetition
-
-
-def _unfinished(point: FrontierPoint) -> float | None:
-    return None if point.finished is None else 1 - point.finished
+def _rising(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
+    shares: dict[str, Callable[[FrontierPoint], float | None]] = {
+        "Answers repeat themselves (share of repeated 4-grams)": lambda p: p.repetition,
+        "More answers are cut at the limit of tokens": lambda p: None if p.finished is None else 1 - p.finished,
+    }
+    for what, read in shares.items():
+        if (start := read(sft)) is None:
+            continue
+        values = [(name, read(point)) for name, point in shown]
+        risen = [f"{name} {100 * value:.0f} %" for name, value in values if value is not None and value - start >= RISE]
+        if risen:
+            yield f"{what}: {', '.join(risen)}; the supervised policy {100 * start:.0f} %."
 
 
 def _uncertain_kl(shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
     for name, point in shown:
-        if point.kl is None:
+        kl = point.kl
+        if kl is None or kl.low is None or kl.high is None:
             continue
-        low, kl, high = point.kl.low, point.kl.estimate, point.kl.high
-        if low is not None and high is not None and kl >= KL_SPREAD and high - low > kl:
+        if kl.estimate >= KL_SPREAD and kl.high - kl.low > kl.estimate:
             yield (
-                f"The KL of {name} is more than its samples can measure: {kl:.1f} nats, somewhere from {low:.1f} to "
-                f"{high:.1f}. More evaluate.samples or evaluate.prompts make it certain."
+                f"The KL of {name} is more than its samples can measure: {kl.estimate:.1f} nats, somewhere from "
+                f"{kl.low:.1f} to {kl.high:.1f}. More evaluate.samples or evaluate.prompts make it certain."
             )
 
 

@@ -105,7 +105,10 @@ class Endpoint:
         self._url, parts = url, _checked(url)
         self._key = os.environ.get(settings.key_variable, "").strip()
         self._spelled = spellings(self._key)
-        if self._key and self._key in json.dumps(settings.request_fields, ensure_ascii=False):
+        fields = settings.request_fields
+        if "messages" in fields or fields.get("model", judge) is None:
+            raise InputError("--request-fields must leave the messages and the model: they are what is asked, and who.")
+        if self._key and self._spelled.search(json.dumps(fields, ensure_ascii=False)):
             raise InputError(
                 f"--request-fields holds the key of {settings.key_variable}: it would be stored with every request, "
                 "and is sent in the header anyway; remove it."
@@ -127,17 +130,21 @@ class Endpoint:
     async def attempt(self, body: Body) -> Reply:
         """Send the request once. `timeout` bounds the whole attempt, also against a server that trickles."""
         try:
-            from openai import APIConnectionError, APIStatusError, Omit, OpenAIError
+            from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit, OpenAIError
         except ImportError:
             need = "Judging through an endpoint needs the openai client: pip install 'exalign[judge]'."
             raise InputError(need) from None
+        if self._client is None:
+            # Retries are ours: the client would not repeat a malformed answer, nor keep the failed ones.
+            key, timeout = self._key or "none", self._settings.timeout
+            self._client = AsyncOpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=0)
         start = time.monotonic()
         raw: str | None = None
         status: int | None = None
         retry_after = None
         try:
             async with asyncio.timeout(self._settings.timeout):
-                response = await self._open_client().chat.completions.with_raw_response.create(
+                response = await self._client.chat.completions.with_raw_response.create(
                     model=body["model"],
                     messages=body["messages"],
                     extra_headers=None if self._key else {"Authorization": Omit()},
@@ -160,26 +167,15 @@ class Endpoint:
             error = f"{problem.message.rstrip('.')} ({type(cause).__name__}: {cause})"
         except OpenAIError as problem:
             outcome, error = "again", f"{type(problem).__name__}: {problem}"
-        seconds = time.monotonic() - start
-        limit = None if outcome == "answered" else _STORED_CHARACTERS
-        return Reply(
-            outcome, self._blot(raw, limit), status, redact(self._blot(error) or "") or None, retry_after, seconds
-        )
+        raw = self._blot(raw, None if outcome == "answered" else _STORED_CHARACTERS)
+        error = redact(self._blot(error) or "") or None
+        return Reply(outcome, raw, status, error, retry_after, seconds=time.monotonic() - start)
 
     async def close(self) -> None:
         # The next match-up is asked in another event loop, with a client of its own.
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
-
-    def _open_client(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
-
-        if self._client is None:
-            # Retries are ours: the client would not repeat a malformed answer, nor keep the failed ones.
-            key, timeout = self._key or "none", self._settings.timeout
-            self._client = AsyncOpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=0)
-        return self._client
 
     def _meaning(self, status: int, message: str) -> tuple[str, str]:
         if status in _FATAL:
@@ -257,16 +253,17 @@ class LocalModel:
     concurrency = 1
 
     def __init__(self, source: str, settings: JudgeSettings) -> None:
-        self.judge = Path(source).resolve().name if Path(source).is_dir() else source
-        self._source = source
-        self._settings = settings
+        if settings.request_fields:
+            raise InputError("--request-fields are for requests to an --endpoint; a --model-path takes none.")
         base = adapter_base(Path(source))
         folders = [Path(name) for name in (source, base) if name and Path(name).is_dir()]
-        self._weights = "-".join(map(fingerprint_path, folders)) or None
+        self.judge = folders[0].resolve().name if folders else source
+        self._source = source
+        self._settings = settings
+        self._weights = {"weights": "-".join(map(fingerprint_path, folders))} if folders else {}
 
     def body(self, question: str) -> Body:
-        weights = {} if self._weights is None else {"weights": self._weights}
-        return {**_request(self.judge, question, self._settings), **weights}
+        return {**_request(self.judge, question, self._settings), **self._weights}
 
     async def attempt(self, body: Body) -> Reply:
         """Generate one answer, in a thread."""
@@ -288,13 +285,14 @@ class LocalModel:
         import torch
 
         from exalign.data.tokenization import completion_text, render_chat
+        from exalign.rollout.scorers import max_positions
 
         start, (model, tokenizer) = time.monotonic(), self._loaded
         chat, text = tokenizer.chat_template is not None, body["messages"][0]["content"]
         text = render_chat(tokenizer, body["messages"]) if chat else text
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # a template writes its own special tokens
         prompt_tokens = len(ids)
-        room = getattr(model.config, "max_position_embeddings", None)
+        room = max_positions(model)
         if room is not None and prompt_tokens >= room:
             return Reply("refused", error=f"the question has {prompt_tokens} tokens, the model reads {room}")
         temperature = body["temperature"]

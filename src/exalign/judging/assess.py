@@ -40,22 +40,15 @@ from exalign.data.record import Prompt
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
-from exalign.judging.agreement import OVERALL, agreement, tally
+from exalign.judging.agreement import OVERALL, agreement, tally, within_a_share
 from exalign.judging.askers import is_loopback
-from exalign.judging.comparisons import CRITERIA, Comparison, write_comparisons
+from exalign.judging.comparisons import CRITERIA, QUESTIONS, Comparison, write_comparisons
 from exalign.judging.options import with_settings
 from exalign.judging.study import Answer, Assessor, Store, parse_matches, plan_study
 from exalign.settings import Settings
 from exalign.storage import fingerprint_path
 from exalign.terminal import escape_controls, shown
 
-QUESTIONS = {
-    "instruction": "Follows the instruction",
-    "correct": "Correct",
-    "fluent": "Fluent",
-    "safe": "Safe",
-    "helpful": "Helpful",
-}
 CHOICES = ("left", "tie", "right")
 MAX_COMMENT = 10_000
 MAX_POSITION = 2**31 - 1
@@ -205,7 +198,7 @@ def _tally_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table("match-up", "criterion", "win %", "tie %", "lose %", "win + tie/2 %", "verdicts")
     for criterion in (OVERALL, *CRITERIA):
         for row in tally(comparisons, criterion):
-            shares = [_number(value, 100, 1) for value in (row.win, row.tie, row.lose, row.score)]
+            shares = map(_share, (row.win, row.tie, row.lose, row.score))
             table.add_row(shown(f"{row.first} : {row.second}"), criterion, *shares, str(row.num_judgements))
     return table
 
@@ -214,9 +207,13 @@ def _agreement_table(comparisons: Sequence[Comparison]) -> Table:
     table = Table("criterion", "Krippendorff's alpha", "equal pairs %", "without ties %", "items", "assessors")
     for criterion in (OVERALL, *CRITERIA):
         found = agreement(comparisons, criterion)
-        shares = [_number(value, 100, 1) for value in (found.pairwise, found.without_ties)]
+        shares = map(_share, (found.pairwise, found.without_ties))
         table.add_row(criterion, _number(found.alpha), *shares, str(found.num_items), str(found.num_assessors))
     return table
+
+
+def _share(value: Interval | None) -> str:
+    return _number(value and within_a_share(value), 100, 1)
 
 
 def _number(value: Interval | None, scale: float = 1, digits: int = 3) -> str:
@@ -236,7 +233,7 @@ def _link(url: str, token: str) -> str:
 
 
 def _names(text: str) -> list[str]:
-    if text.strip().isdigit():
+    if text.strip().isdecimal():
         if not 1 <= int(text) <= 1000:
             raise InputError(f"--assessors {text}: between 1 and 1000 people, please.")
         return [f"assessor-{i}" for i in range(1, int(text) + 1)]
@@ -274,7 +271,10 @@ def allowed_hosts(host: str, url: str | None) -> list[str]:
     """
     if ":" in host:
         raise InputError(f"--host {host}: give an IPv4 address or a host name.")
-    named = urlsplit(url).hostname if url else None
+    try:
+        named = urlsplit(url).hostname if url else None
+    except ValueError:
+        named = None
     if url is not None and named is None:
         raise InputError(f"--url {url} has no host name (for example https://assess.example.org).")
     if not is_loopback(host) and named is None:
@@ -457,11 +457,10 @@ def form_token(secret: str, token_hash: str) -> str:
 
 def is_forged(request: Request, fields: Mapping[str, str], expected: str) -> bool:
     """Whether a form came from another site, or without this assessor's form token (compared in constant time)."""
-    site = request.headers.get("sec-fetch-site", "same-origin")
     origin = request.headers.get("origin")
-    if site not in ("same-origin", "none"):
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return True
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         return True
     return not hmac.compare_digest(fields.get("form_token", "").encode(), expected.encode())
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,9 +24,15 @@ FORMAT_VERSION = 1
 Verdict = Literal["first", "tie", "second", "unreadable"]
 """Which system won, whatever the order shown; `unreadable` is an answer that could not be read, never a guess."""
 Side = Literal["first", "second"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-CRITERIA = ("instruction", "correct", "fluent", "safe", "helpful")
-"""Follows the instruction, correct, fluent, safe, helpful: what people are asked besides the overall verdict."""
+QUESTIONS = {
+    "instruction": "Follows the instruction",
+    "correct": "Correct",
+    "fluent": "Fluent",
+    "safe": "Safe",
+    "helpful": "Helpful",
+}
+"""What people are asked besides the overall verdict, by the name of the criterion."""
+CRITERIA = tuple(QUESTIONS)
 OTHER: dict[Side, Side] = {"first": "second", "second": "first"}
 _FLIPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie", "unreadable": "unreadable"}
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +90,7 @@ def parse_completion(raw: str) -> Answer | None:
     return Answer(content or refusal or "", bool(refusal), texts[2], *cost)
 
 
-class ExchangeStore:
+class ExchangeStore(AbstractContextManager["ExchangeStore"]):
     """The file of exchanges of one judge; opening it reads what stands there. One process at a time.
 
     A last line without its end was never acknowledged: it is removed, and `torn` says so (0 or 1).
@@ -134,15 +135,9 @@ class ExchangeStore:
         if reply.outcome == "answered":
             self.answers[key] = _answer(row)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
         self._lock.release()
-
-    def __enter__(self) -> ExchangeStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_answers(path: Path) -> dict[str, Answer]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from exalign.data.reading import DataSettings, read_rows
+from exalign.data.reading import DataSettings, read_rows, read_source
 from exalign.data.record import Record
 from exalign.errors import InputError
 from exalign.judging.comparisons import Comparison, Verdict, read_comparisons
@@ -43,8 +43,6 @@ def read_human(path: Path, counts: Counter[str]) -> list[Comparison]:
     elif {"info", "summaries", "choice"} <= columns:
         found = list(from_summarize_from_feedback(rows, counts=counts))
     else:
-        from exalign.data.reading import read_source
-
         records = read_source(settings, counts)
         found = list(from_preference_records(records, judge=f"preferences of {path.name}", counts=counts))
     if not found:
@@ -156,6 +154,6 @@ def from_summarize_from_feedback(rows: Iterable[Mapping[str, Any]], *, counts: C
 
 def _answers(conversation: list[Mapping[str, str]], turn: int) -> str:
     answers = [message["content"] for message in conversation if message["role"] == "assistant"][:turn]
-    if len(answers) < turn:
+    if not 1 <= turn <= len(answers):
         raise ValueError(f"{len(answers)} answers, but turn {turn} was judged")
     return "\n\n".join(answers)

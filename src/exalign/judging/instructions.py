@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from exalign.data.record import Prompt
 from exalign.errors import InputError
 from exalign.judging.comparisons import OTHER, Pair, Side
+from exalign.storage import exists
 
 BUILT_IN = ("dialogue", "instruction", "summarisation")
 VARIABLES = ("prompt", "messages", "answer_a", "answer_b", "reference")
@@ -27,21 +28,24 @@ class Instructions:
     """A template of the question, ready to be filled."""
 
     name: str
-    source: str
     template: Template
 
     def render(self, pair: Pair, *, left: Side) -> str:
-        """The question about `pair` with the system `left` shown as A and the other as B."""
+        """The question about `pair` with the system `left` shown as A and the other as B.
+
+        Half of a character, which JSON can spell and nobody can be sent, is a question mark.
+        """
         try:
-            return self.template.render(
+            question = self.template.render(
                 prompt=prompt_text(pair.prompt),
                 messages=None if isinstance(pair.prompt, str) else list(pair.prompt),
                 answer_a=pair.text(left),
                 answer_b=pair.text(OTHER[left]),
                 reference=pair.reference,
-            ).strip()
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InputError(f"The template {self.name} fails on prompt {pair.prompt_id}: {error}.") from None
+        return question.strip().encode("utf-8", "replace").decode()
 
 
 def load_instructions(template: str) -> Instructions:
@@ -54,7 +58,7 @@ def load_instructions(template: str) -> Instructions:
         source = (files("exalign.judging") / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
     else:
         path = Path(template)
-        if not path.is_file():
+        if not exists(path):
             raise InputError(f"--template {template}: neither a file nor one of {', '.join(BUILT_IN)}.")
         try:
             name, source = path.stem, path.read_text(encoding="utf-8")
@@ -72,7 +76,7 @@ def load_instructions(template: str) -> Instructions:
         )
     if missing := _REQUIRED - used:
         raise InputError(f"The template {template} does not show {' and '.join(sorted(missing))}.")
-    return Instructions(name, source, compiled)
+    return Instructions(name, compiled)
 
 
 def prompt_text(prompt: Prompt) -> str:

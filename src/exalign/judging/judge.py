@@ -26,16 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from exalign.errors import InputError
-from exalign.judging.agreement import agreement_with
+from exalign.evaluation.schema import Interval
+from exalign.judging.agreement import agreement_with, within_a_share
 from exalign.judging.askers import Asker, Endpoint, JudgeSettings, LocalModel
 from exalign.judging.comparisons import Comparison, Pair, write_comparisons
-from exalign.judging.exchanges import (
-    Body,
-    ExchangeStore,
-    Reply,
-    read_answers,
-    request_key,
-)
+from exalign.judging.exchanges import Body, ExchangeStore, Reply, read_answers, request_key
 from exalign.judging.grading import read_human
 from exalign.judging.instructions import Instructions, load_instructions
 from exalign.judging.judgements import other_judgements
@@ -54,8 +49,6 @@ PathOption = Annotated[
     str | None, typer.Option(help="Instead of an endpoint: folder or hub name of a transformers model to load here.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be asked and what it would cost.")]
-
-_TITLES = ("", "win", "tie", "lose", "win rate", "at equal length", "flips", "shown first", "unreadable", "tokens")
 
 
 @with_settings(JudgeSettings)
@@ -90,7 +83,7 @@ def judge(
         asked = questions(choose(match_up.pairs, prompts=settings.prompts, seed=settings.seed), instructions, asker)
         if dry_run:
             name = f"{match_up.first} against {match_up.second}"
-            console.print(shown(estimate(name, asked, folder, settings)))
+            console.print(shown(estimate(name, asked, folder)))
             continue
         about = {
             "first": match_up.first,
@@ -131,7 +124,7 @@ def grade_judge(
     folder = home / _slug(f"{asker.judge}-{instructions.name}")
     asked = questions(pairs, instructions, asker)
     if dry_run:
-        console.print(shown(estimate(str(file), asked, folder, settings)))
+        console.print(shown(estimate(str(file), asked, folder)))
         return
     about = {"graded_on": str(file), "template": instructions.name, "endpoint": endpoint, "counts": dict(counts)}
     summary = judge_pairs(asked, asker, settings, folder, about=about, others={str(file): human}, console=console)
@@ -181,11 +174,10 @@ def _finish(console: Console, home: Path, rows: dict[str, dict[str, Any]]) -> No
 
 def _unreadable(row: dict[str, Any]) -> str:
     because, total = row["unreadable_because"], f"of {row['answers']:,} answers"
-    asked = row["settings"]["request_fields"]
-    limit, option = row["settings"]["max_answer_tokens"], "--max-answer-tokens"
-    if "max_tokens" in asked:
-        limit, option = asked["max_tokens"] or asked.get("max_completion_tokens"), "the limit in --request-fields"
-    at = f" at {limit:,} tokens" if isinstance(limit, int) else ""
+    fields = row["settings"]["request_fields"]
+    limit = _limit({"max_tokens": row["settings"]["max_answer_tokens"], **fields})
+    option = "the limit in --request-fields" if "max_tokens" in fields else "--max-answer-tokens"
+    at = f" at {limit:,} tokens" if limit is not None else ""
     sentences = {
         CUT_OFF: f"were cut off{at} (finish_reason length): raise {option}",
         REFUSED: "were refused or filtered by the model's provider",
@@ -195,10 +187,16 @@ def _unreadable(row: dict[str, Any]) -> str:
     return "; ".join(found) or "the two orders of no pair were both readable"
 
 
+def _limit(request: Mapping[str, Any]) -> int | None:
+    """How many tokens the answer to a request may have; None where it does not say."""
+    limit = request.get("max_tokens") or request.get("max_completion_tokens")
+    return limit if isinstance(limit, int) else None
+
+
 def _print_summaries(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table()
-    for title in _TITLES:
-        table.add_column(title, justify="left" if not title else "right")
+    table = Table("")
+    for title in ("win", "tie", "lose", "win rate", "at equal length", "flips", "shown first", "unreadable", "tokens"):
+        table.add_column(title, justify="right")
     for row in rows:
         tokens = row["tokens"]["prompt"] + row["tokens"]["completion"]
         table.add_row(
@@ -233,12 +231,11 @@ def _percent(interval: dict[str, Any] | None, *, bounds: bool = False) -> str:
     """A share in percent, with its interval if `bounds`; a dash where it does not exist."""
     if interval is None:
         return "–"
-    text = f"{100 * interval['estimate']:.1f} %"
-    if not bounds or interval["low"] is None:
+    share = within_a_share(Interval(**interval))
+    text = f"{100 * share.estimate:.1f} %"
+    if not bounds or share.low is None or share.high is None:
         return text
-    # The widening of intervals for few prompts can reach beyond what a share can be.
-    low, high = max(0.0, interval["low"]), min(1.0, interval["high"])
-    return f"{text} ({100 * low:.0f}–{100 * high:.0f})"
+    return f"{text} ({100 * share.low:.0f}–{100 * share.high:.0f})"
 
 
 def _slug(text: str) -> str:
@@ -273,15 +270,16 @@ def questions(pairs: Sequence[Pair], instructions: Instructions, asker: Asker) -
     return Questions(keyed, requests)
 
 
-def estimate(name: str, asked: Questions, folder: Path, settings: JudgeSettings) -> str:
+def estimate(name: str, asked: Questions, folder: Path) -> str:
     """What judging would still cost, without asking or writing anything: tokens to read at four characters each."""
     stored = read_answers(folder / "exchanges.jsonl")
     missing = [body for key, body in asked.requests.items() if key not in stored]
     characters = sum(len(body["messages"][0]["content"]) for body in missing)
+    limits = [limit for body in missing if (limit := _limit(body)) is not None]
+    most = f"at most {sum(limits):,}" if len(limits) == len(missing) else "any number"
     return (
         f"{name}: {len(asked.keys):,} pairs, {len(missing):,} requests to make ({len(asked.requests) - len(missing):,} "
-        f"answered before), about {round(characters / CHARACTERS_PER_TOKEN):,} tokens to read and at most "
-        f"{len(missing) * settings.max_answer_tokens:,} to write."
+        f"answered before), about {round(characters / CHARACTERS_PER_TOKEN):,} tokens to read and {most} to write."
     )
 
 

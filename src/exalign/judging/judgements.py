@@ -46,7 +46,8 @@ def other_judgements(run: RunFolder, folder: Path) -> dict[str, list[Comparison]
     """
     models = sorted(path for path in run.judgements.rglob("verdicts.jsonl") if path.parent != folder)
     stored = stored_studies(run) if run.studies.is_file() else []
-    people = [*stored, *_kept_elsewhere(_exported_studies(run), stored)]
+    exported = [_exported_study(run, path) for path in sorted(run.assessment.glob("*.jsonl"))]
+    people = [*stored, *_kept_elsewhere(exported, stored)]
     found = {run.relative(path): read_comparisons(path) for path in models}
     return {**found, **{said.source: said.comparisons for said in people}}
 
@@ -66,9 +67,8 @@ def stored_studies(run: RunFolder) -> list[Said]:
         store.close()
 
 
-def _exported_studies(run: RunFolder) -> list[Said]:
-    paths = sorted(run.assessment.glob("*.jsonl"))
-    return [Said(run.relative(path), path.stem, read_comparisons(path)) for path in paths]
+def _exported_study(run: RunFolder, path: Path) -> Said:
+    return Said(run.relative(path), path.stem, read_comparisons(path))
 
 
 def _kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Said]:
@@ -86,11 +86,12 @@ def read_judgements(path: Path) -> Judgements:
     """
     run, notes = RunFolder(path), list[str]()
     answers = _Answers(run)
-    folders = sorted({path.parent for path in run.judgements.glob("*/*/exchanges.jsonl")})
-    judged = [found for folder in folders if (found := _kept(partial(_judged, run, folder, answers), notes))]
-    stored = _kept(lambda: stored_studies(run), notes) if run.studies.is_file() else None
-    exported = _kept(lambda: _exported_studies(run), notes)
-    said = [*(stored or []), *_kept_elsewhere(exported or [], stored or [])]
+    folders = sorted(path.parent for path in run.judgements.glob("*/*/exchanges.jsonl"))
+    judged = _kept(lambda folder: _judged(run, folder, answers), folders, notes)
+    databases = _kept(lambda _: stored_studies(run), [run.studies] if run.studies.is_file() else [], notes)
+    stored = [one for studies in databases for one in studies]
+    exported = _kept(partial(_exported_study, run), sorted(run.assessment.glob("*.jsonl")), notes)
+    said = [*stored, *_kept_elsewhere(exported, stored)]
     notes += [f"The study {one.name} has no verdicts yet." for one in said if not one.comparisons]
     said = [one for one in said if one.comparisons]
     by_judge: dict[tuple[str, str], list[ModelMatchUp]] = {}
@@ -114,12 +115,14 @@ class _Judged:
     remarks: list[Remark]
 
 
-def _kept(read: Callable[[], T], notes: list[str]) -> T | None:
-    try:
-        return read()
-    except InputError as error:
-        notes.append(f"Left out: {error}")
-        return None
+def _kept(read: Callable[[Path], T], paths: Iterable[Path], notes: list[str]) -> list[T]:
+    found = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except InputError as error:
+            notes.append(f"Left out: {error}")
+    return found
 
 
 def _judged(run: RunFolder, folder: Path, answers: _Answers) -> _Judged:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from exalign.errors import InputError
 from exalign.settings import Settings
+from exalign.storage import finite
 
 
 def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -50,10 +51,10 @@ def _validated(kind: type[Settings], values: dict[str, Any]) -> Settings:
     try:
         for name, field in kind.model_fields.items():
             if get_origin(field.annotation) is dict:
-                values[name] = json.loads(values[name])
+                values[name] = json.loads(values[name], parse_constant=finite, parse_float=finite)
         return kind.model_validate(values)
     except ValidationError as error:
         name, said = str(error.errors()[0]["loc"][0]), error.errors()[0]["msg"].lower()
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         said = f"not a JSON object ({error})"
     raise InputError(f"--{name.replace('_', '-')}: {said}.")

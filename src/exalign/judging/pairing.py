@@ -14,15 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from exalign.data.record import Record
 from exalign.data.store import iter_records
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import BEST_OF, REFERENCE, SUPERVISED, RunFolder
 from exalign.judging.comparisons import Pair
-
-P = TypeVar("P", bound=Pair)
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,13 @@ def system(run: RunFolder, name: str) -> System:
 
 
 def _with_the_best(record: Record, n: int) -> Record:
-    """Of equal rewards the first; fewer than N samples are an `InputError`."""
+    """Of equal rewards the first; fewer than N samples, or one without a finite reward, is an `InputError`."""
     if not 1 <= n <= len(record.completions):
         raise InputError(f"{BEST_OF}{n}: the pool has {len(record.completions)} samples of the prompt {record.id}.")
-
-    best = max(record.completions[:n], key=lambda c: -math.inf if c.reward is None else c.reward)
-    return replace(record, completions=(best,))
+    rewards = record.rewards
+    if rewards is None or not all(map(math.isfinite, rewards)):
+        raise InputError(f"{BEST_OF}{n}: a sample of the prompt {record.id} has no finite reward; score it again.")
+    return replace(record, completions=(record.completions[rewards.index(max(rewards[:n]))],))
 
 
 def _systems(path: Path) -> tuple[RunFolder, list[System]]:
@@ -103,6 +101,8 @@ def _opponent(run: RunFolder, one: System, against: str) -> System:
     try:
         return system(run, REFERENCE if against == "chosen" else against)
     except InputError:
+        if against.startswith(BEST_OF):
+            raise
         if not Path(against).is_dir():
             names = ", ".join([SUPERVISED, "chosen", *run.evaluated()])
             raise InputError(f"--against {against}: neither one of {names} nor a run directory.") from None
@@ -144,7 +144,7 @@ def match_up(one: System, other: System, references: dict[str, str]) -> MatchUp:
     return MatchUp(one.name, other.name, tuple(pairs), counts, (str(one.samples), str(other.samples)))
 
 
-def choose(pairs: Iterable[P], *, prompts: int, seed: int) -> tuple[P, ...]:
+def choose(pairs: Iterable[Pair], *, prompts: int, seed: int) -> tuple[Pair, ...]:
     """The pairs of `prompts` prompts, in the order of a hash of the seed and the prompt's id: the same prompts for
     every match-up, and for a study by people; more prompts contain fewer.
 
@@ -154,7 +154,7 @@ def choose(pairs: Iterable[P], *, prompts: int, seed: int) -> tuple[P, ...]:
     (True, 5)
     """
 
-    def rank(pair: P) -> str:
+    def rank(pair: Pair) -> str:
         return hashlib.sha256(f"{seed}:{pair.prompt_id}".encode()).hexdigest()
 
     ordered = sorted(pairs, key=rank)

@@ -31,6 +31,7 @@ from exalign.evaluation.run_folder import RunFolder
 from exalign.judging.comparisons import OTHER, Comparison, Pair, Side, verdict_from_shown
 from exalign.judging.pairing import choose, match_up, reference_texts, system
 from exalign.redaction import redact
+from exalign.storage import writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +274,7 @@ class Store:
         token = secrets.token_urlsafe(32)
         studies = sa.select(STUDY.c.id).where(STUDY.c.name == study).scalar_subquery()
         change = sa.update(ASSESSOR).where(ASSESSOR.c.study_id == studies, ASSESSOR.c.name == name)
-        with self.engine.begin() as connection:
+        with self._reachable(), self.engine.begin() as connection:
             if not connection.execute(change.values(token_hash=hash_token(token))).rowcount:
                 raise InputError(f"Study {study} has no assessor named {name}.")
         return token
@@ -350,12 +351,17 @@ class Store:
             .join(STUDY, ASSESSOR.c.study_id == STUDY.c.id)
         )
         query = query.where(STUDY.c.name == study, _ROW.decided_at.is_not(None)).order_by(ASSESSOR.c.id, _ROW.position)
-        return [_comparison(row) for row in self._rows(query)]
+        try:
+            with self._reachable():
+                return [_comparison(row) for row in self._rows(query)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.location} holds what exalign did not write ({error!r:.200}).") from None
 
     def standing(self, study: str) -> dict[str, tuple[int, int]]:
         """Per assessor, how many assignments are decided, and how many there are."""
         people = sa.select(ASSESSOR.c.id, ASSESSOR.c.name).join(STUDY).where(STUDY.c.name == study)
-        return {person.name: self.progress(person.id) for person in self._rows(people.order_by(ASSESSOR.c.id))}
+        with self._reachable():
+            return {person.name: self.progress(person.id) for person in self._rows(people.order_by(ASSESSOR.c.id))}
 
     def close(self) -> None:
         self.engine.dispose()
@@ -374,7 +380,7 @@ class Store:
     def _reachable(self) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.OperationalError, sa.exc.DatabaseError) as error:
+        except sa.exc.DatabaseError as error:
             raise InputError(f"{self.location} cannot be used as a study database: {error.orig}") from None
 
 
@@ -409,17 +415,19 @@ def hash_token(token: str) -> str:
 def open_engine(location: str) -> Engine:
     """The engine for a database URL, or for the path of an SQLite file."""
     try:
-        url = make_url(location if "://" in location else f"sqlite:///{Path(location).absolute()}")
+        path = str(Path(location).absolute())  # pasted into an address, a ? or % in it would mean something else
+        url = make_url(location) if "://" in location else sa.URL.create("sqlite", database=path)
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         local = url.get_backend_name() == "sqlite"
         engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_timeout=30, pool_pre_ping=not local)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError, TypeError) as error:
         said = str(error).replace(location, redact(location))
         raise InputError(f"The store is neither a path nor a database URL that can be opened here: {said}") from None
     if local:
         if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            with writing(Path(url.database)):
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine
 

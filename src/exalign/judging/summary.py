@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from exalign.evaluation.schema import Interval
+from exalign.evaluation.schema import Interval, Tally
 from exalign.evaluation.statistics import Array, interval_of, mean_interval, resample_weights
-from exalign.judging.agreement import tally
+from exalign.judging.agreement import tally, within_a_share
 from exalign.judging.comparisons import Comparison, Pair, Side, Verdict, verdict_from_shown
 from exalign.judging.exchanges import Answer
 from exalign.judging.instructions import read_verdict
@@ -33,12 +33,11 @@ _BLOCK = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A pair and what the judge said: a comparison for each order that was answered, and the verdict of both together.
+    """What the judge said of a pair: a comparison for each order that was answered, and the verdict of both together.
 
     `verdict` is None while an order is unanswered.
     """
 
-    pair: Pair
     orders: tuple[Comparison, ...]
     verdict: Comparison | None
 
@@ -56,11 +55,11 @@ def agreed(first: Verdict, second: Verdict) -> Verdict:
 
 def judge_pair(pair: Pair, keys: Keys, answers: Mapping[str, Answer], judge: str) -> Judgement:
     if pair.identical:
-        return Judgement(pair, (), replace(pair.judged(judge, "tie"), comment=NOT_ASKED))
+        return Judgement((), replace(pair.judged(judge, "tie"), comment=NOT_ASKED))
     orders = tuple(_judged(pair, side, answers[keys[side]], judge) for side in ORDERS if keys[side] in answers)
     if len(orders) < 2:
-        return Judgement(pair, orders, None)
-    return Judgement(pair, orders, pair.judged(judge, agreed(orders[0].verdict, orders[1].verdict)))
+        return Judgement(orders, None)
+    return Judgement(orders, pair.judged(judge, agreed(orders[0].verdict, orders[1].verdict)))
 
 
 def _judged(pair: Pair, left: Side, answer: Answer, judge: str) -> Comparison:
@@ -86,6 +85,8 @@ def num_measured(verdicts: Iterable[Comparison]) -> int:
 def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Win, tie and lose of a match-up, and how far the judge can be trusted; None where there is nothing.
 
+    Where a judge is graded on several match-ups, nothing is said of any one of them.
+
     - `win`, `tie`, `lose`, `score` (win + tie/2): over the pairs with a readable verdict; intervals over prompts.
     - `length_controlled`: see `LengthControl`.
     - `flip_rate`: of the pairs that were asked about and readable in both orders, the share in which each order named
@@ -99,7 +100,8 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     verdicts = [judgement.verdict for judgement in judgements if judgement.verdict is not None]
     orders = [comparison for judgement in judgements for comparison in judgement.orders]
     measured = num_measured(verdicts)
-    counted = tally(verdicts)[0] if measured else None
+    tallies = tally(verdicts) if measured else []
+    counted = tallies[0] if len(tallies) == 1 else None
     unreadable = [c for c in orders if c.verdict == "unreadable"]
     shown = [c.shown_verdict for c in orders if c.shown_verdict in ("left", "right")]
     pairs = [{c.verdict for c in judgement.orders} for judgement in judgements if len(judgement.orders) == 2]
@@ -108,7 +110,7 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "version": SUMMARY_VERSION,
         "pairs": len(judgements),
         **{name: getattr(counted, name, None) for name in ("win", "tie", "lose", "score")},
-        "length_controlled": _length_controlled(verdicts) if measured else None,
+        "length_controlled": _length_controlled(verdicts, counted) if counted else None,
         "flip_rate": _share(said == {"first", "second"} for said in both),
         "half_ties": _share("tie" in said and len(said) == 2 for said in both),
         "shown_first": _share(side == "left" for side in shown),
@@ -119,7 +121,7 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "unreadable_because": Counter(c.comment for c in unreadable),
         "unreadable_example": next((c.answer[-80:] for c in unreadable if c.comment == NO_LINE and c.answer), None),
         "unanswered": sum(judgement.verdict is None for judgement in judgements),
-        "identical": sum(judgement.pair.identical for judgement in judgements),
+        "identical": sum(verdict.identical for verdict in verdicts),
         "tokens": {
             "prompt": sum(c.prompt_tokens or 0 for c in orders),
             "completion": sum(c.completion_tokens or 0 for c in orders),
@@ -128,8 +130,9 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _length_controlled(verdicts: Sequence[Comparison]) -> LengthControl:
-    rows = [(_SCORE[c.verdict], len(c.first_text) - len(c.second_text)) for c in verdicts if c.verdict in _SCORE]
+def _length_controlled(verdicts: Sequence[Comparison], counted: Tally) -> LengthControl:
+    told = [c.oriented(counted.first, counted.second) for c in verdicts if c.verdict in _SCORE]
+    rows = [(_SCORE[c.verdict], len(c.first_text) - len(c.second_text)) for c in told]
     return length_controlled_win_rate(*np.array(rows, dtype=np.float64).T)
 
 
@@ -174,11 +177,8 @@ def length_controlled_win_rate(scores: Array, length_differences: Array) -> Leng
     weights = resample_weights(num_prompts) * num_prompts
     blocks = np.array_split(weights, 1 + weights.size // _BLOCK)
     resampled = np.concatenate([_fit(scores, x, block, start=(theta, phi))[0] for block in blocks])
-    rate = interval_of(float(_sigmoid(theta)), _sigmoid(resampled), num_prompts)
-    # The widening of intervals for few prompts can reach beyond what a share can be.
-    low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (rate.low, rate.high))
-    within = Interval(rate.estimate, low, high, num_prompts)
-    return LengthControl(within, float(phi), float(np.mean(length_differences > 0)))
+    rate = within_a_share(interval_of(float(_sigmoid(theta)), _sigmoid(resampled), num_prompts))
+    return LengthControl(rate, float(phi), float(np.mean(length_differences > 0)))
 
 
 def _fit(scores: Array, x: Array, weights: Array, *, start: tuple[float, float]) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from exalign.methods.on_policy import Compute, OwnSamples, drawn_how, one_step, rows_of
+from exalign.methods.on_policy import Compute, OwnSamples, drawn_how, plan_of, rows_of
 from exalign.methods.rloo import RLOO
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class GRPO(RLOO):
 
         def by_token(module: nn.Module, reference: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, ...]:
             found = completion_token_logprobs(reference, groups, temperature=temperature)
-            return (found,) if one_step(self) else (found, module(groups, temperature=temperature, by_token=True))
+            if plan_of(self).steps_per_rollout == 1:
+                return (found,)
+            return found, module(groups, temperature=temperature, by_token=True)
 
         return by_token
 
@@ -65,23 +67,24 @@ class GRPO(RLOO):
         mask, rewards, (live, rows) = given.mask, given.rewards, given.more
         assert rewards is not None
         logp = model(groups, temperature=own.material.temperature, by_token=True)
-        reference, *before = (rows_of(part, rows, logp) for part in own.tokens)
-        sampled = before[0] if before else logp.detach()
+        reference, *kept = (rows_of(part, rows, logp) for part in own.tokens)
+        sampled = kept[0] if kept else logp.detach()
         lengths = given.lengths.clamp(min=1)
         advantages = objectives.group_mean_advantages(rewards, mask)
         if self.scale_by_spread:
             advantages = objectives.divided_by_spread(advantages, rewards, mask)
-        flat = [tensor.flatten(0, 1) for tensor in (logp, sampled, reference, live)]
+        policy, before, start, there = (tensor.flatten(0, 1) for tensor in (logp, sampled, reference, live))
+
+        def mean(of_tokens: Tensor) -> Tensor:
+            return of_tokens.sum(dim=1) / lengths.flatten()
+
         if self.ratio == "sequence":
+            loss = objectives.clipped_sequence_loss(policy, before, advantages.flatten(), there, clip=self.clip)
             means = (logp.sum(dim=2) / lengths, sampled.sum(dim=2) / lengths)
-            ratio_of = (*means, advantages, mask)
-            loss = objectives.clipped_sequence_loss(flat[0], flat[1], advantages.flatten(), flat[3], clip=self.clip)
+            clipped = objectives.is_clipped(*means, advantages, mask, clip=self.clip).to(loss)
         else:
-            ratio_of = (flat[0], flat[1], objectives.token_advantages(advantages.flatten(), flat[3]), flat[3])
-            loss = objectives.clipped_policy_loss(*ratio_of, clip=self.clip).sum(dim=1) / lengths.flatten()
-        clipped = objectives.is_clipped(*ratio_of, clip=self.clip).to(loss)
-        if self.ratio == "token":
-            clipped = clipped.sum(dim=1) / lengths.flatten()
-        penalty = objectives.token_kl_penalty(flat[0], flat[2], flat[3]).sum(dim=1) / lengths.flatten()
-        whole = (loss + self.beta * penalty).view(mask.shape)
-        return whole, clipped.view(mask.shape), logp.sum(dim=2)
+            ratio_of = (policy, before, objectives.token_advantages(advantages.flatten(), there), there)
+            loss = mean(objectives.clipped_policy_loss(*ratio_of, clip=self.clip))
+            clipped = mean(objectives.is_clipped(*ratio_of, clip=self.clip).to(loss))
+        whole = loss + self.beta * mean(objectives.token_kl_penalty(policy, start, there))
+        return whole.view(mask.shape), clipped.view(mask.shape), logp.sum(dim=2)

@@ -127,7 +127,7 @@ class Matching(Method):
             yield "beta_r_std is of the rewards of given samples, which this method does not train on; remove it"
         elif self.beta_r_std is not None and self.beta_r != usual["beta_r"].default:
             yield "beta_r has no effect beside beta_r_std; remove one of them"
-        if self.epsilon == 0 and self.divergence in ("reverse_kl", "jeffreys"):
+        if self.target == "preference" and self.epsilon == 0 and self.divergence in ("reverse_kl", "jeffreys"):
             yield f"epsilon = 0 makes the divergence {self.divergence} infinite; give one above 0, as 1e-3"
         if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
             yield f"alpha has no effect on the divergence {self.divergence}; remove it"
@@ -139,6 +139,8 @@ class Matching(Method):
     def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
         if self.target == "preference" and sampling.num_completions % 2:
             yield "orders own samples two by two; give an even sample.num_completions"
+        elif sampling.num_completions < 2:
+            yield "compares at least two completions of a prompt; raise sample.num_completions"
 
     @property
     def warning(self) -> str | None:
@@ -165,7 +167,7 @@ class Matching(Method):
         from exalign.models.logprobs import PackedPolicy
 
         module, took = PackedPolicy(material.policy), partial(check_groups, settings=self)
-        own = OwnSamples(module, material, self, Path(folder) / "rollouts.json", took=took)
+        own = OwnSamples(module, material, self, folder, took=took)
         how = f"to a {self.target} target, {drawn_how(self.fresh_every)}, at τ = {material.temperature}"
         text = f"A language model aligned by {self.divergence} {how}."
         task = MatchingTask(own.batches, self, material.temperature, own)

@@ -153,9 +153,14 @@ class Method(TrainSettings):
 
     def described(self) -> dict[str, Any]:
         on = {"preferences": "preference", "nothing": None}.get(self.trains_on, "reward")
-        target = getattr(self, "target", on)
-        values = {"label": self.label, "family": self.family, "target": target}
-        return values | {"beta": self.optimum_beta, "line": self.line, "settings": self.model_dump(mode="json")}
+        return {
+            "label": self.label,
+            "family": self.family,
+            "target": getattr(self, "target", on),
+            "beta": self.optimum_beta,
+            "line": self.line,
+            "settings": self.model_dump(mode="json"),
+        }
 
     @property
     def amount(self) -> Amount:
@@ -206,8 +211,7 @@ def train_on(
 ) -> Path:
     """Train on epochs of `groups`; `loop.train` says what is written. `card`: title, text and tag of the model card."""
     from exalign.training.batches import EpochBatches
-    from exalign.training.held_out import HeldOut
-    from exalign.training.loop import model_card, train
+    from exalign.training.loop import HeldOut, model_card, train
 
     batches = EpochBatches(groups, batch_prompts=settings.batch_prompts, epochs=settings.epochs, seed=settings.seed)
     text = model_card(*card[:2], settings, pipeline_tag=card[2])

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from exalign.data.batching import Group, GroupValues
     from exalign.data.record import Record
     from exalign.rollout.settings import SampleSettings
+    from exalign.training.batches import RolloutPlan
     from exalign.training.loop import Task, Trainable
-    from exalign.training.rollouts import RolloutPlan
 
 Compute = Callable[["nn.Module", "nn.Module", "Sequence[Group]"], "tuple[Tensor, ...]"]
 """Of a module, π_sft and groups: what a method keeps of every token, `[B, K, T]` each: log π_sft, then log q if any."""
@@ -67,24 +67,24 @@ class OwnSamples:
         module: Trainable,
         material: Material,
         settings: Method,
-        path: Path | None = None,
+        folder: Path | None = None,
         *,
         compute: Compute | None = None,
         took: Callable[[list[Group]], None] = lambda groups: None,
     ) -> None:
+        from exalign.training.batches import RolloutBatches, RolloutCounts
         from exalign.training.distributed import Whole
-        from exalign.training.rollouts import RolloutBatches, RolloutCounts
 
         self.whole = Whole(module)
         self.module, self.material, self.settings = module, material, settings
-        self.counted = RolloutCounts(path)
+        self.counted = RolloutCounts(None if folder is None else Path(folder) / "rollouts.json")
         self.numbers: dict[str, float] = {}
         self.tokens: tuple[Tensor, ...] = ()
         self._compute, self._took = compute, took
         how = fingerprint([material.sampling.deciding(), material.temperature])
         self.batches = RolloutBatches(material.prompts, plan_of(settings), self._draw, sampled_how=how)
         self.whole_distribution = material.sampling.top_p is None and material.sampling.top_k is None
-        self.at_once = self.whole_distribution and one_step(settings)
+        self.at_once = self.whole_distribution and self.batches.plan.steps_per_rollout == 1
 
     def drawn_by(self, policy_logp: Tensor, given: GroupValues) -> GroupValues:
         """The values of a step's groups with log q `[B, K]` as the training path computes it."""
@@ -158,19 +158,12 @@ class OwnSamples:
         found = scored(material.scorer, found, counts)
         taken = (drawing, time.perf_counter() - begun)
         groups = [group_of(record, index, from_proposal=True) for index, record in enumerate(found)]
-        tokens: list[tuple[Tensor, ...]] = [()] * len(groups)
-        if self._compute is not None:
-            tokens = self._by_token(module, reference, groups)
-            groups = [
-                replace(
-                    group,
-                    reference_logp=row[0].sum(-1),
-                    proposal_logp=row[1].sum(-1) if len(row) > 1 else group.proposal_logp,
-                )
-                for group, row in zip(groups, tokens, strict=True)
-            ]
+        tokens = [()] * len(groups) if self._compute is None else self._by_token(module, reference, groups)
         drawn = []
         for record, group, row in zip(sampled, groups, tokens, strict=True):
+            summed = (values.sum(-1) for values in row)
+            known: dict[str, Any] = dict(zip(("reference_logp", "proposal_logp"), summed, strict=False))
+            group = replace(group, **known)
             assert group.proposal_logp is not None
             cut = sum(completion.finish_reason == "length" for completion in record.completions)
             gaps = logprob_gaps([record], [group.proposal_logp.tolist()], truncated=False)
@@ -248,16 +241,12 @@ def _numbers(drawn: Sequence[Drawn]) -> dict[str, float]:
 
 def plan_of(settings: Method) -> RolloutPlan:
     """How the rollouts of a method that draws while it trains become steps, from how much it computes."""
-    from exalign.training.rollouts import RolloutPlan
+    from exalign.training.batches import RolloutPlan
 
     amount = settings.amount
     assert amount.together is not None
     passes = amount.passes // amount.draws
     return RolloutPlan(amount.together, settings.batch_prompts, passes, amount.draws, settings.seed)
-
-
-def one_step(settings: Method) -> bool:
-    return plan_of(settings).steps_per_rollout == 1
 
 
 def own_amount(settings: Any) -> Amount:

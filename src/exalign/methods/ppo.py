@@ -127,12 +127,12 @@ class PPOTask:
     `clip_fraction` of the step itself.
     """
 
-    def __init__(self, module: ActorCritic, material: Material, settings: PPO, path: Path | None = None) -> None:
+    def __init__(self, module: ActorCritic, material: Material, settings: PPO, folder: Path | None = None) -> None:
         self.module, self.material, self.settings = module, material, settings
         module.kl_coefficient.fill_(settings.beta)
         self._experience: tuple[Tensor, ...] = ()
         self._numbers: dict[str, float] = {}
-        self.own = OwnSamples(module, material, settings, path, compute=self._valued, took=self._took)
+        self.own = OwnSamples(module, material, settings, folder, compute=self._valued, took=self._took)
         self.batches = self.own.batches
 
     @property
@@ -174,25 +174,22 @@ class PPOTask:
     def critic_alone(self) -> bool:
         return self.batches.step < self.settings.critic_steps
 
-    def _took(self, groups: list[Group]) -> None:
-        self._experience, self._numbers = self._experience_of(groups)
-        self._adapt(self._numbers["kl"])
-
     @property
     def beta(self) -> float:
         return self.settings.beta if self.settings.target_kl is None else self.module.kl_coefficient.item()
 
-    def _adapt(self, kl: float) -> None:
-        """Give β its value for the next rollout, which the checkpoint between them keeps.
+    def _took(self, groups: list[Group]) -> None:
+        """Value a new rollout, and give β its value for the next one, which the checkpoint between them keeps.
 
         Until the policy has made a step its KL is 0 whatever β is, and β stays: a departure from the source.
         """
         from exalign import objectives
 
         settings = self.settings
+        self._experience, self._numbers = self._experience_of(groups)
         if settings.target_kl is not None and self.batches.step > settings.critic_steps:
             adapted = objectives.adapted_kl_coefficient(
-                self.beta, kl, target=settings.target_kl, rate=settings.kl_rate, clip=MAX_KL_ERROR
+                self.beta, self._numbers["kl"], target=settings.target_kl, rate=settings.kl_rate, clip=MAX_KL_ERROR
             )
             self.module.kl_coefficient.fill_(adapted)
 
@@ -236,6 +233,6 @@ def train_ppo(module: ActorCritic, material: Material, settings: PPO, folder: Pa
 
     The critic is trained on states of completions that the policy draws, and is kept in checkpoints only.
     """
-    task = PPOTask(module, material, settings, Path(folder) / "rollouts.json")
+    task = PPOTask(module, material, settings, folder)
     text = f"A language model trained by PPO with a KL penalty per token at τ = {material.temperature}."
     return train_on_own_samples(task, task.own, folder, title="Policy trained by PPO", text=text)

@@ -88,8 +88,8 @@ class RLOO(Method):
     def train(self, material: Material, folder: Path) -> Path:
         from exalign.models.logprobs import PackedPolicy
 
-        module, path, compute = PackedPolicy(material.policy), Path(folder) / "rollouts.json", self.compute
-        own = OwnSamples(module, material, self, path, compute=compute(material.temperature))
+        compute = self.compute(material.temperature)
+        own = OwnSamples(PackedPolicy(material.policy), material, self, folder, compute=compute)
         how = f"{drawn_how(self.fresh_every)}, at τ = {material.temperature}"
         title, text = f"Policy trained by {self.label}", f"A language model trained by {self.label}, {how}."
         return train_on_own_samples(PolicyGradientTask(self, own), own, folder, title=title, text=text)

@@ -136,7 +136,8 @@ class PagedLayout:
 
 
 Layout = TreeLayout | StepLayout | PagedLayout
-_current: ContextVar[Layout | None] = ContextVar("exalign_layout", default=None)
+current_layout: ContextVar[Layout | None] = ContextVar("exalign_layout", default=None)
+"""The layout by which a row is being read, if any."""
 
 
 def share_prompts(model: PreTrainedModel) -> None:
@@ -158,21 +159,16 @@ def use_own_attention(model: PreTrainedModel) -> None:
 @contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
     """While open, a model under `share_prompts` reads its row of tokens by this layout."""
-    token = _current.set(layout)
+    token = current_layout.set(layout)
     try:
         yield
     finally:
-        _current.reset(token)
-
-
-def current_layout() -> Layout | None:
-    """The layout by which a row is being read, if any."""
-    return _current.get()
+        current_layout.reset(token)
 
 
 def _mask(original: str, *args: Any, **kwargs: Any) -> Any:
     """What transformers calls for a mask: the layout, or the mask of the model's own attention."""
-    layout = _current.get()
+    layout = current_layout.get()
     if layout is None:
         own: Callable[..., Any] | None = AttentionMaskInterface._global_mapping.get(original)  # type: ignore[assignment]
         return None if own is None else own(*args, **kwargs)
@@ -259,26 +255,22 @@ def flex_tree_attention(
     mask = layout.masks.get(layout.window)
     if not isinstance(mask, BlockMask):
         parts = to_device(query.device, *mask_parts(layout)) if mask is None else mask
-        mask = layout.masks[layout.window] = block_mask(parts[:3], parts[0:3:2], parts[3:], layout.window)
+        mask = layout.masks[layout.window] = block_mask(parts, layout.window)
     return fused(query, key, value, mask, scale=scale, softcap=softcap).transpose(1, 2)
 
 
-def block_mask(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], lists: Sequence[Tensor], window: int | None
-) -> BlockMask:
-    """FlexAttention's mask: from the segment, prompt and position of the queries, the segment and position of the keys
-    (see `Lineage`), and their `block_lists`."""
-    q_segment, q_prompt, q_position = queries
-    (k_segment, k_position), width = keys, window or 0
+def block_mask(parts: Sequence[Tensor], window: int | None) -> BlockMask:
+    """FlexAttention's mask of the `mask_parts` of a row."""
+    segment, prompt, position, number, indices, full_number, full_indices = parts
+    width = window or 0
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        related = (k_segment[k] == q_segment[q]) | (k_segment[k] == q_prompt[q])
-        return related & (k_position[k] <= q_position[q])
+        related = (segment[k] == segment[q]) | (segment[k] == prompt[q])
+        return related & (position[k] <= position[q])
 
     def seen_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return seen(batch, head, q, k) & (q_position[q] - k_position[k] < width)
+        return seen(batch, head, q, k) & (position[q] - position[k] < width)
 
-    number, indices, full_number, full_indices = lists
     return BlockMask.from_kv_blocks(
         number,
         indices,
@@ -286,7 +278,7 @@ def block_mask(
         full_indices,
         BLOCK_SIZE=BLOCK,
         mask_mod=seen if window is None else seen_near,
-        seq_lengths=(len(q_segment), len(k_segment)),
+        seq_lengths=(len(segment), len(segment)),
         compute_q_blocks=torch.is_grad_enabled(),
     )
 

@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.attention import current_layout, laid_out, share_prompts, use_own_attention
-from exalign.models.lm_head import LogitMap, is_plain_embedding
-from exalign.models.prefix_tree import TreeLayout, TreeStream, places_of, whole_stream
+from exalign.models.lm_head import LogitMap, embed, is_plain_embedding, may_add_in_place
+from exalign.models.prefix_tree import (
+    Predictions,
+    TreeLayout,
+    TreeStream,
+    padded_rows,
+    places_of,
+    policy_stream,
+    whole_stream,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +122,25 @@ def stream_hidden(base: Any, stream: TreeStream, embedded: Tensor | None = None)
         ones = torch.ones_like(stream.position_ids)
         states = body_of(base)(**tokens, attention_mask=ones, position_ids=stream.position_ids, use_cache=False)
     return states.last_hidden_state[0]
+
+
+def predicting_states(
+    model: nn.Module, groups: Sequence[Group], *, add_in_place: bool = False
+) -> tuple[Tensor, Predictions]:
+    """The final hidden states `[R, H]` that predict completion tokens, and which of them they predict.
+
+    `add_in_place`: the gradient of a plain embedding is added to its `.grad` directly where that is safe.
+    """
+    plan, base, device = plan_for(model), base_of(model), device_of(model)
+    if not plan.tree:
+        input_ids, attention_mask, wanted = padded_rows(groups, device)
+        return row_hidden(base, input_ids, attention_mask).flatten(0, 1).index_select(0, wanted.positions), wanted
+    parts, places = plan.sides(groups)
+    stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)
+    embedding = base.get_input_embeddings()
+    direct = add_in_place and plan.embeds and torch.is_grad_enabled() and may_add_in_place(embedding.weight)
+    hidden = stream_hidden(base, stream, embed(stream.input_ids, embedding) if direct else None)
+    return hidden.index_select(0, wanted.positions), wanted
 
 
 def row_hidden(base: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -232,10 +259,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
+def trial_ids(base: Any, count: int) -> Tensor:
+    """A text of no meaning, int64 `[count]` on the CPU."""
+    return (torch.arange(count) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
+
+
 @torch.no_grad()
 def check_causal(base: Any) -> None:
     """An `InputError` for a language model whose states of a text's beginning depend on what follows."""
-    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
+    ids = trial_ids(base, 6)
     with evaluating(base):
         try:
             whole, begun = (row_hidden(base, part[None].to(device_of(base)))[0, :3] for part in (ids, ids[:3]))
@@ -253,10 +285,9 @@ def check_causal(base: Any) -> None:
 @torch.no_grad()
 def check_steady(base: Any) -> None:
     """Say it where a model that is to be trained has noise in training that is not called dropout."""
-    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
-    training = base.training
+    row, training = trial_ids(base, 6)[None].to(device_of(base)), base.training
     try:
-        states = [row_hidden(base.train(mode), ids[None].to(device_of(base))) for mode in (False, True)]
+        states = [row_hidden(base.train(mode), row) for mode in (False, True)]
     except Exception:  # one that cannot be read so trains as it did, and is not looked at
         return
     finally:
@@ -272,8 +303,7 @@ def check_steady(base: Any) -> None:
 @torch.no_grad()
 def _tree_trial(base: Any) -> str | None:
     """Run a small stream and its paths alone; None where they agree, else what was wrong."""
-    device, vocabulary = device_of(base), base.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(24) * 7 + 3) % vocabulary
+    device, ids = device_of(base), trial_ids(base, 24)
     groups = [Group(0, ids[:5], (ids[5:7], ids[7:12], ids[12:13])), Group(1, ids[13:14], (ids[14:18], ids[18:24]))]
     stream = whole_stream(groups, device)[0]
     try:
@@ -293,7 +323,7 @@ def _takes_embeddings(base: Any) -> bool:
     embedding = base.get_input_embeddings()
     if not is_plain_embedding(embedding):
         return False
-    ids = (torch.arange(6) * 7 + 3) % len(embedding.weight)
+    ids = trial_ids(base, 6)
     stream = whole_stream([Group(0, ids[:2], (ids[2:4], ids[4:]))], device_of(base))[0]
     try:
         return torch.equal(stream_hidden(base, stream), stream_hidden(base, stream, embedding(stream.input_ids)))
@@ -303,8 +333,7 @@ def _takes_embeddings(base: Any) -> bool:
 
 @torch.no_grad()
 def _head_trial(base: Any, logit_map: LogitMap) -> bool:
-    ids = (torch.arange(6) * 7 + 3) % base.get_input_embeddings().weight.shape[0]
-    row = ids[None].to(device_of(base))
+    row = trial_ids(base, 6)[None].to(device_of(base))
     try:
         mapped = logit_map.apply_(base.get_output_embeddings()(row_hidden(base, row)).clone())
     except Exception:  # any architecture may run here, also one whose body is not to be had alone
@@ -347,7 +376,7 @@ def _forget_lengths(module: nn.Module, _: Any) -> None:
 
 def _tree_by_tree(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The rotary embedding of a stream, tree by tree: each has the frequencies of its own longest path, read whole."""
-    layout, switch = current_layout(), rope_switch(module.config)
+    layout, switch = current_layout.get(), rope_switch(module.config)
     if not isinstance(layout, TreeLayout) or switch is None or layout.longest + layout.unread <= switch.limit:
         return output
     names = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs

@@ -9,8 +9,9 @@ not counted, so a share of the peak below 1 is what remains after them as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from exalign.data.batching import Group
 from exalign.device import wait
 from exalign.models.capability import base_of, body_of
 
-_PEAK_ROWS = {"cpu": (256, 1024)}
-_PEAK_ROWS_ELSEWHERE = (4096, 16384)  # fewer do not fill an accelerator
+_PEAK_ROWS, _ACCELERATOR_ROWS = (256, 1024), (4096, 16384)  # fewer do not fill an accelerator
 _PEAK_SIDE = 4096  # of a larger weight a part is multiplied: the rate is the same, and a vocabulary takes long
 
 
@@ -76,33 +76,34 @@ def matmul_peak(model: nn.Module, *, dtype: torch.dtype | None = None, repeats: 
     of the input does; `dtype` is the type of the products (default: that of the weights). On a machine that is busy
     with other work the result is the rate that was left.
     """
-    weights = {weight.shape: weight for _, weight in (*_body(model), *_head(model))}
+    weights = {weight.shape: weight for part in _body_and_head(model) for _, weight in part}
     best = 0.0
     for shape, weight in weights.items():
         # Not the weight itself, of which a process may hold a part.
         sides = [min(side, _PEAK_SIDE) for side in shape]
         matrix = torch.ones(sides, dtype=dtype or weight.dtype, device=weight.device)
-        for rows in _PEAK_ROWS.get(weight.device.type, _PEAK_ROWS_ELSEWHERE):
+        for rows in _PEAK_ROWS if weight.device.type == "cpu" else _ACCELERATOR_ROWS:
             for factor in (matrix, matrix.t()):
                 left = torch.ones(rows, factor.shape[0], dtype=matrix.dtype, device=matrix.device)
-                seconds = min(_seconds(left, factor) for _ in range(repeats))
+                seconds = min(timed(partial(torch.matmul, left, factor), left.device) for _ in range(repeats))
                 best = max(best, 2.0 * rows * matrix.numel() / seconds)
     return best
 
 
-def _seconds(left: Tensor, right: Tensor) -> float:
-    wait(left.device)
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work` on a device."""
+    wait(device)
     started = time.perf_counter()
-    left @ right
-    wait(left.device)
+    work()
+    wait(device)
     return time.perf_counter() - started
 
 
 def _products(model: nn.Module, groups: Sequence[Group]) -> list[tuple[bool, float]]:
     """Of each matrix of the model: whether it is trained, and the operations of its product in the forward pass."""
-    positions = necessary_positions(groups)
-    counted = [(trained, 2.0 * positions.tokens * weight.numel()) for trained, weight in _body(model)]
-    return counted + [(trained, 2.0 * positions.rows * weight.numel()) for trained, weight in _head(model)]
+    positions, (body, head) = necessary_positions(groups), _body_and_head(model)
+    counted = [(trained, 2.0 * positions.tokens * weight.numel()) for trained, weight in body]
+    return counted + [(trained, 2.0 * positions.rows * weight.numel()) for trained, weight in head]
 
 
 def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
@@ -113,13 +114,10 @@ def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
     return 4.0 * necessary_positions(groups).pairs * size * heads * config.num_hidden_layers
 
 
-def _body(model: nn.Module) -> list[tuple[bool, Tensor]]:
-    return matrices(body_of(base_of(model)))
-
-
-def _head(model: nn.Module) -> list[tuple[bool, Tensor]]:
-    head = base_of(model).get_output_embeddings()
-    return [] if head is None else matrices(head)
+def _body_and_head(model: nn.Module) -> tuple[list[tuple[bool, Tensor]], list[tuple[bool, Tensor]]]:
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    return matrices(body_of(base)), [] if head is None else matrices(head)
 
 
 def matrices(module: nn.Module) -> list[tuple[bool, Tensor]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
-from exalign.models.capability import base_of, device_of, plan_for, row_hidden, stream_hidden
+from exalign.models.capability import base_of, device_of, plan_for, predicting_states, row_hidden, stream_hidden
 from exalign.models.logprobs import completion_token_logprobs, holds
-from exalign.models.prefix_tree import padded_rows, policy_stream, unflatten, unflatten_tokens, whole_stream
+from exalign.models.prefix_tree import padded_rows, unflatten, unflatten_tokens, whole_stream
 
 
 class PackedScorer(nn.Module):
@@ -75,15 +75,9 @@ def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     token of the prompt for the first one, which all K completions share. float32 (float64 for a float64 model).
     `ValueError` for a model without such a head.
     """
-    plan, base, device = plan_for(model), _critic(model), device_of(model)
-    if plan.tree:
-        parts, places = plan.sides(groups)
-        stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)
-        hidden = stream_hidden(base, stream).index_select(0, wanted.positions)
-        return unflatten_tokens(_accurate(base.score(hidden)[wanted.rows, 0]), wanted.cells, groups)
-    rows = padded_rows(groups, device)
-    hidden = row_hidden(base, rows.input_ids, rows.attention_mask).flatten(0, 1).index_select(0, rows.positions)
-    return unflatten_tokens(_accurate(base.score(hidden)[:, 0]), rows.cells, groups)
+    base = _critic(model)
+    hidden, wanted = predicting_states(model, groups)
+    return unflatten_tokens(_accurate(base.score(hidden)[wanted.rows, 0]), wanted.cells, groups)
 
 
 def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -129,9 +123,9 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
         parts, places = plan.sides(groups)
         stream, last, there = whole_stream(parts, device, places=places, windows=plan.windows)
         return unflatten(_accurate(base.score(stream_hidden(base, stream).index_select(0, last))), groups, there)
-    rows = padded_rows(groups, device)
-    last = rows.attention_mask.sum(dim=1) - 1
-    hidden = row_hidden(base, rows.input_ids, rows.attention_mask)
+    input_ids, attention_mask, _ = padded_rows(groups, device)
+    last = attention_mask.sum(dim=1) - 1
+    hidden = row_hidden(base, input_ids, attention_mask)
     return unflatten(_accurate(base.score(hidden[torch.arange(len(hidden), device=device), last])), groups)
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,19 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from exalign.checksums import check_folder, write_sums
 from exalign.data.batching import Group
-from exalign.data.hub import hub_sentence, is_lfs_pointer
 from exalign.data.tokenization import end_ids, eos_id
-from exalign.errors import InputError, first_line
-from exalign.models.capability import base_of, device_of
+from exalign.errors import InputError, first_line, hub_sentence
+from exalign.models.capability import base_of, device_of, evaluating, trial_ids
 from exalign.models.heads import completion_outputs
 from exalign.models.logprobs import completion_logprobs
 from exalign.models.memory import is_out_of_memory, release_memory
 from exalign.models.model_settings import LoraSettings, ModelSettings, adapter_base
 from exalign.models.prefix_tree import unflatten
 from exalign.processes import leads, several
-from exalign.storage import atomic_path, exists, read_object, write_json
+from exalign.storage import atomic_path, exists, is_lfs_pointer, read_object, write_json
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p", "layerdrop")
 
 
@@ -91,7 +89,7 @@ def load_tokenizer(
 
 
 def _has_tokenizer(source: str) -> bool:
-    if is_folder(source):
+    if os.path.isdir(source):
         return any(Path(source).glob("*token*"))
     with suppress(OSError, ValueError):
         return bool(cached_file(source, "tokenizer_config.json"))
@@ -122,8 +120,8 @@ def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
         check_quantised(loaded.config, settings)
     model = with_lora(loaded, settings.lora, task="CAUSAL_LM")
     if settings.saves_adapter:
-        source = str(settings.source)
-        model.peft_config["default"].base_model_name_or_path = os.path.abspath(source) if is_folder(source) else source
+        base = str(settings.source)
+        model.peft_config["default"].base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
         model.saved_as_adapter = True  # type: ignore[assignment]
     return model
 
@@ -171,7 +169,7 @@ def check_weights(source: str) -> None:
                 f"The adapter {source} stands on {base}, an adapter itself; merge that into its model first."
             )
         check_weights(base)
-    if not is_folder(source):
+    if not os.path.isdir(source):
         return
     folder, name = Path(source), "model" if base is None else "adapter_model"
     index = folder / f"{name}.safetensors.index.json"
@@ -180,9 +178,10 @@ def check_weights(source: str) -> None:
         for file in sorted(files) or [f"{name}.safetensors"]:
             if not exists(folder / file):
                 raise InputError(f"{source} has no {file}; weights that are pickled are not opened.")
-            with safe_open(folder / file, framework="pt"):
+            # safetensors says of a file that may not be read that there is none.
+            with (folder / file).open("rb"), safe_open(folder / file, framework="pt"):
                 pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise _unreadable("model", source, error) from error
 
 
@@ -236,7 +235,7 @@ def save_model(
     give the numbers of `model` on `rows` (see `verify_saved`), or nothing is.
     """
     alone = hasattr(model, "saved_as_adapter")
-    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") and not alone else model
+    plain: Any = model if alone else _whole(model)
     # No layer is resized here, which PEFT would ask the hub about.
     options = {"save_embedding_layers": False} if alone else {}
     with atomic_path(Path(folder)) as temporary:
@@ -256,7 +255,7 @@ def save_apart(model: Any, folder: Path) -> None:
 
     Where head and embedding are one matrix, such a program may renew one of the two only.
     """
-    plain: Any = _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
+    plain = _whole(model)
     if is_quantised(plain.config):
         raise InputError("vLLM gets no quantised weights from here: remove sample.engine, or name a whole model.")
     state, head = plain.state_dict(), plain.get_output_embeddings()
@@ -264,10 +263,14 @@ def save_apart(model: Any, folder: Path) -> None:
     state[name] = state[name].clone()
     plain.save_pretrained(folder, state_dict=state, safe_serialization=True)
     config = read_object(folder / "config.json")
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
+    for part in (value for value in config.values() if isinstance(value, dict) and "tie_word_embeddings" in value):
+        part["tie_word_embeddings"] = False
     write_json(folder / "config.json", config | {"tie_word_embeddings": False})
+
+
+def _whole(model: Any) -> Any:
+    """The model, or a copy with its adapters merged."""
+    return _merged(copy.deepcopy(model)) if hasattr(model, "merge_and_unload") else model
 
 
 def _merged(model: Any) -> PreTrainedModel:
@@ -276,12 +279,9 @@ def _merged(model: Any) -> PreTrainedModel:
         return model.merge_and_unload()
 
 
-@contextmanager
-def _between_libraries() -> Iterator[None]:
+def _between_libraries() -> AbstractContextManager[Any]:
     """Without what transformers says to PEFT about names that it is going to change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 @contextmanager
@@ -332,14 +332,10 @@ def verify_saved(folder: Path, model: nn.Module, rows: Sequence[Group]) -> None:
     """
     # A few of them: for a large model on a CPU each takes its time.
     rows = [Group(g.index, g.prompt_ids, g.completion_ids[:4]) for g in rows[:4]]
-    base, training = base_of(model), model.training
+    base = base_of(model)
     scores = hasattr(base, "score") or hasattr(base, "classifier")
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = completion_outputs(model, rows) if scores else completion_logprobs(model, rows, temperature=1.0)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        expected = completion_outputs(model, rows) if scores else completion_logprobs(model, rows, temperature=1.0)
     found = _as_anybody(folder, base, rows, scores=scores, device=device_of(model))
     expected, found = expected.double().cpu(), found.double().cpu()
     tokens = torch.ones_like(expected)
@@ -363,8 +359,7 @@ def verify_saved(folder: Path, model: nn.Module, rows: Sequence[Group]) -> None:
 
 def some_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Group]:
     """Texts of no meaning, each ended, where a training has none at hand to verify its model on."""
-    vocabulary, end = base_of(model).get_input_embeddings().weight.shape[0], torch.tensor([eos_id(tokenizer)])
-    ids = (torch.arange(12) * 7 + 3) % vocabulary
+    ids, end = trial_ids(base_of(model), 12), torch.tensor([eos_id(tokenizer)])
     return [Group(0, ids[:4], (torch.cat([ids[4:9], end]), torch.cat([ids[9:], end])))]
 
 
@@ -429,12 +424,12 @@ def _load(
         _check_labels(config, settings, num_labels)
         config.num_labels = num_labels
     _silence_dropout(config)
-    dtype = _DTYPES[settings.dtype]
-    adapter = None if settings.source is None else _adapter_base(settings.source)
+    dtype = getattr(torch, settings.dtype)
     if settings.source is None:
         model = _from_config(auto_class, settings, config, dtype)
     else:
         check_weights(settings.source)
+        adapter = _adapter_base(settings.source)
         whole = settings if adapter is None else settings.model_copy(update={"source": adapter})
         head = num_labels is not None and (new_head or adapter is not None)
         model = _from_pretrained(auto_class, whole, config, dtype, new_head=head)
@@ -449,7 +444,9 @@ def _load(
     _know_special_tokens(model, tokenizer, trained=new_head)
     _make_savable(model)
     _quicken_gelu(model)
-    _silence_modules(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     return model
 
 
@@ -652,7 +649,7 @@ def _refuse_code(source: str) -> None:
         values, _ = PreTrainedConfig.get_config_dict(_adapter_base(source) or source)
     except (OSError, ValueError) as error:
         raise _unreadable("model", source, error) from error
-    auto, known = values.get("auto_map") or {}, values.get("model_type") in CONFIG_MAPPING
+    auto, known = values.get("auto_map") or {}, str(values.get("model_type")) in CONFIG_MAPPING
     if "AutoModelForSequenceClassification" in auto or (auto and not known):
         raise InputError(
             f"{source} comes with Python code of its own (auto_map), which is not run to score; load it in a reward "
@@ -662,8 +659,11 @@ def _refuse_code(source: str) -> None:
 
 def _check_files(source: str, *, but: str = "") -> None:
     """A folder of a model that is not what its SHA256SUMS says is an `InputError`; one process of several looks."""
-    if leads() and is_folder(source):
-        check_folder(Path(source), but=but)
+    if leads() and os.path.isdir(source):
+        try:
+            check_folder(Path(source), but=but)
+        except OSError as error:
+            raise InputError(f"Cannot read the files of {source}: {first_line(error)}.") from error
 
 
 def _check_code(config: PreTrainedConfig, settings: ModelSettings) -> None:
@@ -674,7 +674,7 @@ def _check_code(config: PreTrainedConfig, settings: ModelSettings) -> None:
 
 
 def _check_labels(config: PreTrainedConfig, settings: ModelSettings, num_labels: int) -> None:
-    classifies = any("SequenceClassification" in name for name in config.architectures or ())
+    classifies = any("SequenceClassification" in str(name) for name in config.architectures or ())
     if settings.source is not None and classifies and config.num_labels != num_labels:
         kind = "A reward model has one label" if num_labels == 1 else "A classifier has two labels"
         raise InputError(f"{kind}, but {settings.source} has {config.num_labels}; give a model with {num_labels}.")
@@ -740,12 +740,6 @@ def _silence_dropout(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-def _silence_modules(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-
-
 def _quicken_gelu(model: nn.Module) -> None:
     """Replace the tanh GELU that is spelled out in many operations by the built-in kernel (equal up to rounding)."""
     for module in list(model.modules()):
@@ -762,10 +756,12 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
             return InputError(f"The {kind} folder {source} does not exist.")
         if (sentence := hub_sentence(kind, source, error)) is not None:
             return InputError(sentence)
-    elif pointer := next((path for path in sorted(folder.glob("*")) if path.is_file() and is_lfs_pointer(path)), None):
-        return InputError(
-            f"{pointer} is a Git LFS pointer, not the file: run `git lfs pull` in {source}, or download it again."
-        )
+    with suppress(OSError):  # a file that cannot be read is what the error is about
+        for path in sorted(folder.glob("*")):
+            if path.is_file() and is_lfs_pointer(path):
+                return InputError(
+                    f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in {source}, or download it again."
+                )
     if kind == "tokenizer" and ("backend tokenizer" in str(error) or "tiktoken" in str(error)):
         if exists(folder / "tokenizer.model"):
             return InputError(
@@ -777,9 +773,3 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
             "merges.txt; name one in tokenizer.source."
         )
     return InputError(f"Cannot load the {kind} {source}: {first_line(error)}")
-
-
-def is_folder(source: str) -> bool:
-    """Whether `source` is a folder here, rather than the name of something on a hub."""
-    path = Path(source)
-    return exists(path) and path.is_dir()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from exalign.data.batching import Group
-from exalign.models.capability import base_of, device_of, plan_for, row_hidden, row_logits, stream_hidden
-from exalign.models.lm_head import embed, may_add_in_place, token_logprobs
+from exalign.models.capability import base_of, device_of, plan_for, predicting_states, row_logits
+from exalign.models.lm_head import token_logprobs
 from exalign.models.memory import computed
-from exalign.models.prefix_tree import PaddedRows, padded_rows, policy_stream, unflatten_tokens
+from exalign.models.prefix_tree import Predictions, padded_rows, unflatten, unflatten_tokens
 
 
 class PackedPolicy(nn.Module):
@@ -58,10 +57,13 @@ def reference_logprobs(
 
     By the code path of training, in micro-batches of whole groups up to `token_budget` tokens, or as many as fit.
     """
+
+    def work(part: Sequence[Group]) -> Tensor:
+        return completion_logprobs(model, part, temperature=temperature).cpu()
+
     found: dict[int, Tensor] = {}
     with torch.no_grad():
-        work = partial(completion_logprobs, model, temperature=temperature)
-        for batch, values in computed(lambda part: work(part).cpu(), groups, token_budget=token_budget):
+        for batch, values in computed(work, groups, token_budget=token_budget):
             found |= {id(group): row[: group.num_completions] for group, row in zip(batch, values, strict=True)}
     return [found[id(group)] for group in groups]
 
@@ -75,22 +77,22 @@ def completion_token_logprobs(
     `add_in_place`, for the forward of a module: the vocabulary's gradients are added to `.grad` directly.
     """
     _check(temperature)
-    logp, _, cells = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
-    return unflatten_tokens(logp, cells, groups)
+    logp, wanted = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
+    return unflatten_tokens(logp, wanted.cells, groups)
 
 
 def plain_completion_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
     """The slow twin of `completion_logprobs`: one padded row per completion, full logits. For tests and comparison."""
     _check(temperature)
-    logp, places, _ = _plain_logprobs(model, groups, temperature)
-    return _summed(logp, places, groups)
+    logp, wanted = _plain_logprobs(model, groups, temperature)
+    return unflatten(logp, groups, wanted.places)
 
 
 def plain_completion_token_logprobs(model: nn.Module, groups: Sequence[Group], *, temperature: float) -> Tensor:
     """The slow twin of `completion_token_logprobs`."""
     _check(temperature)
-    logp, _, cells = _plain_logprobs(model, groups, temperature)
-    return unflatten_tokens(logp, cells, groups)
+    logp, wanted = _plain_logprobs(model, groups, temperature)
+    return unflatten_tokens(logp, wanted.cells, groups)
 
 
 def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
@@ -104,59 +106,36 @@ def holds(model: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _packed_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool) -> Tensor:
-    logp, places, _ = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
-    return _summed(logp, places, groups)
-
-
-def _summed(logp: Tensor, places: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Sums over the tokens of each completion, `[B, K]`."""
-    width = max(group.num_completions for group in groups)
-    return logp.new_zeros(len(groups) * width).index_add(0, places, logp).view(len(groups), width)
+    logp, wanted = _token_logprobs(model, groups, temperature, add_in_place=add_in_place)
+    return unflatten(logp, groups, wanted.places)
 
 
 def _token_logprobs(
     model: nn.Module, groups: Sequence[Group], temperature: float, *, add_in_place: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log π of every completion token `[T]`, and its `places` and `cells` `[T]`, see `Predictions`."""
-    plan, base, device = plan_for(model), base_of(model), device_of(model)
+) -> tuple[Tensor, Predictions]:
+    """log π of every completion token `[T]`."""
+    plan = plan_for(model)
     if plan.logit_map is None:
         return _plain_logprobs(model, groups, temperature)
-    logit_map = replace(plan.logit_map, temperature=temperature)
-    head = base.get_output_embeddings()
-    if not plan.tree:
-        rows = padded_rows(groups, device)
-        hidden = _predicting(row_hidden(base, rows.input_ids, rows.attention_mask), rows)
-        order, host_rows = torch.arange(len(hidden), device=device), torch.arange(len(hidden))
-        logp = token_logprobs(hidden, head, order, rows.targets, logit_map=logit_map, host_rows=host_rows)
-        return logp, rows.places, rows.cells
-    parts, places = plan.sides(groups)
-    stream, wanted = policy_stream(parts, device, places=places, windows=plan.windows)
-    embedding = base.get_input_embeddings()
-    direct = add_in_place and plan.embeds and torch.is_grad_enabled() and may_add_in_place(embedding.weight)
-    hidden = stream_hidden(base, stream, embed(stream.input_ids, embedding) if direct else None)
+    hidden, wanted = predicting_states(model, groups, add_in_place=add_in_place)
     logp = token_logprobs(
-        hidden.index_select(0, wanted.positions),
-        head,
+        hidden,
+        base_of(model).get_output_embeddings(),
         wanted.rows,
         wanted.targets,
-        logit_map=logit_map,
-        add_in_place=add_in_place,
+        logit_map=replace(plan.logit_map, temperature=temperature),
+        add_in_place=add_in_place and plan.tree,
         host_rows=wanted.host_rows,
     )
-    return logp, wanted.places, wanted.cells
+    return logp, wanted
 
 
-def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float) -> tuple[Tensor, Predictions]:
     """The same by the model's own logits of padded rows."""
-    rows = padded_rows(groups, device_of(model))
-    logits = _predicting(row_logits(model, rows.input_ids, rows.attention_mask), rows)
+    input_ids, attention_mask, wanted = padded_rows(groups, device_of(model))
+    logits = row_logits(model, input_ids, attention_mask).flatten(0, 1).index_select(0, wanted.positions)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # before the softmax and the sum, never after
-    logp = torch.log_softmax(logits / temperature, dim=-1).gather(1, rows.targets[:, None]).squeeze(1)
-    return logp, rows.places, rows.cells
-
-
-def _predicting(states: Tensor, rows: PaddedRows) -> Tensor:
-    return states.flatten(0, 1).index_select(0, rows.positions)
+    return torch.log_softmax(logits / temperature, dim=-1).gather(1, wanted.targets[:, None]).squeeze(1), wanted
 
 
 def _check(temperature: float) -> None:

@@ -71,6 +71,6 @@ def adapter_base(folder: Path) -> str | None:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str):
             raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} does not name the model that the adapter was trained on.") from error
     return base

@@ -9,6 +9,7 @@ All that a micro-batch's tensors hold is known on the CPU, so it is built there,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -117,43 +118,30 @@ class TreeLayout:
         return TreeLayout((replace(tree, start=0),), tree.end - tree.start, self.window)
 
 
-def block_lists(queries: Lineage, keys: Lineage, window: int | None = None) -> list[Tensor]:
+def block_lists(tokens: Lineage, window: int | None) -> list[Tensor]:
     """Which blocks of `BLOCK` keys each block of queries sees in part, and which it sees whole, as FlexAttention's
     `BlockMask` has them: `kv_num_blocks [1, 1, Q]` and `kv_indices [1, 1, Q, L]`, int32, for either.
 
     From the runs of tokens of one segment and consecutive positions, of which there are few.
     """
-    q, q_starts = _runs(queries, unseen=-2)
-    k, k_starts = _runs(keys, unseen=-1)
+    missing = -len(tokens.segment) % BLOCK  # the last block is filled up by places of the segment −1
+    segment, prompt, position = (np.pad(part, (0, missing), constant_values=-1) for part in tokens)
+    ends = np.diff(segment, append=-2) != 0
+    ends[BLOCK - 1 :: BLOCK] = True
+    (ends,) = ends.nonzero()
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    (blocks,) = (begins % BLOCK == 0).nonzero()
+    segment, prompt, first, last = segment[ends], prompt[ends], position[begins], position[ends]
     far = np.iinfo(np.int32).max if window is None else window
-    related = (q.segment[:, None] == k.segment) | (q.prompt[:, None] == k.segment)
-    part = related & (q.last[:, None] >= k.first) & (q.first[:, None] - k.last < far)
-    whole = related & (q.first[:, None] >= k.last) & (q.last[:, None] - k.first < far)
-    part = np.logical_or.reduceat(np.logical_or.reduceat(part, q_starts, axis=0), k_starts, axis=1)
-    whole = np.logical_and.reduceat(np.logical_and.reduceat(whole, q_starts, axis=0), k_starts, axis=1)
+    related = (segment[:, None] == segment) | (prompt[:, None] == segment)
+    part = related & (last[:, None] >= first) & (first[:, None] - last < far)
+    whole = related & (first[:, None] >= last) & (last[:, None] - first < far)
+    part = np.logical_or.reduceat(np.logical_or.reduceat(part, blocks, axis=0), blocks, axis=1)
+    whole = np.logical_and.reduceat(np.logical_and.reduceat(whole, blocks, axis=0), blocks, axis=1)
     lists = []
     for chosen in (part & ~whole, whole):
         lists += [chosen.sum(axis=1), np.argsort(~chosen, axis=1, kind="stable")]
     return [torch.from_numpy(found.astype(np.int32))[None, None] for found in lists]
-
-
-class _Runs(NamedTuple):
-    segment: np.ndarray
-    prompt: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-
-
-def _runs(tokens: Lineage, *, unseen: int) -> tuple[_Runs, np.ndarray]:
-    """The runs, filled up to whole blocks by places that see nothing and are not seen; where each block's begin."""
-    missing = -len(tokens.segment) % BLOCK
-    segment, prompt, position = (np.pad(part, (0, missing), constant_values=unseen) for part in tokens)
-    ends = np.diff(segment, append=unseen - 1) != 0
-    ends[BLOCK - 1 :: BLOCK] = True
-    last = np.flatnonzero(ends)
-    first = np.concatenate([[0], last[:-1] + 1])
-    runs = _Runs(segment[last], prompt[last], position[first], position[last])
-    return runs, np.flatnonzero(first % BLOCK == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,15 +153,14 @@ class TreeStream:
     layout: TreeLayout
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Which hidden states of a `policy_stream` predict which completion tokens.
+class Predictions(NamedTuple):
+    """Which hidden states of a `policy_stream`, or of `padded_rows` laid flat, predict which completion tokens.
 
-    `positions` `[R]`: the predicting positions in the stream, of each tree the last prompt token and the leaves. Of `T`
+    `positions` `[R]`: the predicting positions; of a stream, of each tree the last prompt token and the leaves. Of `T`
     completion tokens: `rows` `[T]` the number of the predicting position, not decreasing, and the same on the CPU;
     `targets` `[T]` the token's id; `places` `[T]` where in `[B, K]`, laid flat, its completion stands, and `cells`
-    `[T]` where in `[B, K, L]` it stands itself, L the longest completion. The K first tokens of a group share one
-    position, and so one row of the vocabulary.
+    `[T]` where in `[B, K, L]` it stands itself, L the longest completion. In a stream the K first tokens of a group
+    share one position, and so one row of the vocabulary.
     """
 
     positions: Tensor
@@ -198,8 +185,8 @@ def policy_stream(
     """
     tokens, layout = _stream(groups, unread=1)
     known = _predictions(groups, layout, places_of(groups) if places is None else places)
-    stream, (positions, rows, targets, where, cells) = _on_device(tokens, layout, target, windows, known)
-    return stream, Predictions(positions, rows, targets, where, cells, host_rows=known[1])
+    stream, found = _on_device(tokens, layout, target, windows, known)
+    return stream, Predictions._make([*found, known[1]])
 
 
 def whole_stream(
@@ -243,7 +230,7 @@ def _on_device(
 def mask_parts(layout: TreeLayout) -> list[Tensor]:
     """What a device needs to attend by this layout: the lineage of its tokens, and its `block_lists`."""
     tokens = layout.lineage()
-    return [*tokens.tensors(), *block_lists(tokens, tokens, layout.window)]
+    return [*tokens.tensors(), *block_lists(tokens, layout.window)]
 
 
 def _predictions(groups: Sequence[Group], layout: TreeLayout, places: Tensor) -> list[Tensor]:
@@ -261,33 +248,21 @@ def _predictions(groups: Sequence[Group], layout: TreeLayout, places: Tensor) ->
         row += tree.end - first
         sequence += count
     where = places[torch.cat(sequences)]
-    longest = max(len(ids) for group in groups for ids in group.completion_ids)
-    return [torch.cat(positions), torch.cat(rows), torch.cat(targets), where, where * longest + torch.cat(numbers)]
+    cells = where * _longest_completion(groups) + torch.cat(numbers)
+    return [torch.cat(positions), torch.cat(rows), torch.cat(targets), where, cells]
 
 
 def places_of(groups: Sequence[Group]) -> Tensor:
     """Where in `[B, K]`, laid flat, each completion stands, counted through the groups: int64 `[S]`."""
-    width = max(group.num_completions for group in groups)
+    width = _most_completions(groups)
     return torch.tensor([i * width + k for i, group in enumerate(groups) for k in range(group.num_completions)])
 
 
-class PaddedRows(NamedTuple):
-    """A row `prompt + completion` for each completion, padded on the right: `input_ids`, `attention_mask` `[S, L]`.
+def padded_rows(groups: Sequence[Group], target: torch.device) -> tuple[Tensor, Tensor, Predictions]:
+    """The slower way: a row `prompt + completion` for each completion, padded on the right.
 
-    Of `T` completion tokens, one completion after the other: `positions` `[T]` where in the rows, laid flat, the one
-    before it stands; `targets`, `places` and `cells` as `Predictions` has them.
+    `input_ids` and `attention_mask` `[S, L]`, and the predictions of the rows laid flat, a completion after the other.
     """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    places: Tensor
-    cells: Tensor
-
-
-def padded_rows(groups: Sequence[Group], target: torch.device) -> PaddedRows:
-    """The slower way: each prompt as often as it has completions."""
     rows = [torch.cat([group.prompt_ids, ids]) for group in groups for ids in group.completion_ids]
     lengths = torch.tensor([len(row) for row in rows])
     prompts = torch.tensor([len(group.prompt_ids) for group in groups for _ in group.completion_ids])
@@ -295,28 +270,34 @@ def padded_rows(groups: Sequence[Group], target: torch.device) -> PaddedRows:
     index = torch.arange(input_ids.shape[1])
     there = index < lengths[:, None]
     row, token = (there & (index >= prompts[:, None])).nonzero(as_tuple=True)
-    longest = max(len(ids) for group in groups for ids in group.completion_ids)
-    places = places_of(groups)[row]
-    cells = places * longest + token - prompts[row]
+    places, order = places_of(groups)[row], torch.arange(len(row))
+    cells = places * _longest_completion(groups) + token - prompts[row]
     positions = row * input_ids.shape[1] + token - 1
-    return PaddedRows(*to_device(target, input_ids, there.long(), positions, input_ids[row, token], places, cells))
+    known = (positions, order, input_ids[row, token], places, cells)
+    input_ids, mask, *found = to_device(target, input_ids, there.long(), *known)
+    return input_ids, mask, Predictions._make([*found, order])
 
 
 def unflatten(values: Tensor, groups: Sequence[Group], places: Tensor | None = None) -> Tensor:
-    """One row of `values [S, …]` per completion, in order → `[B, K, …]`, 0 where a group has no i-th completion.
+    """Values `[S, …]` → `[B, K, …]`, those of one place added up, 0 where a group has no i-th completion.
 
-    `places` are those of `places_of(groups)` on the device of the values, where the caller has them there.
+    `places` `[S]` on the device of the values; without them there is one value per completion, in order.
     """
-    width = max(group.num_completions for group in groups)
     if places is None:
         (places,) = to_device(values.device, places_of(groups))
-    flat = values.new_zeros(len(groups) * width, *values.shape[1:]).index_copy(0, places, values)
-    return flat.unflatten(0, (len(groups), width))
+    shape = len(groups), _most_completions(groups)
+    return values.new_zeros(math.prod(shape), *values.shape[1:]).index_add(0, places, values).unflatten(0, shape)
 
 
 def unflatten_tokens(values: Tensor, cells: Tensor, groups: Sequence[Group]) -> Tensor:
     """One value per completion token → `[B, K, L]`, 0 where no token is; `cells` as `Predictions` has them."""
-    width = max(group.num_completions for group in groups)
-    longest = max(len(ids) for group in groups for ids in group.completion_ids)
-    flat = values.new_zeros(len(groups) * width * longest).index_copy(0, cells, values)
-    return flat.view(len(groups), width, longest)
+    shape = len(groups), _most_completions(groups), _longest_completion(groups)
+    return values.new_zeros(math.prod(shape)).index_copy(0, cells, values).view(shape)
+
+
+def _most_completions(groups: Sequence[Group]) -> int:
+    return max(group.num_completions for group in groups)
+
+
+def _longest_completion(groups: Sequence[Group]) -> int:
+    return max(len(ids) for group in groups for ids in group.completion_ids)

@@ -66,15 +66,14 @@ class Architecture:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        lists = [list(m) for m in base.base_model.modules() if isinstance(m, nn.ModuleList)]
+        lists = [list(m) for m in base.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
         block = max(lists, key=len, default=[nn.Identity()])[0]
         self.layer_bytes = _bytes(block.parameters())
         self.gated = any("gate" in name for name, _ in block.named_modules())
         linear = [m for m in block.modules() if isinstance(m, nn.Linear | Conv1D) and m.weight.requires_grad]
         self.cast_inputs = sum(m.in_features if isinstance(m, nn.Linear) else m.weight.shape[0] for m in linear)
-        self.rms = any(
-            "rms" in type(m).__name__.lower() and "norm" in type(m).__name__.lower() for m in block.modules()
-        )
+        kinds = [type(m).__name__.lower() for m in block.modules()]
+        self.rms = any("rms" in kind and "norm" in kind for kind in kinds)
 
     def block_activations(self, *, autocast: bool) -> float:
         """Bytes that a block keeps for one token: numbers of products have the weights' size, or 2, those of norms 4.

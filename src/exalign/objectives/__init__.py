@@ -1,8 +1,8 @@
 """The mathematics of alignment as pure functions: `[B, K]` tensors in, `[B]` nats out.
 
 Two targets (rewards, a preference) times a family of divergences; beside them what people compare it with:
-`policy_gradient` (PPO on tokens; RLOO, GRPO, GSPO) and `contrastive` (SimPO, IPO, ORPO, CPO, KTO). A training
-loss is one line of composition:
+`policy_gradient` (PPO on tokens; RLOO, GRPO, GSPO) and `contrastive` (SimPO, IPO, ORPO, CPO, KTO; reward models). A
+training loss is one line of composition:
 
 >>> import torch
 >>> policy_logp = torch.tensor([[-10.0, -12.0]], requires_grad=True)
@@ -14,7 +14,16 @@ loss is one line of composition:
 EXO 2.4220, DPO 0.5983
 """
 
-from exalign.objectives.contrastive import cpo_loss, ipo_loss, kto_loss, orpo_loss, per_token, simpo_loss
+from exalign.objectives.contrastive import (
+    bradley_terry_loss,
+    cpo_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+    per_token,
+    preference_accuracy,
+    simpo_loss,
+)
 from exalign.objectives.divergences import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 from exalign.objectives.estimators import (
     OptimalFrontier,
@@ -46,4 +55,3 @@ from exalign.objectives.policy_gradient import (
     token_rewards,
     whiten,
 )
-from exalign.objectives.reward import bradley_terry_loss, preference_accuracy

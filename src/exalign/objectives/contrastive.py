@@ -1,7 +1,8 @@
-"""Losses that contrast completions without a distribution over them: what people compare EXO and DPO with.
+"""Losses that contrast completions without a distribution over them: of reward models, and what EXO is compared with.
 
 | function | pair loss, w preferred to l | source |
 |---|---|---|
+| `bradley_terry_loss` | `−log σ(r_w − r_l)`, r a reward model's score | Eq. 3 |
 | `simpo_loss` | `−log σ(β (ℓ̄_w − ℓ̄_l) − γ)` | Meng et al. 2024, arXiv 2405.14734, Eq. 6 |
 | `ipo_loss` | `(h_w − h_l − 1/(2β))²` | Azar et al. 2023, arXiv 2310.12036, Eq. 17 |
 | `orpo_loss` | `−ℓ̄_w − λ log σ(logit_w − logit_l)` | Hong et al. 2024, arXiv 2403.07691, Eq. 6, 7 |
@@ -10,7 +11,11 @@
 
 ℓ = log π_θ(y|x), ℓ̄ = ℓ/T per token, h = log π_θ/π_sft, logit = log(p/(1 − p)) of p = exp ℓ̄. All published for K = 2;
 for more completions the preferred one is compared with each other one, and the mean over these is taken. A prompt
-whose preferred completion has no rival has no pair: its pair loss is 0.
+whose preferred completion has no rival has no pair: its pair loss and gradient are 0.
+
+`preferred` is int64 `[B]`, the column of the completion that won; `mask` is bool `[B, K]`, true where a completion
+exists. A wrong shape or type, a preferred completion that does not exist, or a parameter out of its range is a
+`ValueError`.
 
 DPO needs none of these: it is `forward_kl`. With length normalisation (Lambert et al. 2024, arXiv 2411.15124, §5) it is
 the same on nats per token:
@@ -29,23 +34,44 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
-from exalign.objectives.masked import as_groups, check_positive, masked_mean
+from exalign.objectives.masked import as_groups, check_not_negative, check_positive, masked_mean
 from exalign.objectives.matching import preferred_column
 
 
 def per_token(logp: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`log π(y_i|x) / T_i`: nats per token. `[B, K]` and lengths int `[B, K]` of at least 1 → `[B, K]`, 0 where masked.
-
-    Raises:
-        ValueError: wrong shape or type, or a length below 1 of a completion that exists.
-    """
+    """`log π(y_i|x) / T_i`: nats per token. `[B, K]` and lengths int `[B, K]`, each ≥ 1 → `[B, K]`, 0 where masked."""
     counted = lengths.to(torch.promote_types(logp.dtype, torch.float32))
     (value, length), live = as_groups({"logp": logp, "lengths": counted}, mask)
     if bool((length < 1)[live].any()):
         raise ValueError("every completion needs at least one token")
     return value / torch.where(live, length, 1)
+
+
+def bradley_terry_loss(rewards: Tensor, preferred: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The reward model's: `−log σ(r(x, y_w) − r(x, y_l))` (Eq. 3). `[B, K]`, int64 `[B]` → `[B]` nats.
+
+    >>> bradley_terry_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([0.6931])
+    """
+    margins, rivals = _margins(rewards, preferred, mask)
+    return masked_mean(softplus(-margins), rivals)
+
+
+def preference_accuracy(rewards: Tensor, preferred: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Per prompt, over the losers: the share that scores below the preferred one (ties count half), and the margin.
+
+    Shapes: `rewards` `[B, K]`, `preferred` `[B]`, `mask` `[B, K]` → two `[B]`; the margin is mean(r_w − r_l).
+
+    >>> preference_accuracy(torch.tensor([[3.0, 1.0, 3.0]]), torch.tensor([0]), torch.ones(1, 3).bool())
+    (tensor([0.7500]), tensor([1.]))
+    """
+    difference = rewards.gather(1, preferred[:, None]) - rewards
+    losers = mask.scatter(1, preferred[:, None], False)
+    wins = (difference.sign() + 1) / 2
+    count = losers.sum(1)
+    return (wins * losers).sum(1) / count, (difference * losers).sum(1) / count
 
 
 def simpo_loss(
@@ -62,8 +88,7 @@ def simpo_loss(
     `beta` > 0 scales nats per token (the paper has 2 to 10), `gamma` ≥ 0 is the margin that is asked for.
     """
     check_positive("beta", beta)
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, not {gamma}")
+    check_not_negative("gamma", gamma)
     margins, rivals = _margins(per_token(policy_logp, lengths, mask), preferred, mask)
     return masked_mean(-logsigmoid(beta * margins - gamma), rivals)
 
@@ -129,16 +154,10 @@ def kto_loss(
         beta: β > 0.
         desirable_weight: λ_D > 0; the paper balances it and λ_U by the numbers of each.
         undesirable_weight: λ_U > 0.
-
-    Raises:
-        ValueError: wrong shape or type, β or a weight not above 0.
     """
-    for name, value in (
-        ("beta", beta),
-        ("desirable_weight", desirable_weight),
-        ("undesirable_weight", undesirable_weight),
-    ):
-        check_positive(name, value)
+    check_positive("beta", beta)
+    check_positive("desirable_weight", desirable_weight)
+    check_positive("undesirable_weight", undesirable_weight)
     (policy, reference), live = as_groups({"policy_logp": policy_logp, "reference_logp": reference_logp}, mask)
     if desirable.dtype != torch.bool or desirable.shape != policy.shape:
         raise ValueError(f"desirable must be bool {list(policy.shape)}, not {desirable.dtype} {list(desirable.shape)}")

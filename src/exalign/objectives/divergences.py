@@ -11,7 +11,8 @@
 All take `log_p_policy` and `log_p_target`, `[B, K]` normalised log-probabilities as `exalign.objectives.matching`
 makes them, and give nats per prompt, `[B]`. Each is smallest exactly where p = t; all but `forward_kl`, which is a
 cross-entropy, are 0 there. A completion that is masked, or impossible under both (−inf), contributes nothing; a prompt
-with one completion, or none, has divergence 0 (and cross-entropy 0) and no gradient.
+with one completion, or none, has divergence 0 (and cross-entropy 0) and no gradient. Inputs that are not floating
+`[B, K]` of one shape, or a mask that is not boolean `[B, K]`, are a `ValueError`.
 
 A divergence that is infinite is returned as infinite: the reverse KL (and Jeffreys) where the target excludes a
 completion, log t = −inf, that the policy does not. The targets of `matching` never do so for finite rewards and ε in
@@ -40,9 +41,6 @@ def reverse_kl(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None =
     With `p = log_policy_distribution(...)` its gradient is
     `∂L/∂log π_θ(y_i) = β_π p_i (log p_i − log t_i − L)`, which sums to 0 over a prompt's completions. Where the policy
     is certain of a wrong completion (p_i → 0 for the right ones) it vanishes; `saturated` finds such prompts.
-
-    Raises:
-        ValueError: inputs that are not floating `[B, K]` of one shape, or a mask that is not boolean `[B, K]`.
     """
     log_p, log_t, live = _prepared(log_p_policy, log_p_target, mask)
     return weighted_sum(log_p, log_p - log_t, live)
@@ -55,9 +53,6 @@ def forward_kl(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None =
     K = 2 and ε → 0 it is the loss of Eq. 7, `−log σ(f_w − f_l)`; with ε > 0 its label-smoothed form. A target that puts
     all its weight on one completion (log t = −inf elsewhere) is allowed. With `p = log_policy_distribution(...)` the
     gradient is `∂L/∂log π_θ(y_i) = β_π (p_i − t_i)`.
-
-    Raises:
-        ValueError: inputs that are not floating `[B, K]` of one shape, or a mask that is not boolean `[B, K]`.
     """
     log_p, log_t, live = _prepared(log_p_policy, log_p_target, mask)
     return -weighted_sum(log_t, log_p, live)
@@ -67,9 +62,6 @@ def jensen_shannon(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | No
     """`½ KL(p‖m) + ½ KL(t‖m)` with `m = (p + t)/2`. Symmetric, at most log 2. `[B, K]` → `[B]`, nats.
 
     Not in the paper.
-
-    Raises:
-        ValueError: inputs that are not floating `[B, K]` of one shape, or a mask that is not boolean `[B, K]`.
     """
     log_p, log_t, live = _prepared(log_p_policy, log_p_target, mask)
     log_m = torch.logaddexp(log_p, log_t) - math.log(2)
@@ -80,9 +72,6 @@ def jeffreys(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | None = N
     """`KL(p‖t) + KL(t‖p)`: the sum of both directions, not their mean. `[B, K]` → `[B]`, nats.
 
     Not in the paper.
-
-    Raises:
-        ValueError: inputs that are not floating `[B, K]` of one shape, or a mask that is not boolean `[B, K]`.
     """
     log_p, log_t, live = _prepared(log_p_policy, log_p_target, mask)
     return weighted_sum(log_p, log_p - log_t, live) + weighted_sum(log_t, log_t - log_p, live)
@@ -94,9 +83,7 @@ def alpha_divergence(log_p_policy: Tensor, log_p_target: Tensor, mask: Tensor | 
     It runs from KL(t‖p) as α → 0 to KL(p‖t) as α → 1; at α = ½ it is four times the squared Hellinger distance
     `1 − Σ √(p t)`. Within (0, 1) it never exceeds 1/(α(1−α)), however far apart p and t are. Not in the paper.
 
-    Raises:
-        ValueError: α outside (0, 1) (the ends are `forward_kl` and `reverse_kl`); inputs that are not floating
-            `[B, K]` of one shape; a mask that is not boolean `[B, K]`.
+    An α outside (0, 1) is a `ValueError`: the ends are `forward_kl` and `reverse_kl`.
     """
     check_fraction("alpha", alpha)
     log_p, log_t, live = _prepared(log_p_policy, log_p_target, mask)

@@ -151,7 +151,9 @@ class OptimalFrontier:
         return self.effective_samples.mean(dim=0)
 
 
-def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None) -> OptimalFrontier:
+def optimal_frontier(
+    rewards: Tensor, betas: Tensor, mask: Tensor | None = None, *, judged: Tensor | None = None
+) -> OptimalFrontier:
     """Estimate reward and KL(π*_β‖π_sft) for every β from samples of π_sft.
 
     With `w = softmax(r/β)` over a prompt's N samples: reward `Σ w r`, KL `Σ w log(N w)`, which equals
@@ -161,11 +163,13 @@ def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None)
         rewards: `[P, N]` rewards of N samples of π_sft for each of P prompts.
         betas: `[G]` floating, each above 0.
         mask: `[P, N]` bool, true where a sample exists; all do by default.
+        judged: `[P, N]` another reward of the same samples, whose mean under π*_β is then the reward: what the optimum
+            of a learned reward has by a better judge.
 
     Raises:
         ValueError: wrong shape or type, a β not above 0, no prompt, or a prompt without samples.
     """
-    (reward,), live = as_groups({"rewards": rewards}, mask)
+    (reward, seen), live = as_groups({"rewards": rewards, "judged": rewards if judged is None else judged}, mask)
     if betas.ndim != 1 or not betas.is_floating_point():
         raise ValueError(f"betas must be floating [G], not {betas.dtype} {list(betas.shape)}")
     if len(reward) == 0 or not bool(live.any(dim=-1).all()):
@@ -176,6 +180,6 @@ def optimal_frontier(rewards: Tensor, betas: Tensor, mask: Tensor | None = None)
         log_w = log_reward_target(reward, beta_r=beta, mask=live)
         # Against the uniform distribution over the samples, whose log-probability is −log N.
         kl = reverse_kl(log_w, (-log_count)[:, None].expand_as(log_w), live)
-        columns.append((weighted_mean(log_w, reward, live), kl, effective_sample_size(log_w, live)))
+        columns.append((weighted_mean(log_w, seen, live), kl, effective_sample_size(log_w, live)))
     mean, kl, ess = (torch.stack(column, dim=-1) for column in zip(*columns, strict=True))
     return OptimalFrontier(betas=betas, reward=mean, kl=kl, effective_samples=ess)

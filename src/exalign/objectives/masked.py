@@ -55,6 +55,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0, not {value}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is at least 0."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, not {value}")
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raise `ValueError` unless 0 < `value` < 1."""
     if not 0 < value < 1:

@@ -68,11 +68,9 @@ def log_policy_distribution(
         ValueError: wrong shape or type, or β_π not above 0.
     """
     check_positive("beta_pi", beta_pi)
-    values = {"policy_logp": policy_logp, "reference_logp": reference_logp}
-    if proposal_logp is None:
-        (policy, reference), live = as_groups(values, mask)
-        return masked_log_softmax(beta_pi * (policy - reference), live)
-    (policy, reference, proposal), live = as_groups(values | {"proposal_logp": proposal_logp}, mask)
+    sampled_from = reference_logp if proposal_logp is None else proposal_logp
+    values = {"policy_logp": policy_logp, "reference_logp": reference_logp, "proposal_logp": sampled_from}
+    (policy, reference, proposal), live = as_groups(values, mask)
     return masked_log_softmax(beta_pi * (policy - reference) + (reference - proposal), live)
 
 
@@ -143,11 +141,9 @@ def log_preference_target(
     """
     if epsilon != 0:
         check_fraction("epsilon", epsilon)
-    if preferred.ndim != 1 or preferred.dtype != torch.int64:
-        raise ValueError(f"preferred must be int64 [B], not {preferred.dtype} {list(preferred.shape)}")
     if num_completions < 1:
         raise ValueError(f"num_completions must be at least 1, not {num_completions}")
-    shape = torch.Size([len(preferred), num_completions])
+    shape = torch.Size([*preferred.shape, num_completions])
     live = torch.ones(shape, dtype=torch.bool, device=preferred.device) if mask is None else mask
     check_mask(live, shape)
     won = preferred_column(preferred, live)
@@ -161,8 +157,11 @@ def preferred_column(preferred: Tensor, mask: Tensor) -> Tensor:
     """`[B, K]` bool: true at each row's preferred completion; nowhere in a row that has no completion.
 
     Raises:
-        ValueError: an index outside 0 … K−1, or one whose completion is masked in a row that has others.
+        ValueError: not int64 `[B]`, an index outside 0 … K−1, or one whose completion is masked in a row that has
+            others.
     """
+    if preferred.dtype != torch.int64 or preferred.shape != mask.shape[:1]:
+        raise ValueError(f"preferred must be int64 [B], one per row, not {preferred.dtype} {list(preferred.shape)}")
     num_completions = mask.shape[1]
     outside = (preferred < 0) | (preferred >= num_completions)
     won = torch.arange(num_completions, device=preferred.device) == preferred[:, None]

@@ -11,9 +11,11 @@ PPO works on `[N, T]`: N sampled completions, T tokens, ragged under a mask; gro
 
 An action is a token, the state before it is everything to its left. The reward of a completion arrives with its last
 token, and every token pays for leaving π_sft. `mask` is boolean, true on the real tokens, which come first in a row;
-what stands in the other places reaches neither values nor gradients. Losses come back per token, 0 on padding, to be
-summed and divided by the number of tokens. Sources: Schulman et al. 2015 (arXiv 1506.02438, generalised advantage
-estimation, "GAE") and 2017 (arXiv 1707.06347, PPO); the per-token penalty is that of Ziegler et al. 2019.
+what stands in the other places reaches neither values nor gradients. What comes back is 0 on padding; losses come back
+per token, to be summed and divided by the number of tokens. A wrong shape or type, padding before a real token where
+order counts, or a parameter out of its range is a `ValueError`. Sources: Schulman et al. 2015 (arXiv 1506.02438,
+generalised advantage estimation, "GAE") and 2017 (arXiv 1707.06347, PPO); the per-token penalty is that of Ziegler et
+al. 2019.
 
 >>> import torch
 >>> mask = torch.tensor([[True, True, False]])
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 
 from exalign.objectives.estimators import group_spread
-from exalign.objectives.masked import as_groups, check_positive, masked_mean
+from exalign.objectives.masked import as_groups, check_not_negative, check_positive, masked_mean
 
 
 def token_rewards(rewards: Tensor, log_ratio: Tensor, mask: Tensor, *, beta: float) -> Tensor:
@@ -40,20 +42,10 @@ def token_rewards(rewards: Tensor, log_ratio: Tensor, mask: Tensor, *, beta: flo
 
     Their sum over a completion is `r(x, y) − β log(π(y|x)/π_sft(y|x))`, whose mean the alignment objective is (Eq. 4).
 
-    Args:
-        rewards: `[N]` r(x, y).
-        log_ratio: `[N, T]` nats, of the policy that the completions were drawn from.
-        mask: `[N, T]` bool.
-        beta: β ≥ 0, reward per nat.
-
-    Returns:
-        `[N, T]`, 0 on padding.
-
-    Raises:
-        ValueError: wrong shape or type, padding before a real token, or β below 0.
+    `rewards` `[N]`, `log_ratio` `[N, T]` in nats, of the policy that the completions were drawn from → `[N, T]`;
+    `beta` is β ≥ 0, reward per nat.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, not {beta}")
+    check_not_negative("beta", beta)
     (ratio,), live = as_groups({"log_ratio": log_ratio}, mask)
     _check_right_padded(live)
     if rewards.shape != ratio.shape[:1]:
@@ -68,18 +60,8 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, *, gam
     λ = 1 gives the rewards to come less the value, unbiased; λ = 0 gives δ_t, which is as biased as the critic.
     The returns that a critic learns are `A_t + V_t`.
 
-    Args:
-        rewards: `[N, T]` r_t, as `token_rewards` gives them.
-        values: `[N, T]` V_t, the critic's value of the state before token t.
-        mask: `[N, T]` bool.
-        gamma: γ in [0, 1], the discount per token.
-        lam: λ in [0, 1].
-
-    Returns:
-        `[N, T]` in units of reward, 0 on padding.
-
-    Raises:
-        ValueError: wrong shape or type, padding before a real token, γ or λ outside [0, 1].
+    `rewards` are r_t, as `token_rewards` gives them, `values` the critic's V_t of the state before token t, both
+    `[N, T]` → `[N, T]` in units of reward; γ, the discount per token, and λ are in [0, 1].
     """
     for name, share in (("gamma", gamma), ("lam", lam)):
         if not 0 <= share <= 1:
@@ -112,18 +94,8 @@ def clipped_policy_loss(logp: Tensor, sampled_logp: Tensor, advantages: Tensor, 
     The gradient is `−A_t ρ_t ∂log π_θ`, and 0 where ρ has gone further than c in the direction that A asks for; at
     ρ = 1 it is that of the policy gradient.
 
-    Args:
-        logp: `[N, T]` log π_θ of each token, with gradient.
-        sampled_logp: `[N, T]` the same of the policy that the tokens were drawn from.
-        advantages: `[N, T]` A_t.
-        mask: `[N, T]` bool.
-        clip: c > 0.
-
-    Returns:
-        `[N, T]` in units of the advantages, 0 on padding.
-
-    Raises:
-        ValueError: wrong shape or type, or a clip not above 0.
+    `logp` is log π_θ of each token, with gradient, `sampled_logp` that of the policy that the tokens were drawn from,
+    `advantages` A_t: `[N, T]` each → `[N, T]` in units of the advantages; `clip` is c > 0.
     """
     check_positive("clip", clip)
     named = {"logp": logp, "sampled_logp": sampled_logp, "advantages": advantages}
@@ -148,18 +120,8 @@ def clipped_value_loss(values: Tensor, sampled_values: Tensor, returns: Tensor, 
     The gradient is `V − R`, and 0 where V has moved towards R by more than c since the completions were drawn. It is
     the loss of OpenAI's implementation of PPO (baselines, ppo2); the paper has the square without the clip.
 
-    Args:
-        values: `[N, T]` V of the critic, with gradient.
-        sampled_values: `[N, T]` V_old.
-        returns: `[N, T]` R, the advantages (not whitened) plus V_old.
-        mask: `[N, T]` bool.
-        clip: c > 0 in units of reward.
-
-    Returns:
-        `[N, T]` in squared units of reward, 0 on padding.
-
-    Raises:
-        ValueError: wrong shape or type, or a clip not above 0.
+    `values` are V of the critic, with gradient, `sampled_values` V_old, `returns` R, the advantages (not whitened) plus
+    V_old: `[N, T]` each → `[N, T]` in squared units of reward; `clip` is c > 0 in units of reward.
     """
     check_positive("clip", clip)
     named = {"values": values, "sampled_values": sampled_values, "returns": returns}
@@ -192,14 +154,10 @@ def adapted_kl_coefficient(beta: float, kl: float, *, target: float, rate: float
         rate: K > 0, with K c < 1 so that β stays positive.
         clip: c > 0.
 
-    Raises:
-        ValueError: β below 0, target, rate or clip not above 0, or K c not below 1.
-
     >>> adapted_kl_coefficient(0.1, 6.6, target=6.0, rate=0.1)  # 10 % too far
     0.101
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, not {beta}")
+    check_not_negative("beta", beta)
     for name, value in (("target", target), ("rate", rate), ("clip", clip)):
         check_positive(name, value)
     if rate * clip >= 1:
@@ -219,13 +177,9 @@ def penalised_rewards(
 
     Its mean over samples of π_θ is the alignment objective (Eq. 4). With completions drawn from π_θ itself (q = π_θ),
     β_π = 1 and β = β_r, the gradient of EXO over log π_θ(y_i) is `−(R_i − mean R) / (β_r K)`: that of RLOO with these
-    rewards, divided by β_r, times (K−1)/K.
-
-    Raises:
-        ValueError: wrong shape or type, or β below 0.
+    rewards, divided by β_r, times (K−1)/K. `beta` is β ≥ 0.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, not {beta}")
+    check_not_negative("beta", beta)
     named = {"rewards": rewards, "policy_logp": policy_logp.detach(), "reference_logp": reference_logp}
     (reward, policy, reference), _ = as_groups(named, mask)
     return reward - beta * (policy - reference)
@@ -263,10 +217,7 @@ def divided_by_spread(
 
     The standard deviation divides by K, as `group_spread` does; the paper does not say (TRL divides by K − 1). Equal
     rewards stay at 0. Prompts whose rewards hardly differ count as much as others after it: Liu et al. 2025 (arXiv
-    2503.20783, "Dr. GRPO") leave it out for that reason.
-
-    Raises:
-        ValueError: wrong shape or type, or ε not above 0.
+    2503.20783, "Dr. GRPO") leave it out for that reason. `epsilon` is ε > 0.
     """
     check_positive("epsilon", epsilon)
     (advantage, reward), live = as_groups({"advantages": advantages, "rewards": rewards}, mask)
@@ -289,18 +240,7 @@ def clipped_sequence_loss(
     so that a completion is clipped whole; per token it is `clipped_policy_loss` of `token_advantages`, as in GRPO. At
     ratio 1 the gradient over log π_θ(y_t) is `−A/T`. The paper's clips are about 3e-4: means move little.
 
-    Args:
-        logp: `[N, T]` log π_θ of each token, with gradient.
-        sampled_logp: `[N, T]` the same of the policy that the tokens were drawn from.
-        advantages: `[N]` of each completion.
-        mask: `[N, T]` bool.
-        clip: c > 0.
-
-    Returns:
-        `[N]` in units of the advantages, 0 for a row without tokens.
-
-    Raises:
-        ValueError: wrong shape or type, or a clip not above 0.
+    Arguments as of `clipped_policy_loss`, but `advantages` `[N]` → `[N]`, 0 for a row without tokens.
     """
     check_positive("clip", clip)
     (policy, sampled), live = as_groups({"logp": logp, "sampled_logp": sampled_logp}, mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,9 @@ from exalign.evaluation.across_runs import (
     differing_settings,
     over_runs,
 )
-from exalign.evaluation.pool import OPTIMUM
+from exalign.evaluation.pool import OPTIMUM, PROXY_OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Curve, MethodEvidence, Sweep
+from exalign.evaluation.schema import Curve, MethodEvidence
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, shared_legend
 from exalign.report.wording import best, duration, interval, markdown, number, percent
@@ -32,7 +32,7 @@ from exalign.terminal import shown
 def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     """The page: every run of every method is in it, and every mean says how many runs it is of."""
     methods = list(dict.fromkeys(method for run in runs for method in run.rewards))
-    several, differences = len(runs) > 1, _differences(runs, kls)
+    several, differences, shares = len(runs) > 1, _differences(runs, kls), any(run.shares for run in runs)
     paired = " within a run; the mean over runs with Student's interval" if several else ""
     parts = [
         "## Reward at equal KL",
@@ -43,7 +43,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         _mixed(runs),
         *(("## Differences at equal KL", f"{_CONTRASTS}{paired}.") if differences else ()),
         differences,
-        *(("## Share of the optimum's gain", _SHARES) if any(run.shares for run in runs) else ()),
+        *(("## Share of the optimum's gain", _SHARES + _PROXY * (PROXY_OPTIMUM in methods)) if shares else ()),
         _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
         *_sweeps(runs),
         "## Last checkpoints",
@@ -73,6 +73,10 @@ _OBJECTIVE = (
     "its own β gains."
 )
 _SHARES = "What a method gains over the supervised policy, as a share of what the estimated optimum gains at that KL."
+_PROXY = (
+    f" The {PROXY_OPTIMUM} is the best policy for the reward that methods were trained on, as the evaluation's scorer "
+    "rewards it: how far that reward leads at best."
+)
 
 
 def _at_equal_kl(
@@ -85,14 +89,15 @@ def _at_equal_kl(
         most = max((mean.runs for mean in means if mean is not None), default=0)
         columns = [[(v and v.estimate, interval(v)) for v in values] for values in zip(*found.values(), strict=True)]
         columns.append([(m.mean if m is not None and m.runs == most else None, across(m)) for m in means])
-        cells = [_bold(dict(zip(methods, column, strict=True)), but=OPTIMUM) for column in columns]
+        cells = [_bold(dict(zip(methods, column, strict=True)), but=(OPTIMUM, PROXY_OPTIMUM)) for column in columns]
         rows += [[f"{kl:g}", method, *(column[method] for column in cells)] for method in methods]
     return _side_by_side("method", runs, rows)
 
 
-def _bold(column: dict[str, tuple[float | None, str]], but: str = "") -> dict[str, str]:
-    """The texts of a column by method; the best of them in bold, of all that have a value `but` one."""
-    leading = best({name: (value, text) for name, (value, text) in column.items() if value is not None and name != but})
+def _bold(column: dict[str, tuple[float | None, str]], but: Collection[str] = ()) -> dict[str, str]:
+    """The texts of a column by method; the best of them in bold, of all that have a value `but` some."""
+    known = {name: (value, text) for name, (value, text) in column.items() if value is not None and name not in but}
+    leading = best(known)
     return {name: f"**{text}**" if name in leading else text for name, (_, text) in column.items()}
 
 
@@ -134,13 +139,15 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
     """Every end of every sweep: where it aimed, and where it came; nothing without a sweep."""
     rows = []
     for run in runs:
+        metrics = {curve.stage: curve.values for curve in run.evidence.curves}
         for method in run.evidence.methods:
-            sweep = method.sweep or Sweep("", [], [])
-            for point, value, beta in zip(method.points, sweep.values, sweep.betas, strict=False):
-                learnt = _last(run, f"align/{method.name}/at-{point.step}", "reward_correlation")
-                aim = [f"{sweep.setting} {value:g}", number(beta)]
+            if (sweep := method.sweep) is None:
+                continue
+            for point in method.points:
+                learnt = metrics.get(f"align/{method.name}/at-{point.step}", {}).get("reward_correlation") or [None]
+                aim = [f"{sweep.setting} {sweep.values[point.step - 1]:g}", number(sweep.betas[point.step - 1])]
                 reached = [interval(found) for found in (point.kl, point.reward, point.objective)]
-                rows.append([run.name, method.name, *aim, *reached, learnt])
+                rows.append([run.name, method.name, *aim, *reached, number(learnt[-1], 2)])
     told = (
         f"A policy for each value; of kl it is the nats at which the optimum lies. {_OBJECTIVE} Correlation: of "
         "log-ratio and reward within a prompt, on the samples of the last steps of training; on given samples it is "
@@ -148,11 +155,6 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
     )
     head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "share of its objective", "correlation"]
     return ("## Ends of the sweeps", told, _table(head, rows)) if rows else ()
-
-
-def _last(run: RunResults, stage: str, metric: str) -> str:
-    values = next((curve.values.get(metric) for curve in run.evidence.curves if curve.stage == stage), None)
-    return number(values[-1] if values else None, 2)
 
 
 def _ends(runs: Sequence[RunResults]) -> str:
@@ -207,7 +209,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return markdown(head, rows).rstrip("\n") if rows else ""
 
 
-NAME = "differences"
 STEPS = 40
 """KLs at which the figure is drawn, evenly up to the largest that is asked for."""
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -217,7 +218,7 @@ def write_differences(runs: Sequence[RunResults], folder: Path) -> Path | None:
     """Draw the figure to `folder` as PNG and SVG, with its data, n and interval under it; the PNG's path."""
     with figure_style():
         figure = draw_differences(runs, width=WIDTH)
-        return None if figure is None else save_figure(figure, folder, NAME, _caption(runs))
+        return None if figure is None else save_figure(figure, folder, "differences", _caption(runs))
 
 
 def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | None:
@@ -284,6 +285,5 @@ def selection_table(selected: Sequence[Selected], run: Path) -> Table:
     for row in selected:
         there = RunFolder(run).policy(row.method, row.point.step).is_dir()
         place = shown(row.folder if there else f"{row.folder} (gone)")
-        value = row.point.held_out.accuracy if row.point.held_out and not row.point.reward else row.point.reward
-        table.add_row(shown(row.method), interval(row.point.kl), interval(value), place)
+        table.add_row(shown(row.method), interval(row.point.kl), interval(row.point.measured), place)
     return table

@@ -17,15 +17,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from exalign.evaluation.across_runs import contrasts
+from exalign.evaluation.pool import OPTIMUM, PROXY_OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import EqualKL, Evidence, FrontierPoint, Interval, MethodEvidence, Verdict
-from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import CLASSIFIER, MARGIN, PAIRS, draw_frontier
-from exalign.report.figure_steps import draw_alignment, draw_checkpoints, draw_other_stages
+from exalign.report.figures import (
+    CLASSIFIER,
+    MARGIN,
+    PAIRS,
+    draw_alignment,
+    draw_checkpoints,
+    draw_density,
+    draw_frontier,
+    draw_other_stages,
+)
 from exalign.report.style import DARK, LIGHT, WIDTH, figure_style, inline_svg, looks_of, save_figure
-from exalign.report.verdicts import category_table, verdict_bar, win_table
+from exalign.report.verdicts import category_table, win_table
 from exalign.report.wording import (
     Captions,
+    css_share,
     csv_text,
     describe,
     duration,
@@ -67,23 +77,21 @@ def render_page(evidence: Evidence, figures: dict[str, Markup]) -> str:
         # Every printed value passes here before it is escaped, so no text can be forgotten.
         finalize=_finalize,
     )
-    for function in (number, interval, percent, plus_minus, duration, words, setting, describe):
+    for function in (number, interval, percent, css_share, plus_minus, duration, words, setting, describe):
         environment.filters[function.__name__] = function
     environment.filters["plain"] = _plain
     script = Markup(files("exalign.report").joinpath("search.js").read_text(encoding="utf-8"))
     names = [method.name for method in evidence.methods]
     environment.filters["names"] = lambda text: _mark_names(text, names)
-    looks = looks_of(evidence.methods)
     return environment.get_template("page.html.jinja").render(
         evidence=evidence,
         shipped=shipped(evidence),
         headline=headline(evidence),
         figures=figures,
-        looks=looks,
+        looks=looks_of(evidence.methods),
         wins=win_table(evidence),
         by_category=category_table(evidence),
         captions=Captions(evidence),
-        verdict_bar=lambda tally: verdict_bar(tally, looks),
         light=LIGHT,
         dark=DARK,
         script=script,
@@ -202,8 +210,8 @@ def _checkpoints(evidence: Evidence) -> Iterator[dict[str, Any]]:
 
 
 def _optimum(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    for point in evidence.optimum.points if evidence.optimum else ():
-        yield {"curve": "estimated optimum"} | _flat(asdict(point))
+    for curve, optimum in ((OPTIMUM, evidence.optimum), (PROXY_OPTIMUM, evidence.proxy_optimum)):
+        yield from ({"curve": curve} | _flat(asdict(point)) for point in (optimum.points if optimum else ()))
     for best in evidence.best_of_n:
         values = asdict(best)
         values.pop("win_rates")
@@ -406,13 +414,12 @@ def _ranking_sentence(equal: EqualKL) -> str:
 
 
 def _exo_against_others(evidence: Evidence) -> list[str]:
-    """One sentence per pair of EXO and another known family, as DPO, on one target and one K."""
-    by_name = {method.name: method for method in evidence.methods}
+    """One sentence for each of the `contrasts` that were compared."""
+    by_name, wanted = {method.name: method for method in evidence.methods}, contrasts(evidence.methods)
     sentences = []
     for pair in evidence.comparisons:
-        first, second = by_name[pair.first], by_name[pair.second]
-        families = {first.family, second.family}
-        if "exo" in families and len(families - {"other"}) > 1 and first.on == second.on:
+        if (pair.first, pair.second) in wanted or (pair.second, pair.first) in wanted:
+            first, second = by_name[pair.first], by_name[pair.second]
             on = {"reward": "On rewards", "preference": "On preferences"}.get(first.target or "", "Against each other")
             one, other = (f"{method.called} ({method.name})" for method in (first, second))
             amount, at = interval(pair.difference), f"at KL {number(pair.kl)}"

@@ -21,12 +21,10 @@ from numpy.typing import ArrayLike
 
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
-from exalign.report.figure_density import draw_density
-from exalign.report.figure_frontier import CLASSIFIER, draw_frontier
-from exalign.report.figure_steps import draw_reward_against_step
+from exalign.report.figures import CLASSIFIER, draw_density, draw_frontier, draw_reward_against_step
 from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, vertical_bar
 from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
-from exalign.report.wording import SIGNS, Captions, describe, visible
+from exalign.report.wording import SIGNS, Captions, code, describe, visible
 from exalign.storage import write_text
 
 
@@ -48,8 +46,8 @@ def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> tuple[li
             paths.append(save_figure(figure, folder, name, said))
             index.append(f"## Figure {number}: {title}\n\n![]({name}.png)\n\n{said}\n")
     if evidence.density is not None:
-        texts = (" ".join(visible(prompt.prompt).split()) for prompt in evidence.density.prompts)
-        index.append("Prompts:\n\n" + "\n".join(f"{i}. `{text}`" for i, text in enumerate(texts, 1)) + "\n")
+        listed = (f"{i}. {code(prompt.prompt)}\n" for i, prompt in enumerate(evidence.density.prompts, 1))
+        index.append("Prompts:\n\n" + "".join(listed))
     table = win_table(evidence)
     if table.cells:
         said = Captions(evidence).win_rates()
@@ -205,7 +203,7 @@ def draw_ablation(evidence: Evidence, *, width: float) -> Figure | None:
     varied = {method.name: method for group in groups for method in group.methods}
     rows = {
         "mean reward" if evidence.scored else "accuracy on\nheld-out pairs": {
-            name: end for name, method in varied.items() if (end := _end(method))
+            name: end for name, method in varied.items() if (end := method.points[-1].measured)
         }
     }
     table = win_table(evidence)
@@ -244,14 +242,9 @@ def _values(axes: Axes, group: Ablation, known: Mapping[str, Interval], look: Lo
     for x, method, value in shown:
         vertical_bar(axes, x, value, look.color, linewidth=1.2, zorder=2)
         if nats:
-            top = value.estimate if value.high is None else value.high
-            kl = f"KL {method.points[-1].nats:.2g}"
-            axes.annotate(kl, (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
-
-
-def _end(method: MethodEvidence) -> Interval | None:
-    last = method.points[-1]
-    return last.held_out.accuracy if last.held_out and not last.reward else last.reward
+            last = method.points[-1]
+            kl = "no KL" if last.kl is None else f"KL {last.nats:.2g}"
+            axes.annotate(kl, (x, value.ends[1]), (0, 3), textcoords="offset points", ha="center", fontsize=7)
 
 
 _STYLES: list[dict[str, Any]] = [
@@ -263,8 +256,6 @@ _STYLES: list[dict[str, Any]] = [
     {"color": LIGHT["exo-3"], "linestyle": (0, (8, 2)), "marker": "H"},
 ]
 _NARROWER = 7.6
-
-
 _ERRORS = (("bias of the gradient", -1.0, "bias"), ("its root mean square error", -0.5, "rms"))
 """Panels of errors against K: a title, the slope that theory gives, and which error it is."""
 

@@ -133,22 +133,13 @@ def spread_apart(wanted: Sequence[float], distance: float) -> list[float]:
     >>> spread_apart([0.0, 0.1, 5.0], 1.0)
     [-0.45, 0.55, 5.0]
     """
+    from scipy.optimize import isotonic_regression
+
     order = np.argsort(wanted, kind="stable")
-    groups: list[list[int]] = []
-    centers: list[float] = []
-    for i in order:
-        groups.append([int(i)])
-        centers.append(float(wanted[i]))
-        while len(groups) > 1 and centers[-1] - centers[-2] < distance * (len(groups[-1]) + len(groups[-2])) / 2:
-            last = groups.pop()
-            centers.pop()
-            groups[-1] += last
-            centers[-1] = float(np.mean([wanted[j] for j in groups[-1]]))
-    places = [0.0] * len(wanted)
-    for group, center in zip(groups, centers, strict=True):
-        for rank, i in enumerate(group):
-            places[i] = center + distance * (rank - (len(group) - 1) / 2)
-    return places
+    ranks = distance * np.arange(len(order))
+    places = np.empty(len(order))
+    places[order] = isotonic_regression(np.asarray(wanted)[order] - ranks).x + ranks
+    return [float(place) for place in places]
 
 
 def label_right(axes: Axes, ends: Sequence[tuple[str, str, float, float]], *, distance: float = 0.052) -> None:

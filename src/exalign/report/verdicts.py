@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -196,31 +195,3 @@ def _look_of(system: str, looks: Mapping[str, Look]) -> Look | None:
 def _cut(text: str, most: int = 80) -> str:
     text = drawable(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-_SIDE = Markup('<i class="{}{}" style="--c: var(--{}); --share: {}"></i>')
-_BOUNDS = Markup('<b class="{}" style="--low: {}; --high: {}"></b>')
-
-
-def verdict_bar(tally: Tally, looks: Mapping[str, Look]) -> Markup:
-    """The bar with each side in its system's colour, hatched for a preference target; nothing without verdicts.
-
-    A bracket above spans the interval of the wins, one below that of the losses. The numbers stand beside the bar as
-    text, so it is hidden from screen readers.
-    """
-    if tally.win is None or tally.lose is None:
-        return Markup("")
-    bar = Markup("")
-    sides = [("win", tally.first, tally.win, "ink"), ("lose", tally.second, tally.lose, "muted")]
-    for side, system, share, otherwise in sides:
-        look = _look_of(system, looks)
-        how = ("", otherwise) if look is None else (" hollow" if look.hollow else "", look.name)
-        bar += _SIDE.format(side, *how, _percent(share.estimate))
-    for place, share in (("above", tally.win), ("below", tally.lose)):
-        if share.low is not None and share.high is not None:
-            bar += _BOUNDS.format(place, _percent(share.low), _percent(share.high))
-    return Markup('<div class="verdicts" aria-hidden="true">{}</div>').format(bar)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * within_a_share(share):.1f}%"

@@ -106,6 +106,18 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "-
     return "".join("| " + " | ".join(map(escape, line)) + " |\n" for line in lines)
 
 
+def code(text: str) -> str:
+    """A text in one line as Markdown's code, whatever backticks it has.
+
+    >>> print(code("one\\ntwo"), code("`one`, two"))
+    `one two` `` `one`, two ``
+    """
+    text = " ".join(visible(text).split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, room = "`" * (longest + 1), " " * (longest > 0)
+    return f"{fence}{room}{text}{room}{fence}"
+
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -140,6 +152,15 @@ def best(cells: Mapping[str, tuple[float, str]]) -> set[str]:
 
 def within_a_share(bound: float) -> float:
     return min(1.0, max(0.0, bound))
+
+
+def css_share(share: float) -> str:
+    """A share of the length of a bar.
+
+    >>> css_share(0.4561), css_share(1.02)
+    ('45.6%', '100.0%')
+    """
+    return f"{100 * within_a_share(share):.1f}%"
 
 
 def duration(seconds: float | None) -> str:
@@ -207,6 +228,11 @@ class Captions:
                 f" Optimum and best of N: from {_range(best.fewest_samples, best.most_samples)} samples of SFT "
                 f"for each of n = {best.num_prompts} prompts; dotted where fewer than {number(best.least_ess, 2)} "
                 "of them count."
+            )
+        if self.evidence.proxy_optimum is not None:
+            text += (
+                " Dashed: the best policy for the reward that methods were trained on, as the evaluation's scorer "
+                "rewards it."
             )
         return text
 

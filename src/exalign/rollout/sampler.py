@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exalign.data import tokenization
 from exalign.data.record import Completion, Record
-from exalign.data.tokenization import answer_lead, completion_text, cut_prompt, prompt_token_ids
+from exalign.data.tokenization import answer_lead, completion_text, cut_prompt, end_ids, prompt_token_ids
 from exalign.device import device_memory, to_device
 from exalign.errors import InputError
 from exalign.models.attention import PagedLayout, Pages, SharedCache, StepLayout, laid_out, share_prompts
@@ -91,7 +90,14 @@ class GroupedSampler:
         self._model = base_of(model)  # adapters live inside its layers; the wrapper around it hides its signature
         self._tokenizer = tokenizer
         self._settings = settings
-        self._room = completions_together(self._model, settings)
+        memory = device_memory(self._model.device)
+        self._room = completions_at_once(
+            measured([self._model], memory),
+            memory,
+            settings.batch_completions,
+            prompt_tokens=settings.max_prompt_tokens / settings.num_completions,
+            tokens=settings.max_new_tokens,
+        )
         self._temperature = temperature
         self._seed = seed
         self._eos_ids = check_drawing(self._model, tokenizer, settings, temperature)
@@ -109,7 +115,9 @@ class GroupedSampler:
             if not running:
                 return
             if not self._fits(running):
-                waiting.put_back([self._again(group) for group in sorted(running, key=lambda group: group.index)])
+                fresh = [Branches(group.branches.prompt_ids, len(group.logps)) for group in running]
+                again = [replace(group, branches=branches) for group, branches in zip(running, fresh, strict=True)]
+                waiting.put_back(sorted(again, key=lambda group: group.index))
                 running = []
                 release_memory()
                 continue
@@ -162,10 +170,6 @@ class GroupedSampler:
             self._room //= 2
         _log.warning("%d completions together do not fit in memory; it goes on with at most %d.", live, self._room)
         return False
-
-    def _again(self, group: _Running) -> _Running:
-        branches = Branches(group.branches.prompt_ids, self._settings.num_completions)
-        return _Running(group.index, group.record, group.uniforms, branches)
 
     def _step(self, running: list[_Running]) -> None:
         """One token more for every live completion; those that end leave."""
@@ -249,40 +253,21 @@ class _Waiting:
         self.advance()
 
 
-def completions_together(model: PreTrainedModel, settings: SampleSettings) -> int:
-    """How many completions of this model the settings decode at the same time."""
-    memory = device_memory(model.device)
-    return completions_at_once(
-        measured([model], memory),
-        memory,
-        settings.batch_completions,
-        prompt_tokens=settings.max_prompt_tokens / settings.num_completions,
-        tokens=settings.max_new_tokens,
-    )
-
-
-def end_ids(more: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a completion: those that end one in data, and `more` (an id, ids, None), the model's settings'.
-
-    >>> from types import SimpleNamespace
-    >>> sorted(end_ids([7, 2], SimpleNamespace(eos_token_id=2, chat_template=None)))
-    [2, 7]
-    """
-    more = [] if more is None else [more] if isinstance(more, int) else list(more)
-    return tokenization.end_ids(tokenizer).union(more)
-
-
 def check_drawing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, temperature: float
 ) -> frozenset[int]:
-    """The ids that end a completion of the model, which is able to draw as the settings ask; else an `InputError`."""
+    """The ids that end a completion of the model: those that end one in data, and those of its generation config.
+
+    An `InputError` where it cannot draw as the settings ask.
+    """
     if not 0 < temperature < float("inf"):
         raise InputError(f"The temperature must be a positive number, not {temperature}.")
     longest, limits = settings.max_prompt_tokens + settings.max_new_tokens, "max_prompt_tokens + max_new_tokens"
     warning = check_positions(model.config, longest, settings=limits, samples=True)
     if warning is not None:
         _log.warning(warning)
-    return end_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # an id, several, or none
+    return end_ids(tokenizer).union([] if own is None else [own] if isinstance(own, int) else own)
 
 
 def with_prompt_ids(

@@ -9,9 +9,9 @@ import logging
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,17 +57,16 @@ def scored(scorer: Scorer, records: Sequence[Record], counts: Counter[str]) -> l
     and `completions_cut_in_scoring`.
     """
     before = _cuts(scorer)
-    done = list(records)
     if isinstance(scorer, WeightedSum):
         parts = scorer.parts(records)
         rewards = scorer.total(parts)
-        done = [record.with_each("parts", row) for record, row in zip(records, parts, strict=True)]
+        records = [record.with_each("parts", row) for record, row in zip(records, parts, strict=True)]
     else:
         rewards = scorer.score(records)
     for name, number in (_cuts(scorer) - before).items():
         counts[f"{name}_in_scoring"] += number
     rewards = check_rewards(rewards, records, source=type(scorer).__name__)  # of a sum, and of others' scorers
-    return [record.with_rewards(row) for record, row in zip(done, rewards, strict=True)]
+    return [record.with_rewards(row) for record, row in zip(records, rewards, strict=True)]
 
 
 def _cuts(scorer: Scorer) -> Counter[str]:
@@ -83,7 +82,7 @@ def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[st
     """
     if isinstance(settings, ScorerSettings) and settings.sum is not None:
         scorers = [(part.weight, open_scorer(part, trained_here)) for part in settings.sum]
-        return WeightedSum(list(zip(part_names(settings.sum), scorers, strict=True)))
+        return WeightedSum(dict(zip(part_names(settings.sum), scorers, strict=True)))
     if settings.function is not None:
         return FunctionScorer(settings.function)
     source = settings.reward_model or settings.classifier
@@ -119,9 +118,7 @@ def part_names(parts: Sequence[OneScorer]) -> list[str]:
     names: list[str] = []
     for part in parts:
         full = part.stage or part.function or str(part.reward_model or part.classifier)
-        name = (
-            full if part.function or part.stage else next((n for n in reversed(Path(full).parts) if n != "model"), full)
-        )
+        name = next((n for n in reversed(Path(full).parts) if n != "model"), full)
         names.append(name if name not in names else f"{name}#{len(names) + 1}")
     return names
 
@@ -229,7 +226,7 @@ class RewardModelScorer:
         tokenizer: Any = copy.deepcopy(self._tokenizer)
         tokenizer.truncation_side = "left"
         limit = min(tokenizer.model_max_length, _encoder_positions(self._model))
-        rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+        rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         for index, row in enumerate(rows):
             if len(row) > limit:
                 rows[index] = tokenizer(texts[index], truncation=True, max_length=limit)["input_ids"]
@@ -300,29 +297,27 @@ def _say_label(source: str, number: int, name: str) -> None:
 
 
 class WeightedSum:
-    """r(x, y) = Σ w_i r_i(x, y) of scorers with a name and a weight each."""
+    """r(x, y) = Σ w_i r_i(x, y) of named scorers, each with its weight in front."""
 
-    def __init__(self, scorers: Sequence[tuple[str, tuple[float, Scorer]]]) -> None:
+    def __init__(self, scorers: Mapping[str, tuple[float, Scorer]]) -> None:
         self._scorers = scorers
 
     @property
     def counts(self) -> Counter[str]:
-        return sum((_cuts(scorer) for _, (_, scorer) in self._scorers), Counter())
+        return sum((_cuts(scorer) for _, scorer in self._scorers.values()), Counter())
 
     def parts(self, records: Sequence[Record]) -> list[list[dict[str, float]]]:
         """For each completion the rewards of each scorer on its own, without its weight."""
-        each = [scorer.score(records) for _, (_, scorer) in self._scorers]
-        names = [name for name, _ in self._scorers]
+        names, each = list(self._scorers), [scorer.score(records) for _, scorer in self._scorers.values()]
         return [[dict(zip(names, of, strict=True)) for of in zip(*row, strict=True)] for row in zip(*each, strict=True)]
 
     def total(self, parts: Sequence[Sequence[Mapping[str, float]]]) -> list[list[float]]:
-        return [[sum(weight * one[name] for name, (weight, _) in self._scorers) for one in row] for row in parts]
+        return [
+            [sum(weight * one[name] for name, (weight, _) in self._scorers.items()) for one in row] for row in parts
+        ]
 
     def score(self, records: Sequence[Record]) -> list[list[float]]:
         return self.total(self.parts(records))
-
-
-RewardFunction = Callable[..., Sequence[Sequence[float]] | Sequence[float]]
 
 
 class FunctionScorer:
@@ -365,8 +360,8 @@ class FunctionScorer:
         given = self._call(records, by_prompt=by_prompt)
         try:
             if by_prompt:
-                return [list(values) for values in given]
-            flat = [float(value) for value in given]
+                return [_listed(values) for values in _listed(given)]
+            flat = [float(value) for value in _listed(given)]
         except (TypeError, ValueError, OverflowError, RuntimeError):
             wanted = "list of rewards per prompt, or one per" if by_prompt else "number per"
             raise InputError(f"{self._name} must return one {wanted} completion.") from None
@@ -384,27 +379,27 @@ class FunctionScorer:
             raise InputError(f"{self._name} asks for the column {missing[0]}, which the data does not have; {there}.")
 
     def _call(self, records: Sequence[Record], *, by_prompt: bool) -> Any:
-        wanted = dict.fromkeys((*self._takes.needed, *_named(records)))
-        names = [name for name in wanted if self._takes.all or name in self._takes.named]
-        names = [name for name in names if name not in ("prompts", "completions")]
+        takes = self._takes
         rows = records if by_prompt else [record for record in records for _ in record.completions]
-        columns = {name: [(record.columns or {}).get(name) for record in rows] for name in names}
         prompts = [record.prompt for record in rows]
-        if by_prompt:
-            call = partial(self._function, prompts, [[c.text for c in record.completions] for record in records])
-        else:
-            told = zip(prompts, (c.text for record in records for c in record.completions), strict=True)
+        texts: list[Any] = [[c.text for c in record.completions] for record in records]
+        if not by_prompt:
+            told = zip(prompts, chain.from_iterable(texts), strict=True)
             texts = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in told]
-            own = {"prompts": prompts} if self._takes.all or "prompts" in self._takes.named else {}
-            by_name = partial(self._function, completions=texts, **own)
-            call = partial(self._function, prompts, texts) if self._takes.by_place else by_name
+        columns = {
+            name: [(record.columns or {}).get(name) for record in rows]
+            for name in dict.fromkeys(takes.needed) | _named(records)
+            if (takes.all or name in takes.named) and name not in ("prompts", "completions")
+        }
+        own = {"completions": texts} | ({"prompts": prompts} if takes.all or "prompts" in takes.named else {})
+        by_place, by_name = ([prompts, texts], {}) if takes.by_place else ([], own)
         try:
             with from_here():  # what it imports only now may lie beside it
-                found = call(**columns)
+                found = self._function(*by_place, **by_name, **columns)
                 return list(found) if isinstance(found, Iterator) else found
         except InputError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever the function does
             if len(records) > 1:
                 for record in records:
                     self._call([record], by_prompt=by_prompt)  # raises the sentence below for the row that fails alone
@@ -415,12 +410,19 @@ class FunctionScorer:
             raise InputError(f"{self._name} failed on record {ids}, at {where}: {said}.") from error
 
 
+def _listed(values: Any) -> list[Any]:
+    """The values that a function gave, one after the other; a text, a dictionary or a set is not a list of rewards."""
+    if isinstance(values, str | bytes | Mapping | Set):
+        raise TypeError
+    return list(values)
+
+
 def _named(records: Sequence[Record]) -> dict[str, None]:
     """The further columns of the records."""
     return dict.fromkeys(name for record in records for name in record.columns or ())
 
 
-def _load(name: str) -> RewardFunction:
+def _load(name: str) -> Callable[..., Any]:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise InputError(f"A reward function is named as module:function, not {name!r}.")

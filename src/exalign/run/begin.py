@@ -7,14 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.reading import DataSettings, read_source, settings_of
+from exalign.data.reading import DataSettings, data_suffix, read_source, settings_of
 from exalign.data.record import Record
 from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -121,11 +121,10 @@ def evidence(
             f"{settings.source} has no preference pairs: say what is good with --reward module:function or "
             "--reward-model MODEL."
         )
-    for place in (place for places in policies.values() for place in places):
+    for place in chain.from_iterable(policies.values()):
         check_weights(os.path.expanduser(place))
     used = min(len(records), EVALUATED)
-    values: dict[str, Any] = {"model": {"source": reference}}
-    values["data"] = {"evaluation": _said(settings)}
+    values: dict[str, Any] = {"model": {"source": reference}, "data": {"evaluation": _said(settings)}}
     reasons = [f"data: {used} of the {_some(records)} rows of {settings.source}{_read_as(settings)}"]
     reasons.append(_lengths(values, reference, records))
     values["align"] = {name: {"method": "given", "policies": list(places)} for name, places in policies.items()}
@@ -148,9 +147,11 @@ def _scorer(reward: str | None, reward_model: str | None) -> dict[str, Any] | No
         raise InputError("Give --reward or --reward-model, not both.")
     if reward is not None:
         FunctionScorer(reward)  # before anything is written
+        return {"function": reward}
     if reward_model is not None:
-        check_weights(reward_model)
-    return {"function": reward} if reward else {"reward_model": reward_model} if reward_model else None
+        check_weights(os.path.expanduser(reward_model))
+        return {"reward_model": reward_model}
+    return None
 
 
 def _rows(model: str, data: str, reading: Sequence[str]) -> tuple[DataSettings, list[Record]]:
@@ -198,6 +199,8 @@ def _begun(values: dict[str, Any], out: str | Path | None, named: str, reasons: 
     values = {"name": name, **values}
     make_recipe(values, "the recipe chosen")
     folder = Path(out).expanduser() if out is not None else Path("runs") / name
+    if folder.name in ("", ".."):
+        raise InputError(f"--out {out} has no name, by which the recipe stands beside it; name one, as runs/{name}.")
     return Begun(values, folder.with_name(f"{folder.name}.yaml"), folder, reasons)
 
 
@@ -217,7 +220,8 @@ def write_down(begun: Begun, console: Console) -> None:
 
 
 def _stem(name: str) -> str:
-    return Path(name).name.split(".")[0] or Path(name).absolute().name
+    path = Path(name)
+    return path.name[: len(path.name) - len(data_suffix(path) or "")] or path.absolute().name
 
 
 def _sources(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import Group, group_of, microbatches
 from exalign.data.record import Record
-from exalign.device import wait
 from exalign.errors import InputError
 from exalign.methods.matching import Matching, MatchingTask, with_reference_logp
-from exalign.models.flops import forward_flops, matmul_peak, training_flops
+from exalign.models.flops import forward_flops, matmul_peak, timed, training_flops
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import PackedPolicy
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.rollout import open_sampler
+from exalign.rollout.scorers import max_positions
 from exalign.rollout.settings import SampleSettings
 from exalign.settings import Settings
 from exalign.training.batches import EpochBatches
@@ -65,7 +64,7 @@ def bench(
     loaded = load_tokenizer(tokenizer or str(settings.source), trust_remote_code=settings.trust_remote_code)
     torch.manual_seed(0)
     model: Any = load_policy(settings, loaded)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and shape.prompt_tokens + shape.completion_tokens > limit:
         raise InputError(
             f"A prompt of {shape.prompt_tokens} and a completion of {shape.completion_tokens} tokens do not fit into "
@@ -94,7 +93,7 @@ def measure_training(model: Any, shape: BenchShape, budgets: Sequence[int] = TOK
         optimizer.zero_grad(set_to_none=True)
 
     step(budgets[0])  # the first step allocates what later ones reuse
-    times = [[_timed(partial(step, budget), model.device) for budget in budgets] for _ in range(REPEATS)]
+    times = [[timed(partial(step, budget), model.device) for budget in budgets] for _ in range(REPEATS)]
     model.eval()
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     rates = zip(budgets, medians, strict=True)
@@ -115,7 +114,7 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
     for seed in range(REPEATS):
         sampler = open_sampler(model, tokenizer, settings, temperature=1.0, seed=seed)
         drawn: list[Record] = []
-        seconds = _timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
+        seconds = timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
         work = forward_flops(model, [group_of(record, index) for index, record in enumerate(drawn)])
         tokens = sampler.counts["completion_tokens"]
         rates.append(Rate("sampling, drawn tokens", seconds, tokens, work))
@@ -137,14 +136,6 @@ def bench_table(shape: BenchShape, peak: float, rates: Sequence[Rate]) -> Table:
         share = rate.flops / rate.seconds / peak
         table.add_row(rate.what, f"{rate.seconds:.3g}", f"{rate.tokens / rate.seconds:,.0f}", f"{share:.0%}")
     return table
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    wait(device)
-    started = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - started
 
 
 def _groups(model: Any, shape: BenchShape) -> list[Group]:

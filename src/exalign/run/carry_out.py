@@ -5,6 +5,7 @@ By one process, or by the first of several, which the others join where all trai
 
 from __future__ import annotations
 
+import os.path
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,6 @@ from exalign.models.loading import (
     check_quantised,
     check_trainable,
     check_weights,
-    is_folder,
     load_tokenizer,
     policy_skeleton,
     read_config,
@@ -36,6 +36,7 @@ from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.run import cluster
 from exalign.run.evaluating import in_order
+from exalign.run.materials import are_cut
 from exalign.run.recipe import Recipe, changed, holds_out, models_of
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import propose, validation_prompts
@@ -81,7 +82,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
     Local data is read to its end, row by row; hub data is left to the stage that downloads it. Returned is what should
     be said before the work.
     """
-    looked = {name: _look(name, sources) for name, sources in local_sources(recipe).items()}
+    looked = {name: _look(name, sources) for name, sources in _local_sources(recipe).items()}
     making = None if recipe.preferences is None else recipe.preferences.scorer
     drawn = ["preferences" if recipe.data.prompts is None else "prompts"]
     judged = ["preferences" if holds_out(recipe) else "evaluation", "validation"]
@@ -95,8 +96,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
     said += [*_check_models(recipe, tokenizer), *_check_templates(recipe, looked, tokenizer)]
     _check_methods(recipe, looked)
     _check_evaluation(recipe, looked)
-    if recipe.search is not None:
-        _check_search(recipe)
+    _check_search(recipe, looked)
     if recipe.cluster is not None:
         cluster.check_installed(recipe.cluster)
     if recipe.sample.engine == "vllm":
@@ -123,10 +123,8 @@ def check_room(run: Run) -> Iterator[str]:
     if recipe.model.source is None or not left:
         return
     parameters = sum(parameter.numel() for parameter in policy_skeleton(recipe.model).parameters())
-    weights, state = (
-        parameters * getattr(torch, recipe.model.dtype).itemsize,
-        0 if recipe.model.lora else 12 * parameters,
-    )
+    weights = parameters * getattr(torch, recipe.model.dtype).itemsize
+    state = 0 if recipe.model.lora else 12 * parameters
     needed = 0
     for name, settings in left.items():
         method = methods.get(name)
@@ -190,16 +188,16 @@ def _check_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> 
     drawn = (data.max_prompt_tokens + recipe.sample.max_new_tokens, "data.max_prompt_tokens + sample.max_new_tokens")
     for where, model in models_of(recipe).items():
         check_model(model)
+        head = where != "model" or bool(recipe.reward and recipe.reward.model is None)
         if where == "model" and recipe.sft is None:
             check_base(model)
         if where != "model" or trains:
-            head = where != "model" or bool(recipe.reward and recipe.reward.model is None)
             check_trainable(model, where, head=head)
         if model.config is not None and tokenizer is None:
             continue
         if model.config is None and (where != "model" or trains):
-            whole = where != "model" or recipe.sft or (recipe.reward and recipe.reward.model is None)
-            check_quantised(read_config(model, tokenizer), model.saved_whole() if whole else model, where)
+            saved = model.saved_whole() if head or recipe.sft else model
+            check_quantised(read_config(model, tokenizer), saved, where)
         config = policy_skeleton(model, tokenizer).config if where == "model" else read_config(model, tokenizer)
         sums = [texts] if given and (where == "reward.model" or (where == "model" and trains)) else []
         if where == "oracle.model" and recipe.oracle is not None:
@@ -219,17 +217,16 @@ def _check_templates(
     recipe: Recipe, looked: Mapping[str, _Looked], tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
     """A row of every pattern of roles through every template that will write it."""
-    own = {"oracle": recipe.oracle, "reward": recipe.reward}
     other = {
-        name: load_tokenizer(section.model.source, trust_remote_code=section.model.trust_remote_code)
-        for name, section in own.items()
-        if section is not None and section.model is not None and section.model.source is not None
+        where: load_tokenizer(model.source, trust_remote_code=model.trust_remote_code)
+        for where, model in models_of(recipe).items()
+        if where in ("oracle.model", "reward.model") and model.source is not None
     }
     if tokenizer is not None and tokenizer.chat_template:
         yield from _untemplated(recipe, looked)
     for name, found in looked.items():
-        used = [other.get("oracle", tokenizer)] if name == "labelled" else [tokenizer]
-        used += [other["reward"]] if name == "preferences" and "reward" in other else []
+        used = [other.get("oracle.model", tokenizer)] if name == "labelled" else [tokenizer]
+        used += [other["reward.model"]] if name == "preferences" and "reward.model" in other else []
         for writer in used:
             if writer is not None:
                 yield from _unfit(f"data.{name}", list(found.patterns.values()), writer)
@@ -265,20 +262,15 @@ def _unfit(where: str, records: list[Record], tokenizer: PreTrainedTokenizerBase
 
 def _check_methods(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
     """Methods, and the ends of what is searched over, against the number of completions that are compared."""
-    given = looked.get("preferences")
+    given, held_out = looked.get("preferences"), looked.get("evaluation")
     for name, method in recipe.align.items():
         ranges = recipe.search.methods.get(name, {}) if recipe.search is not None else {}
         tried = [changed(method, {setting: value}) for setting, v in ranges.items() for value in v.extremes]
         for one in [method, *tried]:
             if one.trains_on != "rewards" and (problem := one.problem_with((given and given.fewest) or 2)):
                 raise InputError(f"align.{name}: {problem}")
-        held_out = looked.get("evaluation")
-        if (
-            method.stop_after
-            and method.trains_on == "preferences"
-            and held_out is not None
-            and not held_out.preferences
-        ):
+        on_pairs = method.stop_after is not None and method.trains_on == "preferences"
+        if on_pairs and held_out is not None and not held_out.preferences:
             raise InputError(
                 f"align.{name}.stop_after looks at held-out preferences, and data.evaluation has none; remove it, or "
                 "give data.evaluation with preferences."
@@ -292,7 +284,7 @@ def _check_evaluation(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
     if found is not None and category is not None and category not in found.columns:
         raise InputError(f"evaluate.category: data.{name} has no column {category!r} beside those that it is read by.")
     first, sources = recipe.evaluate.first_prompt, getattr(recipe.data, name)
-    if found is not None and first is not None and all(one.prompt_tokens is None for one in each(sources)):
+    if found is not None and first is not None and not are_cut(sources):
         next(in_order(read_source(sources, Counter()), first))
 
 
@@ -301,20 +293,21 @@ def whole(settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={"prompt_tokens": None})
 
 
-def _check_search(recipe: Recipe) -> None:
+def _check_search(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
     """A first proposal for every method, and enough validation prompts, as far as they are local and not to be cut."""
-    assert recipe.search is not None
-    for method, ranges in recipe.search.methods.items():
-        propose(ranges, type(recipe.align[method]), [], trials=recipe.search.trials, seed=0)
-    names = ("evaluation",) if recipe.data.validation is None else ("evaluation", "validation")
-    local = local_sources(recipe)
-    if all(name in local and all(one.prompt_tokens is None for one in each(local[name])) for name in names):
-        rows = [read_source(local[name], Counter()) for name in names]
-        numbers = {"used": recipe.evaluate.prompts, "wanted": recipe.search.prompts}
-        validation_prompts(rows[0], rows[1] if len(rows) > 1 else None, Counter(), **numbers)
+    search, data = recipe.search, recipe.data
+    if search is None:
+        return
+    for method, ranges in search.methods.items():
+        propose(ranges, type(recipe.align[method]), [], trials=search.trials, seed=0)
+    names = ("evaluation",) if data.validation is None else ("evaluation", "validation")
+    if all(name in looked and not are_cut(getattr(data, name)) for name in names):
+        rows, *own = (read_source(getattr(data, name), Counter()) for name in names)
+        used, wanted = recipe.evaluate.prompts, search.prompts
+        validation_prompts(rows, own[0] if own else None, Counter(), used=used, wanted=wanted)
 
 
-def local_sources(recipe: Recipe) -> dict[str, Sources]:
+def _local_sources(recipe: Recipe) -> dict[str, Sources]:
     """The recipe's data by name, as far as it is local; hub data is left to the stage that downloads it."""
     found: dict[str, Sources] = {}
     for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
@@ -347,7 +340,7 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
 
 def check_model(settings: ModelSettings) -> None:
     """A local model folder must be there, with weights that can be read."""
-    if settings.source is not None and _looks_local(settings.source) and not is_folder(settings.source):
-        raise InputError(f"The model folder {settings.source} does not exist.")
     if settings.source is not None:
+        if _looks_local(settings.source) and not os.path.isdir(settings.source):
+            raise InputError(f"The model folder {settings.source} does not exist.")
         check_weights(settings.source)

@@ -20,7 +20,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorers import max_positions
 from exalign.rollout.settings import SampleSettings
-from exalign.terminal import escape_controls, shown
+from exalign.terminal import shown
 
 NEW = "/new"
 FAR = 32768
@@ -56,6 +56,7 @@ class Speaker:
             self.turns.append({"role": "system", "content": self.system})
         self.turns.append({"role": "user", "content": text})
         self.asked += 1
+        self.sampler.counts.clear()  # what they say is of this answer
         prompt = tuple(self.turns) if self.template else text
         (record,) = self.sampler.sample([Record(f"turn-{self.asked}", prompt)])
         said = record.completions[0].text
@@ -67,6 +68,7 @@ def chat(speakers: Sequence[Speaker], console: Console) -> None:
     """Ask, answer, and so on, until the input ends; `/new` begins again."""
     for speaker in speakers:
         kind = "" if speaker.template else ", which has no chat template: it continues each text by itself"
+        kind += ", without --system" if speaker.system and not speaker.template else ""
         console.print(shown(f"• {speaker.source}{kind}", "dim"), soft_wrap=True)
     console.print(shown(f"{NEW} begins again, Ctrl-D ends", "dim"))
     for text in _asked(console):
@@ -75,7 +77,11 @@ def chat(speakers: Sequence[Speaker], console: Console) -> None:
                 speaker.turns.clear()
             continue
         width = max((console.width - 1) // len(speakers) - 1, 20)
-        panels = [Panel(_lines(one.answer(text)), title=shown(_name(one.source)), width=width) for one in speakers]
+        panels = []
+        for one in speakers:
+            said = Text("\n").join(map(shown, one.answer(text).strip().split("\n")))
+            name = "/".join(Path(one.source).parts[-2:])  # the last two of a path, the model's own of a hub
+            panels.append(Panel(said, title=shown(name), width=width))
         console.print(Columns(panels, padding=(0, 1)))
         for one in speakers:
             if one.sampler.counts["prompts_cut"]:
@@ -92,12 +98,3 @@ def _asked(console: Console) -> Iterator[str]:
             return
         if text:
             yield text
-
-
-def _lines(text: str) -> Text:
-    return Text("\n").join(Text(escape_controls(line)) for line in text.strip().split("\n"))
-
-
-def _name(source: str) -> str:
-    """The last two names of a path, the model's own of a hub."""
-    return "/".join(Path(source).parts[-2:])

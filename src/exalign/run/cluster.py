@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice
@@ -101,6 +101,12 @@ def _for_workers(view: View) -> View:
     return replace(view, run=view.run.resolve(), console=None, counts=Counter())  # type: ignore[arg-type]
 
 
+def _in_worker(view: View) -> View:
+    """That view where it arrived, in a process whose chat templates are to write the run's date too."""
+    pin_to_run(view.run)
+    return replace(view, console=Console(quiet=True))
+
+
 def _write_prompts(view: View, folder: Path) -> None:
     """The prompts as shards for the workers, read as a stream; once per stage."""
     if not (folder / "header.json").exists():
@@ -114,8 +120,7 @@ def _write_prompts(view: View, folder: Path) -> None:
 
 def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
     """What a worker holds to sample: the model with its sampler."""
-    view = replace(view, console=Console(quiet=True))
-    pin_to_run(view.run)
+    view = _in_worker(view)
     recipe, tokenizer = view.recipe, run_tokenizer(view)
     model, seed = supervised(view, tokenizer), purpose_seed(view, purpose)
     sampler = open_sampler(model, tokenizer, settings, temperature=recipe.temperature, seed=seed)
@@ -129,7 +134,7 @@ def _sampling(view: View, settings: SampleSettings, purpose: str) -> ShardWork:
 
 def _scoring(view: View, scorer: Scoring) -> ShardWork:
     """What a worker holds to score: the scorer."""
-    loaded = scorer.load(replace(view, console=Console(quiet=True)))
+    loaded = scorer.load(_in_worker(view))
 
     def work(records: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         cut: Counter[str] = Counter()
@@ -197,14 +202,16 @@ def _carry_out(ray: Any, numbers: list[int], given: tuple[Any, ...], settings: C
             raise InputError(row["problem"])
 
 
+@dataclass
 class _Worker:
     """A process of the pool. It loads what it holds with its first shard, where a problem can still be told."""
 
-    def __init__(
-        self, make: Callable[[], ShardWork], source: Path, target: Path, here: Path, settings: ClusterSettings
-    ) -> None:
-        self._make, self._source, self._target, self._here, self._settings = make, source, target, here, settings
-        self._work: ShardWork | None = None
+    make: Callable[[], ShardWork]
+    source: Path
+    target: Path
+    here: Path
+    settings: ClusterSettings
+    work: ShardWork | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Carry out one shard; what comes back is its number and, where it could not be done, the sentence why."""
@@ -216,28 +223,28 @@ class _Worker:
         return {"shard": [number], "problem": [problem]}
 
     def _carry_out(self, number: int) -> None:
-        made, wanted = shard_path(self._target, number), num_rows(shard_path(self._source, number))
+        made, wanted = shard_path(self.target, number), num_rows(shard_path(self.source, number))
         if wanted is None:
-            raise InputError(f"{self._source} does not hold shard {number} where a worker looked for it.")
+            raise InputError(f"{self.source} does not hold shard {number} where a worker looked for it.")
         if num_rows(made) == wanted:  # by the worker that died before it could say so
             return
         # Ray begins a dead worker's task again without end; a shard that kills whoever takes it is given up.
-        tries = self._target / f".{made.stem}.tries.tmp"
+        tries = self.target / f".{made.stem}.tries.tmp"
         with tries.open("ab") as stream:
             stream.write(b".")
-        if tries.stat().st_size > self._settings.tries:
+        if tries.stat().st_size > self.settings.tries:
             raise InputError(
-                f"{made.name} was begun {self._settings.tries} times, and its worker died each time, perhaps for lack "
+                f"{made.name} was begun {self.settings.tries} times, and its worker died each time, perhaps for lack "
                 "of memory; what was finished stays, and the same command continues."
             )
-        if self._work is None:
+        if self.work is None:
             try:
-                os.chdir(self._here)  # names of local data, models and functions are relative to it
+                os.chdir(self.here)  # names of local data, models and functions are relative to it
             except OSError as error:
-                raise InputError(f"A worker cannot enter {self._here} ({error.strerror}).") from None
-            torch.set_num_threads(self._settings.cpus_per_worker)
-            self._work = self._make()
-        records, counts = self._work(list(iter_shard(shard_path(self._source, number))))
+                raise InputError(f"A worker cannot enter {self.here} ({error.strerror}).") from None
+            torch.set_num_threads(self.settings.cpus_per_worker)
+            self.work = self.make()
+        records, counts = self.work(list(iter_shard(shard_path(self.source, number))))
         write_shard(made, records, counts)
 
 

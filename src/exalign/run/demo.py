@@ -8,8 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from exalign.data.synthetic import write_world
-from exalign.errors import InputError
-from exalign.run.recipe import RECIPES, Recipe, load_recipe, nearest
+from exalign.errors import InputError, nearest
+from exalign.run.recipe import RECIPES, Recipe, load_recipe
 from exalign.storage import write_text
 
 RECIPE = RECIPES / "demo.yaml"
@@ -29,7 +29,7 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
     """Write a recipe that comes with exalign to `target`, NAME.yaml by default, overwriting nothing."""
     source, there = RECIPES / f"{name.removesuffix('.yaml')}.yaml", recipes()
     if source.stem not in there:
-        raise InputError(f"There is no recipe {name[:100]!r}; {nearest(name, list(there))}")
+        raise InputError(f"There is no recipe {name[:100]!r}; {nearest(name, there)}")
     target = target or Path(source.name)
     if target.exists():
         raise InputError(f"{target} is there already; name another file.")

@@ -1,6 +1,6 @@
 """The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
 
-evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/pairs → evaluation/METHOD … →
+evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/proxy → evaluation/METHOD … → evaluation/pairs/… →
 evaluation/answers/… → evaluation/density/METHOD … → report
 """
 
@@ -12,7 +12,6 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from exalign.data.batching import Group
 from exalign.data.record import Completion, Record
 from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
 from exalign.errors import InputError
@@ -27,6 +26,7 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     Wanted,
+    are_cut,
     different_prompts,
     draw,
     evaluation_sampling,
@@ -35,16 +35,17 @@ from exalign.run.materials import (
     own_tokenizer,
     records_of,
     run_tokenizer,
+    scoring,
     supervised,
     takes_data,
     takes_supervised,
-    tokenize,
+    with_ids,
 )
-from exalign.run.recipe import Recipe, holds_out, trained_on
+from exalign.run.recipe import Recipe, holds_out, samples_are_scored, trained_on
 from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
-POOL, PAIRS = "evaluation/pool", "evaluation/pairs"
+POOL, PROXY, PAIRS = "evaluation/pool", "evaluation/proxy", "evaluation/pairs"
 
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
@@ -77,6 +78,8 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     if settings.pool_prompts and judge is not None:
         takes = drawn + Takes(("evaluate.pool_prompts", "evaluate.pool_samples"))
         yield takes.stage(POOL, partial(_pool, judge=judge))
+        if (trained := proxy(recipe)) is not None:
+            yield (trained.takes + Takes(needs=(POOL,))).stage(PROXY, partial(_proxy, scorer=trained))
     yield from of_every_method("", sampled, partial(_method, judge=judge))
     if settings.answers is not None:  # drawn for win rates and judges alone
         reads = tuple(path for path in sampled.reads if path != "temperature")
@@ -90,6 +93,12 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     if settings.pool_prompts and settings.density_prompts and judge is not None:
         takes = supervised + Takes(("temperature", "evaluate.density_prompts"), (POOL,))
         yield from of_every_method("density/", takes, _density)
+
+
+def proxy(recipe: Recipe) -> Scoring | None:
+    """What rewards the training where the evaluation's rewards come from something else."""
+    other = samples_are_scored(recipe) and recipe.scoring != recipe.judging
+    return scoring(recipe) if other else None
 
 
 def takes_evaluation(recipe: Recipe) -> Takes:
@@ -122,10 +131,11 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
     if not records:
         raise InputError("data.evaluation has no usable rows.")
     category = evaluate.category
-    if category is not None and not any(category in (record.columns or {}) for record in records):
-        raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
-    for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
-        del view.counts[name]  # readers do not know that it is
+    if category is not None:
+        if not any(category in (record.columns or {}) for record in records):
+            raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
+        for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
+            del view.counts[name]  # readers do not know that it is
     having = [record for record in records if _with_reference_text(record).completions]
     if having:
         view.counts["prompts_without_reference_text"] = len(records) - len(having)
@@ -135,6 +145,8 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
         by_id = {record.id: record for record in told}
         records = [by_id.get(record.id, record) for record in records]
     chosen = [_with_reference_text(record) for record in records]
+    if view.has("preferences") or not are_cut(view.recipe.data.evaluation or []):
+        chosen = [replace(record, prompt_ids=None) for record in chosen]  # another run's may be another tokenizer's
     view.counts["prompts"] = len(chosen)
     with RecordWriter(view.folder) as writer:
         for record in chosen[writer.written :]:
@@ -172,10 +184,6 @@ def _agreement(records: Sequence[Record], told: Sequence[Record], log_odds: bool
                 yield "labels_scored_right"
 
 
-def _prompt_of(record: Record) -> Record:
-    return replace(record, completions=(), preferred=None)
-
-
 def _with_reference_text(record: Record) -> Record:
     """K = 1: the preferred completion, or the only one; several without a preference give no reference text."""
     completions: tuple[Completion, ...] = ()
@@ -187,7 +195,7 @@ def _with_reference_text(record: Record) -> Record:
 
 
 def _evaluation_prompts(view: View) -> list[Record]:
-    return [_prompt_of(record) for record in read_records(view.path("evaluation/prompts"))]
+    return [replace(record, completions=()) for record in read_records(view.path("evaluation/prompts"))]
 
 
 def _wanted(view: View, purpose: str, answers: bool) -> Wanted:
@@ -213,6 +221,12 @@ def _pool(view: View, *, judge: Scoring) -> None:
     prompts, tokenizer = _evaluation_prompts(view)[: evaluate.pool_prompts], run_tokenizer(view)
     wanted = Wanted(prompts, evaluation_sampling(view, evaluate.pool_samples), "pool")
     draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder, scorer=judge.load(view))
+
+
+def _proxy(view: View, *, scorer: Scoring) -> None:
+    """The pool's samples with the rewards that methods are trained on: where the optimum for these lies."""
+    records = scored(scorer.load(view), read_records(view.path(POOL)), view.counts)
+    write_records(view.folder / "samples", records, replace(read_header(view.path(POOL)), counts=dict(view.counts)))
 
 
 def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:
@@ -248,23 +262,12 @@ def _pairs(view: View) -> None:
     """Held-out preferences with their token ids and log π_sft; none where the evaluation's rows have no preference."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
     rows = (record for record in evaluation_rows(view) if record.preferred is not None)
-    records, known = list(islice(rows, view.recipe.evaluate.prompts)), []
-    if records:
-        groups = tokenize(view, records, tokenizer)
-        known = with_ids(records, groups)
+    known = list(islice(rows, view.recipe.evaluate.prompts))
+    if known:
+        known = with_ids(view, known, tokenizer)
         known = with_logprobs(known, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
     view.counts["pairs"] = len(known)
     write_records(view.folder / "records", known, Header(temperature=temperature, counts=dict(view.counts)))
-
-
-def with_ids(records: list[Record], groups: list[Group]) -> list[Record]:
-    """The records that groups were made of, with the token ids that models see."""
-    return [
-        replace(records[group.index], prompt_ids=tuple(group.prompt_ids.tolist())).with_each(
-            "token_ids", (tuple(ids.tolist()) for ids in group.completion_ids)
-        )
-        for group in groups
-    ]
 
 
 def _pairs_of(view: View, *, name: str) -> None:

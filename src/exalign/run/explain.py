@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import difflib
 import textwrap
 import types
 import typing
@@ -17,10 +16,10 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
-from exalign.errors import InputError
+from exalign.errors import InputError, nearest
 from exalign.methods.method import Method, available, method_class
 from exalign.run.familiar import LOSSES, SETTINGS
-from exalign.run.recipe import Recipe, dump_recipe, unwrap_optional
+from exalign.run.recipe import Recipe, dump_recipe, is_settings, unwrap_optional
 from exalign.strict_yaml import dump_yaml
 
 
@@ -45,7 +44,7 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
         yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "", owner)
         while typing.get_origin(inner) is dict:
             inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
-        if _is_settings(inner):
+        if is_settings(inner):
             yield from explain(inner, f"{dotted}.")
         elif _is_method(inner):  # what all methods have, then each its own
             yield from explain(Method, f"{dotted}.")
@@ -81,12 +80,12 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return type_name(arguments[0])
     if origin is dict:
-        sections = _is_settings(arguments[1]) or _is_method(arguments[1])
+        sections = is_settings(arguments[1]) or _is_method(arguments[1])
         return "mapping of sections" if sections else "mapping"
     if origin in (list, tuple):
         item = type_name(arguments[0])
         return f"list of ({item})" if " or " in item else f"list of {item}"
-    if _is_settings(annotation):
+    if is_settings(annotation):
         return "section"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
@@ -112,9 +111,8 @@ def print_settings(console: Console, below: str | None = None) -> None:
     if below is not None:
         settings = [each for each in known if f"{each.name}.".startswith(f"{below}.")]
         if not settings:
-            close = difflib.get_close_matches(below, [each.name for each in known], n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else "`exalign recipe --explain` prints all there are."
-            raise InputError(f"{below} is no setting of a recipe; {hint}")
+            near = nearest(below, (each.name for each in known), "`exalign recipe --explain` prints all there are.")
+            raise InputError(f"{below} is no setting of a recipe; {near}")
     else:
         console.print(Text(f"A whole recipe; what it does not say has a default:\n\n{LEAST}"), soft_wrap=True)
     for setting in _once(settings):
@@ -124,12 +122,12 @@ def print_settings(console: Console, below: str | None = None) -> None:
         console.print(Text.assemble((setting.name, style), (f" {setting.type}{default}", "dim")), soft_wrap=True)
         meaning = textwrap.fill(setting.meaning, console.width, initial_indent="    ", subsequent_indent="    ")
         console.print(Text(meaning), soft_wrap=True)
-
+    if below is not None:
+        return
     for title, table in (("Names of other trainers, and what they are here", SETTINGS), ("Their losses", LOSSES)):
-        if below is None:
-            console.print(Text(f"\n{title}", style="bold"))
-            for theirs, here in table.items():
-                console.print(Text.assemble((", ".join(theirs.split()), "cyan"), f": {here}"), soft_wrap=True)
+        console.print(Text(f"\n{title}", style="bold"))
+        for theirs, here in table.items():
+            console.print(Text.assemble((", ".join(theirs.split()), "cyan"), f": {here}"), soft_wrap=True)
 
 
 def _once(settings: Sequence[Explained]) -> Iterator[Explained]:
@@ -160,16 +158,12 @@ def _is_method(annotation: Any) -> bool:
     return typing.get_origin(annotation) is typing.Annotated and typing.get_args(annotation)[0] is Method
 
 
-def _is_settings(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.default
     if value is PydanticUndefined:
         return ""  # a section: its own settings have their defaults
-    if isinstance(value, bool) or value is None:
-        return "none" if value is None else str(value).lower()
-    return str(value)
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

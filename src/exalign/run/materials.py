@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.reading import each, named, read_source
+from exalign.data.reading import Sources, each, named, read_source
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -33,7 +33,7 @@ from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.rollout.vllm import close_engine
 from exalign.run.recipe import Recipe, holds_out
-from exalign.run.view import Stage, View
+from exalign.run.view import Stage, View, sections_of
 from exalign.storage import fingerprint
 from exalign.training.train_settings import TrainSettings
 
@@ -75,16 +75,6 @@ def _with_room(work: Callable[[View], None], view: View) -> None:
     """The work of a stage that trains: an engine that an earlier stage drew with holds no memory meanwhile."""
     close_engine()
     work(view)
-
-
-def sections_of(path: str) -> list[str]:
-    """The sections that a dotted setting lies in.
-
-    >>> sections_of("data.sft.source")
-    ['data', 'data.sft']
-    """
-    parts = path.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def takes_tokenizer(recipe: Recipe) -> Takes:
@@ -136,8 +126,12 @@ def takes_data(recipe: Recipe, name: str) -> Takes:
     if source is None:
         return Takes()
     here = Takes((f"data.{name}",))
-    cut = any(one.prompt_tokens is not None for one in each(source))
-    return here + takes_tokenizer(recipe) if cut else here
+    return here + takes_tokenizer(recipe) if are_cut(source) else here
+
+
+def are_cut(sources: Sources) -> bool:
+    """Whether any texts are cut into prompt and completion, which takes a tokenizer."""
+    return any(one.prompt_tokens is not None for one in each(sources))
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -172,12 +166,9 @@ def supervised_settings(view: View) -> ModelSettings:
     return view.recipe.model.model_copy(update={"source": str(view.path("sft", "model")), "config": None})
 
 
-def supervised(view: View, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = False) -> PreTrainedModel:
-    """π_sft: to be trained, with fresh LoRA adapters where the recipe has them; else in evaluation mode."""
-    settings = supervised_settings(view)
-    if trainable:
-        return load_policy(settings, tokenizer)
-    return ready(load_policy(settings.model_copy(update={"lora": None}), tokenizer))
+def supervised(view: View, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """π_sft in evaluation mode, on the device."""
+    return ready(load_policy(supervised_settings(view).model_copy(update={"lora": None}), tokenizer))
 
 
 def frozen_policy(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -196,18 +187,37 @@ def own_tokenizer(view: View, folder: Path, tokenizer: PreTrainedTokenizerBase) 
     return None if own.get_vocab() == tokenizer.get_vocab() else own
 
 
+def token_limits(view: View) -> TokenLimits:
+    """The recipe's, of texts that are trained on."""
+    data = view.recipe.data
+    return TokenLimits(max_prompt_tokens=data.max_prompt_tokens, max_completion_tokens=data.max_completion_tokens)
+
+
 def tokenize(
-    view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, longest: int | None = None
+    view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, limits: TokenLimits | None = None
 ) -> list[Group]:
-    """Token groups of the records under the recipe's limits, or under `longest`; an empty result is an error."""
-    limits = TokenLimits(
-        max_prompt_tokens=longest or view.recipe.data.max_prompt_tokens,
-        max_completion_tokens=longest or view.recipe.data.max_completion_tokens,
-    )
+    """Token groups of the records, under the recipe's limits unless others are given; none at all is an error."""
+    limits = limits or token_limits(view)
     groups = list(tokenize_records(records, tokenizer, limits=limits, counts=view.counts))
     if not groups:
         raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
     return groups
+
+
+def with_ids(view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Record]:
+    """The records that can be used, with the token ids that models see."""
+    return [
+        replace(records[group.index], prompt_ids=tuple(group.prompt_ids.tolist())).with_each(
+            "token_ids", (tuple(ids.tolist()) for ids in group.completion_ids)
+        )
+        for group in tokenize(view, records, tokenizer)
+    ]
+
+
+def as_texts(record: Record) -> Record:
+    """The record without what one tokenizer and one model said of its texts."""
+    bare = (replace(one, token_ids=None, logprob=None, reference_logprob=None) for one in record.completions)
+    return replace(record, prompt_ids=None, completions=tuple(bare))
 
 
 def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Iterator[Record]:
@@ -216,8 +226,7 @@ def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Ite
     None at all is an error when they are read to their end.
     """
     source, record = getattr(view.recipe.data, name), None
-    cut = any(one.prompt_tokens is not None for one in each(source))
-    tokenizer = run_tokenizer(view) if cut else None
+    tokenizer = run_tokenizer(view) if are_cut(source) else None
     for record in read_source(source, view.counts if counts is None else counts, tokenizer):
         yield record
     if record is None:
@@ -250,12 +259,11 @@ def not_held_out(view: View, records: Iterable[Record], counts: Counter[str]) ->
 
 def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
     """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
-    cut_here = True
     if "data.prompts" in view.stage.reads:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
-        cut_here = any(source.prompt_tokens is not None for source in each(view.recipe.data.prompts or []))
+        cut_here = are_cut(view.recipe.data.prompts or [])
     else:
-        records = different_prompts(iter_records(view.path("preferences", "records")))
+        records, cut_here = different_prompts(iter_records(view.path("preferences", "records"))), True
     for record in records:
         # Ids that a record of another run brought along may be of another tokenizer.
         yield replace(record, completions=(), preferred=None, prompt_ids=record.prompt_ids if cut_here else None)

@@ -19,7 +19,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,14 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exalign.data.reading import DataSettings, each
-from exalign.errors import InputError
+from exalign.data.reading import DataSettings, each, named
+from exalign.errors import InputError, nearest
 from exalign.judging.options import with_settings
 from exalign.models.model_settings import ModelSettings, adapter_base
 from exalign.models.sizes import Architecture, completions_at_once, tokens_to_read, training_sizes
 from exalign.rollout.settings import OneScorer, SampleSettings, ScorerSettings
-from exalign.run.recipe import Recipe, load_recipe, nearest
+from exalign.run.recipe import Recipe, holds_out, load_recipe
 from exalign.settings import Auto, Settings
+from exalign.storage import exists
 from exalign.terminal import shown
 from exalign.training.train_settings import TrainSettings
 
@@ -171,8 +172,6 @@ def find_machine(name: str, count: int, assumed: Assumptions) -> Machine:
 
 Kind = Literal["policy", "reward model", "critic", "classifier"]
 
-_PYTHIA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
-_QWEN = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "intermediate_size": 18944}
 PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -187,10 +186,21 @@ PUBLIC_CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
-    "EleutherAI/pythia-2.8b": {**_PYTHIA, "model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False},
+    "EleutherAI/pythia-2.8b": {
+        "model_type": "gpt_neox",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 50304,
+        "tie_word_embeddings": False,
+    },
     "Qwen/Qwen2.5-7B-Instruct": {
-        **_QWEN,
         "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
         "num_key_value_heads": 4,
         "vocab_size": 152064,
         "tie_word_embeddings": False,
@@ -209,7 +219,7 @@ def _architecture(settings_json: str, kind: Kind, vocabulary: int | None) -> Arc
 
     settings = ModelSettings.model_validate_json(settings_json)
     source = settings.source and (adapter_base(Path(settings.source)) or settings.source)
-    if source is not None and source.startswith("runs/") and not Path(source).is_dir():
+    if source is not None and source.startswith("runs/") and not exists(Path(source)):
         raise InputError(f"There is no folder {source} yet: carry out the run that makes it, then plan with it.")
     auto_class: Any = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     try:
@@ -242,7 +252,7 @@ def architecture_of(settings: ModelSettings, kind: Kind, vocabulary: int | None)
 
     A source whose configuration is neither readable nor built in, or a config that is not valid, is an `InputError`.
     """
-    return _architecture(settings.model_dump_json(), kind, vocabulary if settings.source is None else None)
+    return _architecture(settings.model_dump_json(), kind, vocabulary)
 
 
 # ---- Prompts and completions
@@ -301,7 +311,7 @@ def rows_of(source: DataSettings) -> tuple[int, str]:
     """How many rows a source has after `skip` and `limit`, and how that is known. Local data is read to its end."""
     from exalign.data.reading import read_source
 
-    if Path(source.source).expanduser().exists():
+    if exists(Path(source.source)):
         counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
         return counted, f"counted in {source.source}"
     published = "/".join(filter(None, (source.source, source.data_dir)))
@@ -495,20 +505,16 @@ def _dealt_out(model: Architecture, load: Load, machine: Machine, rate: float, m
 # ---- The stages of a recipe
 
 
-@dataclass
 class Budget:
-    """A recipe's costs on a machine: of all stages that compute with a model. `said`: what was assumed about data and
+    """A recipe's `costs` on a machine: of all stages that compute with a model. `said`: what was assumed about data and
     models, each sentence once."""
 
-    recipe: Recipe
-    machine: Machine
-    costs: list[Cost] = field(default_factory=list)
-    said: dict[str, None] = field(default_factory=dict)
-    _known: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # each file is read once
-
-    def __post_init__(self) -> None:
+    def __init__(self, recipe: Recipe, machine: Machine) -> None:
         from exalign.run.stages import plan as stages_of
 
+        self.recipe, self.machine = recipe, machine
+        self.said: dict[str, None] = {}
+        self._known: dict[str, list[tuple[int, str]]] = {}  # each file is read once
         self.costs = [cost for stage in stages_of(self.recipe) if (cost := self.cost(stage.name)) is not None]
 
     def cost(self, stage: str) -> Cost | None:
@@ -524,7 +530,8 @@ class Budget:
         if settings.train_on_prompts:  # every token but the first is a target
             whole, longest = load.group_tokens - 1, load.longest_group - 1
             load = replace(load, prompt_tokens=1, completion_tokens=whole, longest_prompt=1, longest_completion=longest)
-        return train([self.policy()], settings, load, self.machine, passes=settings.epochs)
+        policy = self.model(self.recipe.model, "policy")
+        return train([policy], settings, load, self.machine, passes=settings.epochs)
 
     def _oracle(self, _: str) -> Cost:
         settings = self.recipe.oracle
@@ -552,11 +559,10 @@ class Budget:
         return in_turn([read(scorer, self.rewarded(), self.machine) for scorer in scorers]) if scorers else None
 
     def _reference(self, rest: str) -> Cost:
-        """log π_sft of what methods align on that share it: by their target and precision."""
-        from exalign.run.stages import reference_of
-
-        method = next(one for one in self.recipe.align.values() if reference_of(one) == f"reference/{rest}")
-        return read(self.supervised(), self.load_of(method), self.machine, method.token_budget, method.precision)
+        """log π_sft of all that is aligned on, for the methods of one precision: KIND or KIND-PRECISION."""
+        kind, _, precision = rest.partition("-")
+        load = self.pairs() if kind == "preference" else self.rewarded()
+        return read(self.supervised(), load, self.machine, precision=precision or "fp32")
 
     def _align(self, name: str) -> Cost | None:
         """The method's training; none where a search before it has done so, or where it is given."""
@@ -575,7 +581,7 @@ class Budget:
         load, amount, draws = self.load_of(settings), settings.amount, settings.trains_on == "prompts"
         machine = replace(self.machine, count=1) if draws else self.machine
         times = 1 if settings.swept is None else len(settings.swept[1])
-        models = [self.policy()]
+        models = [self.model(self.recipe.model, "policy")]
         if amount.critic is not None:
             models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "critic"))
         trained = train(models, settings, load, machine, passes=times * amount.passes)
@@ -598,7 +604,9 @@ class Budget:
     def _validation(self, _: str) -> Cost:
         search = self.recipe.search
         assert search is not None
-        return self._drawn(self.evaluation(search.prompts, search.samples), self.recipe.judging, reference=True)
+        name = "evaluation" if self.recipe.data.validation is None else "validation"
+        load = self.evaluation(search.prompts, search.samples, name)
+        return self._drawn(load, self.recipe.judging, reference=True)
 
     def _evaluation(self, rest: str) -> Cost | None:
         """Samples of π_sft, its pool, or of every policy that a method saved: drawn, scored, and log π_sft of them.
@@ -612,6 +620,9 @@ class Budget:
             return None
         if what == "pool":
             return self._drawn(pool, self.recipe.judging)
+        if what == "proxy":
+            reads = [read(scorer, pool, self.machine) for scorer in self.scorers(self.recipe.scoring)]
+            return in_turn(reads) if reads else None
         if what == "density":
             few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
             return in_turn([read(self.supervised(), few, self.machine, None)], 2)
@@ -666,13 +677,14 @@ class Budget:
         name = "prompts" if self.recipe.data.prompts else "preferences"
         return self._load(name, completions, self.recipe.sample.max_new_tokens)
 
-    def evaluation(self, prompts: int, samples: int) -> Load:
-        """Samples for evaluation prompts, of which there may be fewer."""
-        name = "evaluation" if self.recipe.data.evaluation is not None else "preferences"
-        load = self._load(name, samples, self.recipe.sample.max_new_tokens)
+    def evaluation(self, prompts: int, samples: int, name: str = "evaluation") -> Load:
+        """Samples for prompts of `data.NAME`, or of preferences that are held out; there may be fewer."""
+        if name == "evaluation" and holds_out(self.recipe):
+            name = "preferences"
+        load = self._load(name, samples, self.recipe.sample.max_new_tokens, trained_on=False)
         return replace(load, prompts=min(prompts, load.prompts))
 
-    def _load(self, name: str, completions: int, longest: int) -> Load:
+    def _load(self, name: str, completions: int, longest: int, *, trained_on: bool = True) -> Load:
         sources, assumed = each(getattr(self.recipe.data, name)), self.machine.assumed
         longest_prompt, given = self.recipe.data.max_prompt_tokens, assumed.prompt_tokens
         if given is not None and given > longest_prompt:
@@ -683,8 +695,13 @@ class Budget:
             found = [(assumed.prompts, "--prompts")]
         else:
             found = self._known[name] = self._known.get(name) or [rows_of(source) for source in sources]
-        self.said |= {f"data.{name}: {rows:,} rows ({how})": None for rows, how in found}
-        return Load(sum(rows for rows, _ in found), completions, prompt, completion, longest_prompt, longest)
+        if not (rows := sum(number for number, _ in found)):
+            raise InputError(f"data.{name}: {named(sources)} has no usable rows.")
+        if name == "preferences" and holds_out(self.recipe):
+            held_out = min(max(round(self.recipe.data.held_out * rows), 1), self.recipe.evaluate.prompts)
+            rows = max(rows - held_out, 1) if trained_on else held_out
+        self.said |= {f"data.{name}: {number:,} rows ({how})": None for number, how in found}
+        return Load(rows, completions, prompt, completion, longest_prompt, longest)
 
     # -- Models
 
@@ -710,9 +727,6 @@ class Budget:
         source = settings.reward_model or settings.classifier
         return self.model(ModelSettings(source=source), "reward model" if settings.reward_model else "classifier")
 
-    def policy(self) -> Architecture:
-        return self.model(self.recipe.model, "policy")
-
     def supervised(self) -> Architecture:
         """π_sft, its adapters merged, in the type of the recipe's model."""
         return self.model(self.recipe.model.model_copy(update={"lora": None}), "policy")
@@ -730,7 +744,7 @@ class Budget:
         tokenizer = self.recipe.tokenizer
         if tokenizer.vocab_size is not None:
             return tokenizer.vocab_size
-        if tokenizer.source is not None and Path(tokenizer.source).is_dir():
+        if tokenizer.source is not None and exists(Path(tokenizer.source)):
             return len(load_tokenizer(tokenizer.source))
         if tokenizer.source is not None:
             self.said[f"{tokenizer.source} is not here: the vocabulary is that of the model's kind"] = None
@@ -799,16 +813,17 @@ def as_values(budget: Budget) -> dict[str, Any]:
 
 def _work(cost: Cost) -> tuple[str, str, str]:
     operations = cost.flops / 1e15
-    said = "<0.01" if operations < 0.01 else f"{operations:.3g}" if operations < 1000 else f"{operations:,.0f}"
+    said = "<0.01" if operations < 0.01 else f"{operations:.3g}" if operations < 999.5 else f"{operations:,.0f}"
     return quantity(cost.tokens), said, duration(cost.seconds)
 
 
 def quantity(number: float) -> str:
     """A count in at most five characters.
 
-    >>> quantity(950), quantity(124_439_808), quantity(7_615_616_512), quantity(4e13)
-    ('950', '124M', '7.62B', '40T')
+    >>> quantity(950), quantity(124_439_808), quantity(7_615_616_512), quantity(4e13), quantity(999_600)
+    ('950', '124M', '7.62B', '40T', '1M')
     """
+    number = float(f"{number:.3g}")
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from exalign.data.hub import hub_sentence
-from exalign.errors import InputError
+from exalign.errors import InputError, hub_sentence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence
 from exalign.models.model_settings import adapter_base
@@ -34,12 +33,9 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
     if (base := adapter_base(place)) is not None and exists(Path(base)):
         raise InputError(f"{place} is an adapter on {base}, which nobody else has; align again with lora.save: merged.")
     files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "README.md"]
+    page = card(evidence, found, point, folder.recipe_values(), adapter=base is not None)
     parts = [CommitOperationAdd(file.relative_to(place).as_posix(), str(file)) for file in files]
-    parts.append(
-        CommitOperationAdd(
-            "README.md", card(evidence, found, point, folder.recipe_values(), adapter=base is not None).encode()
-        )
-    )
+    parts.append(CommitOperationAdd("README.md", page.encode()))
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -59,8 +55,8 @@ def chosen(evidence: Evidence, method: str, step: int | None = None) -> tuple[Me
         known = ", ".join(each.name for each in evidence.methods if each.points) or "none"
         raise InputError(f"{method[:100]!r} is no evaluated method of this run; there are {known}.")
     if step is None:
-        ships = evidence.verdict is not None and evidence.verdict.method == method
-        step = evidence.verdict.step if ships and evidence.verdict else found.points[-1].step
+        shipped = evidence.verdict
+        step = shipped.step if shipped is not None and shipped.method == method else found.points[-1].step
     point = next((each for each in found.points if each.step == step), None)
     if point is None:
         raise InputError(f"{method} was not evaluated at step {step}; {[each.step for each in found.points]} were.")
@@ -83,7 +79,7 @@ def card(
         "tags": ["exalign", "alignment"],
     }
     front |= ({"base_model": base} if base else {}) | ({"datasets": data} if data else {})
-    settings = yaml.safe_dump(redact_values(method.settings), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(redact_values(_unnamed(method.settings)), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {base or evidence.name}, aligned by {method.called}",
         f"{method.line or method.called}, {method.at(point.step)}. It started from the supervised policy, "
@@ -111,6 +107,14 @@ def _results(evidence: Evidence, point: FrontierPoint) -> str:
     rows.append(("tokens of an answer", number(sft.tokens if sft else None), number(point.tokens)))
     lines = ["| | supervised policy | this model |", "|---|---|---|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _unnamed(value: Any) -> Any:
+    """Settings without the names of local models."""
+    if not isinstance(value, dict):
+        return value
+    local = {"source"} if exists(Path(str(value.get("source")))) else set()
+    return {name: "a local model" if name in local else _unnamed(inner) for name, inner in value.items()}
 
 
 def _sources(value: Any) -> list[str]:

@@ -6,7 +6,6 @@ setting that cannot take effect is an `InputError` that names the nearest right 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
 from exalign.data.reading import Sources
-from exalign.errors import InputError
+from exalign.errors import InputError, nearest
 from exalign.evaluation.run_folder import BEST_OF, NO_METHODS
 from exalign.methods.method import Method, method_class
 from exalign.methods.oracle import Oracle
@@ -31,6 +30,7 @@ from exalign.run.familiar import loss_meaning, meaning
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
 
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Those that come with exalign."""
 
@@ -185,11 +185,7 @@ _FIXED = {
     "precision": "the stages before the method are made for it; give the other precision a method of its own",
     "stop_after": "what it holds out is kept from every trial; set it in the method",
 }
-
-
-def fixed_settings(settings: type[Settings]) -> dict[str, str]:
-    """Settings that are not searched over, and why."""
-    return _FIXED | dict.fromkeys(sorted(settings.marked(NO_RESULT)), "it changes no result")
+"""Settings that are not searched over, and why; nor are those that change no result."""
 
 
 class Range(Settings):
@@ -272,7 +268,7 @@ AnyMethod = Annotated[SerializeAsAny[Method], PlainValidator(as_method)]
 class Recipe(Settings):
     """Everything a run does, from data to report. `exalign recipe --explain` prints every setting."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the run directory, runs/NAME")
+    name: str = Field(pattern=f"^{_NAME}$", description="names the run directory, runs/NAME")
     seed: int = Field(0, ge=0, description="seeds weights, data order and every sample")
     temperature: float = Field(
         1.0, gt=0, description="τ: one temperature for sampling, training log-probabilities, KL and evaluation"
@@ -367,10 +363,7 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
     if any(
-        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)
-        or name.lower() in NO_METHODS
-        or name.startswith(BEST_OF)
-        for name in recipe.align
+        not re.fullmatch(_NAME, name) or name.lower() in NO_METHODS or name.startswith(BEST_OF) for name in recipe.align
     ):
         yield (
             "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', does not begin "
@@ -525,7 +518,7 @@ def _search_problems(recipe: Recipe) -> Iterator[str]:
     for name, ranges in recipe.search.methods.items():
         where = f"search.methods.{name}"
         if name not in recipe.align:
-            yield f"{where} is no method of this recipe; {nearest(name, list(recipe.align))}"
+            yield f"{where} is no method of this recipe; {nearest(name, recipe.align)}"
             continue
         method = recipe.align[name]
         if method.sweep is not None:
@@ -544,9 +537,10 @@ def _search_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _range_problems(method: Method, name: str, values: Range) -> Iterator[str]:
-    fields, fixed = type(method).model_fields, fixed_settings(type(method))
+    fields = type(method).model_fields
+    fixed = _FIXED | dict.fromkeys(method.marked(NO_RESULT), "it changes no result")
     if name not in fields:
-        yield f" is not a setting of the method; {nearest(name, list(fields))}"
+        yield f" is not a setting of the method; {nearest(name, fields)}"
     elif name in fixed:
         yield f" cannot be searched over: {fixed[name]}"
     elif values.choices is None and fields[name].annotation not in (int, float, float | None, int | None):
@@ -572,7 +566,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except FileNotFoundError:
         if (RECIPES / path.name).is_file():
             raise InputError(f"{path} does not exist; exalign recipes copy {path.stem} writes it here.") from None
-        near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
+        near = ", ".join(sorted(map(str, path.parent.glob("*.yaml")))[:8])
         raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
     except IsADirectoryError:
         instead = "it holds no recipe.yaml"
@@ -639,14 +633,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise InputError(f"{override[:200]!r}: {name} is a single value and has no settings below it.")
     value = parse_yaml(text, key[:200])
     if value is None and parents == ["align"] and last not in target:
-        raise InputError(f"{override[:200]!r}: align has no {last} to take away; {nearest(last, list(target))}")
+        raise InputError(f"{override[:200]!r}: align has no {last} to take away; {nearest(last, target)}")
     target[last] = value
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """Name the nearest candidate, or list them all."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(candidates))}."
 
 
 def explain_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -658,12 +646,12 @@ def explain_validation_error(error: ValidationError, model: type[BaseModel], pre
 
 def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
     location = [str(part) for part in problem["loc"]]
-    where = ".".join([*([prefix] if prefix else []), *location]) or "recipe"
+    where = ".".join(filter(None, (prefix, *location))) or "recipe"
     if problem["type"] == "extra_forbidden":
         owner = settings_at(model, location[:-1])
         if (here := meaning(location[-1], problem["input"])) is not None:
             return f"{where} is not a setting; here: {here}."
-        return f"{where} is not a setting; {nearest(location[-1], list(owner.model_fields) if owner else [])}"
+        return f"{where} is not a setting; {nearest(location[-1], owner.model_fields if owner else [])}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default."
     if problem["type"] == "value_error":
@@ -677,19 +665,23 @@ def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] 
     """The settings class that stands at a dotted location below `model`, through optional and mapped fields."""
     current: Any = model
     for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
+        if is_settings(current):
             field = current.model_fields.get(part)
             current = field.annotation if field else None
         elif typing.get_origin(current) is dict:
             current = typing.get_args(current)[1]
         current = unwrap_optional(current)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+    return current if is_settings(current) else None
+
+
+def is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def unwrap_optional(annotation: Any) -> Any:
     """`X | None` → `X`, and the settings of `X | list[X]`; everything else as it is."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         rest = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-        settings = [arg for arg in rest if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        settings = [arg for arg in rest if is_settings(arg)]
         return rest[0] if len(rest) == 1 else settings[0] if settings else annotation
     return annotation

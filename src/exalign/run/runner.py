@@ -30,10 +30,12 @@ from rich.text import Text
 from exalign.data.tokenization import pin_date
 from exalign.device import choose_threads, device, device_memory, keep_memory
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
 from exalign.processes import call, leads
 from exalign.run.recipe import Recipe, dump_recipe
 from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
 from exalign.run.view import Contents, Stage, View, key, step_sizes
+from exalign.settings import NO_RESULT, STEP_SIZE
 from exalign.storage import (
     fingerprint,
     read_object,
@@ -44,7 +46,7 @@ from exalign.storage import (
     write_text,
     writing,
 )
-from exalign.strict_yaml import dump_yaml, parse_yaml
+from exalign.strict_yaml import dump_yaml
 from exalign.terminal import shown
 from exalign.training.guards import add_recovery, extended, next_recovery, recoveries, steps_not_taken
 
@@ -52,16 +54,23 @@ from exalign.training.guards import add_recovery, extended, next_recovery, recov
 @dataclass(frozen=True, slots=True)
 class MadeFrom:
     """`values` are what started.json and done.json hold of it: the `fingerprint` that later stages depend on, and for
-    those that train what is left of it when it stops. `recovery` is one that is about to begin."""
+    those that train what is left of it when it stops; `found` is what they held before, if anything. `recovery` is one
+    that is about to begin."""
 
     values: dict[str, Any]
     key: dict[str, Any]
+    found: dict[str, Any]
     recovery: dict[str, Any] | None = None
     recoverable: bool = False
 
     @property
     def fingerprint(self) -> str:
         return str(self.values["fingerprint"])
+
+    @property
+    def differs(self) -> bool:
+        """Whether something else was found."""
+        return bool(self.found) and self.found["fingerprint"] != self.fingerprint
 
 
 @dataclass
@@ -97,49 +106,51 @@ class Run:
         A target is a stage or a folder of stages (`align` means every method). Complete stages are skipped,
         interrupted ones continue; a stage that was made from something else is an `InputError` before any work.
         """
-        wanted = select({stage.name: stage for stage in stages}, targets)
+        wanted = select(stages, targets)
         with self._locked():
             contents = Contents(self.path("inputs.json"))
             made: dict[str, MadeFrom] = {}
-            found: dict[str, dict[str, Any]] = {}
             for stage in wanted:
-                found[stage.name] = self._found(stage)
                 needs = [made[name].fingerprint for name in stage.needs]
-                made[stage.name] = self._made_from(stage, found[stage.name], needs, contents)
-            self._check(wanted, made, found)
+                made[stage.name] = self._made_from(stage, needs, contents)
+            self._check(wanted, made)
             contents.remember()
-            before = self._recorded()
+            before = recorded(self.folder)  # threads and sizes decide how sums are rounded
             keep_memory(before.get("memory"))
             if (sentence := choose_threads(self.recipe.threads or before.get("threads"))) is not None:
                 self.console.print(shown(f"  {sentence}", "dim"), soft_wrap=True)
-            self._describe()
+            write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
+            begun = before.get("begun", datetime.now().isoformat(timespec="seconds"))
+            write_json(self.path("environment.json"), {"begun": begun, **environment()})
             pin_to_run(self.folder)
             for stage in wanted:
-                self._carry_out(stage, made[stage.name], found[stage.name])
+                self._carry_out(stage, made[stage.name])
 
-    def _made_from(self, stage: Stage, found: dict[str, Any], needs: list[str], contents: Contents) -> MadeFrom:
-        """What a stage is made from; in one that trains, what was `found` of it where that is the same result."""
-
-        own, folder = key(self.recipe, stage.reads, contents), self.path(stage.name)
+    def _made_from(self, stage: Stage, needs: list[str], contents: Contents) -> MadeFrom:
+        """What a stage is made from; in one that trains, what was found of it where that is the same result."""
+        found, folder = self._found(stage), self.path(stage.name)
+        own = key(self.recipe, stage.reads, contents)
         whole = fingerprint([stage.name, own, needs])
         if not stage.together:
-            return MadeFrom({"fingerprint": whole}, own)
+            return MadeFrom({"fingerprint": whole}, own, found)
         before, sizes = recoveries(folder), step_sizes(self.recipe, stage.reads)
-        settled = key(self.recipe, stage.reads, contents, with_steps=False)
+        settled = key(self.recipe, stage.reads, contents, left_out=(NO_RESULT, STEP_SIZE))
         values = {"settled": fingerprint([stage.name, settled, needs])}
         entry = next_recovery(folder, sizes) if self.recover else None
         if found.get("fingerprint") in (whole, _recovered(whole, before)):
-            return MadeFrom({"fingerprint": found["fingerprint"], **values}, own)
+            return MadeFrom({"fingerprint": found["fingerprint"], **values}, own, found)
         same = found.get("settled") == values["settled"]
         if same and entry is not None and entry["after_step"]:
-            return MadeFrom({"fingerprint": _recovered(whole, extended(before, entry)), **values}, own, recovery=entry)
-        return MadeFrom({"fingerprint": whole, **values}, own, recoverable=same and (folder / "stopped.json").exists())
+            recovered = {"fingerprint": _recovered(whole, extended(before, entry)), **values}
+            return MadeFrom(recovered, own, found, recovery=entry)
+        recoverable = same and (folder / "stopped.json").exists()
+        return MadeFrom({"fingerprint": whole, **values}, own, found, recoverable=recoverable)
 
-    def _check(self, stages: list[Stage], made: dict[str, MadeFrom], found: dict[str, dict[str, Any]]) -> None:
+    def _check(self, stages: list[Stage], made: dict[str, MadeFrom]) -> None:
         """Refuse, before any work, a directory whose stages were made from something else."""
         for stage in stages:
-            now, before = made[stage.name], found[stage.name]
-            if stage.always or not before or before["fingerprint"] == now.fingerprint or now.recovery or self.redo:
+            now = made[stage.name]
+            if stage.always or not now.differs or now.recovery or self.redo:
                 continue
             third = "; --recover goes on with it from its last good checkpoint" if now.recoverable else ""
             third += " (what was tried on the same models and data is not tried again)" if stage.stays else ""
@@ -169,15 +180,8 @@ class Run:
 
     def _difference(self, stage: Stage, stages: list[Stage]) -> str:
         """What changed of the recipe, of it what the stage and those that it needs read."""
-        behind = {stage.name}
-        for one in reversed(stages):
-            behind.update(one.needs if one.name in behind else ())
-        reads = tuple(path for one in stages if one.name in behind for path in one.reads)
-        path = self.path("recipe.yaml")
-        before = (
-            flatten(parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))) if path.exists() else {}
-        )
-        now = flatten(dump_recipe(self.recipe))
+        reads = tuple(path for one in with_needs({stage.name}, stages) for path in one.reads)
+        before, now = flatten(RunFolder(self.folder).recipe_values()), flatten(dump_recipe(self.recipe))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         changed = [name for name in changed if any(f"{name}.".startswith(f"{read}.") for read in reads)] or changed
         if not changed:
@@ -185,24 +189,13 @@ class Run:
         shown = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed[:3]]
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
-    def _recorded(self) -> dict[str, Any]:
-        """What the run began with, where it did: threads and sizes decide how sums are rounded."""
-        path = self.path("environment.json")
-        return read_object(path) if path.exists() else {}
-
-    def _describe(self) -> None:
-        begun = self._recorded().get("begun", datetime.now().replace(microsecond=0).isoformat())
-        write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
-        write_json(self.path("environment.json"), {"begun": begun, **environment()})
-
-    def _carry_out(self, stage: Stage, made: MadeFrom, found: dict[str, Any]) -> None:
-        folder, view = self.path(stage.name), self.view(stage, made.key)
+    def _carry_out(self, stage: Stage, made: MadeFrom) -> None:
+        folder, view, found = self.path(stage.name), self.view(stage, made.key), bool(made.found)
         if made.recovery:
             add_recovery(folder, made.recovery)
-        elif found and (found["fingerprint"] != made.fingerprint or stage.always):
-            # Folders of stages may hold other stages below them (evaluation/sft under evaluation): leave those.
+        elif made.differs or (found and stage.always):
             remove_stage(folder, stays=stage.stays)
-            found = {}
+            found = False
         if found and (folder / "done.json").exists():
             (folder / "started.json").unlink(missing_ok=True)  # a kill may have come between the two
             self.console.print(shown(f"· {stage.name}: done before, skipped", "dim"))
@@ -251,30 +244,36 @@ class Run:
             yield
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a run began with, where it did."""
+    path = folder / "environment.json"
+    return read_object(path) if path.exists() else {}
+
+
 def pin_to_run(folder: Path) -> None:
     """Let chat templates that write the date write that of the run's beginning, in this process."""
-    path = folder / "environment.json"
-    begun = read_object(path).get("begun") if path.exists() else None
+    begun = recorded(folder).get("begun")
     pin_date(None if begun is None else datetime.fromisoformat(str(begun)))
 
 
-def select(stages: dict[str, Stage], targets: Sequence[str]) -> list[Stage]:
-    """The stages that the targets name, with what they need, in the run's order."""
+def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
+    """The stages that the targets name (all by default), with what they need."""
+    names = [stage.name for stage in stages]
     wanted: set[str] = set()
-
-    def add(name: str) -> None:
-        if name not in wanted:
-            wanted.add(name)
-            for needed in stages[name].needs:
-                add(needed)
-
-    for target in targets or tuple(stages):
-        named = [name for name in stages if name == target or name.startswith(f"{target}/")]
+    for target in targets or names:
+        named = {name for name in names if name == target or name.startswith(f"{target}/")}
         if not named:
-            raise InputError(f"This recipe has no stage {target!r}; it has {', '.join(stages)}.")
-        for name in named:
-            add(name)
-    return [stage for name, stage in stages.items() if name in wanted]
+            raise InputError(f"This recipe has no stage {target!r}; it has {', '.join(names)}.")
+        wanted |= named
+    return with_needs(wanted, stages)
+
+
+def with_needs(names: set[str], stages: Sequence[Stage]) -> list[Stage]:
+    """The stages of these names and those that they need, in the run's order."""
+    wanted = set(names)
+    for stage in reversed(stages):
+        wanted.update(stage.needs if stage.name in wanted else ())
+    return [stage for stage in stages if stage.name in wanted]
 
 
 def worked_before(folder: Path) -> float:
@@ -285,14 +284,14 @@ def worked_before(folder: Path) -> float:
     return (before if isinstance(before, int | float) else 0.0) + last - started.stat().st_mtime
 
 
-def remove_stage(folder: Path, *, stays: Sequence[str] = ()) -> None:
-    """Delete what a stage wrote, but not what `stays` nor the stages whose folders lie below it."""
+def remove_stage(folder: Path, *, stays: Sequence[str]) -> None:
+    """Delete what a stage wrote, but not what `stays`, nor other stages below it, as evaluation/pairs/METHOD."""
     for path in folder.iterdir():
         if any(path.match(pattern) for pattern in stays):
             continue
         if path.is_file():
             path.unlink()
-        elif not any(path.rglob("done.json")) and not any(path.rglob("started.json")):
+        elif not any(any(path.rglob(marker)) for marker in MARKERS):
             shutil.rmtree(path)
 
 
@@ -300,11 +299,8 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level of dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
-    return {
-        key: value
-        for name, below in values.items()
-        for key, value in flatten(below, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    parts = (flatten(below, f"{prefix}.{name}" if prefix else str(name)) for name, below in values.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def environment() -> dict[str, Any]:

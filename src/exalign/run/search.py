@@ -79,12 +79,9 @@ def validation_stage(recipe: Recipe) -> Iterator[Stage]:
     judge = judging(recipe)
     if recipe.search is None or judge is None:
         return
-    takes = (
-        takes_supervised(recipe)
-        + judge.takes
-        + Takes((*SAMPLED, "search.prompts", "search.samples", "evaluate.prompts", "evaluate.first_prompt"))
-    )
-    takes += takes_evaluation(recipe) + takes_data(recipe, "validation")
+    own = Takes((*SAMPLED, "search.prompts", "search.samples", "evaluate.prompts", "evaluate.first_prompt"))
+    rows = takes_evaluation(recipe) + takes_data(recipe, "validation")
+    takes = takes_supervised(recipe) + judge.takes + own + rows
     yield takes.stage("validation", partial(_validation, judge=judge))
 
 
@@ -104,12 +101,10 @@ def searched_settings(view: View, name: str, method: Method) -> Method:
 
     They are what a training leaves of which all steps are done; damaged ones are left, and trained again.
     """
-    best = read_json(view.path(f"search/{name}", "best.json"))
+    best, taken = read_json(view.path(f"search/{name}", "best.json")), False
     if leads():
         write_json(view.folder / "settings.json", {"trial": best["trial"], "settings": best["settings"]})
         taken = _take_over(view.path(f"search/{name}", best["folder"]), view.folder)
-    else:
-        taken = False
     if gathered(taken)[0]:  # the others wait here for the files
         view.console.print(shown(f"  the weights are those of trial {best['trial']}", "dim"))
     return type(method).model_validate_json(json.dumps(best["settings"]))
@@ -299,10 +294,8 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 def _sentence(trial: Trial) -> str:
     """What is printed of a finished trial."""
     values = ", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in trial.values.items())
-    if trial.value is None:
-        outcome = f"failed: {trial.failed}"
-    else:
-        outcome = f"reward {trial.value:.3f} at KL {trial.kl:.2f}"
+    failed = f"failed: {trial.failed}"
+    outcome = failed if trial.value is None else f"reward {trial.value:.3f} at KL {trial.kl:.2f}"
     again = "" if trial.same_as is None else f" (the same as trial {trial.same_as})"
     return f"trial {trial.number}: {values}: {outcome}{again}"
 

@@ -30,14 +30,10 @@ def stage_checksums(folder: Path) -> dict[str, Stamp]:
     Where a SHA256SUMS has a checksum it is taken: it was computed when the file was written, not after it may have
     changed.
     """
-    found: dict[str, Stamp] = {}
-    sums: dict[Path, dict[str, str]] = {}
-    for path in sorted(_files(folder)):
-        owner = _owner(path, folder)
-        sums_of = {} if owner is None else sums.setdefault(owner, checksums.read_sums(owner))
-        known = None if owner is None else sums_of.get(path.relative_to(owner).as_posix())
-        found[path.relative_to(folder).as_posix()] = stamp(path, known=known)
-    return found
+    files, known = sorted(_files(folder)), dict[Path, str]()
+    for owner in (path.parent for path in files if path.name == checksums.NAME):
+        known |= {owner / name: digest for name, digest in checksums.read_sums(owner).items()}
+    return {path.relative_to(folder).as_posix(): stamp(path, known=known.get(path)) for path in files}
 
 
 def check_complete(stage: str, folder: Path, wanted: Mapping[str, Sequence[Any]]) -> None:
@@ -64,11 +60,12 @@ def check_inputs(stage: str, folder: Path) -> None:
 
     Models and records are checked by their readers, with the SHA256SUMS of their folders, which is one of these files.
     """
-    for name, digest in _listed(folder / "done.json").items():
-        path = folder / name
-        vouched = path.name != checksums.NAME and _owner(path, folder) is not None
-        if not (vouched or path.relative_to(folder).parts[0] in _NO_INPUT) and not checksums.holds(path, digest):
-            raise _damaged(path, stage)
+    listed = {Path(name): digest for name, digest in _listed(folder / "done.json").items()}
+    vouching = {path.parent for path in listed if path.name == checksums.NAME}
+    for path, digest in listed.items():
+        vouched = path.name != checksums.NAME and not vouching.isdisjoint(path.parents)
+        if not (vouched or path.parts[0] in _NO_INPUT or checksums.holds(folder / path, digest)):
+            raise _damaged(folder / path, stage)
 
 
 def forget_damaged_records(folder: Path) -> Iterator[Path]:
@@ -133,12 +130,6 @@ def verify(run: Path) -> Verified:
 
 def _listed(marker: Path) -> dict[str, str]:
     return {name: digest for name, (*_, digest) in read_sealed(marker).get("files", {}).items()}
-
-
-def _owner(path: Path, folder: Path) -> Path | None:
-    """The folder below the stage's, or it, whose SHA256SUMS vouches for a file."""
-    owner = next((p for p in path.parents if (p / checksums.NAME).is_file()), None)
-    return owner if owner is not None and owner.is_relative_to(folder) else None
 
 
 def _damaged(path: Path, stage: str) -> InputError:

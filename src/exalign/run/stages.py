@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
 from exalign.data.reading import each, read_source
@@ -40,11 +41,12 @@ from exalign.methods.sft import train_sft
 from exalign.models.loading import load_classifier, load_policy, load_reward_model, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import gathered, leads
+from exalign.redaction import redact
 from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
-from exalign.run.evaluating import PAIRS, POOL, evaluation_stages, reads_pairs, with_ids
+from exalign.run.evaluating import PAIRS, POOL, PROXY, evaluation_stages, proxy, reads_pairs
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
@@ -52,6 +54,7 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     Wanted,
+    as_texts,
     draw,
     metric_rows,
     not_held_out,
@@ -68,7 +71,9 @@ from exalign.run.materials import (
     takes_prompts,
     takes_supervised,
     takes_tokenizer,
+    token_limits,
     tokenize,
+    with_ids,
 )
 from exalign.run.recipe import Recipe, holds_out, holds_out_rewards, trained_on
 from exalign.run.search import search_stage, searched_settings, validation_stage
@@ -87,7 +92,8 @@ def plan(recipe: Recipe) -> list[Stage]:
     methods = [*_methods(recipe)]
     # What a method needs of the evaluation, the pool that its β is chosen from and held-out pairs, comes before it.
     needed = {need for stage in methods for need in stage.needs}
-    early = ({"evaluation/prompts", POOL} if POOL in needed else set()) | ({PAIRS} & needed)
+    pools = {POOL, PROXY} & needed
+    early = ({"evaluation/prompts", POOL, *pools} if pools else set()) | ({PAIRS} & needed)
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
@@ -167,8 +173,8 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
             yield Takes((f"align.{name}",)).stage(f"align/{name}", partial(_given, name=name))
             continue
         takes = takes_supervised(recipe) + SEED + Takes(("temperature", f"align.{name}"))
-        reference, critic = reference_of(method), None
-        if reference is not None:
+        scorer, critic = scoring(recipe), False
+        if (reference := reference_of(method)) is not None:
             takes += Takes(needs=(reference,))
             if method.trains_on == "preferences" and reads_pairs(recipe):
                 takes += Takes(needs=(PAIRS,))
@@ -177,35 +183,20 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
             if holds_out_rewards(method):
                 takes += Takes(("data.held_out",))
         else:
-            scorer = scoring(recipe)
             assert scorer is not None
             takes += OFFLINE + scorer.takes + takes_prompts(recipe)
             if method.num_completions is None:
                 takes += Takes(("sample.num_completions",))
-            if method.wants_critic and recipe.reward is not None and recipe.reward.model is None:
+            critic = method.wants_critic and recipe.reward is not None and recipe.reward.model is None
+            if critic:
                 takes += Takes(needs=("reward",))
-                critic = "reward"
-        pool_scorer = None
         if method.swept is not None and method.swept[0] == "kl":
-            takes += Takes(needs=(POOL,))
-            if recipe.scoring != recipe.judging:
-                pool_scorer = scoring(recipe)
-                assert pool_scorer is not None
-                takes += pool_scorer.takes
-        material = partial(
-            _material,
-            num_completions=method.num_completions,
-            reference=reference,
-            scorer=scoring(recipe),
-            critic=critic,
-        )
-        searched = recipe.search is not None and name in recipe.search.methods
-        if searched:
+            takes += Takes(needs=(POOL if proxy(recipe) is None else PROXY,))
+        material = partial(_material, name=name, scorer=scorer, critic=critic)
+        if recipe.search is not None and name in recipe.search.methods:
             yield search_stage(recipe, name, takes, material)
             takes += Takes(needs=(f"search/{name}",))
-        yield takes.stage(
-            f"align/{name}", partial(_align, name=name, material=material, pool_scorer=pool_scorer), together=True
-        )
+        yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
 
 
 def _given(view: View, *, name: str) -> None:
@@ -218,17 +209,15 @@ def _given(view: View, *, name: str) -> None:
         write_json(place / "source.json", {"source": source})
 
 
-def _material(
-    view: View, *, num_completions: int | None, reference: str | None, scorer: Scoring | None, critic: str | None
-) -> Material:
-    """What a method trains with: new at every call, as training changes it."""
-    recipe, tokenizer = view.recipe, run_tokenizer(view)
-    policy = supervised(view, tokenizer, trainable=True)
-    common = {"policy": policy, "tokenizer": tokenizer, "temperature": recipe.temperature, "counts": view.counts}
-    if reference is not None:
+def _material(view: View, *, name: str, scorer: Scoring | None, critic: bool) -> Material:
+    """What a method trains with: new at every call, as training changes it. `critic`: from this run's reward model."""
+    recipe, tokenizer, started = view.recipe, run_tokenizer(view), supervised_settings(view)
+    method = recipe.align[name]
+    material = Material(load_policy(started, tokenizer), tokenizer, recipe.temperature, counts=view.counts)
+    if (reference := reference_of(method)) is not None:
         records, kept = read_records(view.path(reference, "records")), list[Record]()
-        if num_completions is not None:
-            records = [replace(record, completions=record.completions[:num_completions]) for record in records]
+        if method.num_completions is not None:
+            records = [replace(record, completions=record.completions[: method.num_completions]) for record in records]
         if "data.held_out" in view.stage.reads:
             records, kept = _held_out(records, recipe.data.held_out, len(records), "align")
             view.counts["prompts_held_out"] = len(kept)
@@ -240,21 +229,19 @@ def _material(
         view.counts["completions"] = sum(group.num_completions for group in groups)
         kept = kept or (read_records(view.path(PAIRS, "records")) if view.has(PAIRS) else [])
         held_out = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(kept)]
-        return Material(groups=groups, held_out=held_out, **common)  # type: ignore[arg-type]
+        return replace(material, groups=groups, held_out=held_out)
     assert scorer is not None
-    started = supervised_settings(view)
-    own = started if critic is None else ModelSettings(source=str(view.path(critic, "model")), dtype=started.dtype)
-    return Material(
+    return replace(
+        material,
         prompts=prompts_of(view),
-        sampling=offline_sampling(view, num_completions or recipe.sample.num_completions),
+        sampling=offline_sampling(view, method.num_completions or recipe.sample.num_completions),
         scorer=scorer.load(view),
         reference=supervised(view, tokenizer),
-        critic=own,
-        **common,  # type: ignore[arg-type]
+        critic=ModelSettings(source=str(view.path("reward", "model")), dtype=started.dtype) if critic else started,
     )
 
 
-def _align(view: View, *, name: str, material: partial[Material], pool_scorer: Scoring | None) -> None:
+def _align(view: View, *, name: str, material: partial[Material]) -> None:
     """Train a method with its settings, or with those of its search's best trial, whose weights it takes over.
 
     A sweep is one training for each value, in `at-1`, `at-2`, … of the method's folder. Their last policies get second
@@ -266,8 +253,8 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
         method = searched_settings(view, name, method)
     members, settled = [(method, view.folder)], list[Method]()
     if method.swept is not None:
-        each = enumerate(_swept(view, method, pool_scorer), start=1)
-        members = [(one, view.folder / f"at-{number}") for number, one in each]
+        swept = enumerate(_swept(view, method), start=1)
+        members = [(one, view.folder / f"at-{number}") for number, one in swept]
     for number, (one, place) in enumerate(members, start=1):
         if len(members) > 1:
             view.console.print(shown(f"  {number} of {len(members)}: {one.line}", "dim"), soft_wrap=True)
@@ -293,20 +280,13 @@ def _align(view: View, *, name: str, material: partial[Material], pool_scorer: S
         gathered(None)
 
 
-def _swept(view: View, method: Method, scorer: Scoring | None) -> list[Method]:
-    """The methods that a sweep consists of; for `kl` with the β at which the optimum lies at so many nats.
-
-    `scorer` rewards the pool's samples again where their rewards are not those that it trains on.
-    """
+def _swept(view: View, method: Method) -> list[Method]:
+    """The methods that a sweep consists of; for `kl` with the β at which the optimum lies at so many nats."""
     assert method.swept is not None
     setting, values = method.swept
     if setting != "kl":
         return [method.at(setting, value) for value in values]
-    if scorer is None:
-        rewards = pool_rewards(view.path(POOL))
-    else:
-        records = scored(scorer.load(view), read_records(view.path(POOL)), view.counts)
-        rewards = {record.id: [c.reward for c in record.completions if c.reward is not None] for record in records}
+    rewards = pool_rewards(view.path(PROXY, "samples") if view.has(PROXY) else view.path(POOL))
     return [method.at_beta(beta_at(rewards, kl)) for kl in values]
 
 
@@ -364,23 +344,26 @@ def preferred_only(record: Record) -> Record:
 def _oracle(view: View) -> None:
     recipe, settings = view.recipe, view.recipe.oracle
     assert settings is not None
-    own = settings.model
-    tokenizer = (
-        run_tokenizer(view)
-        if own.source is None
-        else load_tokenizer(own.source, trust_remote_code=own.trust_remote_code)
-    )
+    tokenizer = _tokenizer_of(view, settings.model)
+    limits = TokenLimits(max_prompt_tokens=settings.max_tokens, max_completion_tokens=settings.max_tokens)
     assert recipe.data.labelled is not None
     records = list(read_source(recipe.data.labelled, view.counts, tokenizer))
     for record in records:
         if record.rewards not in ([0.0], [1.0]):
             raise InputError(f"data.labelled: row {record.id} has no label (0 or 1).")
     labels = [int(record.rewards[0]) for record in records if record.rewards is not None]
-    groups = tokenize(view, records, tokenizer, longest=settings.max_tokens)
+    groups = tokenize(view, records, tokenizer, limits)
     torch.manual_seed(recipe.seed)
-    model = load_classifier(own, tokenizer)
-    keep_limits(model, TokenLimits(max_prompt_tokens=settings.max_tokens, max_completion_tokens=settings.max_tokens))
+    model = load_classifier(settings.model, tokenizer)
+    keep_limits(model, limits)
     train_classifier(model, tokenizer, groups, labels, seeded(settings, recipe), view.folder)
+
+
+def _tokenizer_of(view: View, own: ModelSettings | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that a scalar model starts with: its own, or the policy's."""
+    if own is None or own.source is None:
+        return run_tokenizer(view)
+    return load_tokenizer(own.source, trust_remote_code=own.trust_remote_code)
 
 
 def _given_preferences(view: View) -> None:
@@ -446,19 +429,14 @@ def _sampled_preferences(view: View, *, scorer: Scoring) -> None:
 def _reward(view: View) -> None:
     recipe, settings = view.recipe, view.recipe.reward
     assert settings is not None
-    started = settings.model or supervised_settings(view)
-    own = settings.model
-    tokenizer = (
-        run_tokenizer(view)
-        if own is None or own.source is None
-        else load_tokenizer(own.source, trust_remote_code=own.trust_remote_code)
-    )
-    groups = tokenize(view, read_records(view.path("preferences", "records")), tokenizer)
+    tokenizer, pairs = _tokenizer_of(view, settings.model), view.path("preferences", "records")
+    records, own = read_records(pairs), None if settings.model is None else settings.model.source
+    if own is not None and redact(own) != read_header(pairs).tokenizer:
+        records = [as_texts(record) for record in records]  # samples of the policy have the ids of its tokenizer
+    groups = tokenize(view, records, tokenizer)
     torch.manual_seed(recipe.seed)
-    model = load_reward_model(started, tokenizer)
-    data = recipe.data
-    limits = TokenLimits(max_prompt_tokens=data.max_prompt_tokens, max_completion_tokens=data.max_completion_tokens)
-    keep_limits(model, limits)
+    model = load_reward_model(settings.model or supervised_settings(view), tokenizer)
+    keep_limits(model, token_limits(view))
     train_reward_model(model, tokenizer, groups, seeded(settings, recipe), view.folder)
 
 
@@ -505,13 +483,11 @@ def _given_rewards(view: View) -> None:
 def _reference(view: View, *, source: str, precision: Literal["fp32", "bf16"]) -> None:
     """Token ids and log π_sft of everything that is aligned on, by the code path that training uses."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
-    records = read_records(view.path(source, "records"))
-    known = with_ids(records, tokenize(view, records, tokenizer))
+    known = with_ids(view, read_records(view.path(source, "records")), tokenizer)
     model = supervised(view, tokenizer)
     done: list[Record] = []
     numerics = Numerics(temperature, "auto", precision)
     for start in range(0, len(known), SHARD):
-        part = known[start : start + SHARD]
-        done += with_logprobs(part, model, "reference_logprob", numerics)
+        done += with_logprobs(known[start : start + SHARD], model, "reference_logprob", numerics)
     write_records(view.folder / "records", done, Header(temperature=temperature, counts=dict(view.counts)))
     view.counts["groups"] = len(done)

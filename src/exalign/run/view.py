@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from exalign.errors import InputError
 from exalign.models.model_settings import adapter_base
 from exalign.rollout.own_modules import from_here
 from exalign.run.recipe import Recipe
-from exalign.settings import CONTENT, FUNCTION, NO_RESULT, STEP_SIZE, Settings
+from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings
 from exalign.storage import exists, read_sealed, write_sealed
 
 
@@ -86,6 +85,16 @@ class View:
         return stage in self.stage.needs
 
 
+def sections_of(path: str) -> list[str]:
+    """The sections that a dotted setting lies in.
+
+    >>> sections_of("data.sft.source")
+    ['data', 'data.sft']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
 class _Part:
     """A recipe or a section of it, of which a view shows some settings."""
 
@@ -100,10 +109,8 @@ class _Part:
 
     def _shown(self, name: str, value: Any) -> Any:
         path, reads = f"{self._prefix}{name}", self._view.stage.reads
-        parts = path.split(".")
-        above = {".".join(parts[:length]) for length in range(1, len(parts) + 1)} & set(reads)
-        if above:
-            self._view.read.update(above)
+        if declared := {*sections_of(path), path}.intersection(reads):
+            self._view.read.update(declared)
             return value
         if any(other.startswith(f"{path}.") for other in reads):
             return None if value is None else _Part(value, f"{path}.", self._view)
@@ -162,43 +169,35 @@ class Contents:
             write_sealed(self._path, settled)
 
 
-def key(recipe: Recipe, reads: Collection[str], contents: Contents, *, with_steps: bool = True) -> dict[str, Any]:
-    """What the settings named in `reads` are, less those marked as of no result; `with_steps`: those of a step's size
-    too.
-    """
-    left_out = [NO_RESULT] if with_steps else [NO_RESULT, STEP_SIZE]
-    found = {}
-    for path in sorted(set(reads)):
-        section, name = _place(recipe, path)
-        if isinstance(section, Settings):  # its field may be marked
-            found[path] = identity(section, contents, left_out, only=name).get(name)
-        elif section is not None:
-            found[path] = identity(section[name], contents, left_out)
+Marks = Collection[Mapping[str, Any]]
+
+
+def key(recipe: Recipe, reads: Collection[str], contents: Contents, left_out: Marks = (NO_RESULT,)) -> dict[str, Any]:
+    """What the settings named in `reads` are, less those with a mark that is left out."""
+    found = {path: _setting(*_place(recipe, path), contents, left_out) for path in sorted(set(reads))}
     return {path: value for path, value in found.items() if value not in (None, {})}
 
 
-def identity(
-    value: Any, contents: Contents, left_out: Collection[Mapping[str, Any]] = (NO_RESULT,), only: str | None = None
-) -> Any:
-    """A setting as JSON: of a section what is set and decides a result; with the content that names stand for."""
-    within = partial(identity, contents=contents, left_out=left_out)
+def _setting(section: Any, name: str, contents: Contents, left_out: Marks) -> Any:
+    """A setting of a section as JSON, with the content that it names; None where it is not set or left out."""
+    value = _inner(section, name)
+    mark = type(section).model_fields[name].json_schema_extra if isinstance(section, Settings) else None
+    if value is None or mark in left_out:
+        return None
+    if mark == CONTENT:
+        return [value, contents.of(value)] if isinstance(value, str) else [[one, contents.of(one)] for one in value]
+    if mark == FUNCTION:
+        return [value, contents.of_function(value)]
+    return _as_json(value, contents, left_out)
+
+
+def _as_json(value: Any, contents: Contents, left_out: Marks) -> Any:
     if isinstance(value, Settings):
-        found = {}
-        for name, info in type(value).model_fields.items():
-            mark, inner = info.json_schema_extra, getattr(value, name)
-            if inner is None or mark in left_out or only not in (None, name):
-                continue
-            if mark == CONTENT:
-                named = [[one, contents.of(one)] for one in ([inner] if isinstance(inner, str) else inner)]
-                found[name] = named[0] if isinstance(inner, str) else named
-            elif mark == FUNCTION:
-                found[name] = [inner, contents.of_function(inner)]
-            else:
-                found[name] = within(inner)
-        return found
+        found = {name: _setting(value, name, contents, left_out) for name in type(value).model_fields}
+        return {name: inner for name, inner in found.items() if inner is not None}
     if isinstance(value, Mapping):
-        return {name: within(inner) for name, inner in value.items()}
-    return [within(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {name: _as_json(inner, contents, left_out) for name, inner in value.items()}
+    return [_as_json(inner, contents, left_out) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def step_sizes(recipe: Recipe, reads: Collection[str]) -> dict[str, Any]:

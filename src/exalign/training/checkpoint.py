@@ -84,20 +84,20 @@ def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimize
 
 def prune_checkpoints(folder: Path, step: int, *, keep: int) -> None:
     """Remove all checkpoints but the last `keep` of those up to `step`."""
-    kept = [path for path in _checkpoints(folder) if _step_of(path) <= step][-keep:]
-    for path in set(_checkpoints(folder)) - set(kept):
-        remove_folder(path)
+    found = _checkpoints(folder)
+    for other in found.keys() - [there for there in found if there <= step][-keep:]:
+        remove_folder(found[other])
 
 
 def last_checkpoint(folder: Path, *, before: int) -> int:
     """The step of the last checkpoint that stands before step `before`; 0 where there is none."""
-    return max((_step_of(path) for path in _checkpoints(folder) if _step_of(path) < before), default=0)
+    return max((step for step in _checkpoints(folder) if step < before), default=0)
 
 
 def drop_checkpoints(folder: Path, *, after: int) -> None:
     """Remove the checkpoints after step `after`."""
-    for path in _checkpoints(folder):
-        if _step_of(path) > after:
+    for step, path in _checkpoints(folder).items():
+        if step > after:
             remove_folder(path)
 
 
@@ -116,14 +116,14 @@ def load_checkpoint(
     it stands at `recovered_after` or before and only what a recovery may change differs; so are metrics that are not
     those of the checkpoint.
     """
-    paths = _checkpoints(folder)
-    for place, path in reversed(list(enumerate(paths))):
+    for step, path in reversed(_checkpoints(folder).items()):
         try:
-            position = _position(path)
+            position, metrics = _position(path, step)
             recovered = position.settled == settled != "" and position.step <= recovered_after
             state = _read_tensors(path / "state.pt") if position.run == run or recovered else None
         except (InputError, OSError) as error:
-            before = f"continues from {paths[place - 1].name}" if place else "begins anew"
+            last = last_checkpoint(folder, before=step)
+            before = f"continues from step-{last:06d}" if last else "begins anew"
             said = str(error) if isinstance(error, InputError) else f"{path} cannot be read."
             warnings.warn(f"{path} is damaged; training {before}. ({said})", stacklevel=2)
             continue
@@ -131,7 +131,11 @@ def load_checkpoint(
             raise InputError(
                 f"{folder.parent} holds a run made with other settings or data; delete it or choose another folder."
             )
-        _check_metrics(path)
+        if metrics not in (None, _metrics_print(folder, step)):
+            raise InputError(
+                f"{folder.parent / METRICS} is damaged: up to step {step} it is not what was written; restore it, or "
+                f"delete {folder} to train anew."
+            )
         _put(state, model, optimizer, path)
         return replace(position, run=run, settled=settled)
     return Position(0, 0, run, settled)
@@ -153,28 +157,16 @@ def _put(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, path: Pa
     _forget_states_without_steps(model, optimizer, known=set(state["optimizer"]["state"]))
 
 
-def _position(path: Path) -> Position:
-    """What `checkpoint.json` says; `InputError` where it or the `state.pt` beside it is damaged."""
+def _position(path: Path, step: int) -> tuple[Position, str | None]:
+    """What `checkpoint.json` says, and its hash of the metrics; `InputError` where it or `state.pt` is damaged."""
     values = read_sealed(path / "checkpoint.json")
     found: list[Any] = [*map(values.get, ("step", "skipped_in_a_row", "run")), values.get("settled", "")]
-    step, skipped, run, settled = found
     # A truth value is no number.
-    if [*map(type, found)] != [int, int, str, str] or step != _step_of(path) or skipped < 0:
+    if [*map(type, found)] != [int, int, str, str] or found[0] != step or found[1] < 0:
         raise InputError(f"{path / 'checkpoint.json'} is damaged.")
     if values.get("state") != fingerprint_path(path / "state.pt"):
         raise InputError(f"{path / 'state.pt'} is damaged.")
-    return Position(step, skipped, run, settled)
-
-
-def _check_metrics(path: Path) -> None:
-    """The rows that were there at a checkpoint must be there as they were: they are not made again."""
-    wanted = read_sealed(path / "checkpoint.json").get("metrics")
-    if wanted is not None and wanted != _metrics_print(path.parent, _step_of(path)):
-        training = path.parents[1]
-        raise InputError(
-            f"{training / METRICS} is damaged: up to step {_step_of(path)} it is not what was written; restore it, or "
-            f"delete {path.parent} to train anew."
-        )
+    return Position(*found), values.get("metrics")
 
 
 def _metrics_print(checkpoints: Path, step: int) -> str:
@@ -262,9 +254,7 @@ def _save_tensors(state: dict[str, Any], stream: BinaryIO) -> None:
         raise
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """By their steps, in order."""
+    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+    return dict(sorted(found.items()))

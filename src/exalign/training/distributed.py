@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from exalign.device import device, is_on
 from exalign.errors import InputError
 from exalign.models.capability import base_of
-from exalign.processes import is_on, join, on_cpu, several, shards
+from exalign.processes import join, several, shards
 
 
 def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], some_left_out: bool) -> Accelerator:
@@ -42,9 +43,10 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:
         raise InputError(f"trackers: {missing[0]!r} is not installed, or unknown to Accelerate.")
-    if on_cpu():  # Accelerate imports DeepSpeed where it finds it, which complains that it found no GPU
+    on_cpu = device().type == "cpu"
+    if on_cpu:  # Accelerate imports DeepSpeed where it finds it, which complains that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if precision == "bf16" and on_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if precision == "bf16" and on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
         warnings.warn(
             "This processor has no bfloat16 instructions: precision bf16 takes about ten times as long as fp32 here. "
             "Leave precision out.",
@@ -56,7 +58,7 @@ def make_accelerator(folder: Path, *, precision: str, trackers: Sequence[str], s
     # returns to bf16, log-probabilities among them; so it does not hear of FSDP, and `shard` does that part.
     with patch_environment(accelerate_use_fsdp="false"):
         return Accelerator(
-            cpu=several() and on_cpu(),
+            cpu=several() and on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=list(trackers) or None,
             project_dir=str(folder),
@@ -121,11 +123,6 @@ def shard(module: nn.Module, device: torch.device, sharding: Sharding) -> None:
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` has been here."""
-    return isinstance(module, FSDPModule)
-
-
 class Whole:
     """Access to a module with all its weights, whether it is sharded by now or not. To be made before it is sharded.
 
@@ -157,7 +154,7 @@ class Whole:
 
     @contextmanager
     def _filled(self, *, cpu: bool) -> Iterator[Any]:
-        if not is_sharded(self._module):
+        if not isinstance(self._module, FSDPModule):
             yield self._module
             return
         state = get_model_state_dict(self._module, options=StateDictOptions(full_state_dict=True, cpu_offload=cpu))
@@ -178,8 +175,7 @@ class Whole:
 
 def whole_number(value: Tensor) -> float:
     """A number that may be divided among processes, as every process's own."""
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return float(whole)
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

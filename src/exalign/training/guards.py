@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.memory import TooLargeError
-from exalign.processes import gathered, number
+from exalign.processes import gathered, several
 from exalign.storage import read_json, read_object, write_json
 from exalign.training.checkpoint import METRICS, drop_checkpoints, rows_up_to
 from exalign.training.train_settings import TrainSettings
@@ -48,7 +48,7 @@ def smaller_budget(error: TooLargeError, token_budget: int, *, step: int, saved_
     So it is with several processes: those that have room wait in a collective operation for the one that has none, and
     it cannot take back what they did.
     """
-    if number() > 1:
+    if several():
         raise InputError(
             f"Out of memory in step {step}: {error}. Several processes cannot begin a step again; give the same "
             f"command with a token_budget below {token_budget}, or gradient_checkpointing, and it goes on after step "
@@ -119,19 +119,24 @@ def steps_not_taken(folder: Path) -> int:
 
 
 def _described(group: Group, loss: float, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    names = {"reward": "rewards", "reference_logprob": "reference_logp", "proposal_logprob": "proposal_logp"}
-    values = {name: getattr(group, field) for name, field in names.items()}
-    completions: list[dict[str, Any]] = [
-        {"text": tokenizer.decode(ids), "token_ids": ids.tolist(), **_numbers(values, place)}
-        for place, ids in enumerate(group.completion_ids)
-    ]
-    prompt = {"prompt": tokenizer.decode(group.prompt_ids), "prompt_ids": group.prompt_ids.tolist()}
-    own = {"row": group.index, "loss": _json_number(loss), "finite": math.isfinite(loss)}
-    return own | prompt | {"preferred": group.preferred, "completions": completions}
-
-
-def _numbers(values: dict[str, Tensor | None], place: int) -> dict[str, float | str]:
-    return {name: _json_number(float(tensor[place])) for name, tensor in values.items() if tensor is not None}
+    values = {
+        "reward": group.rewards,
+        "reference_logprob": group.reference_logp,
+        "proposal_logprob": group.proposal_logp,
+    }
+    return {
+        "row": group.index,
+        "loss": _json_number(loss),
+        "finite": math.isfinite(loss),
+        "prompt": tokenizer.decode(group.prompt_ids),
+        "prompt_ids": group.prompt_ids.tolist(),
+        "preferred": group.preferred,
+        "completions": [
+            {"text": tokenizer.decode(ids), "token_ids": ids.tolist()}
+            | {name: _json_number(float(known[place])) for name, known in values.items() if known is not None}
+            for place, ids in enumerate(group.completion_ids)
+        ],
+    }
 
 
 def _json_number(value: float) -> float | str:
@@ -197,17 +202,15 @@ def recovered_after(folder: Path, settings: TrainSettings) -> int:
 
 def with_recoveries(card: str, folder: Path) -> str:
     """A model card that tells of every recovery: after which step training went on, and with what."""
-    sentences = [
-        f"Training went on after step {entry['after_step']} with "
-        + ", ".join(f"{name} {now} (was {entry['were'].get(name)})" for name, now in _changes(entry))
-        + ", because loss or gradient had not been finite.\n"
-        for entry in recoveries(folder)
-    ]
+    sentences = []
+    for entry in recoveries(folder):
+        now, before = entry["settings"], entry["were"]
+        changes = [f"{name} {now[name]} (was {before.get(name)})" for name in now if now[name] != before.get(name)]
+        sentences.append(
+            f"Training went on after step {entry['after_step']} with {', '.join(changes)}, because loss or gradient "
+            "had not been finite.\n"
+        )
     return "\n".join([card, *sentences])
-
-
-def _changes(entry: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, now) for name, now in entry["settings"].items() if entry["were"].get(name) != now]
 
 
 def _is_recovery(entry: Any) -> bool:

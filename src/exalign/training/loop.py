@@ -7,11 +7,12 @@ the token budget, nor accumulation, nor the number of processes changes it. What
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +32,11 @@ from exalign.models.capability import base_of, check_steady
 from exalign.models.heads import ActorCritic, PackedScorer
 from exalign.models.loading import save_model, some_rows
 from exalign.models.logprobs import PackedPolicy
-from exalign.models.memory import TooLargeError, fitting, release_memory
+from exalign.models.memory import TooLargeError, computed, fitting, release_memory
 from exalign.models.sizes import measured, training_sizes
 from exalign.redaction import redact_values
-from exalign.settings import NO_RESULT, STEP_SIZE, Settings
-from exalign.storage import fingerprint, remove_leftovers
+from exalign.settings import Settings
+from exalign.storage import fingerprint, link_folder, remove_folder, remove_leftovers, write_json
 from exalign.terminal import escape_controls, shown
 from exalign.training.batches import Batches, saved_steps
 from exalign.training.checkpoint import (
@@ -44,6 +45,7 @@ from exalign.training.checkpoint import (
     last_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    rows_up_to,
     save_checkpoint,
 )
 from exalign.training.distributed import Whole, make_accelerator, shard, sharding_wanted, whole_number
@@ -57,7 +59,6 @@ from exalign.training.guards import (
     smaller_budget,
     with_recoveries,
 )
-from exalign.training.held_out import HeldOut
 from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.train_settings import TrainSettings
 
@@ -65,6 +66,8 @@ LINE_SECONDS = 30.0
 """Between two lines about a training where there is no terminal for a bar."""
 SHOWN_ROWS = 4
 """Prompts of a step that trackers show, with their completions, where a policy is saved."""
+HELD_OUT_NUMBERS = ("loss", "accuracy", "margin", "reward_correlation")
+"""Those of a task's numbers that are measured on held-out groups, as `held_out_loss` … of the step's row of metrics."""
 Trainable = PackedPolicy | PackedScorer | ActorCritic
 
 
@@ -91,6 +94,61 @@ class Task(Protocol):
 
 
 @dataclass(slots=True)
+class HeldOut:
+    """Groups that nothing is trained on, measured at every saved policy. With `stop_after` n a training ends where n of
+    these in a row have no lower loss on them than the best before, and what it leaves ends with that one.
+
+    A function of the weights alone, and read back from the metrics: an interrupted training ends where it would have.
+    """
+
+    groups: Sequence[Group] = ()
+    stop_after: int | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    """By the steps after which a policy was saved; what is not a number is never the best."""
+
+    def begin(self, metrics: Path, step: int) -> None:
+        """Take up what was measured up to `step`."""
+        if self.stop_after is not None and not self.groups:
+            raise InputError("stop_after looks at held-out preferences or rewards, and there are none.")
+        self.losses = {}
+        for row in map(json.loads, rows_up_to(metrics, step)):
+            if "held_out_loss" in row:
+                self.note(row["step"], row["held_out_loss"])
+
+    def note(self, step: int, loss: float | None) -> None:
+        """Take up what was measured after `step`."""
+        self.losses[step] = loss if loss is not None and math.isfinite(loss) else math.inf
+
+    @property
+    def best(self) -> int:
+        """The step with the lowest loss, the first of several."""
+        return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    @property
+    def stops(self) -> bool:
+        """Whether training has come to its end."""
+        if self.stop_after is None or not self.losses:
+            return False
+        return sum(step > self.best for step in self.losses) >= self.stop_after
+
+    def keep_best(self, folder: Path) -> str:
+        """Take the policies after the best away, and name that one the model; a sentence that says so."""
+        for path in sorted((folder / "policies").glob("step-*")):
+            if path.name[5:].isdigit() and int(path.name[5:]) > self.best:
+                remove_folder(path)
+        link_folder(folder / "policies" / f"step-{self.best:06d}", folder / "model")
+        last = max(self.losses)
+        sentence = f"the held-out loss is lowest after step {self.best} ({self.losses[self.best]:.4g}), which is kept; "
+        sentence += (
+            f"training stopped after step {last} ({self.losses[last]:.4g}), {self.stop_after} saved policies later"
+            if self.stops
+            else f"training went on to step {last} ({self.losses[last]:.4g})"
+        )
+        write_json(folder / "held-out.json", {"best": self.best, "last": last, "sentence": sentence})
+        return sentence
+
+
+@dataclass(slots=True)
 class _Trainer:
     accelerator: Accelerator
     model: nn.Module
@@ -99,7 +157,6 @@ class _Trainer:
     settings: TrainSettings
     tokenizer: PreTrainedTokenizerBase
     folder: Path
-    warmup_steps: int
     token_budget: int
     """That of the settings, or what they leave to choose, or less once memory has run out."""
     held_out: HeldOut
@@ -272,9 +329,9 @@ def _take_step(trainer: _Trainer, step: int, say: Callable[[str], None]) -> dict
     seed = int(fingerprint([settings.seed, step, trainer.accelerator.process_index]), 16) >> 1
     torch.manual_seed(seed)
     groups = trainer.seen = trainer.task.batches[step]
-    factor = learning_rate_factor(
-        step, num_steps=len(trainer.task.batches), warmup_steps=trainer.warmup_steps, schedule=settings.schedule
-    )
+    num_steps = len(trainer.task.batches)
+    warmup_steps = int(settings.warmup_fraction * num_steps)
+    factor = learning_rate_factor(step, num_steps=num_steps, warmup_steps=warmup_steps, schedule=settings.schedule)
     set_learning_rate(optimizer, settings.learning_rate * factor)
     values = {**getattr(trainer.task, "numbers", {}), **_gradient(trainer, groups, step, seed, say)}
     norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.max_grad_norm)
@@ -318,26 +375,39 @@ def _show_rows(trainer: _Trainer, step: int) -> None:
 
 
 def _measured(trainer: _Trainer, step: int) -> dict[str, float | None]:
-    with trainer.accelerator.autocast():
-        loss_of, budget = partial(trainer.task.loss, trainer.model), trainer.token_budget
+    """The task's means over the held-out groups, by the code path of training; every process computes all of them."""
+    sums: dict[str, float] = {}
+
+    def work(part: Sequence[Group]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
-            found = trainer.held_out.measure(loss_of, trainer.task.weight, step, token_budget=budget)
-        except TooLargeError as error:  # of one of several processes
-            smaller_budget(error, budget, step=step, saved_at=trainer.saved_at)
+            with fitting(part):
+                return trainer.task.loss(trainer.model, part)
+        except TooLargeError as error:  # which ends it where there are several processes
+            smaller_budget(error, trainer.token_budget, step=step, saved_at=trainer.saved_at)
             raise
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for part, (loss, metrics) in computed(work, trainer.held_out.groups, token_budget=trainer.token_budget):
+            values = {"loss": loss} | metrics | {"weight": loss.new_tensor(trainer.task.weight(part))}
+            for name in {*HELD_OUT_NUMBERS, "weight"} & values.keys():
+                sums[name] = sums.get(name, 0.0) + float(values[name])
+    found = {name: sums[name] / (sums["weight"] or 1.0) for name in HELD_OUT_NUMBERS if name in sums}
+    trainer.held_out.note(step, found["loss"])
+    return {f"held_out_{name}": value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _gradient(
     trainer: _Trainer, groups: Sequence[Group], step: int, seed: int, say: Callable[[str], None]
 ) -> dict[str, float]:
     """`accumulate`, begun again with half the token budget where memory runs out, to the same gradient."""
-    with_all, every = (trainer.accelerator, trainer.model, trainer.task), trainer.settings.agreement_every
-    agreement = every is not None and step % every == 0 and trainer.accelerator.num_processes == 1
+    accelerator, every = trainer.accelerator, trainer.settings.agreement_every
+    agreement = every is not None and step % every == 0 and accelerator.num_processes == 1
     while True:
         torch.manual_seed(seed)
         try:
-            return accumulate(*with_all, groups, trainer.token_budget, agreement=agreement)
+            return accumulate(
+                accelerator, trainer.model, trainer.task, groups, trainer.token_budget, agreement=agreement
+            )
         except TooLargeError as error:
             budget = smaller_budget(error, trainer.token_budget, step=step + 1, saved_at=trainer.saved_at)
             say(f"{error}; from step {step + 1} on token_budget is {budget:,} instead of {trainer.token_budget:,}")
@@ -354,7 +424,7 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
             return trainer.task.loss(trainer.model, [group])[0]
 
     writes, skipped = trainer.accelerator.is_main_process, trainer.folder / "skipped"
-    say(keep_skipped(skipped, row, trainer.task.batches[row["step"] - 1], loss_of, trainer.tokenizer, writes=writes))
+    say(keep_skipped(skipped, row, trainer.seen, loss_of, trainer.tokenizer, writes=writes))
     num_steps = len(trainer.task.batches)
     all_steps = row["step"] == num_steps and in_a_row >= num_steps - trainer.settings.idle_steps
     if all_steps or in_a_row >= trainer.settings.max_skipped_in_a_row:
@@ -369,8 +439,8 @@ def _skip(trainer: _Trainer, row: dict[str, Any], in_a_row: int, say: Callable[[
 def _start(trainer: _Trainer) -> Position:
     """Where the last checkpoint left model and optimizer."""
     folder, batches = trainer.folder, trainer.task.batches
-    deciding = trainer.settings.model_dump(exclude=trainer.settings.marked(NO_RESULT))
-    settled = {name: value for name, value in deciding.items() if name not in trainer.settings.marked(STEP_SIZE)}
+    deciding = trainer.settings.deciding()
+    settled = {name: value for name, value in deciding.items() if name not in trainer.settings.step_sizes()}
     made_from = {"batches": batches.fingerprint, "steps": len(batches)}
     position = load_checkpoint(
         folder / "checkpoints",
@@ -399,12 +469,23 @@ def _prepare(
         folder, precision=settings.precision, trackers=settings.trackers, some_left_out=settings.leaves_some_out
     )
     flat = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.model_dump().items()}
-    accelerator.init_trackers("exalign", config=flat, init_kwargs=tracked_as(folder.absolute()))
+    try:
+        accelerator.init_trackers("exalign", config=flat, init_kwargs=tracked_as(folder.absolute()))
+    except Exception as error:  # each tracker raises its own, for example where nobody is logged in
+        raise InputError(f"trackers: {first_line(error)}") from error
     for model in module.children():
         if hasattr(base_of(model), "get_input_embeddings"):
             check_steady(base_of(model))
     module.train()
-    budget, checkpointing = _sizes(module, settings, accelerator, sharded=sharding is not None)
+    memory = device_memory(accelerator.device)
+    budget, checkpointing = training_sizes(
+        measured(module.children(), memory),
+        memory,
+        token_budget=settings.token_budget,
+        checkpointing=settings.gradient_checkpointing,
+        autocast=settings.precision == "bf16",
+        shards=1 if sharding is None else accelerator.num_processes,
+    )
     if checkpointing:
         for model in module.children():
             part: Any = model
@@ -428,9 +509,7 @@ def _prepare(
     prepared: nn.Module = module
     if sharding is None:
         prepared, optimizer = accelerator.prepare(module, optimizer, device_placement=[False, True])
-    warmup_steps = int(settings.warmup_fraction * len(task.batches))
-    trained = (accelerator, prepared, optimizer, task, settings, tokenizer, folder, warmup_steps, budget)
-    return _Trainer(*trained, held_out)
+    return _Trainer(accelerator, prepared, optimizer, task, settings, tokenizer, folder, budget, held_out)
 
 
 def tracked_as(folder: Path) -> dict[str, dict[str, Any]]:
@@ -442,18 +521,6 @@ def tracked_as(folder: Path) -> dict[str, dict[str, Any]]:
     group, name = run.name, folder.relative_to(run).as_posix()
     alike = {"group": group, "name": name}
     return {"wandb": alike, "trackio": alike, "mlflow": {"run_name": name, "tags": {"group": group}}}
-
-
-def _sizes(module: nn.Module, settings: TrainSettings, accelerator: Accelerator, *, sharded: bool) -> tuple[int, bool]:
-    memory = device_memory(accelerator.device)
-    return training_sizes(
-        measured(module.children(), memory),
-        memory,
-        token_budget=settings.token_budget,
-        checkpointing=settings.gradient_checkpointing,
-        autocast=settings.precision == "bf16",
-        shards=accelerator.num_processes if sharded else 1,
-    )
 
 
 class TrainingProgress:
@@ -487,8 +554,8 @@ class TrainingProgress:
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the metrics of a finished step."""
-        shown = [name for name in ("loss", "kl", "accuracy", "tokens_per_second") if row.get(name) is not None]
-        numbers = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in shown)
+        names = [name for name in ("loss", "kl", "accuracy", "tokens_per_second") if row.get(name) is not None]
+        numbers = "  ".join(f"{name.replace('_', ' ')} {row[name]:.4g}" for name in names)
         self._bar.update(self._task, completed=row["step"], numbers=numbers)
         now = time.monotonic()
         last = row["step"] == self.num_steps
@@ -516,5 +583,5 @@ Trained with exalign under these settings:
 
 def model_card(title: str, description: str, settings: Settings, *, pipeline_tag: str) -> str:
     """A model card in Markdown with the front matter that model hubs read."""
-    shown = yaml.safe_dump(redact_values(settings.model_dump(mode="json")), sort_keys=False)
-    return _CARD.format(title=title, description=description, settings=shown, pipeline_tag=pipeline_tag)
+    text = yaml.safe_dump(redact_values(settings.model_dump(mode="json")), sort_keys=False)
+    return _CARD.format(title=title, description=description, settings=text, pipeline_tag=pipeline_tag)

@@ -35,15 +35,14 @@ def adamw(
         raise InputError("No weight of this model is trained: all of them are frozen.")
     groups: list[dict[str, Any]] = []
     for rate in sorted({rate_of(name) for name, _ in trained}):
-        some = [parameter for name, parameter in trained if rate_of(name) == rate]
-        decaying = [parameter for parameter in some if parameter.ndim >= 2]
-        others = [parameter for parameter in some if parameter.ndim < 2]
-        groups.append({"params": decaying, "weight_decay": weight_decay, "rate": rate})
-        groups.append({"params": others, "weight_decay": 0.0, "rate": rate})
+        for wide, decay in ((True, weight_decay), (False, 0.0)):
+            some = [weight for name, weight in trained if rate_of(name) == rate and (weight.ndim >= 2) == wide]
+            if some:
+                groups.append({"params": some, "weight_decay": decay, "rate": rate})
     # The rate is set before every step; the fused kernel exists where models are trained.
     fused = device.type in ("cpu", "cuda")
     kind = _AdamWOfHalves if any(parameter.dtype == torch.bfloat16 for _, parameter in trained) else torch.optim.AdamW
-    return kind([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
+    return kind(groups, lr=0.0, betas=betas, fused=fused)
 
 
 class _AdamWOfHalves(torch.optim.AdamW):

@@ -28,6 +28,7 @@ EXO = {
 }
 SFT_BETTER = {**SFT, "6": ("good plain",), "7": ("good plain",)}
 FAST = ("--retry-wait", 0.01, "--attempts", 3)
+NOBODY = ("--endpoint", "http://localhost/v1", "--model", "m", "--dry-run")
 
 
 def summary_of(run: Path, judge: str, match_up: str) -> dict:
@@ -174,6 +175,18 @@ def test_dry_run_asks_and_writes_nothing(run, rules, invoke):
     assert not (run / "judging").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ('{"max_tokens": null, "max_completion_tokens": 4000}', "at most 72,000 to write"),
+        ('{"max_tokens": null}', "any number to write"),
+    ],
+)
+def test_a_dry_run_counts_by_the_limit_that_requests_have(run, invoke, fields, said):
+    result = invoke("judge", run, "--against", "sft", *NOBODY, "--request-fields", fields)
+    assert said in " ".join(result.output.split())
+
+
 def test_against_the_reference_texts_where_they_are_known(run, rules, invoke):
     invoke("judge", run, "--against", "chosen", "--endpoint", f"{rules}/v1", "--model", "longer", *FAST)
     summary = summary_of(run, "longer-instruction", "exo-vs-reference")
@@ -208,7 +221,7 @@ def test_every_method_of_a_run_is_judged(make_run, rules, invoke):
     assert shares == {"exo": 0.6, "dpo": 0.0}
 
 
-def pool_of(run: Path, samples: list[tuple[str, float]]) -> None:
+def pool_of(run: Path, samples: list[tuple[str, float | None]]) -> None:
     rows = [Record(key, PROMPTS[key], tuple(Completion(t, reward=r) for t, r in samples)) for key in ("0", "1", "2")]
     write_records(run / "evaluation" / "pool", rows, Header())
 
@@ -230,6 +243,14 @@ def test_the_best_of_n_of_the_pool_is_judged_like_a_method(make_run, rules, invo
     assert read_judgements(run).judges[0].match_ups[0].outdated == 0
     too_many = invoke("judge", run, "--against", "sft", "--best-of", 5, *arguments)
     assert "best-of-5: the pool has 4 samples of the prompt 0" in str(too_many.exception)
+
+
+@pytest.mark.parametrize("reward", [None, float("nan")])
+def test_a_pool_without_rewards_has_no_best(make_run, invoke, reward):
+    run = make_run("best", PROMPTS, {}, sft=SFT, exo=EXO)
+    pool_of(run, [("bad", 0.0), ("a good one", reward)])
+    result = invoke("judge", run, "--against", "sft", "--best-of", 2, *NOBODY)
+    assert "best-of-2: a sample of the prompt 0 has no finite reward" in str(result.exception)
 
 
 def test_one_step_of_one_method(run, rules, invoke):
@@ -334,6 +355,15 @@ def test_grading_on_a_preference_set(tmp_path, rules, invoke):
         ),
         (("--against", "sft", "--endpoint", "http://localhost/v1", "--model", "m", "--request-fields", "{"), "JSON"),
         (("--against", "sft", "--model-path", "x", "--model", "m"), "either --endpoint"),
+        (
+            ("--against", "sft", "--model-path", "x", "--dry-run", "--request-fields", '{"seed": 1}'),
+            "--model-path takes none",
+        ),
+        (("--against", "sft", *NOBODY, "--request-fields", '{"top_p": NaN}'), "not a JSON object"),
+        (("--against", "sft", *NOBODY, "--request-fields", '{"messages": null}'), "must leave the messages"),
+        (("--against", "sft", *NOBODY, "--request-fields", '{"model": null}'), "must leave the messages"),
+        (("--against", "sft", *NOBODY, "--template", "{{ answer_a }} " * 30), "neither a file"),
+        (("--against", "best-of-4", *NOBODY), "no pool of samples for best-of-4"),
     ],
 )
 def test_wrong_input_is_one_sentence(run, invoke, arguments, message):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from scipy.optimize import minimize
 
 from exalign.errors import InputError
 from exalign.judging.askers import Endpoint, JudgeSettings, seconds_to_wait
-from exalign.judging.comparisons import VERDICTS, Pair
+from exalign.judging.comparisons import Pair, Verdict
 from exalign.judging.exchanges import ExchangeStore, Reply, read_answers, request_key
 from exalign.judging.instructions import BUILT_IN, load_instructions, read_verdict
-from exalign.judging.summary import RIDGE, agreed, length_controlled_win_rate
+from exalign.judging.summary import RIDGE, Judgement, agreed, length_controlled_win_rate, summarise
 
 CHAT = ({"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "?"})
 PAIR = Pair("7", CHAT, "exo", "sft", "text of exo", "text of sft", reference="the reference")
@@ -63,6 +65,11 @@ def test_text_of_an_answer_is_never_a_template():
     question = load_instructions("instruction").render(pair, left="first")
     assert "{{ prompt }} {% raw %}" in question
     assert "<b>&amp;</b>" in question
+
+
+def test_half_of_a_character_can_be_asked_about():
+    pair = replace(PAIR, first_text="half \ud83d", prompt="\udc00")
+    assert "half ?" in load_instructions("instruction").render(pair, left="first").encode("utf-8").decode()
 
 
 @pytest.mark.parametrize(
@@ -117,11 +124,10 @@ def test_any_answer_can_be_read_or_is_unreadable(answer):
 
 
 def test_verdicts_agree_symmetrically_and_never_guess():
-    for a in VERDICTS:
-        for b in VERDICTS:
-            assert agreed(a, b) == agreed(b, a)
-            assert (agreed(a, b) == "unreadable") == ("unreadable" in (a, b))
-            assert agreed(a, b) not in ("first", "second") or a == b
+    for a, b in product(get_args(Verdict), repeat=2):
+        assert agreed(a, b) == agreed(b, a)
+        assert (agreed(a, b) == "unreadable") == ("unreadable" in (a, b))
+        assert agreed(a, b) not in ("first", "second") or a == b
 
 
 def test_the_store_gives_back_what_it_was_given_and_drops_a_torn_line(tmp_path):
@@ -219,6 +225,26 @@ def test_length_control_without_differences_is_the_win_rate_and_all_wins_stay_wi
     scores = np.array([1, 1, 0, 0.5, 1])
     assert length_controlled_win_rate(scores, np.zeros(5)).rate.estimate == pytest.approx(0.7, abs=1e-9)
     assert length_controlled_win_rate(np.ones(5), np.arange(5.0)).rate.estimate == pytest.approx(1, abs=1e-6)
+
+
+def judged(number: int, first: str, second: str, verdict: Verdict) -> Judgement:
+    texts = ("long " * number, "short") if first == "exo" else ("short", "long " * number)
+    pair = Pair(str(number), "Hi", first, second, *texts)
+    return Judgement((), pair.judged("m", verdict))
+
+
+def test_a_summary_is_the_same_however_a_pair_is_told():
+    verdicts: list[Verdict] = ["first", "second", "first", "tie", "first", "second"]
+    told = [judged(i, "exo", "sft", verdict) for i, verdict in enumerate(verdicts, start=1)]
+    turned = [*told[:3], *(Judgement((), one.verdict.swapped()) for one in told[3:])]
+    assert summarise(turned) == summarise(told)
+
+
+def test_a_judge_of_several_match_ups_is_told_nothing_of_the_first():
+    several = [judged(1, "exo", "sft", "first"), judged(2, "dpo", "sft", "second")]
+    found = summarise(several)
+    assert found["measured_pairs"] == 2
+    assert {found[name] for name in ("win", "tie", "lose", "score", "length_controlled")} == {None}
 
 
 def test_length_control_takes_out_what_length_explains():

@@ -130,6 +130,7 @@ def test_one_assessor_cannot_act_for_another(client, tokens, store):
     [
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ],
@@ -244,7 +245,12 @@ def test_only_loopback_is_served_without_an_address():
     assert allowed_hosts("0.0.0.0", "https://assess.example.org:8443/x")[-1] == "assess.example.org"
     with pytest.raises(InputError, match="IPv4"):
         allowed_hosts("::1", None)
-    for host, url in (("0.0.0.0", None), ("example.org", None), ("127.0.0.1", "assess.example.org")):
+    for host, url in (
+        ("0.0.0.0", None),
+        ("example.org", None),
+        ("127.0.0.1", "assess.example.org"),
+        ("127.0.0.1", "http://[x"),
+    ):
         with pytest.raises(InputError, match="--url"):
             allowed_hosts(host, url)
 

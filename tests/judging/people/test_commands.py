@@ -59,6 +59,26 @@ def test_the_same_seed_makes_the_same_study_and_fewer_judgements_are_shared_out(
         store.close()
 
 
+def test_a_number_is_one_that_can_be_counted_to(make_run):
+    assert "  ²  http" in invoke("new", make_run(1), "--match", "exo:dpo", "--prompts", 1, "--assessors", "²")
+
+
+def test_no_share_is_shown_beyond_what_a_share_can_be(make_run, tmp_path):
+    run, store = make_run(5), tmp_path / "study.sqlite"
+    output = invoke("new", run, "--match", "exo:dpo", "--prompts", 5, "--assessors", "ann", "--store", store)
+    place = Store(str(store))
+    person = place.assessor(re.search(r"/a/(\S+)", output)[1])
+    for position in range(1, 6):
+        task = place.task(person.id, position)
+        good = task.left_text.startswith("exo") != (position == 1)
+        place.submit(person.id, position, 0, {"verdict": "left" if good else "right", "criteria": {}, "comment": ""})
+    place.close()
+    output = invoke("agreement", store)
+    assert "80.0 [" in output
+    assert max(float(high) for high in re.findall(r", ([\d.]+)\]", output)) == 100.0
+    assert "[-" not in output
+
+
 def test_links_lead_to_the_address_that_is_given(make_run):
     output = invoke("new", make_run(1), "--match", "exo:dpo", "--prompts", 1, "--url", "https://a.example/")
     assert len(re.findall(r"  https://a\.example/a/\S+\n", output)) == 3
@@ -89,6 +109,8 @@ def test_wrong_input_is_one_sentence(make_run, tmp_path):
         invoke("new", run, "--match", "exo:dpo", "--per-item", 0)
     with pytest.raises(InputError, match="give a number"):
         invoke("new", run, "--match", "exo:dpo", "--assessors", "ann,,bob")
+    with pytest.raises(InputError, match="Cannot write"):
+        invoke("new", run, "--match", "exo:dpo", "--prompts", 1, "--store", "/dev/null/study.sqlite")
     invoke("new", run, "--match", "exo:dpo", "--prompts", 1, "--name", "one")
     invoke("new", run, "--match", "exo:dpo", "--prompts", 1, "--name", "two")
     with pytest.raises(InputError, match="say which with --name"):

@@ -224,7 +224,20 @@ def test_a_store_without_a_study_says_so(location):
     store.close()
 
 
+def test_a_path_is_taken_as_it_is_spelled(tmp_path, make_study):
+    for name in ("what?.sqlite", "50%41.sqlite", "a#b.sqlite"):
+        store = Store(str(tmp_path / "studies" / name))
+        store.create(make_study(num_prompts=1))
+        store.close()
+    assert {path.name for path in (tmp_path / "studies").glob("*.sqlite")} == {
+        "what?.sqlite",
+        "50%41.sqlite",
+        "a#b.sqlite",
+    }
+
+
 def test_a_place_that_cannot_be_opened_is_an_input_error(tmp_path):
-    for wrong in ("nosuchdb://x/y", "postgresql://nobody@127.0.0.1:1/none", str(tmp_path)):
+    addresses = ("nosuchdb://x/y", "postgresql://nobody@127.0.0.1:1/none", "postgresql://nobody@here:port/none")
+    for wrong in (*addresses, str(tmp_path)):
         with pytest.raises(InputError):
             Store(wrong).check()
