@@ -122,6 +122,23 @@ def test_a_method_takes_some_completions_and_ends_where_held_out_prompts_say(wor
         assert sum(note.startswith(sentence) for note in run.read_evidence().notes) == 1
 
 
+def test_an_aim_that_the_pool_does_not_show_is_said_and_a_nearer_one_then_goes_on(world: Path, tmp_path: Path) -> None:
+    def run(kl: str) -> None:
+        settings = [
+            *ALONE,
+            "evaluate.pool_prompts=4",
+            "evaluate.pool_samples=48",
+            f"align={{exo: {SWEPT}sweep: {kl}}}}}",
+        ]
+        run_recipe(load_recipe(RECIPE, tiny_overrides(world, *settings)), "align/exo", folder=tmp_path)
+
+    with pytest.raises(InputError, match=r"The optimum at 3 nats cannot be told from 48 samples a prompt, .*aim nearer"):
+        run("{kl: [0.1, 3]}")
+    run("{kl: [0.1, 0.4]}")  # nothing was made, so nothing is made again
+    with pytest.raises(InputError, match=r"align/exo was made by another recipe \(align.exo.sweep.kl was"):
+        run("{kl: [0.1, 0.3]}")
+
+
 def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Recipe]) -> None:
     names = [stage.name for stage in plan(tiny("align={exo: {sweep: {kl: [0.1, 0.4]}}}"))]
     assert names.index("evaluation/pool") < names.index("align/exo") < names.index("evaluation/sft")

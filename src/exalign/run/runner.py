@@ -161,10 +161,13 @@ class Run:
             )
 
     def _found(self, stage: Stage) -> dict[str, Any]:
-        """What the stage in the directory says that it was made from; nothing where there is none.
+        """What the stage in the directory says that it was made from; nothing where there is none, or it made nothing.
 
         One that is damaged is an `InputError`, unless it may be made again: then that is said, and it is of nothing.
         """
+        begun = self.path(stage.name, "started.json")
+        if begun.exists() and [*begun.parent.iterdir()] == [begun]:
+            return {}
         try:
             for path in (self.path(stage.name, name) for name in MARKERS):
                 if path.exists():
