@@ -109,7 +109,7 @@ def test_shipped_recipes_name_data_sets_of_the_hub(path: Path) -> None:
 def test_the_commands_of_the_results_take_the_files_that_they_were_made_from(page: Path) -> None:
     """The shell expands the commands as they are printed; the recipes that come of it read files alone."""
     data = re.findall(r"```sh\n(FILES=.*?)```", (ROOT / "docs/results/README.md").read_text(), flags=re.DOTALL)
-    (commands,) = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    commands = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL))
     script = f'exalign() {{ printf "%s\\t" "$@"; echo; }}\n{data[0]}\n{commands}'
     printed = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
     runs = [line.split("\t")[1:-1] for line in printed.splitlines() if "recipes/" in line]

@@ -21,7 +21,7 @@ CONTENT: dict[str, Any] = {"effect": "content"}
 FUNCTION: dict[str, Any] = {"effect": "function"}
 """Marks the name of a function as module:function, whose file decides the result as well as the name."""
 
-Source = Annotated[str, AfterValidator(os.path.expanduser)]
+Source = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path or a hub's name in a setting. A `~` in front is the user's home: expanded here, and nowhere else."""
 
 

@@ -197,6 +197,14 @@ def test_runs_of_one_name_in_several_folders_are_told_apart(runs: list[Path], tm
     assert [run.name for run in read_runs(places, KLS)] == [place.as_posix() for place in places]
 
 
+def test_a_pool_too_small_for_any_optimum_is_as_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", World({"exo-rw": (0.9, (1.0,))}, num_prompts=6, pool=8, steps=4))
+    build_evidence(run, num_resamples=20)
+    (found,) = read_runs([run], KLS)
+    assert OPTIMUM not in found.rewards and found.shares == {}
+    assert "Share of the optimum" not in tables([found], KLS)
+
+
 def test_a_run_whose_recipe_is_gone_is_compared(results: list[RunResults]) -> None:
     bare = replace(results[0], evidence=replace(results[0].evidence, recipe=""))
     assert differing_sections([bare]) == [] and "different settings" not in tables([bare], KLS)

@@ -41,6 +41,22 @@ def test_a_misspelt_setting_names_the_nearest() -> None:
     assert "align.exo-rw.beta_p is not a setting; did you mean beta_pi?" in problem("align.exo-rw.beta_p=0.1")
     assert "did you mean temperature?" in problem("temprature=1.0")
     assert "did you mean num_completions?" in problem("sample.num_completion=3")
+    assert problem("data.sft.limt=3").endswith(": data.sft.limt is not a setting; did you mean limit?")
+    assert problem("data.sft=[{source: a, limt: 3}]").endswith(
+        ": data.sft.0.limt is not a setting; did you mean limit?"
+    )
+    assert "sum.1.wieght is not a setting; did you mean weight?" in problem(
+        "evaluate.scorer.sum=[{function: 'a:b'}, {function: 'c:d', wieght: 2}]"
+    )
+
+
+def test_what_may_be_one_or_a_list_is_told_of_in_the_form_that_was_written() -> None:
+    assert problem("data.sft.limit=x").endswith(": data.sft.limit: input should be a valid integer, not 'x'.")
+    assert problem("data.sft=[{source: a, limit: x}]").endswith(
+        ": data.sft.0.limit: input should be a valid integer, not 'x'."
+    )
+    assert problem("data.sft=5").endswith(": data.sft: input should be an object, not 5.")
+    assert "data.sft: list should have at least 1 item" in problem("data.sft=[]")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,7 @@ def test_a_misspelt_setting_names_the_nearest() -> None:
         ("align.exo-rw.divergence=kl", "align.exo-rw.divergence"),
         ("sft.learning_rate=.nan", "sft.learning_rate"),
         ("name=a/b", "name"),
+        ("data.sft.source=''", "data.sft.source"),
     ],
 )
 def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
@@ -92,7 +109,7 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align={a: {method: grpo}}", "sample.num_completions=1"], "align.a: compares the completions of a prompt"),
         (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting; here: fresh_every, in optimizer steps"),
         (["align={a: {fresh_every: 2}}", "data.prompts=null"], "data.prompts is missing"),
-        (["align.sft={}"], "is not 'answers', 'density', 'pairs', 'pool', 'prompts', 'sft'"),
+        (["align.sft={}"], "is not 'answers', 'density', 'pairs', 'pool', 'prompts', 'proxy', 'sft'"),
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={ppo: {}}"], "ppo is not a setting; here: each method is a section of align, as align: {ppo: {method"),

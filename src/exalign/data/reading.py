@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,7 +128,7 @@ class DataSettings(Settings):
         return {spelled(k): float(v) if isinstance(v, int) and abs(v) < 2**53 else v for k, v in labels.items()}
 
 
-Sources = DataSettings | list[DataSettings]
+Sources = DataSettings | Annotated[list[DataSettings], Field(min_length=1)]
 """What one kind of data comes from: a source, or several that are read one after another."""
 
 

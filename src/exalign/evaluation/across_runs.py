@@ -142,7 +142,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     }
     judged, shares = pool_rewards(run.pool), dict[str, dict[float, Interval | None]]()
     pool, proxy = pool_frontier(judged), pool_frontier(pool_rewards(run.proxy) if judged else {}, judged=judged)
-    if pool is not None:
+    if pool is not None and pool.reliable.any():
         gains = {kl: most for kl in kls if (most := gain_at(pool, kl)) is not None and most.mean() > 0}
         shares = {
             method: beyond | {kl: resamples.ratio(paths.gain(method, kl), gains[kl]) for kl in within if kl in gains}
@@ -151,7 +151,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         if proxy is not None:
             shares[PROXY_OPTIMUM] = {kl: proxy_share(proxy, pool, kl, resamples) for kl in kls}
     for which, found in ((PROXY_OPTIMUM, proxy), (OPTIMUM, pool)):
-        if found is not None:
+        if found is not None and found.reliable.any():
             known = {kl: gain for kl in kls if (gain := gain_at(found, kl)) is not None}
             rewards[which] = beyond | {kl: mean(found.base + gain) for kl, gain in known.items()}
     return RunResults(name, evidence, rewards, differences, shares)

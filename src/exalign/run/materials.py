@@ -129,9 +129,9 @@ def takes_data(recipe: Recipe, name: str) -> Takes:
     return here + takes_tokenizer(recipe) if are_cut(source) else here
 
 
-def are_cut(sources: Sources) -> bool:
+def are_cut(sources: Sources | None) -> bool:
     """Whether any texts are cut into prompt and completion, which takes a tokenizer."""
-    return any(one.prompt_tokens is not None for one in each(sources))
+    return any(one.prompt_tokens is not None for one in each(sources or []))
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -261,7 +261,7 @@ def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
     """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
     if "data.prompts" in view.stage.reads:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
-        cut_here = are_cut(view.recipe.data.prompts or [])
+        cut_here = are_cut(view.recipe.data.prompts)
     else:
         records, cut_here = different_prompts(iter_records(view.path("preferences", "records"))), True
     for record in records:

@@ -637,15 +637,23 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
+_FORMS = {"DataSettings", "list[DataSettings]"}
+"""How pydantic names, within a setting's place, the forms that it may have: no part of what was written."""
+
+
 def explain_validation_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first problem of a pydantic error as a sentence with the dotted setting, then how many more there are."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    other = {"model_type", "list_type"}  # of a place that may hold settings or a list of them
+    found = error.errors()
+    told = [problem for problem in found if problem["type"] not in other or problem["loc"][-1] not in _FORMS]
+    told = told or found[:1]
+    problems = sorted(told, key=lambda problem: problem["type"] != "extra_forbidden")
     first, more = _sentence(problems[0], model, prefix), len(problems) - 1
     return first + (f" ({more} more problem{'s' if more > 1 else ''})" if more else "")
 
 
 def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location = [str(part) for part in problem["loc"] if part not in _FORMS]
     where = ".".join(filter(None, (prefix, *location))) or "recipe"
     if problem["type"] == "extra_forbidden":
         owner = settings_at(model, location[:-1])
@@ -665,7 +673,9 @@ def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] 
     """The settings class that stands at a dotted location below `model`, through optional and mapped fields."""
     current: Any = model
     for part in location:
-        if is_settings(current):
+        if part.isdecimal():  # of a list; settings that may be a list stand for it already
+            current = typing.get_args(current)[0] if typing.get_origin(current) in (list, tuple) else current
+        elif is_settings(current):
             field = current.model_fields.get(part)
             current = field.annotation if field else None
         elif typing.get_origin(current) is dict:
