@@ -109,6 +109,7 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
         (["align={a: {method: grpo}}", "sample.num_completions=1"], "align.a: compares the completions of a prompt"),
         (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting; here: fresh_every, in optimizer steps"),
         (["align={a: {fresh_every: 2}}", "data.prompts=null"], "data.prompts is missing"),
+        (["sample.num_completions=1"], "align.exo-rw: compares at least two completions of a prompt"),
         (["align.sft={}"], "is not 'answers', 'density', 'pairs', 'pool', 'prompts', 'proxy', 'sft'"),
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),

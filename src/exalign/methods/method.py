@@ -186,7 +186,7 @@ class Method(TrainSettings):
         return None
 
     def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:
-        """Sentences about a recipe's `sample` with which it cannot train, where it draws its own samples."""
+        """Sentences about a recipe's `sample` with which it cannot train, where it trains on samples."""
         yield from ()
 
     def problem_with(self, num_completions: int) -> str | None:

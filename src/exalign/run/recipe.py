@@ -371,17 +371,16 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         )
     for name, method in recipe.align.items():
         problems = [*method.problems()]
-        drawn = recipe.sample.num_completions
-        if method.trains_on == "prompts":
-            own = {"num_completions": method.num_completions or drawn}
-            problems += method.sampling_problems(recipe.sample.model_copy(update=own))
-        elif method.num_completions is not None and method.trains_on != "rewards":
+        drawn, own = recipe.sample.num_completions, method.num_completions
+        offline = method.trains_on == "rewards" and recipe.data.rewards is None
+        if own is not None and method.trains_on not in ("prompts", "rewards"):
             problems.append("num_completions has no effect on a method without rewards; remove it")
-        elif method.num_completions is not None and method.num_completions > drawn and recipe.data.rewards is None:
+        elif own is not None and offline and own > drawn:
             problems.append(
-                f"num_completions = {method.num_completions} is above sample.num_completions = {drawn}, which are "
-                "drawn; raise the latter"
+                f"num_completions = {own} is above sample.num_completions = {drawn}, which are drawn; raise the latter"
             )
+        elif offline or method.trains_on == "prompts":
+            problems += method.sampling_problems(recipe.sample.model_copy(update={"num_completions": own or drawn}))
         problems += _stop_problems(recipe, method)
         yield from (f"align.{name}: {problem}" for problem in problems)
         yield from (f"align.{name}.sweep{problem}" for problem in _sweep_problems(recipe, method))
