@@ -413,7 +413,9 @@ class _Asking:
             reply = await self.asker.attempt(body)
             if reply.outcome == "away" and self._waits_for_it(reply):
                 continue
-            if reply.outcome == "answered" or reply.http_status is not None:  # not a connection that broke as it went away
+            if (
+                reply.outcome == "answered" or reply.http_status is not None
+            ):  # not a connection that broke as it went away
                 self.away_since, self.times_away = None, 0
             attempt += 1
             self.store.append(key, body, reply)
