@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exalign.evaluation.schema import Interval
 from exalign.evaluation.statistics import BOOTSTRAP, Bootstrap, mean_interval, resample_weights
 
 
@@ -102,3 +103,11 @@ def test_a_share_of_what_a_resample_does_not_have_has_no_interval():
 def test_unequal_prompts_cannot_be_paired():
     with pytest.raises(ValueError, match="same prompts"):
         BOOTSTRAP.difference(np.zeros(2), np.zeros(3))
+
+
+def test_a_ratio_of_the_same_prompts_is_resampled_together() -> None:
+    """Twice a value over that value is 2 in every resample of both, not where each is resampled on its own."""
+    values = np.array([1.0, 2.0, 6.0])
+    assert Bootstrap().ratio(2 * values, values, paired=True) == Interval(2.0, 2.0, 2.0, 3)
+    alone = Bootstrap().ratio(2 * values, values)
+    assert alone.low is not None and alone.low < 2

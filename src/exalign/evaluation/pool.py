@@ -181,7 +181,7 @@ def proxy_share(
     None where the samples do not show one of them so far away, or nothing is to be gained.
     """
     ours, most = gain_at(proxy, kl), gain_at(pool, kl)
-    return None if ours is None or most is None or most.mean() <= 0 else bootstrap.ratio(ours, most)
+    return None if ours is None or most is None or most.mean() <= 0 else bootstrap.ratio(ours, most, paired=True)
 
 
 def gap_to_optimum(

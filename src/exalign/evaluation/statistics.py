@@ -66,15 +66,17 @@ class Bootstrap:
             raise ValueError(f"paired values need the same prompts, got {len(first)} and {len(second)}")
         return self.mean(_finite(first) - _finite(second))
 
-    def ratio(self, first: Array, second: Array) -> Interval:
+    def ratio(self, first: Array, second: Array, *, paired: bool = False) -> Interval:
         """Mean of `first` over that of `second`, which is above 0, of P and Q prompts, resampled each on their own.
 
-        Without an interval where there are resamples whose `second` is not above 0.
+        `paired`: of the same prompts, resampled together. Without an interval where there are resamples whose `second`
+        is not above 0.
 
         >>> Bootstrap().ratio(np.ones(3), np.full(2, 4.0))
         Interval(estimate=0.25, low=0.25, high=0.25, num_prompts=2)
         """
-        below = resample_weights(len(second), num_resamples=self.num_resamples, seed=self.seed + 1) @ _finite(second)
+        seed = self.seed if paired else self.seed + 1
+        below = resample_weights(len(second), num_resamples=self.num_resamples, seed=seed) @ _finite(second)
         share, fewest = first.mean() / second.mean(), min(len(first), len(second))
         if not (below > 0).all():
             return Interval(float(share), None, None, fewest)

@@ -86,8 +86,7 @@ def draw_frontier(
         _optimum(axes, evidence.optimum.points)
         curve = [(p.kl.estimate, p.reward) for p in evidence.optimum.points]
         ends += _end_within(axes, OPTIMUM, LIGHT["ink"], curve)
-    if measure is REWARD and evidence.proxy_optimum:
-        curve = [(p.kl.estimate, p.reward) for p in evidence.proxy_optimum.points if p.reliable]
+    if measure is REWARD and (curve := _proxy(evidence)):
         kls, rewards = [kl for kl, _ in curve], [reward.estimate for _, reward in curve]
         axes.plot(kls, rewards, color=LIGHT["ink"], linewidth=1.2, linestyle="--", label=PROXY_OPTIMUM)
         ends += _end_within(axes, PROXY_OPTIMUM, LIGHT["ink"], curve)
@@ -115,6 +114,7 @@ def _limit(axes: Axes, evidence: Evidence, points: Sequence[FrontierPoint], meas
         optimum = evidence.optimum.points if evidence.optimum else []
         ys += [y for p in optimum if p.kl.estimate <= farthest for y in p.reward.ends]
         ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
+        ys += [reward.estimate for kl, reward in _proxy(evidence) if kl <= farthest]
     if measure.share:
         ys = [within_a_share(y) for y in ys]
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
@@ -122,6 +122,12 @@ def _limit(axes: Axes, evidence: Evidence, points: Sequence[FrontierPoint], meas
     room = 0.05 * (max(ys) - min(ys)) or 0.05
     _kl_axis(axes, min([0.0, *kls]), farthest)
     axes.set_ylim(min(ys) - room, max(ys) + room)
+
+
+def _proxy(evidence: Evidence) -> list[tuple[float, Interval]]:
+    """KL and reward of the optimum of the training reward, as far as the pool shows it."""
+    points = evidence.proxy_optimum.points if evidence.proxy_optimum else []
+    return [(point.kl.estimate, point.reward) for point in points if point.reliable]
 
 
 def _kl_axis(axes: Axes, least: float, farthest: float) -> None:
