@@ -312,7 +312,7 @@ def inspect(
 
 @app.command("chat", rich_help_panel=RESULT)
 def chat_(
-    model: Annotated[str, typer.Argument(help="Folder or hub name of a policy, as RUN/align/METHOD/model.")],
+    model: Annotated[str, typer.Argument(help="A policy's folder or hub name; of a run, what it ships.")],
     against: Annotated[str | None, typer.Option(help="A second one, whose answers stand beside.")] = None,
     system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="τ of sampling.")] = 0.7,

@@ -20,6 +20,7 @@ from exalign.data.reading import DataSettings, prompt_digest, read_source, setti
 from exalign.data.record import Completion, Record, pairs_from_rewards
 from exalign.data.shapes import Shape
 from exalign.data.store import Header, write_records
+from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 
 USER = {"role": "user", "content": "Hi"}
@@ -773,6 +774,26 @@ def test_our_own_records_come_back_whole_or_not_at_all(tmp_path):
     (tmp_path / "records/header.json").unlink()
     with pytest.raises(InputError, match="not finished"):
         read(tmp_path / "records")
+
+
+def test_token_ids_of_another_tokenizer_are_left_out(tmp_path):
+    """A run's samples keep what is known of them for whoever reads their texts in the ids; others get the texts."""
+    texts = ["A good film, seen twice.", "Never again would I watch it"]
+    ours, theirs = (build_tokenizer(texts * 4 + more, vocab_size=320) for more in ([], ["zzz qqq", *"jkxvw"] * 9))
+    ids = [tuple(ours.encode(text, add_special_tokens=False)) for text in texts]
+    completions = tuple(Completion(text, one, logprob=-1.0) for text, one in zip(texts, ids, strict=True))
+    cut = Completion(f"{texts[0]} {texts[1]}", ids[0], logprob=-1.0)
+    records = [Record("1", "p", completions, prompt_ids=(9,)), Record("2", "q", (cut,), prompt_ids=(9,))]
+    write_records(tmp_path / "records", records, Header())
+    source, counts = DataSettings(source=str(tmp_path / "records")), Counter()
+    assert list(read_source(source, counts, ours)) == records == list(read_source(source, counts))
+    assert not counts["rows_with_ids_of_another_tokenizer"]
+    bare = tuple(Completion(text) for text in texts)
+    assert list(read_source(source, counts, theirs)) == [
+        Record("1", "p", bare),
+        Record("2", "q", (Completion(cut.text),)),
+    ]
+    assert counts["rows_with_ids_of_another_tokenizer"] == 2
 
 
 def test_a_file_is_never_held_in_memory(write_jsonl):

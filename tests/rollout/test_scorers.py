@@ -276,6 +276,25 @@ def test_log_odds_are_the_same_alone_and_in_a_batch(records, model_type, token_b
         assert rewards == pytest.approx(singles, abs=1e-9)
 
 
+def test_an_encoder_reads_less_at_once_where_memory_runs_out(records, monkeypatch):
+    model, room = tiny_classifier("bert", 2), [6]
+    scorer = ClassifierScorer(model, word_tokenizer(encoder=True))
+    whole, forward = scorer.score(records), model.forward
+
+    def cramped(input_ids, **others):
+        if len(input_ids) > room[0]:
+            raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+        return forward(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model, "forward", cramped)
+    for room[0] in (6, 3, 2, 1):
+        for found, wanted in zip(scorer.score(records), whole, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-9)
+    room[0] = 0
+    with pytest.raises(InputError, match="A text of 5 tokens alone does not fit in memory"):
+        scorer.score(records)
+
+
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_a_text_too_long_for_an_encoder_keeps_its_end(model_type):
     model, tokenizer = tiny_classifier(model_type, 2), word_tokenizer(encoder=True)

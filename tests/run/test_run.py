@@ -24,6 +24,7 @@ from exalign.data.synthetic import remark_reward
 from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.schema import read_evidence
 from exalign.evaluation.verdict import scorer_accuracy
 from exalign.judging.pairing import system
 from exalign.models.loading import load_policy, load_tokenizer
@@ -31,6 +32,7 @@ from exalign.models.logprobs import plain_completion_logprobs
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import open_scorer
 from exalign.run.carry_out import run_recipe
+from exalign.run.chat import Speaker
 from exalign.run.demo import RECIPE
 from exalign.run.evaluating import _agreement, evaluation_rows, in_order
 from exalign.run.materials import prompts_of, records_of
@@ -97,6 +99,24 @@ def test_a_reward_model_reads_in_another_run_what_it_read_in_its_own(world: Path
     assert scored["header"]["prompts_cut"] == cut
     scorer = open_scorer(ScorerSettings(reward_model=str(tmp_path / "reward" / "model")))
     assert scorer.score(records) == [pytest.approx(record.rewards, abs=1e-6) for record in records]
+
+
+def test_who_talks_to_a_run_talks_to_what_it_ships(
+    finished: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = finished
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "exalign.run.chat.load_tokenizer", lambda source: asked.append(source) or load_tokenizer(source)
+    )
+    Speaker.load(str(folder), max_new_tokens=2, temperature=1.0, seed=0, system=None)
+    shipped = read_evidence(folder / "evaluation" / "evidence.json").verdict
+    assert shipped is not None and asked == [str(folder / shipped.folder)]
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(folder / "recipe.yaml", begun)
+    with pytest.raises(InputError, match="has no evidence"):
+        Speaker.load(str(begun), max_new_tokens=2, temperature=1.0, seed=0, system=None)
 
 
 def test_running_again_skips_everything(finished: tuple[Recipe, Path]) -> None:

@@ -183,7 +183,8 @@ class SourceRow:
 def read_source(
     sources: Sources, counts: Counter[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Record]:
-    """The records of one or several sources, streamed. `tokenizer` is needed (and used) only for `prompt_tokens`.
+    """The records of one or several sources, streamed. `tokenizer` cuts texts (`prompt_tokens`), and token
+    ids that records of a run bring along stay only where it reads their texts in them.
 
     A row's id is its place in the source (`train.jsonl:17`), so it does not depend on shuffling or limits; where there
     are several sources, the number of its own stands before it (`2/train.jsonl:17`). `counts` receives `rows` and
@@ -213,8 +214,8 @@ def _read_one(
     path = local_path(settings)
     if settings.prompt_tokens is not None and tokenizer is None:
         raise InputError("`prompt_tokens` cuts texts with a tokenizer, which is not used where this data is read.")
-    if path is not None and any(exists(path / name) for name in ("part-000000.parquet", "header.json")):
-        records = _own_records(path, settings, counts)
+    if path is not None and holds_records(path):
+        records = _own_records(path, settings, counts, tokenizer)
     else:
         _check_settings(settings, path)
         records = _foreign_records(settings, path, counts, tokenizer)
@@ -225,13 +226,36 @@ def _read_one(
     return _counted(_joined(records) if settings.join else records, settings.weight, counts)
 
 
-def _own_records(folder: Path, settings: DataSettings, counts: Counter[str]) -> Iterator[Record]:
+def holds_records(folder: Path) -> bool:
+    """Whether a run wrote records there."""
+    return any(exists(folder / name) for name in ("part-000000.parquet", "header.json"))
+
+
+def _own_records(
+    folder: Path, settings: DataSettings, counts: Counter[str], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Record]:
     if not (folder / "header.json").exists():
         raise InputError(f"{folder} was not finished (it has no header.json): run the stage that writes it again.")
     for name in ("name", "data_dir", "split", "columns", "labels", "prompt_tokens", "shuffle_seed"):
         if getattr(settings, name) not in (None, {}):
             raise InputError(f"`{name}` cannot take effect on {folder}, which already holds records.")
-    return _window(iter_records(folder), settings, counts)
+    records = _window(iter_records(folder), settings, counts)
+    return records if tokenizer is None else _with_ids_of(tokenizer, records, counts)
+
+
+def _with_ids_of(
+    tokenizer: PreTrainedTokenizerBase, records: Iterator[Record], counts: Counter[str]
+) -> Iterator[Record]:
+    """The records, without ids and what was computed from them unless these are the tokenizer's."""
+    from exalign.data.tokenization import reads_texts_in_ids
+
+    seen = list(islice(records, SEEN))
+    if reads_texts_in_ids(seen, tokenizer):
+        yield from chain(seen, records)
+    else:
+        for record in chain(seen, records):
+            counts["rows_with_ids_of_another_tokenizer"] += any(one.token_ids for one in record.completions)
+            yield record.as_texts()
 
 
 def _foreign_records(

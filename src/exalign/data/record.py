@@ -63,6 +63,11 @@ class Record:
         values = [completion.reward for completion in self.completions]
         return None if not values or any(value is None for value in values) else values  # type: ignore[return-value]
 
+    def as_texts(self) -> Record:
+        """This record without what one tokenizer and one model said of its texts."""
+        bare = (replace(one, token_ids=None, logprob=None, reference_logprob=None) for one in self.completions)
+        return replace(self, prompt_ids=None, completions=tuple(bare))
+
     def with_rewards(self, rewards: Iterable[float]) -> Record:
         """This record with its K rewards set."""
         return self.with_each("reward", map(float, rewards))

@@ -197,6 +197,14 @@ def completion_text(
     return _added(before, whole).removeprefix(lead)
 
 
+def reads_texts_in_ids(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer reads in the ids of most completions what their texts begin with; False where none has."""
+    having = [one for record in records for one in record.completions if one.token_ids and one.text.strip()]
+    pairs = [(one.text.strip(), _decode(tokenizer, one.token_ids or (), skip=True).strip()) for one in having]
+    right = sum(text[:20] in read or (read != "" and read[:20] in text) for text, read in pairs)
+    return 2 * right > len(pairs)
+
+
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """The text of one token inside a text, where a space in front of a word stays."""
     context = _encode(tokenizer, "a")

@@ -27,7 +27,7 @@ from exalign.device import device
 from exalign.errors import InputError, first_line
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_scoring_model, load_tokenizer
-from exalign.models.memory import computed
+from exalign.models.memory import computed, is_out_of_memory, release_memory
 from exalign.models.sizes import reading_budget
 from exalign.rollout.own_modules import from_here, own_module
 from exalign.rollout.settings import OneScorer, ScorerSettings
@@ -216,11 +216,26 @@ class RewardModelScorer:
         rows = self._encode(texts)
         logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)
         with torch.inference_mode():
-            for batch in _similar_lengths(rows, self.token_budget):
-                inputs = self._tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
-                ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
-                logits[batch] = self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
+            waiting = list(_similar_lengths(rows, self.token_budget))
+            while waiting:
+                batch = waiting.pop(0)
+                try:
+                    logits[batch] = self._logits([rows[i] for i in batch])
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                if len(batch) == 1:
+                    raise InputError(f"A text of {len(rows[batch[0]]):,} tokens alone does not fit in memory.")
+                release_memory()
+                middle = len(batch) // 2
+                waiting[:0] = [batch[:middle], batch[middle:]]
         return list(logits.split([len(record.completions) for record in records]))
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        inputs = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        ids, mask = (inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask"))
+        return self._model(input_ids=ids, attention_mask=mask).logits.double().cpu()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         tokenizer: Any = copy.deepcopy(self._tokenizer)

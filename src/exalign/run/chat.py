@@ -15,11 +15,13 @@ from rich.text import Text
 from exalign.data.record import Record
 from exalign.device import device
 from exalign.errors import InputError
+from exalign.evaluation.run_folder import RunFolder
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorers import max_positions
 from exalign.rollout.settings import SampleSettings
+from exalign.storage import exists
 from exalign.terminal import shown
 
 NEW = "/new"
@@ -40,6 +42,7 @@ class Speaker:
 
     @classmethod
     def load(cls, source: str, *, max_new_tokens: int, temperature: float, seed: int, system: str | None) -> Speaker:
+        source = _policy(source)
         tokenizer = load_tokenizer(source)
         policy = load_policy(ModelSettings(source=source), tokenizer)
         longest = (max_positions(policy) or FAR) - max_new_tokens
@@ -62,6 +65,17 @@ class Speaker:
         said = record.completions[0].text
         self.turns.append({"role": "assistant", "content": said})
         return said
+
+
+def _policy(source: str) -> str:
+    """`source`; of a run's folder, the policy that its report ships."""
+    run = RunFolder(Path(source))
+    if not exists(run.recipe):
+        return source
+    found = run.read_evidence().verdict
+    if found is None:
+        raise InputError(f"The report of {source} names no policy to ship; give one, as {source}/align/METHOD/model.")
+    return str(run.policy_source(f"{found.method}@{found.step}"))
 
 
 def chat(speakers: Sequence[Speaker], console: Console) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.reading import Sources, each, named, read_source
+from exalign.data.reading import Sources, each, holds_records, named, read_source
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -121,17 +121,22 @@ def _named(recipe: Recipe, settings: ScorerSettings | None, *places: str) -> Sco
 
 
 def takes_data(recipe: Recipe, name: str) -> Takes:
-    """A data source; where it cuts texts by tokens, the tokenizer with it."""
+    """A data source; where it cuts texts by tokens, or its rows may have token ids, the tokenizer with it."""
     source = getattr(recipe.data, name)
     if source is None:
         return Takes()
     here = Takes((f"data.{name}",))
-    return here + takes_tokenizer(recipe) if are_cut(source) else here
+    return here + takes_tokenizer(recipe) if _told_in_tokens(source) else here
 
 
 def are_cut(sources: Sources | None) -> bool:
     """Whether any texts are cut into prompt and completion, which takes a tokenizer."""
     return any(one.prompt_tokens is not None for one in each(sources or []))
+
+
+def _told_in_tokens(sources: Sources) -> bool:
+    """Whether a source is cut by tokens, or was written by a run, with token ids."""
+    return are_cut(sources) or any(holds_records(Path(one.source)) for one in each(sources))
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -214,19 +219,13 @@ def with_ids(view: View, records: Sequence[Record], tokenizer: PreTrainedTokeniz
     ]
 
 
-def as_texts(record: Record) -> Record:
-    """The record without what one tokenizer and one model said of its texts."""
-    bare = (replace(one, token_ids=None, logprob=None, reference_logprob=None) for one in record.completions)
-    return replace(record, prompt_ids=None, completions=tuple(bare))
-
-
 def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Iterator[Record]:
-    """The records of a data source; texts are split into prompt and completion by the run's tokenizer.
+    """The records of a data source, split into prompt and completion and freed of others' ids by the run's tokenizer.
 
     None at all is an error when they are read to their end.
     """
     source, record = getattr(view.recipe.data, name), None
-    tokenizer = run_tokenizer(view) if are_cut(source) else None
+    tokenizer = run_tokenizer(view) if _told_in_tokens(source) else None
     for record in read_source(source, view.counts if counts is None else counts, tokenizer):
         yield record
     if record is None:
@@ -261,12 +260,10 @@ def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
     """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
     if "data.prompts" in view.stage.reads:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
-        cut_here = are_cut(view.recipe.data.prompts)
     else:
-        records, cut_here = different_prompts(iter_records(view.path("preferences", "records"))), True
+        records = different_prompts(iter_records(view.path("preferences", "records")))
     for record in records:
-        # Ids that a record of another run brought along may be of another tokenizer.
-        yield replace(record, completions=(), preferred=None, prompt_ids=record.prompt_ids if cut_here else None)
+        yield replace(record, completions=(), preferred=None)
 
 
 def prompts_of(view: View) -> list[Record]:

@@ -54,7 +54,6 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     Wanted,
-    as_texts,
     draw,
     metric_rows,
     not_held_out,
@@ -432,7 +431,7 @@ def _reward(view: View) -> None:
     tokenizer, pairs = _tokenizer_of(view, settings.model), view.path("preferences", "records")
     records, own = read_records(pairs), None if settings.model is None else settings.model.source
     if own is not None and redact(own) != read_header(pairs).tokenizer:
-        records = [as_texts(record) for record in records]  # samples of the policy have the ids of its tokenizer
+        records = [record.as_texts() for record in records]  # samples of the policy have the ids of its tokenizer
     groups = tokenize(view, records, tokenizer)
     torch.manual_seed(recipe.seed)
     model = load_reward_model(settings.model or supervised_settings(view), tokenizer)
