@@ -717,6 +717,10 @@ def test_rows_of_one_prompt_are_joined(write_jsonl):
         ("data.jsonl:4", 1, [1.0]),
     ]
     assert counts == {"rows": 4, "records": 3}
+    (one,) = read(
+        write_jsonl([{**rows[0], "by": "Ann"}, {**rows[1], "by": "Bo"}, {**rows[1], "by": "Ann"}]), counts, join=True
+    )
+    assert one.columns == {"by": "Ann"} and counts["joined_rows_with_other_columns_than_the_first"] == 1
     for wrong in ([PAIR, PAIR], [{**rows[0], "weight": 1}, {**rows[1], "weight": 2}]):
         with pytest.raises(InputError, match=r"`join` cannot take effect on row data.jsonl:1"):
             read(write_jsonl(wrong), join=True)

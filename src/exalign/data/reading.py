@@ -223,7 +223,7 @@ def _read_one(
         raise InputError("`chat` makes a message of a whole prompt, and `prompt_tokens` cuts it; remove one.")
     if settings.chat:
         records = (as_messages(record, counts) for record in records)
-    return _counted(_joined(records) if settings.join else records, settings.weight, counts)
+    return _counted(_joined(records, counts) if settings.join else records, settings.weight, counts)
 
 
 def holds_records(folder: Path) -> bool:
@@ -303,13 +303,15 @@ def _window(rows: Iterable[Placed], settings: DataSettings, counts: Counter[str]
         yield row
 
 
-def _joined(records: Iterable[Record]) -> Iterator[Record]:
+def _joined(records: Iterable[Record], counts: Counter[str]) -> Iterator[Record]:
     for _, same in groupby(records, key=lambda record: (record.prompt, record.tools)):
         first, *_ = joined = list(same)
         if any(record.preferred is not None for record in joined):
             raise InputError(f"`join` cannot take effect on row {first.id}, which has a preferred completion already.")
         if any(record.weight != first.weight for record in joined):
             raise InputError(f"`join` cannot take effect on row {first.id}: rows of its prompt differ in `weight`.")
+        if other := sum(record.columns != first.columns for record in joined):
+            counts["joined_rows_with_other_columns_than_the_first"] += other
         yield replace(first, completions=tuple(c for record in joined for c in record.completions))
 
 

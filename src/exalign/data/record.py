@@ -6,9 +6,10 @@ evaluation samples M = 4. K may differ between records.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,21 @@ from exalign.errors import InputError
 Prompt = str | tuple[dict[str, Any], ...]
 """Plain text, or chat messages: each a dict with the texts `role` and `content`, and what else the chat template is to
 see of it: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+
+
+def spoken(message: Mapping[str, Any]) -> str:
+    """The text of a message for who reads no template, each call of a tool on a line of its own.
+
+    >>> spoken({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]})
+    'add({})'
+    """
+    lines, calls = [message["content"]] if message["content"] else [], message.get("tool_calls") or ()
+    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else (calls,):
+        inner = call.get("function", call) if isinstance(call, Mapping) else {"name": call}
+        given = inner.get("arguments") or {}
+        told = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        lines.append(f"{inner.get('name')}({told})")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exalign.data.record import Prompt
+from exalign.data.record import Prompt, spoken
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
@@ -313,7 +313,7 @@ def turns(prompt: Prompt) -> list[tuple[str, str]]:
     [('user', 'Hi'), ('assistant', 'Hello.'), ('user', 'Bye')]
     """
     if not isinstance(prompt, str):
-        return [(message["role"], message["content"]) for message in prompt]
+        return [(message["role"], spoken(message)) for message in prompt]
     before, *parts = _DIALOGUE.split(prompt)
     if not parts or before.strip():
         return [("", prompt)]

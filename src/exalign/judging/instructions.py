@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from exalign.data.record import Prompt
+from exalign.data.record import Prompt, spoken
 from exalign.errors import InputError
 from exalign.judging.comparisons import OTHER, Pair, Side
 from exalign.storage import exists
@@ -89,7 +89,7 @@ def prompt_text(prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {spoken(message)}" for message in prompt)
 
 
 def read_verdict(answer: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.record import Completion, Record
+from exalign.data.record import Completion, Record, spoken
 from exalign.data.tokenization import TokenLimits, UnfitError, as_conversation, tokenize_record, with_token_ids
 from exalign.device import device
 from exalign.errors import InputError, first_line
@@ -211,7 +211,7 @@ class RewardModelScorer:
         texts = []
         for record in records:
             prompt = record.prompt  # messages line by line
-            start = prompt if isinstance(prompt, str) else "".join(f"{message['content']}\n" for message in prompt)
+            start = prompt if isinstance(prompt, str) else "".join(f"{spoken(message)}\n" for message in prompt)
             texts += [start + completion.text for completion in record.completions]
         rows = self._encode(texts)
         logits = torch.empty(len(rows), self._model.config.num_labels, dtype=torch.float64)

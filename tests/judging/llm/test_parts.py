@@ -18,7 +18,7 @@ from exalign.errors import InputError
 from exalign.judging.askers import Endpoint, JudgeSettings, seconds_to_wait
 from exalign.judging.comparisons import Pair, Verdict
 from exalign.judging.exchanges import ExchangeStore, Reply, read_answers, request_key
-from exalign.judging.instructions import BUILT_IN, load_instructions, read_verdict
+from exalign.judging.instructions import BUILT_IN, load_instructions, prompt_text, read_verdict
 from exalign.judging.summary import RIDGE, Judgement, agreed, length_controlled_win_rate, summarise
 
 CHAT = ({"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "?"})
@@ -49,6 +49,12 @@ def split(text: str) -> list[str]:
     head, rest = text.split("text of exo")
     middle, tail = rest.split("text of sft")
     return [head, "text of exo", middle, "text of sft", tail]
+
+
+def test_calls_of_tools_are_shown_to_who_judges():
+    call = {"type": "function", "function": {"name": "search", "arguments": '{"q": "Paris"}'}}
+    prompt = ({"role": "user", "content": "Where?"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+    assert prompt_text(prompt) == 'User: Where?\n\nAssistant: search({"q": "Paris"})'
 
 
 def test_a_template_of_the_user(tmp_path):

@@ -238,6 +238,10 @@ def test_turns_of_prompts():
     assert turns("Human: a\n\nb\n\nAssistant: c") == [("user", "a\n\nb"), ("assistant", "c")]
     assert turns(({"role": "system", "content": "s"},)) == [("system", "s")]
     assert turns("") == [("", "")]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    assert turns((call, {**call, "content": "See:"})) == [
+        ("assistant", 'add({"a": 1})'), ("assistant", 'See:\nadd({"a": 1})')
+    ]  # fmt: skip
 
 
 def test_only_loopback_is_served_without_an_address():
