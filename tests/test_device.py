@@ -53,19 +53,6 @@ def test_the_cpu_is_asked_for_as_accelerate_reads_it(value: str, monkeypatch: py
     assert subject.device.__wrapped__().type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("found", "fast"),
-    [({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), (None, False)],
-)
-def test_bf16_is_for_what_has_instructions_for_it(found, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capabilities of a CPU as torch tells them, and a torch that tells none."""
-    monkeypatch.setattr(subject, "device", lambda: torch.device("cpu"))
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    if found is not None:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert subject.fast_bf16.__wrapped__() is fast
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a driver here")
 @pytest.mark.parametrize(
     ("kind", "said"),

@@ -46,20 +46,6 @@ def device() -> torch.device:
     return usable or cpu
 
 
-@cache
-def fast_bf16() -> bool:
-    """Whether products in bfloat16 are faster here than in float32: the device has instructions for them.
-
-    A step of SmolLM2 took 0.54 of its time on a CPU with AVX-512 BF16; without, ten times as long.
-    """
-    import torch
-
-    if device().type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.9 has none
-    return device().type != "cpu" or any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def is_on(name: str) -> bool:
     """Whether this variable of the environment says yes, as Accelerate reads it."""
     return os.environ.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")

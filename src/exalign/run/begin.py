@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from exalign.data.reading import DataSettings, data_suffix, read_source, setting
 from exalign.data.record import Record
 from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
-from exalign.device import device, device_memory, fast_bf16
+from exalign.device import device, device_memory
 from exalign.errors import InputError
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
 from exalign.models.model_settings import ModelSettings
@@ -304,7 +305,10 @@ def _method(values: dict[str, Any], target: str, rows: int) -> str:
     if target == "reward":  # whatever the scale of the rewards, the optimum that is aimed at is about a nat away
         method |= {"beta_pi": 1.0, "beta_r_std": 0.7}
     method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
-    method |= ({"token_budget": 2048} if on_cpu else {}) | ({"precision": "bf16"} if fast_bf16() else {})
+    if on_cpu:
+        method |= {"token_budget": 2048}
+    elif device().type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 is slower in it
+        method |= {"precision": "bf16"}
     values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
     return f"method: EXO on the {target}s, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
 
