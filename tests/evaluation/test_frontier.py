@@ -10,6 +10,7 @@ from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.evaluation.frontier import (
     Paths,
+    at_equal_length,
     compare_all,
     compare_pairs,
     frontier_point,
@@ -125,6 +126,28 @@ def test_win_rate_by_hand():
     assert rate.rate.estimate == pytest.approx((2.5 / 4 + 1.5 / 2) / 2)
     assert rate.ties == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert (rate.num_pairs, rate.missing_prompts) == (6, 1)
+
+
+def test_at_equal_length_it_is_the_win_rate_where_lengths_say_nothing_and_chance_where_they_say_all():
+    """Longer by 100 characters on average and never better but by that: rewards are lengths, of 200 prompts × 3 × 2."""
+    generator, kinds = np.random.default_rng(0), {"equal": lambda _: 7, "all": lambda length: length}
+
+    def table(mean, length_of) -> SampleTable:
+        rows = generator.integers(mean - 200, mean + 200, (200, 2 if mean > 300 else 3)).tolist()
+        texts = [[replace(completion(float(n)), text="x" * length_of(n)) for n in row] for row in rows]
+        return tabulate(records(*texts), "test")
+
+    for kind, length_of in kinds.items():
+        ours, theirs = table(400, length_of), table(300, length_of)
+        rate, equal = win_rate(ours.by_prompt, theirs.by_prompt, opponent="b").rate, at_equal_length(ours, theirs)
+        assert rate.low > 0.6
+        if kind == "equal":
+            assert equal.estimate == pytest.approx(rate.estimate, abs=1e-9)
+            assert (equal.low, equal.high) == pytest.approx((rate.low, rate.high), abs=0.01)
+        else:
+            assert equal.low < 0.5 < equal.high
+        back = at_equal_length(theirs, ours)
+        assert equal.estimate + back.estimate == pytest.approx(1, abs=1e-6)
 
 
 def test_win_rates_of_two_sides_sum_to_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from exalign.evaluation.schema import (
     OptimumPoint,
     PromptDensity,
     Tally,
+    WinRate,
 )
 from exalign.evaluation.verdict import misled, own_sample_warnings, verdict, warnings
 
@@ -100,6 +102,14 @@ def test_accuracy_counts_from_one_half() -> None:
 )
 def test_a_change_that_matters_is_warned_of(more: dict[str, float], words: str) -> None:
     assert words in said(point(1, span(1.0), **more))
+
+
+def test_wins_that_length_may_explain_are_warned_of() -> None:
+    won = WinRate("SFT", span(0.7), 0.0, 400, 0)
+    by_length = replace(won, at_equal_length=span(0.55))
+    assert "exo 70 %, at equal length 55 %" in said(point(4, span(1.0), win_vs_sft=by_length))
+    for clear in (won, replace(won, at_equal_length=span(0.65)), replace(by_length, rate=span(0.55))):
+        assert "at equal length" not in said(point(4, span(1.0), win_vs_sft=clear))
 
 
 def test_what_hardly_changed_is_not() -> None:

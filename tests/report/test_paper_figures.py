@@ -89,6 +89,8 @@ def test_the_table_has_every_method_and_best_of_n_in_three_formats(whole: Path, 
     assert {row["num_prompts"] for row in rows if row["by"] == "scorer"} == {"16"}
     method = evidence.methods[0]
     assert float(rows[0]["win_rate"]) == method.win_rates[0].rate.estimate
+    equal = method.win_rates[0].at_equal_length
+    assert equal is not None and float(rows[0]["at_equal_length"]) == equal.estimate
     judged = [row for row in rows if row["by"].startswith("plain | judge")]
     assert [row["method"] for row in judged] == sorted(METHODS)
     tally = evidence.judgements.judges[0].match_ups[0].tally

@@ -15,6 +15,7 @@ from exalign.data.store import read_header
 from exalign.errors import InputError
 from exalign.evaluation.frontier import (
     Paths,
+    at_equal_length,
     compare_all,
     compare_pairs,
     frontier_point,
@@ -324,7 +325,7 @@ def _method(material: _Material, name: str) -> MethodEvidence:
 def _rates(
     material: _Material, name: str, step: int, among: Collection[str] | None = None
 ) -> dict[str, WinRate | None]:
-    """Win rates of a policy's answers, by opponent: on all prompts, or on those `among` these."""
+    """Win rates of a policy's answers, by opponent: on all prompts, also at equal length, or on those `among` these."""
     ours = material.judged.get(name, {}).get(step)
     if ours is None:
         return {}
@@ -332,10 +333,15 @@ def _rates(
     def chosen(table: SampleTable) -> dict[str, Array]:
         return {key: rewards for key, rewards in table.by_prompt.items() if among is None or key in among}
 
-    return {
+    found = {
         who: win_rate(chosen(ours), chosen(table), opponent=who, bootstrap=material.bootstrap)
         for who, table in material.opponents.items()
     }
+    for who, rate in found.items():
+        if rate is not None and among is None:
+            equal = at_equal_length(ours, material.opponents[who], material.bootstrap)
+            found[who] = replace(rate, at_equal_length=equal)
+    return found
 
 
 def _by_category(material: _Material, name: str, step: int) -> dict[str, list[WinRate]]:

@@ -17,7 +17,7 @@ from scipy.special import expit
 from exalign.errors import InputError
 from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
 from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
-from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap
+from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, length_controlled_win_rate
 
 
 def frontier_point(
@@ -180,6 +180,16 @@ def win_rate(
     wins, ties = np.array([shares(*pair) for pair in pairs]).T
     num_pairs = sum(len(mine) * len(other) for mine, other in pairs)
     return WinRate(opponent, bootstrap.mean(wins), float(ties.mean()), num_pairs, len(ours.keys() ^ theirs.keys()))
+
+
+def at_equal_length(ours: SampleTable, theirs: SampleTable, bootstrap: Bootstrap = BOOTSTRAP) -> Interval:
+    """The win rate over all pairs of samples of the shared prompts that would stand if both were equally long."""
+    ids = common_prompts([ours, theirs])
+    rows = list(zip(ours.at(ids), theirs.at(ids), strict=True))
+    scores = [(np.sign(ours.rewards[i][:, None] - theirs.rewards[j]).ravel() + 1) / 2 for i, j in rows]
+    longer = [(ours.characters[i][:, None] - theirs.characters[j]).ravel() for i, j in rows]
+    prompts = np.repeat(np.arange(len(ids)), [len(pairs) for pairs in scores])
+    return length_controlled_win_rate(np.concatenate(scores), np.concatenate(longer), prompts, bootstrap).rate
 
 
 LEAST_MOVE = 0.05

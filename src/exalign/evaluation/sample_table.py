@@ -24,7 +24,7 @@ class SampleTable:
     `rewards` are NaN where no sample was scored. `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens),
     `finished` (0 or 1) and `repeated` (the share of a sample's 4-grams of tokens that it had before) are None where the
     samples do not say. `parts` are the means over the prompts of each scorer where the reward is a sum of several.
-    `empty_prompts` had no sample and are left out.
+    `empty_prompts` had no sample and are left out. `characters` are those of the samples' texts.
     """
 
     ids: tuple[str, ...]
@@ -35,6 +35,7 @@ class SampleTable:
     empty_prompts: int = 0
     repeated: Ragged | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    characters: Ragged = ()
 
     @property
     def scored(self) -> bool:
@@ -73,6 +74,7 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
         empty_prompts=len(given) - len(kept),
         repeated=_where_all_say(kept, lambda c: None if c.token_ids is None else repeated_share(c.token_ids)),
         parts=_part_means(kept),
+        characters=tuple(np.array([len(completion.text) for completion in record.completions]) for record in kept),
     )
 
 

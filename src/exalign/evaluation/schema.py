@@ -41,7 +41,8 @@ class Interval:
 class WinRate:
     """Share of pairs of samples that the first policy wins; a tie counts half.
 
-    `missing_prompts` had no samples on one of the two sides and are left out.
+    `missing_prompts` had no samples on one of the two sides and are left out. `at_equal_length` is the rate that would
+    stand if both were equally long in characters (`length_controlled_win_rate`).
     """
 
     opponent: str
@@ -49,6 +50,7 @@ class WinRate:
     ties: float
     num_pairs: int
     missing_prompts: int
+    at_equal_length: Interval | None = None
 
 
 @dataclass(frozen=True)

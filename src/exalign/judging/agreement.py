@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -30,12 +29,6 @@ ORDER = {"second": 0.0, "tie": 1.0, "first": 2.0}
 def verdict_on(comparison: Comparison, criterion: str) -> Verdict | None:
     """The overall verdict, or the one for a criterion; None where the judge left the criterion open."""
     return comparison.verdict if criterion == OVERALL else comparison.criteria.get(criterion)
-
-
-def within_a_share(interval: Interval) -> Interval:
-    """An interval cut to what a share can be: widened for few prompts, it can reach beyond."""
-    low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (interval.low, interval.high))
-    return replace(interval, low=low, high=high)
 
 
 def tally(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> list[Tally]:

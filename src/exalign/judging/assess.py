@@ -40,7 +40,8 @@ from exalign.data.record import Prompt, spoken
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
-from exalign.judging.agreement import OVERALL, agreement, tally, within_a_share
+from exalign.evaluation.statistics import within_a_share
+from exalign.judging.agreement import OVERALL, agreement, tally
 from exalign.judging.askers import is_loopback
 from exalign.judging.comparisons import CRITERIA, QUESTIONS, Comparison, write_comparisons
 from exalign.judging.options import with_settings

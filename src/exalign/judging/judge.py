@@ -27,7 +27,8 @@ from rich.table import Table
 
 from exalign.errors import InputError
 from exalign.evaluation.schema import Interval
-from exalign.judging.agreement import agreement_with, within_a_share
+from exalign.evaluation.statistics import within_a_share
+from exalign.judging.agreement import agreement_with
 from exalign.judging.askers import Asker, Endpoint, JudgeSettings, LocalModel
 from exalign.judging.comparisons import Comparison, Pair, write_comparisons
 from exalign.judging.exchanges import Body, ExchangeStore, Reply, read_answers, request_key

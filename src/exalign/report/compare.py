@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from exalign.evaluation.across_runs import (
 )
 from exalign.evaluation.pool import OPTIMUM, PROXY_OPTIMUM
 from exalign.evaluation.run_folder import RunFolder
-from exalign.evaluation.schema import Curve, MethodEvidence
+from exalign.evaluation.schema import Curve, Interval, MethodEvidence
 from exalign.evaluation.verdict import Selected
 from exalign.report.style import LIGHT, WIDTH, drawable, figure_style, save_figure, shared_legend
 from exalign.report.wording import best, duration, interval, markdown, number, percent
@@ -159,15 +159,27 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
 
 def _ends(runs: Sequence[RunResults]) -> str:
     rows = [row for run in runs for row in _end_rows(run)]
-    head = ["run", "method", "steps", "KL (nats)", "reward", "won against SFT", "won against the reference texts"]
-    return _table([*head, "share of its objective", "gap to the optimum", "at KL", "training"], rows)
+    head = ["run", "method", "steps", "KL (nats)", "reward", "won against SFT", "at equal length"]
+    return _table(
+        [
+            *head,
+            "won against the reference texts",
+            "at equal length",
+            "share of its objective",
+            "gap to the optimum",
+            "at KL",
+            "training",
+        ],
+        rows,
+    )
 
 
 def _end_rows(run: RunResults) -> Iterator[list[str]]:
     curves = run.evidence.curves
     if run.evidence.sft is not None:
-        yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), *["–"] * 6]
-    won = {who: _bold({m.name: _won(m, who) for m in run.evidence.methods}) for who in ("SFT", "reference texts")}
+        yield [run.name, "SFT", "0", "0", interval(run.evidence.sft.reward), *["–"] * 8]
+    kinds, methods = product(("SFT", "reference texts"), ("rate", "at_equal_length")), run.evidence.methods
+    won = [_bold({method.name: _won(method, *kind) for method in methods}) for kind in kinds]
     for method in run.evidence.methods:
         if method.points:
             stage, last = f"align/{method.name}", method.points[-1]
@@ -177,7 +189,7 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
                 str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
                 interval(last.kl),
                 interval(last.reward),
-                *(column[method.name] for column in won.values()),
+                *(column[method.name] for column in won),
                 interval(last.objective),
                 interval(None if method.gap is None else method.gap.gap),
                 number(None if method.gap is None else method.gap.kl),
@@ -186,7 +198,7 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
     if run.evidence.best_of_n:
         best = run.evidence.best_of_n[-1]
         bound = f"≤ {number(best.kl_bound)}"
-        yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), *["–"] * 6]
+        yield [run.name, f"best of {best.n}", "–", bound, interval(best.reward), *["–"] * 8]
 
 
 def _training(curves: Sequence[Curve]) -> str:
@@ -200,8 +212,8 @@ def _total(values: Sequence[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def _won(method: MethodEvidence, opponent: str) -> tuple[float | None, str]:
-    rate = next((rate.rate for rate in method.win_rates if rate.opponent == opponent), None)
+def _won(method: MethodEvidence, opponent: str, kind: str) -> tuple[float | None, str]:
+    rate: Interval | None = next((getattr(won, kind) for won in method.win_rates if won.opponent == opponent), None)
     return None if rate is None else rate.estimate, percent(rate)
 
 

@@ -123,7 +123,10 @@ def _plain(cell: WinCell) -> dict[str, Any]:
     rate = cell.won.rate
     who = {"method": cell.method, "by": cell.by, "against": cell.won.opponent, "win_rate": rate.estimate}
     bounds = {"low": rate.low, "high": rate.high, "num_prompts": rate.num_prompts}
-    return {**who, **bounds, "num_pairs": cell.won.num_pairs, "ties": cell.won.ties}
+    equal = cell.won.at_equal_length
+    ends = (None, None, None) if equal is None else (equal.estimate, equal.low, equal.high)
+    length = dict(zip(("at_equal_length", "at_equal_length_low", "at_equal_length_high"), ends, strict=True))
+    return {**who, **bounds, "num_pairs": cell.won.num_pairs, "ties": cell.won.ties, **length}
 
 
 def _share(rate: Interval) -> str:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from exalign.errors import InputError
+from exalign.evaluation.statistics import RIDGE, length_controlled_win_rate
 from exalign.judging.askers import Endpoint, JudgeSettings, seconds_to_wait
 from exalign.judging.comparisons import Pair, Verdict
 from exalign.judging.exchanges import ExchangeStore, Reply, read_answers, request_key
 from exalign.judging.instructions import BUILT_IN, load_instructions, prompt_text, read_verdict
-from exalign.judging.summary import RIDGE, Judgement, agreed, length_controlled_win_rate, summarise
+from exalign.judging.summary import Judgement, agreed, summarise
 
 CHAT = ({"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "No"}, {"role": "user", "content": "?"})
 PAIR = Pair("7", CHAT, "exo", "sft", "text of exo", "text of sft", reference="the reference")
