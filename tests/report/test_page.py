@@ -250,13 +250,21 @@ def test_a_single_method(gain, title):
 
 def test_each_scorer_of_a_sum_is_shown(tmp_path):
     run = write_run(tmp_path / "run", World(num_prompts=6, pool=0))
-    for folder in run.glob("evaluation/exo-rw/step-*/samples"):
+    """With its mean, and its win rates against whom it scored: here against nothing but the supervised policy."""
+    for folder in run.glob("evaluation/*/**/samples"):
         known = read_records(folder)
-        parted = [replace(r, completions=tuple(replace(c, parts={"fun": 0.625}) for c in r.completions)) for r in known]
+        with_parts = [[{"fun": 0.625, "rival": -(c.reward or 0)} for c in r.completions] for r in known]
+        parted = [r.with_each("parts", parts) for r, parts in zip(known, with_parts, strict=True)]
         write_records(folder, parted, read_header(folder))
-    build_evidence(run, num_resamples=20)
+    (exo, *_) = build_evidence(run, num_resamples=20).methods
+    against_sft = next(rate for rate in exo.win_rates if rate.opponent == "SFT")
+    assert [(name, [rate.opponent for rate in rates]) for name, rates in exo.by_part.items()] == [
+        ("fun", ["SFT"]), ("rival", ["SFT"])
+    ]  # fmt: skip
+    assert exo.by_part["fun"][0].rate.estimate == 0.5
+    assert exo.by_part["rival"][0].rate.estimate == pytest.approx(1 - against_sft.rate.estimate)
     html = text_of(write_report(run))
-    assert html.count("<small>fun 0.625</small>") == 1
+    assert "<small>fun 0.625" in html and "<th>rival<small>against SFT</small></th>" in html
 
 
 def test_left_out_and_unfinished_methods_are_named():

@@ -580,7 +580,7 @@ def test_a_sum_is_weighted_and_keeps_its_parts(records):
 
 def test_parts_of_a_sum_have_names_of_their_own():
     parts = [{"reward_model": "runs/a/reward/model"}, {"reward_model": "org/a"}, {"classifier": "other/reward/"}]
-    assert part_names([WeightedScorer(**part) for part in parts]) == ["reward", "a", "reward#3"]
+    assert part_names([WeightedScorer(**part) for part in parts]) == ["a", "a#2", "other"]
 
 
 def test_a_scorer_is_one_thing():

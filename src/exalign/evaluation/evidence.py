@@ -319,28 +319,37 @@ def _method(material: _Material, name: str) -> MethodEvidence:
         selected_step=selected.step if selected else None,
         aim=_aim(material, beta),
         by_category=_by_category(material, name, points[-1].step) if points else {},
+        by_part={
+            part: [rate for rate in _rates(material, name, points[-1].step, part=part).values() if rate is not None]
+            for part in (points[-1].parts if points else ())
+        },
     )
 
 
 def _rates(
-    material: _Material, name: str, step: int, among: Collection[str] | None = None
+    material: _Material, name: str, step: int, among: Collection[str] | None = None, part: str | None = None
 ) -> dict[str, WinRate | None]:
-    """Win rates of a policy's answers, by opponent: on all prompts, also at equal length, or on those `among` these."""
-    ours = material.judged.get(name, {}).get(step)
+    """Win rates of a policy's answers, by opponent: on all prompts, also at equal length, or on those `among` these.
+
+    By the reward, or by one `part` of it, of opponents who have that.
+    """
+    ours, opponents = material.judged.get(name, {}).get(step), material.opponents
     if ours is None:
         return {}
+    if part is not None:
+        ours, *others = (replace(t, rewards=t.parts.get(part, ())) for t in (ours, *opponents.values()))
+        opponents = {who: table for who, table in zip(opponents, others, strict=True) if table.rewards}
 
     def chosen(table: SampleTable) -> dict[str, Array]:
         return {key: rewards for key, rewards in table.by_prompt.items() if among is None or key in among}
 
     found = {
         who: win_rate(chosen(ours), chosen(table), opponent=who, bootstrap=material.bootstrap)
-        for who, table in material.opponents.items()
+        for who, table in opponents.items()
     }
     for who, rate in found.items():
         if rate is not None and among is None:
-            equal = at_equal_length(ours, material.opponents[who], material.bootstrap)
-            found[who] = replace(rate, at_equal_length=equal)
+            found[who] = replace(rate, at_equal_length=at_equal_length(ours, opponents[who], material.bootstrap))
     return found
 
 

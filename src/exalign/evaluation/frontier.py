@@ -50,7 +50,7 @@ def frontier_point(
         finished=mean(table.finished),
         reward_std_within=_spread_within(table.rewards) if table.scored else None,
         repetition=mean(table.repeated),
-        parts=dict(table.parts),
+        parts={name: float(prompt_means(rewards).mean()) for name, rewards in table.parts.items()},
     )
 
 

@@ -23,7 +23,7 @@ class SampleTable:
 
     `rewards` are NaN where no sample was scored. `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens),
     `finished` (0 or 1) and `repeated` (the share of a sample's 4-grams of tokens that it had before) are None where the
-    samples do not say. `parts` are the means over the prompts of each scorer where the reward is a sum of several.
+    samples do not say. `parts` are the rewards of each scorer where the reward is a sum of several.
     `empty_prompts` had no sample and are left out. `characters` are those of the samples' texts.
     """
 
@@ -34,7 +34,7 @@ class SampleTable:
     finished: Ragged | None
     empty_prompts: int = 0
     repeated: Ragged | None = None
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Ragged] = field(default_factory=dict)
     characters: Ragged = ()
 
     @property
@@ -73,17 +73,16 @@ def tabulate(records: Iterable[Record], where: str) -> SampleTable:
         finished=_where_all_say(kept, lambda c: None if c.finish_reason is None else c.finish_reason == "stop"),
         empty_prompts=len(given) - len(kept),
         repeated=_where_all_say(kept, lambda c: None if c.token_ids is None else repeated_share(c.token_ids)),
-        parts=_part_means(kept),
+        parts=_parts(kept),
         characters=tuple(np.array([len(completion.text) for completion in record.completions]) for record in kept),
     )
 
 
-def _part_means(records: Sequence[Record]) -> dict[str, float]:
+def _parts(records: Sequence[Record]) -> dict[str, Ragged]:
     """Of the parts that every sample has."""
     parts = [[completion.parts or {} for completion in record.completions] for record in records]
     names = [name for name in (parts[0][0] if parts else ()) if all(name in one for row in parts for one in row)]
-    rows = {name: tuple(np.array([one[name] for one in row]) for row in parts) for name in names}
-    return {name: float(prompt_means(row).mean()) for name, row in rows.items()}
+    return {name: tuple(np.array([one[name] for one in row]) for row in parts) for name in names}
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,10 +198,10 @@ class MethodEvidence:
 
     `family` and `label` are how it is drawn and called (exo and EXO), `line` a sentence that it says of itself;
     `target` is reward, preference or None where unknown. `gain`, `win_rates`, `by_category` (win rates on the prompts
-    of each category) and `gap` are those of the last checkpoint; `gain` is its mean reward minus π_sft's, paired by
-    prompt. `finished` is false where training stopped before its end. `aim` is the optimum at its own β, estimated from
-    the pool, where that has the rewards that it was trained on. With a `sweep` its points are not along one training:
-    each is the end of its own, in their order.
+    of each category), `by_part` (by each scorer of a sum) and `gap` are those of the last checkpoint; `gain` is its
+    mean reward minus π_sft's, paired by prompt. `finished` is false where training stopped before its end. `aim` is the
+    optimum at its own β, estimated from the pool, where that has the rewards that it was trained on. With a `sweep` its
+    points are not along one training: each is the end of its own, in their order.
     """
 
     name: str
@@ -218,6 +218,7 @@ class MethodEvidence:
     line: str = ""
     aim: OptimumPoint | None = None
     by_category: dict[str, list[WinRate]] = field(default_factory=dict)
+    by_part: dict[str, list[WinRate]] = field(default_factory=dict)
     sweep: Sweep | None = None
 
     def at(self, step: int) -> str:

@@ -7,7 +7,7 @@ figures out, curves in the order given: reverse KL (EXO) first, forward KL (DPO)
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, groupby
 from pathlib import Path
@@ -23,7 +23,16 @@ from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, MethodEvidence
 from exalign.report.figures import CLASSIFIER, draw_density, draw_frontier, draw_reward_against_step
 from exalign.report.style import LIGHT, WIDTH, Look, figure_style, looks_of, save_figure, vertical_bar
-from exalign.report.verdicts import BEST_OF, SCORER, WinTable, as_markdown, draw_verdicts, win_table, write_win_table
+from exalign.report.verdicts import (
+    BEST_OF,
+    SCORER,
+    WinTable,
+    as_markdown,
+    draw_verdicts,
+    judged_tallies,
+    win_table,
+    write_win_table,
+)
 from exalign.report.wording import SIGNS, Captions, code, describe, visible
 from exalign.storage import write_text
 
@@ -53,7 +62,7 @@ def write_paper_figures(evidence: Evidence, run: Path, folder: Path) -> tuple[li
         said = Captions(evidence).win_rates()
         paths += write_win_table(table, folder, "table-1-2", said)
         index.append(f"## Tables 1 and 2: win rates\n\n{as_markdown(table)}\n{said}\n")
-    missing += _missing_from(table, run, scored=evidence.scored)
+    missing += _missing_from(table, run, {judge for judge, _ in judged_tallies(evidence)}, scored=evidence.scored)
     if missing:
         index.append("## What is missing\n\n" + "\n".join(f"- {sentence}" for sentence in missing) + "\n")
     index.append("Figures 1 and 5 are of no run: `exalign figures` draws them.\n")
@@ -133,7 +142,7 @@ def _unevaluated(evidence: Evidence, run: Path) -> Iterator[str]:
             yield f"{name} has no evaluated checkpoint: {evaluate_command(run)} makes it."
 
 
-def _missing_from(table: WinTable, run: Path, *, scored: bool) -> Iterator[str]:
+def _missing_from(table: WinTable, run: Path, judges: Collection[str], *, scored: bool) -> Iterator[str]:
     again = evaluate_command(run)
     if not table.cells and not scored:
         yield f"Tables 1 and 2 need a scorer, which this run has not, or a judge: exalign judge {_quoted(run)}."
@@ -149,7 +158,7 @@ def _missing_from(table: WinTable, run: Path, *, scored: bool) -> Iterator[str]:
             "that has them, exalign evaluate RECIPE --run ANOTHER makes it."
         )
     for against, opponent in (("sft", "SFT"), ("chosen", "reference texts")):
-        if not any(by != SCORER and column == opponent for by, column in table.columns):
+        if not any(by in judges and column == opponent for by, column in table.columns):
             yield (
                 f"Tables 1 and 2 have no judge's column against {opponent}: exalign judge {_quoted(run)} --against "
                 f"{against} --endpoint URL --model NAME makes it."

@@ -59,7 +59,7 @@ class WinTable:
 
 
 def win_table(evidence: Evidence) -> WinTable:
-    """Methods in the order of the evidence, then the best of the largest N; the scorer's columns, then the judges'.
+    """Methods in the order of the evidence, then the best of the largest N; columns of the scorer, its parts, judges.
 
     A judge's cell is of a method at its last checkpoint, judged against samples of SFT or the reference texts.
     """
@@ -68,6 +68,7 @@ def win_table(evidence: Evidence) -> WinTable:
         most = evidence.best_of_n[-1]
         rates += [(f"{BEST_OF}{most.n}", rate) for rate in most.win_rates]
     cells = [WinCell(name, SCORER, rate) for name, rate in rates]
+    cells += [WinCell(m.name, part, rate) for m in evidence.methods for part, own in m.by_part.items() for rate in own]
     known = {method.name for method in evidence.methods}
     for judge, tallies in judged_tallies(evidence):
         for opponent, against in _OPPONENTS.items():

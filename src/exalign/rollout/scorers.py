@@ -114,11 +114,11 @@ def check_scorer(settings: ScorerSettings, records: Sequence[Record]) -> None:
 
 
 def part_names(parts: Sequence[OneScorer]) -> list[str]:
-    """A name for each scorer of a sum, all different: the stage, the folder's or model's last name, the function's."""
+    """A name for each scorer of a sum, all different: the stage, the run's or model's last name, the function's."""
     names: list[str] = []
     for part in parts:
         full = part.stage or part.function or str(part.reward_model or part.classifier)
-        name = next((n for n in reversed(Path(full).parts) if n != "model"), full)
+        name = next((n for n in reversed(Path(full).parts) if n not in ("model", "reward", "oracle")), full)
         names.append(name if name not in names else f"{name}#{len(names) + 1}")
     return names
 
