@@ -292,7 +292,10 @@ def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tm
         )
 
 
-def test_the_scorer_is_held_to_held_out_preferences(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
+def test_the_scorer_is_held_to_held_out_preferences(
+    tiny: MakeRecipe, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each scorer of a sum: here the reward, by a weight of 0, and its contrary."""
     prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in (world / "test.jsonl").open()))[:6]
     rows = []
     for prompt, agrees in zip(prompts, cycle((True, False, False)), strict=False):
@@ -312,6 +315,21 @@ def test_the_scorer_is_held_to_held_out_preferences(tiny: MakeRecipe, world: Pat
     told, doubt = scorer_accuracy(counts)
     assert not told and doubt[0].startswith("The scorer prefers the answer that held-out preferences prefer in 33 % [")
     assert doubt[0].endswith("of 6 pairs, which may be chance: a gain of its rewards may be none.")
+    (tmp_path / "contrary.py").write_text(
+        "from exalign.data.synthetic import reward\n"
+        "def worse(prompts, completions):\n    return [[-r for r in row] for row in reward(prompts, completions)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    both = "[{function: contrary:worse}, {function: exalign.data.synthetic:reward, weight: 0}]"
+    recipe = tiny(
+        *functions, "align.dpo-pref=null", f"data.evaluation.source={tmp_path}/pairs.jsonl", f"evaluate.scorer={both}"
+    )
+    carry_out(recipe, tmp_path / "sum", "evaluation/prompts")
+    told, doubt = scorer_accuracy(read_json(tmp_path / "sum" / "evaluation" / "prompts" / "done.json")["counts"])
+    assert "67 %" in doubt[0] and doubt[0].startswith("The scorer prefers") and len(doubt) == 1
+    assert [(line.split()[2], "33 %" in line) for line in told] == [
+        ("contrary:worse", False), ("exalign.data.synthetic:reward", True)
+    ]  # fmt: skip
 
 
 def test_equal_rewards_of_a_pair_count_half_and_each_rival_is_a_pair() -> None:

@@ -136,24 +136,27 @@ def scorer_accuracy(counts: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """How often the scorer agrees with held-out preferences and labels: a sentence of each kind, or a warning.
 
     `counts` are those of the stage that scored them, an equal reward counting half; intervals are Wilson's. A warning
-    where one is not above a half.
+    where one is not above a half. Of a sum each scorer is told, too.
 
     >>> scorer_accuracy({"pairs_scored": 400, "pairs_scored_right": 252})[0]
     ['The scorer prefers the answer that held-out preferences prefer in 63 % [58, 68] of 400 pairs.']
     """
-    told, doubt = [], []
-    for what, says in (
-        ("pairs", "The scorer prefers the answer that held-out preferences prefer in {} pairs"),
-        ("labels", "The scorer has the label right of {} held-out texts"),
+    told, doubt, prefers = [], [], "The scorer{} prefers the answer that held-out preferences prefer in {} pairs"
+    parts = [name.partition(" by ")[2] for name in counts if name.startswith("pairs_scored by ")]
+    for what, part, says in (
+        ("pairs", "", prefers),
+        *(("pairs", part, prefers) for part in parts),
+        ("labels", "", "The scorer{} has the label right of {} held-out texts"),
     ):
-        if number := counts.get(f"{what}_scored", 0):
-            right = counts.get(f"{what}_scored_right", 0) + counts.get(f"{what}_scored_alike", 0) / 2
+        by = f" by {part}" if part else ""
+        if number := counts.get(f"{what}_scored{by}", 0):
+            right = counts.get(f"{what}_scored_right{by}", 0) + counts.get(f"{what}_scored_alike{by}", 0) / 2
             share, z = right / number, float(ndtri((1 + CONFIDENCE) / 2))
             middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
             half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
             shown = f"{100 * share:.0f} % [{100 * (middle - half):.0f}, {100 * (middle + half):.0f}]"
-            said = says.format(f"{shown} of {number:,}")
-            if middle - half <= 0.5:
+            said = says.format(f" {part}" if part else "", f"{shown} of {number:,}")
+            if middle - half <= 0.5 and not part:
                 doubt.append(f"{said}, which may be chance: a gain of its rewards may be none.")
             else:
                 told.append(f"{said}.")

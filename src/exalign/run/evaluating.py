@@ -141,6 +141,9 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
     if having and judge is not None:
         told = scored(judge.load(view), having, view.counts)
         view.counts.update(_agreement(having, told, log_odds))
+        for part in told[0].completions[0].parts or ():
+            by_part = [r.with_each("reward", [(c.parts or {})[part] for c in r.completions]) for r in told]
+            view.counts.update(f"{what} by {part}" for what in _agreement(having, by_part, log_odds=False))
         by_id = {record.id: record for record in told}
         records = [by_id.get(record.id, record) for record in records]
     chosen = [_with_reference_text(record) for record in records]
