@@ -221,6 +221,16 @@ def test_the_ends_of_a_sweep_keep_their_values_where_one_is_left_out(results: li
     assert [line.split(" | ")[2:4] for line in table.splitlines()[2:]] == [["kl 1", "0.500"], ["kl 3", "0.125"]]
 
 
+def test_a_checkpoint_that_the_evidence_leaves_out_is_compared_by_none(runs: list[Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    first, *_ = build_evidence(run, num_resamples=20).methods
+    (run / "evaluation" / first.name / f"step-{first.points[-1].step:06d}" / "samples" / "header.json").unlink()
+    assert len(build_evidence(run, num_resamples=20).methods[0].points) == len(first.points) - 1
+    (found,) = read_runs([run], KLS)
+    kept = [kl for kl in KLS if found.rewards[first.name][kl] is not None]
+    assert kept and max(kept) < max(point.nats for point in first.points)
+
+
 def test_student_by_hand() -> None:
     """Of 1, 2, 3: mean 2, s = 1, half-width 4.303/√3."""
     found = over_runs([1.0, 2.0, 3.0])

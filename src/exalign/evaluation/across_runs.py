@@ -125,9 +125,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     if not evidence.scored:
         raise InputError(f"{folder} has no scorer, so no rewards to compare at equal KL; its report compares methods.")
     supervised = _table(run.supervised)
-    checkpoints = {
-        method: [_table(run.samples(method, step)) for step in run.sampled_steps(method)] for method in run.methods()
-    }
+    checkpoints = {m.name: [_table(run.samples(m.name, point.step)) for point in m.points] for m in evidence.methods}
     resamples = Bootstrap(seed=evidence.seed)
     paths = Paths(supervised, checkpoints, resamples)
     beyond, mean = dict.fromkeys(kls), resamples.mean
