@@ -129,6 +129,8 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tokenizer) -> None:
     refused(ModelSettings(config=CONFIG, lora=LoraSettings(targets=("nothing",))), "LoRA")
     with pytest.raises(InputError, match="does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="Cannot load the tokenizer xxx"):
+        load_tokenizer("x" * 300)  # longer than a name of a file can be
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no file that nobody can read from")

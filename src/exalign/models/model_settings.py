@@ -63,9 +63,11 @@ def adapter_base(folder: Path) -> str | None:
     Some trainers write the base's config.json beside an adapter that stands alone.
     """
     path = folder / "adapter_config.json"
+    if not exists(path):
+        return None
     weights = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
     alone = not weights and any(folder.glob("adapter_model*"))
-    if not exists(path) or (exists(folder / "config.json") and not alone):
+    if exists(folder / "config.json") and not alone:
         return None
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
