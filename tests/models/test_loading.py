@@ -31,7 +31,7 @@ from exalign.models.loading import (
     save_model,
 )
 from exalign.models.logprobs import completion_logprobs
-from exalign.models.model_settings import LoraSettings, ModelSettings
+from exalign.models.model_settings import LoraSettings, ModelSettings, adapter_base
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
 GROUPS = [Group(0, torch.tensor([3, 4, 5]), (torch.tensor([6, 7, 0]), torch.tensor([8])))]
@@ -131,6 +131,7 @@ def test_wrong_sources_are_one_sentence(tmp_path: Path, tokenizer) -> None:
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="Cannot load the tokenizer xxx"):
         load_tokenizer("x" * 300)  # longer than a name of a file can be
+    assert adapter_base(Path("x" * 300)) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no file that nobody can read from")
