@@ -78,6 +78,13 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
     assert f"{named}:" in problem(override)
 
 
+def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
+    named = "align={exo-0.5: {beta_r: 0.5}, exo-0: {beta_r: 1.0}}"
+    align = load_recipe(RECIPE, [named, "align.exo-0.5.learning_rate=3e-4", "align.exo-0.epochs=2"]).align
+    assert align["exo-0.5"].learning_rate == 3e-4 and align["exo-0"].epochs == 2
+    assert list(load_recipe(RECIPE, [named, "align.exo-0.5=null"]).align) == ["exo-0"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -623,7 +623,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"{override[:200]!r} is not KEY=VALUE, for example align.exo-rw.beta_pi=0.5.")
     target = values
-    *parents, last = key.split(".")
+    *parents, last = _steps(key.split("."), values)
     for name in parents:
         if target.get(name) is None:
             target[name] = {}
@@ -634,6 +634,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if value is None and parents == ["align"] and last not in target:
         raise InputError(f"{override[:200]!r}: align has no {last} to take away; {nearest(last, target)}")
     target[last] = value
+
+
+def _steps(names: Sequence[str], values: Any) -> Iterator[str]:
+    """Where a dotted key leads, name by name; a name with dots (of a method, a column) is one that is there."""
+    while names:
+        there = values if isinstance(values, dict) else {}
+        length = next((n for n in range(len(names), 0, -1) if ".".join(names[:n]) in there), 1)
+        step, names = ".".join(names[:length]), names[length:]
+        yield step
+        values = there.get(step)
 
 
 _FORMS = {"DataSettings", "list[DataSettings]"}
