@@ -334,7 +334,7 @@ def _rates(
     By the reward, or by one `part` of it, of opponents who have that.
     """
     ours, opponents = material.judged.get(name, {}).get(step), material.opponents
-    if ours is None:
+    if ours is None or (part is not None and part not in ours.parts):
         return {}
     if part is not None:
         ours, *others = (replace(t, rewards=t.parts.get(part, ())) for t in (ours, *opponents.values()))

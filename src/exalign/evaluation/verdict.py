@@ -243,16 +243,12 @@ def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> 
     by_length = []
     for name, point in shown:
         won = point.win_vs_sft
-        if (
-            won
-            and (equal := won.at_equal_length)
-            and (won.rate.low or 0) > 0.5 >= (1 if equal.low is None else equal.low)
-        ):
+        if won and won.rate.low and (equal := won.at_equal_length) and won.rate.low > 0.5 >= (equal.low or 0):
             by_length.append(f"{name} {100 * won.rate.estimate:.0f} %, at equal length {100 * equal.estimate:.0f} %")
     if by_length:
         yield (
-            f"What is won against the supervised policy may be won by length: {', '.join(by_length)}, whose interval "
-            "includes 50 %."
+            f"What is won against the supervised policy may be won by length: {', '.join(by_length)}, which may be "
+            "chance."
         )
 
 
