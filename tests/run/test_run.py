@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from exalign import checksums
 from exalign.data.batching import Group, group_of
@@ -461,6 +462,22 @@ def test_ids_of_another_tokenizer_are_not_taken_for_those_of_a_model(
     texts = [c.text for r in read_records(tmp_path / "run" / "preferences" / "records") for c in r.completions]
     told = [own.decode(ids, skip_special_tokens=True) for group in read for ids in group.completion_ids]
     assert told and all(any(text.startswith(words) for text in texts) for words in told)
+
+
+def test_a_stage_that_trained_leaves_no_model_in_memory(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """Without the collector of circles, which comes when it likes; several methods would stand there together."""
+
+    def models() -> int:
+        return sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()
+    try:
+        carry_out(tiny(), tmp_path / "run", "sft", "reward", "align/exo-rw")
+        assert models() <= before
+    finally:
+        gc.enable()
 
 
 def test_the_checksums_of_a_folder_are_read_once_when_its_stage_ends(

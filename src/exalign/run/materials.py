@@ -26,6 +26,7 @@ from exalign.device import device
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import trained_elsewhere
 from exalign.models.loading import load_policy, load_tokenizer
+from exalign.models.memory import release_memory
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact
 from exalign.rollout.rollout import Numerics, open_sampler, rollout
@@ -72,9 +73,15 @@ class Takes:
 
 
 def _with_room(work: Callable[[View], None], view: View) -> None:
-    """The work of a stage that trains: an engine that an earlier stage drew with holds no memory meanwhile."""
+    """The work of a stage that trains: an engine drawn with before holds no memory meanwhile, its model none after.
+
+    What trains refers to itself in circles, which Python would leave until it happens to look for some.
+    """
     close_engine()
-    work(view)
+    try:
+        work(view)
+    finally:
+        release_memory()
 
 
 def takes_tokenizer(recipe: Recipe) -> Takes:
