@@ -73,9 +73,9 @@ def test_a_whole_run_ends_with_its_report_and_notes_the_memory_it_began_with(wor
 
 
 def test_sizes_left_to_choose_follow_from_the_device(workers, tmp_path) -> None:
-    assert work.chosen_sizes(tmp_path / "cpu") == (4096, 64)
+    assert work.chosen_sizes(tmp_path / "cpu") == (2048, 64)
     tokens, completions = apart(workers, work.chosen_sizes, tmp_path / "device")
-    assert (tokens, completions) not in ((4096, 64), (32768, 1024))
+    assert (tokens, completions) not in ((2048, 64), (32768, 1024))
 
 
 @pytest.mark.parametrize("kind", ["exo", "reward model"])

@@ -25,9 +25,9 @@ def trained(model: Architecture, gib: float | None, budget="auto", again="auto",
 
 
 def test_on_a_cpu_they_are_constants() -> None:
-    assert trained(model_of(SMALL), None) == (4096, False)
+    assert trained(model_of(SMALL), None) == (2048, False)
     assert trained(model_of(SMALL), None, budget=512, again=True) == (512, True)
-    assert [tokens_to_read([], None, wanted) for wanted in ("auto", None, 7)] == [4096, 8192, 7]
+    assert [tokens_to_read([], None, wanted) for wanted in ("auto", None, 7)] == [2048, 8192, 7]
     assert [completions_at_once([], None, n, prompt_tokens=9, tokens=9) for n in ("auto", 5)] == [64, 5]
 
 

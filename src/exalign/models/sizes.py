@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-CPU_TOKENS, CPU_COMPLETIONS = 4096, 64
+CPU_TOKENS, CPU_COMPLETIONS = 2048, 64
 SCORING_TOKENS = 8192
 """On a CPU: tokens per pass, completions decoded together, and tokens per pass for log-probabilities of samples."""
 _TOKENS = (1024, 32768)
+_ENOUGH = 4096  # tokens: an accelerator that has no room for them recomputes activations
 _COMPLETIONS = 1024
 _USABLE = 0.9  # of the memory; the rest is context and fragments
 
@@ -127,12 +128,12 @@ def training_sizes(
     """The token budget of models that are trained together, and whether activations are recomputed.
 
     Beside weights, gradients, moments and autocast's copies, over `shards` devices, there is room for the weights once
-    more: a reference, a reward model. Activations are recomputed where without that the budget, or `CPU_TOKENS`, would
+    more: a reference, a reward model. Activations are recomputed where without that the budget, for auto 4,096, would
     not fit.
     """
-    least = CPU_TOKENS if token_budget == "auto" else token_budget
     if memory is None:
-        return least, checkpointing is True
+        return CPU_TOKENS if token_budget == "auto" else token_budget, checkpointing is True
+    least = _ENOUGH if token_budget == "auto" else token_budget
     state = sum(2 * m.weight_bytes + m.state_bytes + m.half_copies * autocast for m in models) / shards
     room = _USABLE * memory - state - sum(m.head_activations(_TOKENS[1], memory) for m in models)
 

@@ -300,14 +300,13 @@ def _weights(values: dict[str, Any], model: str) -> str:
 def _method(values: dict[str, Any], target: str, rows: int) -> str:
     lora = "lora" in values["model"]
     batch = next(size for size in (64, 32, 16, 8, 4) if size == 4 or rows >= 24 * size)
-    on_cpu = device().type == "cpu"
     method: dict[str, Any] = {"divergence": "reverse_kl", "target": target, "beta_pi": 0.5}
     if target == "reward":  # whatever the scale of the rewards, the optimum that is aimed at is about a nat away
         method |= {"beta_pi": 1.0, "beta_r_std": 0.7}
     method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
-    if on_cpu:
-        method |= {"token_budget": 2048}
-    elif device().type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 is slower in it
+    kind = device().type
+    emulated = kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)  # as on a T4
+    if kind != "cpu" and not emulated:
         method |= {"precision": "bf16"}
     values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
     return f"method: EXO on the {target}s, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"

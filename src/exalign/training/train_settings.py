@@ -28,7 +28,7 @@ class TrainSettings(Settings):
     )
     token_budget: Size = Field(
         "auto",
-        description="tokens per forward pass, memory and speed, never the result; auto: 4096 on a CPU, and what fits "
+        description="tokens per forward pass, memory and speed, never the result; auto: 2048 on a CPU, and what fits "
         "on an accelerator",
         json_schema_extra=NO_RESULT,
     )
