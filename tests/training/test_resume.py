@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import resource
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from exalign.data.batching import Group
 from exalign.errors import InputError
 from exalign.models.logprobs import PackedPolicy
 from exalign.training.batches import EpochBatches
-from exalign.training.checkpoint import MetricsLog, Position, load_checkpoint, save_checkpoint
+from exalign.training.checkpoint import MetricsLog, Position, _save_tensors, load_checkpoint, save_checkpoint
 from exalign.training.loop import train
 from exalign.training.train_settings import TrainSettings
 from training.tiny_world import (
@@ -206,3 +208,18 @@ def test_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: Pa
     nn.init.zeros_(model.weight)
     assert load_checkpoint(tmp_path, "run", model, optimizer) == Position(1, 0, "run")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(nth: int) -> None:
+    class Interrupted(io.BytesIO):
+        written = 0
+
+        def write(self, part: Any) -> int:
+            self.written += 1
+            if self.written == nth:
+                raise KeyboardInterrupt
+            return super().write(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        _save_tensors({"weight": torch.zeros(64, 64)}, Interrupted())

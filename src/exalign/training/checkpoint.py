@@ -248,8 +248,8 @@ def _save_tensors(state: dict[str, Any], stream: BinaryIO) -> None:
     try:
         torch.save(state, stream)
     except RuntimeError as error:
-        # torch hides a full disk behind an error of its own; the cause is what callers can act on.
-        if isinstance(error.__context__, OSError):
+        # torch hides a full disk, and Ctrl-C, behind an error of its own; the cause is what callers can act on.
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
             raise error.__context__ from error
         raise
 
