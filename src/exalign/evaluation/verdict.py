@@ -167,10 +167,10 @@ def misled(kl: float, share: Interval) -> list[str]:
     """A sentence where even the optimum for the training reward surely has little of what could be gained at `kl`."""
     if share.high is None or share.high >= MISLED:
         return []
-    estimate, low, high = (100 * value for value in (share.estimate, *share.ends))
+    estimate, low, high = (f"{100 * value:.0f}".replace("-", "−") for value in (share.estimate, *share.ends))
     return [
-        f"The reward that was trained on is the limit: at {kl:.2g} nats the optimum for it has {estimate:.0f} % "
-        f"[{low:.0f}, {high:.0f}] of what could be gained by the evaluation's scorer. A better reward, not another "
+        f"The reward that was trained on is the limit: at {kl:.2g} nats the optimum for it has {estimate} % "
+        f"[{low}, {high}] of what could be gained by the evaluation's scorer. A better reward, not another "
         "method or β, is what is missing."
     ]
 
