@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -454,6 +455,11 @@ def test_ids_of_another_tokenizer_are_not_taken_for_those_of_a_model(
     config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=len(own), pad_token_id=0)
     for part in (own, AutoModelForCausalLM.from_config(config)):
         part.save_pretrained(tmp_path / "own")
+    ids = tuple(load_tokenizer(str(world / "tokenizer")).encode(" was dull.", add_special_tokens=False))
+    same = [replace(row, completions=(Completion(" was dull.", ids),)) for row in rows]  # its template may be another
+    write_records(tmp_path / "same", same, Header())
+    carry_out(tiny(f"data.evaluation.source={tmp_path}/same"), tmp_path / "other", "evaluation/prompts")
+    assert {record.prompt_ids for record in read_records(tmp_path / "other" / "evaluation" / "prompts")} == {None}
     recipe = tiny(f"data.evaluation.source={tmp_path}/rows", f"reward.model.source={tmp_path}/own")
     read: list[Group] = []
     monkeypatch.setattr("exalign.run.stages.train_reward_model", lambda *given: read.extend(given[2]))

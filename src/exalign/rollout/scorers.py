@@ -193,8 +193,7 @@ class RewardModelScorer:
         the whole conversation.
         """
         tokenizer, counts, limits, positions = self._tokenizer, self.counts, self.limits, max_positions(self._model)
-        bare = tuple(replace(c, token_ids=None, logprob=None, reference_logprob=None) for c in record.completions)
-        record = replace(record, prompt_ids=None, completions=bare)
+        record = record.as_texts()
         try:
             record = with_token_ids(record, tokenizer, counts)
         except UnfitError:

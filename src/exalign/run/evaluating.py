@@ -26,6 +26,7 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     Wanted,
+    are_cut,
     different_prompts,
     draw,
     evaluation_sampling,
@@ -147,6 +148,8 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
         by_id = {record.id: record for record in told}
         records = [by_id.get(record.id, record) for record in records]
     chosen = [_with_reference_text(record) for record in records]
+    if view.has("preferences") or not are_cut(view.recipe.data.evaluation or []):
+        chosen = [replace(record, prompt_ids=None) for record in chosen]  # another run's: its template, its limit
     view.counts["prompts"] = len(chosen)
     with RecordWriter(view.folder) as writer:
         for record in chosen[writer.written :]:

@@ -267,10 +267,12 @@ def iter_prompts(view: View, counts: Counter[str]) -> Iterator[Record]:
     """The prompts to sample from, without their completions, as they are read; of preferences each prompt once."""
     if "data.prompts" in view.stage.reads:
         records = not_held_out(view, records_of(view, "prompts", counts), counts)
+        cut_here = are_cut(view.recipe.data.prompts)
     else:
-        records = different_prompts(iter_records(view.path("preferences", "records")))
+        records, cut_here = different_prompts(iter_records(view.path("preferences", "records"))), True
     for record in records:
-        yield replace(record, completions=(), preferred=None)
+        # Ids that a record of another run brought along may be of another template, or cut to another limit.
+        yield replace(record, completions=(), preferred=None, prompt_ids=record.prompt_ids if cut_here else None)
 
 
 def prompts_of(view: View) -> list[Record]:
