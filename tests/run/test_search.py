@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exalign.data.store import read_records
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.methods.matching import Matching
+from exalign.models.loading import load_tokenizer
 from exalign.run.carry_out import check_inputs, run_recipe
 from exalign.run.recipe import Range, Recipe, load_recipe
 from exalign.run.search import Trial, at_one_kl, best_of, propose
@@ -361,7 +363,13 @@ def test_too_few_validation_prompts_are_found_before_any_work(world: Path, tmp_p
 
 
 def test_validation_prompts_of_their_own_are_used(world: Path, tmp_path: Path) -> None:
-    recipe: Recipe = searched_recipe(world, "search.prompts=6", f"data.validation={{source: {world}/prompts.jsonl}}")
-    run_recipe(recipe, "validation", folder=tmp_path)
+    """Here another run's, whose ids of prompts may be cut to another limit, or written in another template."""
     given = {json.loads(line)["prompt"] for line in (world / "prompts.jsonl").read_text().splitlines()}
-    assert {record.prompt for record in read_records(tmp_path / "validation" / "prompts")} <= given
+    tokenizer = load_tokenizer(str(world / "tokenizer"))
+    drawn_there = Completion(" was dull.", tuple(tokenizer.encode(" was dull.", add_special_tokens=False)))
+    rows = [Record(str(i), prompt, (drawn_there,), prompt_ids=(1,)) for i, prompt in enumerate(sorted(given))]
+    write_records(tmp_path / "rows", rows, Header())
+    recipe: Recipe = searched_recipe(world, "search.prompts=6", f"data.validation.source={tmp_path}/rows")
+    run_recipe(recipe, "validation", folder=tmp_path / "run")
+    drawn = read_records(tmp_path / "run" / "validation" / "samples")
+    assert {record.prompt for record in drawn} <= given and all(record.prompt_ids != (1,) for record in drawn)

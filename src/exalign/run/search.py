@@ -41,6 +41,7 @@ from exalign.run.materials import (
     Scoring,
     Takes,
     Wanted,
+    are_cut,
     different_prompts,
     draw,
     evaluation_sampling,
@@ -159,6 +160,9 @@ def _validation(view: View, *, judge: Scoring) -> None:
     quiet = replace(view, counts=Counter()) if own else view
     rows = in_order(evaluation_rows(quiet), recipe.evaluate.first_prompt)
     prompts = validation_prompts(rows, own, view.counts, used=recipe.evaluate.prompts, wanted=search.prompts)
+    given = None if view.has("preferences") else recipe.data.evaluation
+    if not are_cut(recipe.data.validation if own else given):
+        prompts = [replace(record, prompt_ids=None) for record in prompts]  # another run's: its template, its limit
     write_records(view.folder / "prompts", prompts, Header(counts=dict(view.counts)))
     tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, search.samples)
     model = supervised(view, tokenizer)
