@@ -249,22 +249,24 @@ def test_a_single_method(gain, title):
 
 
 def test_each_scorer_of_a_sum_is_shown(tmp_path):
-    run = write_run(tmp_path / "run", World(num_prompts=6, pool=0))
     """With its mean, and its win rates against whom it scored: here against nothing but the supervised policy."""
+    run = write_run(tmp_path / "run", World(num_prompts=6, pool=0))
     for folder in run.glob("evaluation/*/**/samples"):
         known = read_records(folder)
-        with_parts = [[{"fun": 0.625, "rival": -(c.reward or 0)} for c in r.completions] for r in known]
+        rewards = [[c.reward or 0.0 for c in r.completions] for r in known]
+        with_parts = [[{"fun": 0.625, "rival": -reward, "all": reward} for reward in row] for row in rewards]
         parted = [r.with_each("parts", parts) for r, parts in zip(known, with_parts, strict=True)]
         write_records(folder, parted, read_header(folder))
     (exo, *_) = build_evidence(run, num_resamples=20).methods
     against_sft = next(rate for rate in exo.win_rates if rate.opponent == "SFT")
     assert [(name, [rate.opponent for rate in rates]) for name, rates in exo.by_part.items()] == [
-        ("fun", ["SFT"]), ("rival", ["SFT"])
+        ("fun", ["SFT"]), ("rival", ["SFT"]), ("all", ["SFT"])
     ]  # fmt: skip
     assert exo.by_part["fun"][0].rate.estimate == 0.5
     assert exo.by_part["rival"][0].rate.estimate == pytest.approx(1 - against_sft.rate.estimate)
     html = text_of(write_report(run))
     assert "<small>fun 0.625" in html and "<th>rival<small>against SFT</small></th>" in html
+    assert "<th>all<small>against SFT</small></th>" not in html  # it has all the weight: the scorer's column again
 
 
 def test_left_out_and_unfinished_methods_are_named():

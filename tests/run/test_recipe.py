@@ -55,7 +55,10 @@ def test_what_may_be_one_or_a_list_is_told_of_in_the_form_that_was_written() -> 
     assert problem("data.sft=[{source: a, limit: x}]").endswith(
         ": data.sft.0.limit: input should be a valid integer, not 'x'."
     )
-    assert problem("data.sft=5").endswith(": data.sft: input should be an object, not 5.")
+    assert problem("data.sft=5").endswith(": data.sft: it takes settings, as name: value, not 5.")
+    assert problem("evaluate=null").endswith(
+        "it takes settings, as name: value, not null; leave it out where its defaults will do."
+    )
     assert "data.sft: list should have at least 1 item" in problem("data.sft=[]")
 
 

@@ -68,7 +68,16 @@ def win_table(evidence: Evidence) -> WinTable:
         most = evidence.best_of_n[-1]
         rates += [(f"{BEST_OF}{most.n}", rate) for rate in most.win_rates]
     cells = [WinCell(name, SCORER, rate) for name, rate in rates]
-    cells += [WinCell(m.name, part, rate) for m in evidence.methods for part, own in m.by_part.items() for rate in own]
+    # A part with all the weight is the scorer.
+    parts = [(part, own, method.win_rates) for method in evidence.methods for part, own in method.by_part.items()]
+    told = {part for part, own, rates in parts if any(rate not in rates for rate in own)}
+    cells += [
+        WinCell(method.name, part, rate)
+        for method in evidence.methods
+        for part, own in method.by_part.items()
+        if part in told
+        for rate in own
+    ]
     known = {method.name for method in evidence.methods}
     for judge, tallies in judged_tallies(evidence):
         for opponent, against in _OPPONENTS.items():
