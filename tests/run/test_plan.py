@@ -181,8 +181,10 @@ def test_preferences_that_are_held_out_are_evaluated_and_not_trained_on() -> Non
     tokens = tokens_of(*given, prompts=100, prompt_tokens=10, completion_tokens=20)
     assert tokens["reward"] == 3 * 90 * (10 + 2 * 20)  # three epochs
     assert tokens["evaluation/sft"] == 2 * 10 * (10 + 4 * 20)  # drawn, and log π_sft of them
-    few = tokens_of(*given, "evaluate.prompts=7", prompts=100, prompt_tokens=10, completion_tokens=20)
+    few = tokens_of(*given, "evaluate.pairs=7", prompts=100, prompt_tokens=10, completion_tokens=20)
     assert (few["reward"], few["evaluation/sft"]) == (3 * 93 * 50, 2 * 7 * 90)
+    fewer = tokens_of(*given, "evaluate.prompts=7", prompts=100, prompt_tokens=10, completion_tokens=20)
+    assert (fewer["reward"], fewer["evaluation/sft"]) == (tokens["reward"], 2 * 7 * 90)
 
 
 def test_a_search_is_validated_on_its_own_prompts(tmp_path: Path) -> None:

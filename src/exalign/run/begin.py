@@ -25,7 +25,7 @@ from exalign.models.loading import check_weights, load_tokenizer, policy_skeleto
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
-from exalign.run.recipe import load_recipe, make_recipe
+from exalign.run.recipe import EvaluateSettings, load_recipe, make_recipe
 from exalign.run.runner import Run
 from exalign.storage import exists, fingerprint, write_text
 from exalign.strict_yaml import dump_yaml
@@ -238,7 +238,9 @@ def _sources(
     if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         values["data"] = {"preferences": source, "held_out": share}
-        return "preference", f"data: {some} {what}; {share:.0%} of the prompts are held out and never trained on"
+        most = EVALUATED if device().type == "cpu" else EvaluateSettings().pairs
+        held = f"{share:.0%} of the prompts, at most {most}, are held out"
+        return "preference", f"data: {some} {what}; {held} and never trained on"
     if scorer is None and any(record.rewards is not None for record in records):
         raise InputError(
             f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto` in a recipe "
@@ -314,5 +316,7 @@ def _method(values: dict[str, Any], target: str, rows: int) -> str:
 
 def _evaluation(values: dict[str, Any], scorer: dict[str, Any] | None) -> None:
     values.setdefault("evaluate", {}).update({"prompts": EVALUATED, "samples": 2})
+    if device().type == "cpu" or "preferences" not in values["data"]:
+        values["evaluate"]["pairs"] = EVALUATED
     if scorer is not None and device().type == "cpu":
         values["evaluate"] |= {"pool_prompts": 16, "pool_samples": 32, "density_prompts": 2}

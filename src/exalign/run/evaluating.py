@@ -88,7 +88,7 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
         yield from of_every_method("answers/", takes, partial(_method, judge=judge, answers=True))
     if reads_pairs(recipe):
         takes = supervised + Takes(("temperature", *LIMITS))
-        yield (takes + rows + Takes(("evaluate.prompts",))).stage(PAIRS, _pairs)
+        yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, _pairs)
         yield from of_every_method("pairs/", takes + Takes(needs=(PAIRS,)), _pairs_of)
     if settings.pool_prompts and settings.density_prompts and judge is not None:
         takes = supervised + Takes(("temperature", "evaluate.density_prompts"), (POOL,))
@@ -265,7 +265,7 @@ def _pairs(view: View) -> None:
     """Held-out preferences with their token ids and log π_sft; none where the evaluation's rows have no preference."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
     rows = (record for record in evaluation_rows(view) if record.preferred is not None)
-    known = list(islice(rows, view.recipe.evaluate.prompts))
+    known = list(islice(rows, view.recipe.evaluate.pairs))
     if known:
         known = with_ids(view, known, tokenizer)
         known = with_logprobs(known, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))

@@ -629,7 +629,7 @@ class Budget:
         whose = name if what in ("pairs", "answers") else what
         times = 1 if whose in ("", "sft") else self.policies(whose)
         if what == "pairs":
-            pairs = self.evaluation(settings.prompts, 2)
+            pairs = self.evaluation(settings.pairs, 2)
             return in_turn([read(self.supervised(), pairs, self.machine, None)], times)
         load = self.evaluation(settings.prompts, settings.samples)
         return in_turn([self._drawn(load, self.recipe.judging, reference=what != "answers")], times)
@@ -698,7 +698,7 @@ class Budget:
         if not (rows := sum(number for number, _ in found)):
             raise InputError(f"data.{name}: {named(sources)} has no usable rows.")
         if name == "preferences" and holds_out(self.recipe):
-            held_out = min(max(round(self.recipe.data.held_out * rows), 1), self.recipe.evaluate.prompts)
+            held_out = min(max(round(self.recipe.data.held_out * rows), 1), self.recipe.evaluate.pairs)
             rows = max(rows - held_out, 1) if trained_on else held_out
         self.said |= {f"data.{name}: {number:,} rows ({how})": None for number, how in found}
         return Load(rows, completions, prompt, completion, longest_prompt, longest)

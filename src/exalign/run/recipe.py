@@ -73,7 +73,7 @@ class DataSection(Settings):
         gt=0,
         lt=1,
         description="without data.evaluation: the share of the prompts of data.preferences that nothing is trained on, "
-        "drawn by the content of each prompt, and at most evaluate.prompts of them; of methods on rewards with "
+        "drawn by the content of each prompt, and at most evaluate.pairs of them; of methods on rewards with "
         "stop_after: the share of their prompts that says when training ends",
     )
     validation: Sources | None = Field(
@@ -119,6 +119,12 @@ class EvaluateSettings(Settings):
         "model; without any the evidence is what preferences allow",
     )
     prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
+    pairs: int = Field(
+        512,
+        gt=0,
+        description="held-out preferences that trainings are measured on along the way, and every policy for the "
+        "evidence: the first of data.evaluation",
+    )
     first_prompt: str | None = Field(
         None,
         min_length=1,

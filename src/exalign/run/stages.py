@@ -108,7 +108,7 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
     limited = SEED + Takes(LIMITS)
     if recipe.tokenizer.vocab_size is not None:
         yield Takes(("tokenizer.vocab_size", "data.sft")).stage("tokenizer", _tokenizer)
-    held_out = Takes(("data.held_out", "evaluate.prompts")) if holds_out(recipe) else Takes()
+    held_out = Takes(("data.held_out", "evaluate.pairs")) if holds_out(recipe) else Takes()
     if data.preferences is not None:
         yield (takes_data(recipe, "preferences") + held_out).stage("preferences", _given_preferences)
     if recipe.sft is not None:
@@ -370,7 +370,7 @@ def _given_preferences(view: View) -> None:
     if not pairs:
         raise InputError("data.preferences: no row prefers a completion to another.")
     if "data.held_out" in view.stage.reads:
-        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.prompts, "data.preferences")
+        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.pairs, "data.preferences")
         view.counts["held_out_pairs"] = len(kept)
         write_records(view.folder / "held-out", kept, Header(counts={"held_out_pairs": len(kept)}))
         view.console.print(
