@@ -130,14 +130,21 @@ def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_
             assert key(other, stage.reads, contents) != before
 
 
-@pytest.mark.parametrize("held_out", [[], ["data.evaluation=null"]])
-def test_more_prompts_for_the_evidence_train_nothing_again(held_out: list[str]) -> None:
-    """Neither where trainings look at the evaluation's pairs, nor where pairs are held out of the preferences."""
-    stages = {stage.name: stage for stage in plan(load_recipe(RECIPES[0].parent / "hh-cpu.yaml", held_out))}
+@pytest.mark.parametrize(
+    ("recipe", "changed", "looked_at"),
+    [
+        ("hh-cpu", [], "evaluation/pairs"),
+        ("hh-cpu", ["data.evaluation=null"], "evaluation/pairs"),
+        ("imdb-smol", [], "evaluation/pool"),
+    ],
+)
+def test_more_prompts_for_the_evidence_train_nothing_again(recipe: str, changed: list[str], looked_at: str) -> None:
+    """Though trainings look at held-out pairs, and at the pool where they aim at a KL."""
+    stages = {stage.name: stage for stage in plan(load_recipe(RECIPES[0].parent / f"{recipe}.yaml", changed))}
     behind = {name for name in stages if name.startswith("align/")}
     while more := {need for name in behind for need in stages[name].needs} - behind:
         behind |= more
-    assert {"evaluation/pairs", "reward", "sft"} < behind
+    assert {looked_at, "sft"} < behind
     assert not any("evaluate.prompts" in stages[name].reads for name in behind)
 
 

@@ -318,5 +318,6 @@ def _evaluation(values: dict[str, Any], scorer: dict[str, Any] | None) -> None:
     values.setdefault("evaluate", {}).update({"prompts": EVALUATED, "samples": 2})
     if device().type == "cpu" or "preferences" not in values["data"]:
         values["evaluate"]["pairs"] = EVALUATED
-    if scorer is not None and device().type == "cpu":
-        values["evaluate"] |= {"pool_prompts": 16, "pool_samples": 32, "density_prompts": 2}
+    if scorer is not None:
+        small = {"pool_prompts": 16, "pool_samples": 32, "density_prompts": 2}
+        values["evaluate"] |= small if device().type == "cpu" else {"pool_prompts": EVALUATED}

@@ -6,6 +6,7 @@ evaluation/answers/… → evaluation/density/METHOD … → report
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,11 +73,11 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     scorer = recipe.judging
     log_odds = scorer is not None and (scorer.classifier is not None or scorer.stage == "oracle")
     yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge, log_odds=log_odds))
-    drawn = supervised + judged + Takes(SAMPLED, ("evaluation/prompts",))
-    sampled = drawn + Takes(("evaluate.samples",))
+    drawn = supervised + judged + Takes(SAMPLED)
+    sampled = drawn + Takes(("evaluate.samples",), ("evaluation/prompts",))
     yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge))
     if settings.pool_prompts and judge is not None:
-        takes = drawn + Takes(("evaluate.pool_prompts", "evaluate.pool_samples"))
+        takes = drawn + rows + Takes(("evaluate.first_prompt", "evaluate.pool_prompts", "evaluate.pool_samples"))
         yield takes.stage(POOL, partial(_pool, judge=judge))
         if (trained := proxy(recipe)) is not None:
             yield (trained.takes + Takes(needs=(POOL,))).stage(PROXY, partial(_proxy, scorer=trained))
@@ -127,7 +128,7 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
     What the data says of its texts, preferences and labels, is what the scorer is held to.
     """
     evaluate = view.recipe.evaluate
-    records = list(islice(in_order(evaluation_rows(view), evaluate.first_prompt), evaluate.prompts))
+    records = _first_rows(view, evaluate.prompts)
     if not records:
         raise InputError("data.evaluation has no usable rows.")
     category = evaluate.category
@@ -148,13 +149,19 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
         by_id = {record.id: record for record in told}
         records = [by_id.get(record.id, record) for record in records]
     chosen = [_with_reference_text(record) for record in records]
-    if view.has("preferences") or not are_cut(view.recipe.data.evaluation or []):
-        chosen = [replace(record, prompt_ids=None) for record in chosen]  # another run's: its template, its limit
     view.counts["prompts"] = len(chosen)
     with RecordWriter(view.folder) as writer:
         for record in chosen[writer.written :]:
             writer.write(record)
         writer.close(Header(counts=dict(view.counts)))
+
+
+def _first_rows(view: View, number: int) -> list[Record]:
+    """The evaluation's first rows, without ids of their prompts but where the run cut them itself."""
+    rows = islice(in_order(evaluation_rows(view), view.recipe.evaluate.first_prompt), number)
+    kept = not view.has("preferences") and are_cut(view.recipe.data.evaluation)
+    # Another run's are of its template, and cut to its limit.
+    return [row if kept else replace(row, prompt_ids=None) for row in rows]
 
 
 def in_order(rows: Iterator[Record], first: str | None) -> Iterator[Record]:
@@ -219,9 +226,13 @@ def _supervised(view: View, *, judge: Scoring | None, answers: bool = False) -> 
 
 
 def _pool(view: View, *, judge: Scoring) -> None:
-    """Many samples of π_sft for some prompts: what the optimal frontier is estimated from."""
-    evaluate = view.recipe.evaluate
-    prompts, tokenizer = _evaluation_prompts(view)[: evaluate.pool_prompts], run_tokenizer(view)
+    """Many samples of π_sft for some prompts: what the optimal frontier is estimated from.
+
+    Trainings that aim at a KL read it, so it does not depend on how many prompts are evaluated.
+    """
+    evaluate, tokenizer = view.recipe.evaluate, run_tokenizer(view)
+    rows = _first_rows(replace(view, counts=Counter()), evaluate.pool_prompts)
+    prompts = [replace(row, completions=(), preferred=None) for row in rows]
     wanted = Wanted(prompts, evaluation_sampling(view, evaluate.pool_samples), "pool")
     draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder, scorer=judge.load(view))
 

@@ -615,7 +615,7 @@ class Budget:
         read by π_sft and by every policy saved.
         """
         settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
-        pool = self.evaluation(min(settings.pool_prompts, settings.prompts), settings.pool_samples)
+        pool = self.evaluation(settings.pool_prompts, settings.pool_samples)
         if what == "prompts":
             return None
         if what == "pool":

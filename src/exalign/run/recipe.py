@@ -138,7 +138,10 @@ class EvaluateSettings(Settings):
         "and KL are measured on, which are drawn at τ and never truncated",
     )
     pool_prompts: int = Field(
-        128, ge=0, description="prompts with a pool of supervised samples for the optimal frontier; 0: none"
+        128,
+        ge=0,
+        description="prompts with a pool of supervised samples for the optimal frontier, the first of data.evaluation; "
+        "0: none",
     )
     pool_samples: int = Field(128, gt=1, description="supervised samples for each pool prompt")
     density_prompts: int = Field(

@@ -92,7 +92,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     # What a method needs of the evaluation, the pool that its β is chosen from and held-out pairs, comes before it.
     needed = {need for stage in methods for need in stage.needs}
     pools = {POOL, PROXY} & needed
-    early = ({"evaluation/prompts", POOL, *pools} if pools else set()) | ({PAIRS} & needed)
+    early = ({POOL, *pools} if pools else set()) | ({PAIRS} & needed)
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
