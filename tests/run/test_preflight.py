@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
@@ -138,6 +140,9 @@ def test_texts_that_a_chat_template_is_not_applied_to_are_told(recipe: Any, tmp_
         assert check_inputs(recipe(["Hi"], data__preferences={"source": str(pairs), "chat": meant})) == []
     pairs.write_text(json.dumps({"prompt": [USER], "chosen": "yes", "rejected": "no"}) + "\n")
     assert check_inputs(recipe(["Hi"], data__preferences={"source": str(pairs)})) == []
+    answers = (Completion("yes"), Completion("no"))
+    write_records(tmp_path / "records", [Record("1", "Hi", answers, preferred=0)], Header())  # as another run meant it
+    assert check_inputs(recipe(["Hi"], data__preferences={"source": str(tmp_path / "records")})) == []
 
 
 def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.run import cluster
 from exalign.run.evaluating import in_order
-from exalign.run.materials import are_cut
+from exalign.run.materials import are_cut, told_in_tokens
 from exalign.run.recipe import Recipe, changed, holds_out, models_of
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import propose, validation_prompts
@@ -233,10 +233,11 @@ def _check_templates(
 
 
 def _untemplated(recipe: Recipe, looked: Mapping[str, _Looked]) -> Iterator[str]:
-    """A sentence about prompts that are text, for a model of chats, where nobody said that text is meant."""
+    """A sentence about prompts that are text, for a model of chats, where nobody, and no other run, said so."""
     named = []
     for name, found in looked.items():
-        told = any("chat" in one.model_fields_set or one.prompt_tokens for one in each(getattr(recipe.data, name)))
+        sources = each(getattr(recipe.data, name))
+        told = any("chat" in one.model_fields_set or told_in_tokens(one) for one in sources)
         texts = [one for one in found.patterns.values() if isinstance(one.prompt, str) and one.prompt.strip()]
         named += [f"data.{name}"] if texts and not told else []
     if named:

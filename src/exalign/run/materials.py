@@ -133,7 +133,7 @@ def takes_data(recipe: Recipe, name: str) -> Takes:
     if source is None:
         return Takes()
     here = Takes((f"data.{name}",))
-    return here + takes_tokenizer(recipe) if _told_in_tokens(source) else here
+    return here + takes_tokenizer(recipe) if told_in_tokens(source) else here
 
 
 def are_cut(sources: Sources | None) -> bool:
@@ -141,7 +141,7 @@ def are_cut(sources: Sources | None) -> bool:
     return any(one.prompt_tokens is not None for one in each(sources or []))
 
 
-def _told_in_tokens(sources: Sources) -> bool:
+def told_in_tokens(sources: Sources) -> bool:
     """Whether a source is cut by tokens, or was written by a run, with token ids."""
     return are_cut(sources) or any(holds_records(Path(one.source)) for one in each(sources))
 
@@ -232,7 +232,7 @@ def records_of(view: View, name: str, counts: Counter[str] | None = None) -> Ite
     None at all is an error when they are read to their end.
     """
     source, record = getattr(view.recipe.data, name), None
-    tokenizer = run_tokenizer(view) if _told_in_tokens(source) else None
+    tokenizer = run_tokenizer(view) if told_in_tokens(source) else None
     for record in read_source(source, view.counts if counts is None else counts, tokenizer):
         yield record
     if record is None:
