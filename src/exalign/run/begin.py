@@ -239,8 +239,8 @@ def _sources(
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         values["data"] = {"preferences": source, "held_out": share}
         most = EVALUATED if device().type == "cpu" else EvaluateSettings().pairs
-        held = f"{share:.0%} of the prompts, at most {most}, are held out"
-        return "preference", f"data: {some} {what}; {held} and never trained on"
+        kept_out = f"{share:.0%} of the prompts, at most {most}, are held out"
+        return "preference", f"data: {some} {what}; {kept_out} and never trained on"
     if scorer is None and any(record.rewards is not None for record in records):
         raise InputError(
             f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto` in a recipe "
