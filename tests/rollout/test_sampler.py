@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from exalign.data.batching import Group
 from exalign.data.record import Record
@@ -275,6 +275,37 @@ def test_adapters_are_sampled_with(make_model, tokenizer):
     with torch.no_grad():
         expected = plain_completion_logprobs(model, [as_group(records[0])], temperature=TAU)[0]
     assert [c.logprob for c in records[0].completions] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_float32_weights_can_draw_as_those_of_a_model_loaded_in_bfloat16(make_model, tokenizer, model_type, tmp_path):
+    """As transformers loads them, and an engine that serves them: and at every opening as they then are."""
+    model = make_model(model_type, dtype=torch.float32)
+
+    def drawn_by_one_in_half_precision():
+        model.save_pretrained(tmp_path)
+        half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        return list(sampler(half, tokenizer).sample(prompts()))
+
+    for _ in range(2):
+        assert list(sampler(model, tokenizer, precision="bf16").sample(prompts())) == drawn_by_one_in_half_precision()
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.5)
+
+
+def test_adapters_draw_rounded_too_and_weights_of_other_types_as_they_are(make_model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(make_model("llama", dtype=torch.float32), config)
+    half = deepcopy(model)
+    for weight in half.parameters():  # of weights alone: the frequencies of the positions are computed in float32
+        weight.data = weight.data.bfloat16()
+    drawn = texts(sampler(model, tokenizer, precision="bf16").sample(prompts()))
+    assert drawn == texts(sampler(half, tokenizer).sample(prompts()))
+    assert drawn == texts(sampler(half, tokenizer, precision="bf16").sample(prompts()))
 
 
 def test_a_model_in_training_mode_is_sampled_without_dropout_and_left_in_it(make_model, tokenizer):

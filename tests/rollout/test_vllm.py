@@ -96,6 +96,9 @@ def test_the_engine_is_asked_for_the_distribution_that_the_record_speaks_of() ->
     fields = {"vllm": {"cache_gib": 0.5, "gpus": 2}, **TWO.model_dump(include={"max_prompt_tokens", "max_new_tokens"})}
     engine = engine_arguments(tiny_model("llama", dtype=torch.bfloat16), SampleSettings(**fields))
     assert engine["logprobs_mode"] == "processed_logprobs"
+    plain = tiny_model("llama", dtype=torch.float32)
+    assert engine_arguments(plain, SampleSettings())["dtype"] == "float32"
+    assert engine_arguments(plain, SampleSettings(precision="bf16"))["dtype"] == "bfloat16"
     assert (engine["max_model_len"], engine["tensor_parallel_size"], engine["dtype"]) == (13, 2, "bfloat16")
     assert (engine["kv_cache_memory_bytes"], engine["load_format"], engine["trust_remote_code"]) == (
         2**29,

@@ -28,7 +28,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_model_from_a_config_is_measured(tokenizer: str) -> None:
-    peak, (*training, sampling) = bench(ModelSettings(config=CONFIG), SHAPE, tokenizer=tokenizer, budgets=(20, 99))
+    settings = ModelSettings(config=CONFIG)
+    peak, (*training, sampling, rounded) = bench(settings, SHAPE, tokenizer=tokenizer, budgets=(20, 99))
     assert peak > 0 and [rate.what for rate in training] == ["training, token_budget 20", "training, token_budget 99"]
     for rate in training:
         assert rate.tokens == 3 * (9 + 2 * 4)
@@ -36,6 +37,7 @@ def test_a_model_from_a_config_is_measured(tokenizer: str) -> None:
     # every completion has at least one token, and at most four; each is drawn once
     assert 3 * 2 <= sampling.tokens <= 3 * 2 * 4
     assert sampling.flops < training[0].flops
+    assert rounded.what.endswith("precision bf16") and 3 * 2 <= rounded.tokens <= 3 * 2 * 4
 
 
 def test_the_table_shows_rates_and_shares_as_quotients() -> None:

@@ -194,6 +194,15 @@ def test_a_search_is_validated_on_its_own_prompts(tmp_path: Path) -> None:
     assert tokens_of(search, f"data.validation.source={file}")["validation"] == 2 * 5 * (12 + 2 * 28)
 
 
+def test_a_copy_in_half_precision_draws_faster_and_takes_room_and_the_policy_reads_what_it_drew() -> None:
+    plain, half = ({c.stage: c for c in planned(RECIPE, f"sample.precision={p}").costs} for p in ("fp32", "bf16"))
+    weights = plain["rollouts"].replicated.weights
+    assert half["rollouts"].replicated.copies == weights / 2 and plain["rollouts"].replicated.copies == 0
+    assert half["rollouts"].replicated.cache == plain["rollouts"].replicated.cache / 2
+    assert half["rollouts"].seconds == pytest.approx(plain["rollouts"].seconds * 67 / 989)
+    assert half["evaluation/sft"].tokens == plain["evaluation/sft"].tokens * 3 / 2  # drawn, and read once or twice
+
+
 def test_data_without_rows_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "p"}\n')

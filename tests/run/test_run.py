@@ -279,6 +279,20 @@ def test_answers_of_their_own_are_what_is_judged_and_change_no_kl(
     assert "at a temperature of 0.5 with top-p 0.001, and have no KL" in run.page.read_text()
 
 
+def test_what_a_copy_in_half_precision_draws_has_the_policys_own_log_ratios(
+    tiny: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    carry_out(tiny("sample.precision=bf16"), tmp_path / "run", "evaluation/sft", "evaluation/exo-rw")
+    run, tokenizer = RunFolder(tmp_path / "run"), load_tokenizer(str(world / "tokenizer"))
+    for record in read_records(run.evaluation / "sft" / "samples"):
+        assert all(c.logprob == c.reference_logprob for c in record.completions)
+    last = sorted((tmp_path / "run" / "align" / "exo-rw" / "policies").iterdir())[-1]
+    policy = load_policy(ModelSettings(source=str(last)), tokenizer)
+    for record in read_records(run.evaluation / "exo-rw" / last.name / "samples"):
+        own = plain_completion_logprobs(policy, [group_of(record, 0)], temperature=1.0)[0]
+        assert [c.logprob for c in record.completions] == pytest.approx(own.tolist(), abs=1e-5)
+
+
 def test_a_prompts_category_comes_from_its_row(tiny: MakeRecipe, world: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) | {"kind": "poem"} for line in (world / "test.jsonl").read_text().splitlines()]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -58,16 +58,19 @@ def rollout(
     numerics: Numerics,
     *,
     scorer: Scorer | None = None,
+    policy: nn.Module | None = None,
     reference: nn.Module | None = None,
 ) -> list[Record]:
     """The prompts with K completions each, in their order.
 
-    `logprob` is log q(y|x) as the sampler says, `reference_logprob` is log π_sft(y|x) under `reference`, both in nats
-    at τ. `scorer` gives the rewards. `counts` takes what sampler and scorer count.
+    `logprob` is log q(y|x) as the sampler says, or log π(y|x) under `policy`; `reference_logprob` is log π_sft(y|x)
+    under `reference`; all in nats at τ. `scorer` gives the rewards. `counts` takes what sampler and scorer count.
     """
     before = Counter(sampler.counts)
     records = list(sampler.sample(prompts))
     counts.update(sampler.counts - before)
+    if policy is not None:
+        records = with_logprobs(records, policy, "logprob", numerics)
     if reference is not None:
         records = with_logprobs(records, reference, "reference_logprob", numerics)
     return records if scorer is None else scored(scorer, records, counts)

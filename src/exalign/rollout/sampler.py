@@ -6,6 +6,7 @@ of which several may share a row, V vocabulary), and the decoders that turn toke
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -20,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,6 +89,8 @@ class GroupedSampler:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._model = base_of(model)  # adapters live inside its layers; the wrapper around it hides its signature
+        if draws_rounded(model, settings):
+            self._model = rounded(self._model)
         self._tokenizer = tokenizer
         self._settings = settings
         memory = device_memory(self._model.device)
@@ -218,6 +221,32 @@ class GroupedSampler:
             for ids, logp in zip(group.token_ids, group.logps, strict=True)
         ]
         return with_completions(group.record, drawn, self.counts)
+
+
+def draws_rounded(model: nn.Module, settings: SampleSettings) -> bool:
+    """Whether a copy of float32 weights in bfloat16 draws, whose log-probabilities are not quite the model's."""
+    return settings.precision == "bf16" and base_of(model).dtype == torch.float32
+
+
+_ROUNDED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The copy of a model, which stays while the model does: where weights change it takes them over."""
+
+
+def rounded(model: Any) -> Any:
+    """A copy of the model as it is now, its float32 weights in bfloat16; all else is shared or stays what it is."""
+    if model not in _ROUNDED:
+        halves = {
+            id(weight): nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+            if weight.dtype == torch.float32
+            else weight
+            for weight in model.parameters()
+        }
+        _ROUNDED[model] = copy.deepcopy(model, halves)
+    found = _ROUNDED[model]
+    with torch.no_grad():
+        for half, weight in zip(found.parameters(), model.parameters(), strict=True):
+            half.copy_(weight)
+    return found
 
 
 @dataclass(eq=False)

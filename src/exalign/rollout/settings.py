@@ -47,6 +47,11 @@ class SampleSettings(Settings):
         description="Keep the most probable tokens up to this total probability at each step; none keeps all.",
     )
     top_k: int | None = Field(None, ge=1, description="Keep the k most probable tokens at each step; none keeps all.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="bf16: float32 weights draw as a copy of them in bfloat16, which is faster; the log-probabilities "
+        "of what was drawn stay those of training. fp32: weights draw as they are, whatever their type",
+    )
     batch_completions: Size = Field(
         "auto",
         description="Completions decoded at the same time; changes speed and memory, never a completion. auto: 64 on a "

@@ -33,7 +33,7 @@ from exalign.models.capability import base_of
 from exalign.models.loading import save_apart
 from exalign.models.logprobs import reference_logprobs
 from exalign.processes import several
-from exalign.rollout.sampler import check_drawing, completion_of, with_completions, with_prompt_ids
+from exalign.rollout.sampler import check_drawing, completion_of, draws_rounded, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint
 
@@ -283,7 +283,7 @@ def engine_arguments(policy: PreTrainedModel, settings: SampleSettings) -> dict[
     base, own = base_of(policy), settings.vllm
     on_processor = base.device.type == "cpu"
     return {
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": "bfloat16" if draws_rounded(base, settings) else str(base.dtype).removeprefix("torch."),
         "max_model_len": settings.max_prompt_tokens + settings.max_new_tokens,
         "tensor_parallel_size": own.gpus,
         "kv_cache_memory_bytes": int(own.cache_gib * 2**30),
@@ -360,7 +360,7 @@ def check_logprobs(
     rows = reference_logprobs(policy, groups, temperature=temperature, token_budget=CHECKING_TOKENS)
     truncated = settings.top_p is not None or settings.top_k is not None
     # In bfloat16 exalign's own sampler is up to 0.05 nats per token from the training path (SmolLM2).
-    half = base_of(policy).dtype in (torch.float16, torch.bfloat16)
+    half = draws_rounded(policy, settings) or base_of(policy).dtype in (torch.float16, torch.bfloat16)
     limit = settings.vllm.logprob_limit or (0.1 if half else 0.02)
     gaps = logprob_gaps(drawn, [row.tolist() for row in rows], truncated=truncated)
     differ = sum(gap > limit for gap in gaps)

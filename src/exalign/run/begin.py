@@ -310,6 +310,7 @@ def _method(values: dict[str, Any], target: str, rows: int) -> str:
     emulated = kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)  # as on a T4
     if kind != "cpu" and not emulated:
         method |= {"precision": "bf16"}
+        values["sample"]["precision"] = "bf16"
     values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
     return f"method: EXO on the {target}s, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -70,8 +70,10 @@ def bench(
             f"A prompt of {shape.prompt_tokens} and a completion of {shape.completion_tokens} tokens do not fit into "
             f"the model's {limit} positions; ask for shorter ones."
         )
-    sampling = measure_sampling(model, loaded, shape)
-    return matmul_peak(model), [*measure_training(model, shape, budgets), sampling]
+    sampling = [measure_sampling(model, loaded, shape)]
+    if model.dtype == torch.float32:
+        sampling.append(measure_sampling(model, loaded, shape, "bf16"))
+    return matmul_peak(model), [*measure_training(model, shape, budgets), *sampling]
 
 
 def measure_training(model: Any, shape: BenchShape, budgets: Sequence[int] = TOKEN_BUDGETS) -> list[Rate]:
@@ -100,7 +102,9 @@ def measure_training(model: Any, shape: BenchShape, budgets: Sequence[int] = TOK
     return [Rate(f"training, token_budget {budget}", took, tokens, work) for budget, took in rates]
 
 
-def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: BenchShape) -> Rate:
+def measure_sampling(
+    model: Any, tokenizer: PreTrainedTokenizerBase, shape: BenchShape, precision: Literal["fp32", "bf16"] = "fp32"
+) -> Rate:
     """Seconds to draw K completions of each prompt; one that ends early counts as long as it became."""
     prompts = [
         Record(str(group.index), "", prompt_ids=tuple(group.prompt_ids.tolist())) for group in _groups(model, shape)
@@ -109,7 +113,9 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
         num_completions=shape.num_completions,
         max_new_tokens=shape.completion_tokens,
         max_prompt_tokens=shape.prompt_tokens,
+        precision=precision,
     )
+    what = "sampling, drawn tokens" + (", precision bf16" if precision == "bf16" else "")
     rates = []
     for seed in range(REPEATS):
         sampler = open_sampler(model, tokenizer, settings, temperature=1.0, seed=seed)
@@ -117,7 +123,7 @@ def measure_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, shape: Benc
         seconds = timed(lambda: drawn.extend(sampler.sample(prompts)), model.device)  # noqa: B023  # called at once
         work = forward_flops(model, [group_of(record, index) for index, record in enumerate(drawn)])
         tokens = sampler.counts["completion_tokens"]
-        rates.append(Rate("sampling, drawn tokens", seconds, tokens, work))
+        rates.append(Rate(what, seconds, tokens, work))
     return sorted(rates, key=lambda rate: rate.tokens / rate.seconds)[len(rates) // 2]
 
 

@@ -30,6 +30,7 @@ from exalign.models.memory import release_memory
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact
 from exalign.rollout.rollout import Numerics, open_sampler, rollout
+from exalign.rollout.sampler import draws_rounded
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
 from exalign.rollout.vllm import close_engine
@@ -47,6 +48,7 @@ SAMPLED = (
     "temperature",
     "sample.engine",
     "sample.vllm",
+    "sample.precision",
     "sample.max_new_tokens",
     "sample.batch_completions",
     "data.max_prompt_tokens",
@@ -310,6 +312,7 @@ def evaluation_sampling(view: View, num_completions: int) -> SampleSettings:
         max_new_tokens=sample.max_new_tokens,
         max_prompt_tokens=view.recipe.data.max_prompt_tokens,
         batch_completions=sample.batch_completions,
+        precision=sample.precision,
         engine=sample.engine,
         vllm=sample.vllm,
     )
@@ -356,12 +359,15 @@ def draw(
     temperature = view.recipe.temperature if wanted.temperature is None else wanted.temperature
     seed = purpose_seed(view, wanted.purpose)
     sampler = open_sampler(policy, tokenizer, wanted.settings, temperature=temperature, seed=seed)
+    # A KL is the policy's own, not that of the copy of it that draws.
+    own = policy if reference is not None and draws_rounded(policy, wanted.settings) else None
     with RecordWriter(folder) as writer:
         left = wanted.prompts[writer.written :]
         for start in range(0, len(left), SHARD):
             counts: Counter[str] = Counter()
             part = left[start : start + SHARD]
-            records = rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, reference=reference)
+            numerics = Numerics(temperature)
+            records = rollout(part, sampler, counts, numerics, scorer=scorer, policy=own, reference=reference)
             writer.write_shard(records, counts)
         header = samples_header(view, wanted.settings, wanted.purpose, temperature)
         writer.close(header.with_counts(writer.counts))

@@ -328,8 +328,8 @@ def rows_of(source: DataSettings) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one device by what they are for; `copies` are autocast's, `exchange` what several devices need to work
-    together."""
+    """Bytes of one device by what they are for; `copies` are those in bfloat16, of autocast and of what draws,
+    `exchange` is what several devices need to work together."""
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -479,8 +479,15 @@ def draw(
     working = _reading(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, machine)
     logits = rows * model.vocabulary * (4 + model.element_size)
     cache = float(groups * cache_tokens(load) * model.cache_bytes_per_token)
-    memory = replace(working, cache=cache, activations=working.activations + logits)
-    return _dealt_out(model, load, machine, machine.rate(model.precision, sampling=True), memory)
+    half = _draws_rounded(model, settings)
+    cache, copies = (cache / 2, 2.0 * model.parameters) if half else (cache, 0.0)
+    memory = replace(working, cache=cache, copies=copies, activations=working.activations + logits)
+    rate = machine.rate("bf16" if half else model.precision, sampling=True)
+    return _dealt_out(model, load, machine, rate, memory)
+
+
+def _draws_rounded(model: Architecture, settings: SampleSettings) -> bool:
+    return settings.precision == "bf16" and model.precision == "fp32"
 
 
 def cache_tokens(load: Load) -> int:
@@ -636,10 +643,11 @@ class Budget:
 
     def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Cost:
         """Samples for a load, their rewards, and log π_sft of them."""
-        policy = self.supervised()
-        parts = [draw(policy, load, self.recipe.sample, self.machine)]
+        policy, sampling = self.supervised(), self.recipe.sample
+        parts = [draw(policy, load, sampling, self.machine)]
         parts += [read(scorer, load, self.machine) for scorer in self.scorers(settings)]
-        return in_turn([*parts, read(policy, load, self.machine, None)] if reference else parts)
+        told = reference * (1 + _draws_rounded(policy, sampling))  # by the policy too, where a copy of it draws
+        return in_turn([*parts, *told * [read(policy, load, self.machine, None)]])
 
     def policies(self, name: str) -> int:
         """How many policies a method saves."""
