@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from exalign.errors import InputError
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, load_recipe
 from exalign.run.runner import Run
@@ -115,6 +117,20 @@ def test_a_stage_that_reads_past_its_view_is_an_error(tiny: MakeRecipe, tmp_path
     run = Watched(tiny(), tmp_path)
     run.carry_out(stages)
     assert run.views[-1].counts["checked"] == 1
+
+
+def test_memory_that_runs_out_where_nothing_smaller_can_be_tried_is_one_sentence(
+    tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    def work(view: View) -> None:
+        torch.empty(2**52)
+
+    run = Watched(tiny(), tmp_path)
+    with pytest.raises(
+        InputError, match=r"^it: memory ran out \(.*can't allocate memory.*\)\. What is finished stays\."
+    ):
+        run.carry_out([Stage("it", (), (), work)])
+    assert not (tmp_path / "it" / "done.json").exists()
 
 
 def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_nothing(tmp_path: Path) -> None:

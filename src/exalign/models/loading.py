@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,17 +140,25 @@ def load_classifier(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase)
 
 
 def load_scoring_model(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, num_labels: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_labels: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> PreTrainedModel:
     """A sequence classifier as it was made, to score with: a head that is not among its weights is an `InputError`.
 
-    `num_labels` is for an adapter's folder, whose own configuration does not say.
+    `num_labels` is for an adapter's folder, whose own configuration does not say. Of a causal classifier in `bfloat16`
+    the head stays in float32: rounded to 8 bits, different rewards of a prompt would be ties.
     """
     _refuse_code(source)
-    settings, adapted = ModelSettings(source=source), _adapter_base(source) is not None
-    return _load(
-        AutoModelForSequenceClassification, settings, tokenizer, num_labels if adapted else None, new_head=False
-    )
+    settings, adapted = ModelSettings(source=source, dtype=dtype), _adapter_base(source) is not None
+    labels = num_labels if adapted else None
+    model: Any = _load(AutoModelForSequenceClassification, settings, tokenizer, labels, new_head=False)
+    if hasattr(model, "score"):
+        model.score.float()
+    found: PreTrainedModel = model
+    return found
 
 
 def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:

@@ -17,7 +17,7 @@ import torch
 
 from exalign.data.batching import Group, microbatches
 from exalign.device import device
-from exalign.errors import InputError
+from exalign.errors import InputError, first_line
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -66,6 +66,21 @@ def fitting(groups: Sequence[Group]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise TooLargeError(groups) from None
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Around what cannot be done in smaller parts, named `what`: an `InputError` where memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        why = ". ".join(first_line(error).split(". ")[:2])[:200].rstrip(".")
+        raise InputError(
+            f"{what}: memory ran out ({why}). What is finished stays. Less is taken with model.lora, a model's "
+            "or a scorer's dtype: bfloat16, or a smaller model; exalign plan RECIPE says what each stage takes."
+        ) from None
 
 
 def release_memory() -> None:

@@ -27,7 +27,7 @@ from exalign.device import device
 from exalign.errors import InputError, first_line
 from exalign.models.heads import completion_outputs
 from exalign.models.loading import load_scoring_model, load_tokenizer
-from exalign.models.memory import computed, is_out_of_memory, release_memory
+from exalign.models.memory import computed, is_out_of_memory, release_memory, room_for
 from exalign.models.sizes import reading_budget
 from exalign.rollout.own_modules import from_here, own_module
 from exalign.rollout.settings import OneScorer, ScorerSettings
@@ -92,7 +92,9 @@ def open_scorer(settings: ScorerSettings | OneScorer, trained_here: Callable[[st
     assert source is not None
     tokenizer = load_tokenizer(source, speaks=False)
     labels = 1 if settings.reward_model is not None else None
-    model: Any = load_scoring_model(source, tokenizer, num_labels=labels).to(device())  # type: ignore[arg-type]
+    with room_for(f"The scorer {source}"):
+        model: Any = load_scoring_model(source, tokenizer, num_labels=labels, dtype=settings.dtype)
+        model.to(device())
     if settings.classifier is not None or settings.stage == "oracle":
         positive = 1 if settings.stage == "oracle" else settings.positive
         return ClassifierScorer(model, tokenizer, positive)

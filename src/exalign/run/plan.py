@@ -720,12 +720,12 @@ class Budget:
         return [model for part in settings.sum or (settings,) if (model := self._scorer(part)) is not None]
 
     def _scorer(self, settings: OneScorer) -> Architecture | None:
-        """The model behind a scorer, as it is loaded: adapters merged, in float32; a function has none."""
+        """The model behind a scorer, as it is loaded: adapters merged; a function has none."""
         recipe = self.recipe
         if settings.function is not None:
             self.said[f"{settings.function} costs nothing"] = None
             return None
-        loaded = {"lora": None, "dtype": "float32"}
+        loaded = {"lora": None, "dtype": settings.dtype}
         if settings.stage == "reward":
             assert recipe.reward is not None
             return self.model((recipe.reward.model or recipe.model).model_copy(update=loaded), "reward model")
@@ -733,7 +733,8 @@ class Budget:
             assert recipe.oracle is not None
             return self.model(recipe.oracle.model.model_copy(update=loaded), "classifier")
         source = settings.reward_model or settings.classifier
-        return self.model(ModelSettings(source=source), "reward model" if settings.reward_model else "classifier")
+        loads = ModelSettings(source=source, dtype=settings.dtype)
+        return self.model(loads, "reward model" if settings.reward_model else "classifier")
 
     def supervised(self) -> Architecture:
         """π_sft, its adapters merged, in the type of the recipe's model."""

@@ -31,6 +31,7 @@ from exalign.data.tokenization import pin_date
 from exalign.device import choose_threads, device, device_memory, keep_memory
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
+from exalign.models.memory import room_for
 from exalign.processes import call, leads
 from exalign.run.recipe import Recipe, dump_recipe
 from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
@@ -215,7 +216,8 @@ class Run:
         start = time.monotonic()
         if stage.together:
             call(stage.name)
-        stage.work(view)
+        with room_for(stage.name):
+            stage.work(view)
         seconds = seconds_before + time.monotonic() - start
         if stage.together:
             more = {"recoveries": len(recoveries(folder)), "steps_not_taken": steps_not_taken(folder)}
