@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from exalign.data.reading import DataSettings, read_source
@@ -18,7 +19,7 @@ from exalign.data.store import read_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
-from exalign.run.begin import align, begin, write_down
+from exalign.run.begin import EVALUATED, align, begin, write_down
 from exalign.run.recipe import load_recipe
 from exalign.storage import read_json
 
@@ -103,6 +104,23 @@ def test_other_names_of_columns_come_in_with_the_command(model: Path, pairs: Pat
     with pytest.raises(InputError, match=r"epsilon = 0\.7"):  # what is not of the data changes the recipe
         align(str(model), str(file), out=tmp_path / "it", overrides=[*names, "align.exo-pref.epsilon=0.7"])
     assert load_recipe(tmp_path / "it.yaml").data.preferences.columns["prompt"] == "q"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_gpu_computes_and_draws_in_bfloat16_where_it_can(
+    model: Path, pairs: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """What is chosen alone: no such device is here."""
+    monkeypatch.setattr("exalign.run.begin.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("exalign.run.begin.device_memory", lambda device: 80e9)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: half or including_emulation)
+    for number, data in enumerate((pairs, world / "prompts.jsonl")):
+        reward = "exalign.data.synthetic:reward" if number else None
+        write_down(begin(str(model), str(data), reward=reward, out=tmp_path / str(number)), Console(quiet=True))
+        recipe = load_recipe(tmp_path / f"{number}.yaml")
+        (method,) = recipe.align.values()
+        assert (method.precision == "bf16") == (recipe.sample.precision == "bf16") == half
+        assert recipe.evaluate.pairs == (EVALUATED if number else 512)
 
 
 def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: Path) -> None:

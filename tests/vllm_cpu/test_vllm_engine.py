@@ -83,6 +83,13 @@ def test_log_probabilities_are_those_of_the_training_path(opened: Open, policy, 
     )
 
 
+def test_float32_weights_draw_in_bfloat16_where_that_is_asked_for(opened: Open, policy) -> None:
+    for one in (policy, changed(policy)):  # the engine that runs takes float32 weights over as well
+        sampler = opened(one, max_new_tokens=20, precision="bf16")
+        assert ROUNDING < gap(list(sampler.sample(PROMPTS)), one) < 20 * 0.1
+        assert (sampler.counts["logprobs_checked"], sampler.counts["logprobs_that_differ"]) == (32, 0)
+
+
 def test_seeds_and_ids_decide_and_nothing_else(opened: Open, policy) -> None:
     drawn = ids_of(list(opened(policy, max_new_tokens=12).sample(PROMPTS)))
     assert all(len(set(group)) == 4 for group in drawn)
