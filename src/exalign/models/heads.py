@@ -77,7 +77,7 @@ def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """
     base = _critic(model)
     hidden, wanted = predicting_states(model, groups)
-    return unflatten_tokens(_accurate(_head(base, hidden)[wanted.rows, 0]), wanted.cells, groups)
+    return unflatten_tokens(_accurate(base.score(hidden)[wanted.rows, 0]), wanted.cells, groups)
 
 
 def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -112,7 +112,7 @@ def _row_output(base: Any, row: Tensor) -> Tensor:
     if not hasattr(base, "score"):
         return base(input_ids=row).logits
     # Not the model's own forward: it takes the last token that is not padding, and padding may be the end token.
-    return _head(base, row_hidden(base, row)[:, -1])
+    return base.score(row_hidden(base, row)[:, -1])
 
 
 def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -122,16 +122,11 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     if plan.tree:
         parts, places = plan.sides(groups)
         stream, last, there = whole_stream(parts, device, places=places, windows=plan.windows)
-        return unflatten(_accurate(_head(base, stream_hidden(base, stream).index_select(0, last))), groups, there)
+        return unflatten(_accurate(base.score(stream_hidden(base, stream).index_select(0, last))), groups, there)
     input_ids, attention_mask, _ = padded_rows(groups, device)
     last = attention_mask.sum(dim=1) - 1
     hidden = row_hidden(base, input_ids, attention_mask)
-    return unflatten(_accurate(_head(base, hidden[torch.arange(len(hidden), device=device), last])), groups)
-
-
-def _head(base: Any, hidden: Tensor) -> Tensor:
-    """In the type of its own weights, which may be more exact than those before it."""
-    return base.score(hidden.to(next(base.score.parameters()).dtype))
+    return unflatten(_accurate(base.score(hidden[torch.arange(len(hidden), device=device), last])), groups)
 
 
 def _accurate(values: Tensor) -> Tensor:

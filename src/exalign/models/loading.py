@@ -148,17 +148,21 @@ def load_scoring_model(
 ) -> PreTrainedModel:
     """A sequence classifier as it was made, to score with: a head that is not among its weights is an `InputError`.
 
-    `num_labels` is for an adapter's folder, whose own configuration does not say. Of a causal classifier in `bfloat16`
-    the head stays in float32: rounded to 8 bits, different rewards of a prompt would be ties.
+    `num_labels` is for an adapter's folder, whose own configuration does not say. In `bfloat16` the head stays in
+    float32: rounded to 8 bits, different rewards of a prompt would be ties.
     """
     _refuse_code(source)
     settings, adapted = ModelSettings(source=source, dtype=dtype), _adapter_base(source) is not None
     labels = num_labels if adapted else None
-    model: Any = _load(AutoModelForSequenceClassification, settings, tokenizer, labels, new_head=False)
-    if hasattr(model, "score"):
-        model.score.float()
-    found: PreTrainedModel = model
-    return found
+    model = _load(AutoModelForSequenceClassification, settings, tokenizer, labels, new_head=False)
+    heads = [] if dtype == "float32" else [part for part in model.children() if part is not model.base_model]
+    for head in heads:
+        head.float().register_forward_pre_hook(_in_float32)
+    return model
+
+
+def _in_float32(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in given)
 
 
 def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:

@@ -86,8 +86,8 @@ class OneScorer(Settings):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="type of a model's weights while it scores, but for a head named score, which stays in float32: "
-        "bfloat16 takes half of the memory, is faster where products in it are, and less exact",
+        description="type of a model's weights while it scores, but for its head, which stays in float32: bfloat16 "
+        "takes half of the memory, is faster where products in it are, and less exact",
     )
 
     @model_validator(mode="after")

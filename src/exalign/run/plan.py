@@ -600,8 +600,8 @@ class Budget:
         drawn = draw(reference, every, self.recipe.sample, machine, amount.together)
         told = [reference, *(models if amount.critic is not None else [])]
         reads = [*(read(model, every, machine, *how) for model in told), *(read(s, every, machine) for s in scorers)]
-        # All models stand on the device. Gradients are gone while completions are drawn, moments are not.
-        state = trained.replicated
+        # All models stand on the device, and the copy that draws. Gradients are gone while it does, moments are not.
+        state = replace(trained.replicated, copies=trained.replicated.copies + drawn.replicated.copies)
         drawing = replace(drawn.replicated, weights=state.weights, optimizer=state.optimizer)
         fullest = max(state, drawing, key=lambda one: one.total)
         beside = sum(model.weight_bytes for model in (reference, *scorers))
