@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForSequenceClassification
 
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.store import read_records
@@ -121,6 +122,11 @@ def test_a_gpu_computes_and_draws_in_bfloat16_where_it_can(
         (method,) = recipe.align.values()
         assert (method.precision == "bf16") == (recipe.sample.precision == "bf16") == half
         assert recipe.evaluate.pairs == (EVALUATED if number else 512)
+    scoring = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.bfloat16)
+    for part in (scoring, load_tokenizer(str(model))):
+        part.save_pretrained(tmp_path / "scoring")
+    scorer = begin(str(model), str(world / "prompts.jsonl"), reward_model=str(tmp_path / "scoring")).values["score"]
+    assert scorer["scorer"].get("dtype") == ("bfloat16" if half else None)
 
 
 def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device, device_memory
 from exalign.errors import InputError
-from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton
+from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton, read_config
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
@@ -151,7 +151,9 @@ def _scorer(reward: str | None, reward_model: str | None) -> dict[str, Any] | No
         return {"function": reward}
     if reward_model is not None:
         check_weights(os.path.expanduser(reward_model))
-        return {"reward_model": reward_model}
+        config = read_config(ModelSettings(source=os.path.expanduser(reward_model)), None)
+        half = _computes_in_half() and config.dtype == torch.bfloat16
+        return {"reward_model": reward_model} | ({"dtype": "bfloat16"} if half else {})
     return None
 
 
@@ -299,6 +301,12 @@ def _weights(values: dict[str, Any], model: str) -> str:
     return f"weights: {'all are trained' if fits else 'LoRA of rank 16'} ({size})"
 
 
+def _computes_in_half() -> bool:
+    """Whether there is an accelerator that has instructions for bfloat16, unlike a T4."""
+    kind = device().type
+    return kind != "cpu" and (kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def _method(values: dict[str, Any], target: str, rows: int) -> str:
     lora = "lora" in values["model"]
     batch = next(size for size in (64, 32, 16, 8, 4) if size == 4 or rows >= 24 * size)
@@ -306,9 +314,7 @@ def _method(values: dict[str, Any], target: str, rows: int) -> str:
     if target == "reward":  # whatever the scale of the rewards, the optimum that is aimed at is about a nat away
         method |= {"beta_pi": 1.0, "beta_r_std": 0.7}
     method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
-    kind = device().type
-    emulated = kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)  # as on a T4
-    if kind != "cpu" and not emulated:
+    if _computes_in_half():
         method |= {"precision": "bf16"}
         values["sample"]["precision"] = "bf16"
     values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
