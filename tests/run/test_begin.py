@@ -151,7 +151,9 @@ def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tm
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p {i % 30}", "completion": "a b", "label": i % 2 == 0} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"one answer with a reward or label to each prompt, which `method: kto`"):
+    with pytest.raises(
+        InputError, match=r"one answer with a reward or label to each prompt, which `method: kto, target: reward`"
+    ):
         begin(str(model), str(file))
     reasons = begin(str(model), str(file), reward="exalign.data.synthetic:reward").reasons
     assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]

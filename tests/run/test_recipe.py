@@ -62,6 +62,15 @@ def test_what_may_be_one_or_a_list_is_told_of_in_the_form_that_was_written() -> 
     assert "data.sft: list should have at least 1 item" in problem("data.sft=[]")
 
 
+def test_a_method_that_could_train_on_the_rewards_that_are_given_says_how() -> None:
+    data = {"rewards": {"source": "r"}, "evaluation": {"source": "e"}}
+    values: dict[str, Any] = {"name": "a", "model": {"source": "m"}, "data": data, "align": {"kto": {"method": "kto"}}}
+    with pytest.raises(InputError, match=r"align needs preferences: .*; target: reward trains on data\.rewards"):
+        make_recipe(values)
+    values["align"]["kto"]["target"] = "reward"
+    assert make_recipe(values).align["kto"].trains_on == "rewards"
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

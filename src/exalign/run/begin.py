@@ -245,9 +245,9 @@ def _sources(
         return "preference", f"data: {some} {what}; {kept_out} and never trained on"
     if scorer is None and any(record.rewards is not None for record in records):
         raise InputError(
-            f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto` in a recipe "
-            "takes (docs/methods.md); or say what is good with --reward module:function or --reward-model MODEL, and "
-            "own samples are drawn and scored."
+            f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto, target: "
+            "reward` in a recipe takes (docs/methods.md); or say what is good with --reward module:function or "
+            "--reward-model MODEL, and own samples are drawn and scored."
         )
     if scorer is None:
         raise InputError(

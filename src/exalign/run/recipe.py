@@ -448,7 +448,12 @@ def _missing_inputs(recipe: Recipe) -> Iterator[str]:
     has_preferences = recipe.data.preferences is not None or recipe.preferences is not None
     for stage, needed in (("reward", recipe.reward is not None), ("align", "preferences" in wanted)):
         if needed and not has_preferences:
-            yield f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from samples"
+            given = stage == "align" and recipe.data.rewards is not None
+            other = "; target: reward trains on data.rewards, with methods that have it" if given else ""
+            yield (
+                f"{stage} needs preferences: give data.preferences, or preferences.scorer to make them from "
+                f"samples{other}"
+            )
     drawn = recipe.preferences is not None or scored
     if drawn and recipe.sample.max_new_tokens > recipe.data.max_completion_tokens:
         yield (
