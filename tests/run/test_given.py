@@ -305,6 +305,21 @@ def test_pairs_are_enough_without_a_scorer(models: Path, world: Path, tmp_path: 
     assert found["moved"].margin.estimate == pytest.approx(sum(margins) / len(margins), abs=1e-4)
 
 
+def test_models_that_memory_would_not_hold_twice_in_float32_are_compared_in_bfloat16(
+    models: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exalign.run.begin.device_memory", lambda device: 1e5)
+    (tmp_path / "brief_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    policies = {"copy": [str(models / "copy")], "moved": [str(models / "moved")]}
+    prompts, how = str(world / "test.jsonl"), {"out": tmp_path / "run", "reward": "brief_rewards:brevity"}
+    run = evidence(str(models / "reference"), policies, prompts, console=Console(file=printed, width=200), **how)
+    assert run.recipe.model.dtype == "bfloat16" and "weights: in bfloat16, which rounds KLs" in printed.getvalue()
+    kl = {method.name: method.points[0].kl for method in RunFolder(run.folder).read_evidence().methods}
+    assert abs(kl["copy"].estimate) < 0.1 < kl["moved"].estimate
+
+
 def test_what_cannot_be_is_one_sentence(
     models: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

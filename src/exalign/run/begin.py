@@ -128,6 +128,13 @@ def evidence(
     values: dict[str, Any] = {"model": {"source": reference}, "data": {"evaluation": _said(settings)}}
     reasons = [f"data: {used} of the {_some(records)} rows of {settings.source}{_read_as(settings)}"]
     reasons.append(_lengths(values, reference, records))
+    parameters, memory, size = _size(reference)
+    if 2 * 4 * parameters > memory / 2:
+        values["model"]["dtype"] = "bfloat16"
+        said = "in bfloat16, which rounds KLs: two models in float32 would take more than half of the memory"
+        reasons.append(f"weights: {said} ({size})")
+    if _computes_in_half():
+        values["sample"]["precision"] = "bf16"
     values["align"] = {name: {"method": "given", "policies": list(places)} for name, places in policies.items()}
     reasons.append(f"policies: {', '.join(policies)}; {reference}, which they are compared with, is called SFT")
     values["evaluate"] = {} if scorer is None else {"scorer": scorer}
@@ -290,15 +297,20 @@ def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> s
 
 def _weights(values: dict[str, Any], model: str) -> str:
     """All weights where they, their gradients and AdamW's moments take at most half of the memory, else LoRA."""
-    parameters = sum(parameter.numel() for parameter in policy_skeleton(ModelSettings(source=model)).parameters())
-    here = device()
-    memory = device_memory(here) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parameters, memory, size = _size(model)
     fits = BYTES_PER_PARAMETER * parameters <= memory / 2
     if not fits:
         values["model"] |= {"lora": {"rank": 16}, **({} if 4 * parameters <= memory / 2 else {"dtype": "bfloat16"})}
-    where = "GPU" if here.type == "cuda" else here.type.upper()
-    size = f"{parameters / 1e6:,.0f} million parameters, {memory / 2**30:,.0f} GiB on the {where}"
     return f"weights: {'all are trained' if fits else 'LoRA of rank 16'} ({size})"
+
+
+def _size(model: str) -> tuple[int, float, str]:
+    """The model's parameters, the bytes of memory here, and both in words."""
+    parameters = sum(parameter.numel() for parameter in policy_skeleton(ModelSettings(source=model)).parameters())
+    here = device()
+    memory = device_memory(here) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    where = "GPU" if here.type == "cuda" else here.type.upper()
+    return parameters, memory, f"{parameters / 1e6:,.0f} million parameters, {memory / 2**30:,.0f} GiB on the {where}"
 
 
 def _computes_in_half() -> bool:
