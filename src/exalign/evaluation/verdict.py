@@ -40,8 +40,8 @@ LEAST_OWN = 2
 """Effective samples a prompt below which the correction of own samples is warned of."""
 EQUAL = 0.5
 """From this share on, prompts whose samples all have the same reward are warned of."""
-WASTED = 4
-"""A KL of so many times that of a best of N with more reward is warned of."""
+WASTED, WARNED = 4, 2
+"""A checkpoint whose KL is so many times that of a best of N with more reward is passed over; and is warned of."""
 KL_SPREAD = 0.5
 """A KL whose interval is wider than itself is warned of from this many nats on."""
 
@@ -96,13 +96,13 @@ def verdict(
     return Verdict(method.name, point.step, folder, kl_budget, certain, passed_over=passed_over)
 
 
-def beaten_by(point: FrontierPoint, best_of_n: Sequence[BestOfN]) -> BestOfN | None:
-    """The best of few samples of π_sft that surely has more reward than a policy at a small part of its KL, if any."""
+def beaten_by(point: FrontierPoint, best_of_n: Sequence[BestOfN], times: float = WASTED) -> BestOfN | None:
+    """The best of few samples of π_sft that surely has more reward than a policy, `times` nearer than that, if any."""
     if point.reward is None or point.reward.high is None or point.kl is None:
         return None
     high, nats = point.reward.high, point.nats
     sure = (best for best in best_of_n if best.reward.low is not None and best.reward.low > high)
-    return next((best for best in sure if WASTED * best.kl_bound < nats), None)
+    return next((best for best in sure if times * best.kl_bound < nats), None)
 
 
 def warnings(
@@ -192,9 +192,9 @@ def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) ->
 
 
 def _wasted(shown: Sequence[tuple[str, FrontierPoint]], best_of_n: Sequence[BestOfN]) -> Iterator[str]:
-    """A sentence for a policy that the best of few samples of π_sft surely beats at a small part of its KL."""
+    """A sentence for a policy that the best of few samples of π_sft surely beats at less than half of its KL."""
     for name, point in shown:
-        if (best := beaten_by(point, best_of_n)) is not None:
+        if (best := beaten_by(point, best_of_n, WARNED)) is not None:
             better = (
                 "the supervised policy itself: its KL buys nothing"
                 if best.n == 1
