@@ -15,9 +15,10 @@ WALL_TIME = {
     "metrics.jsonl": {"seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second"},
     "done.json": {"seconds", "seal"},
     "checkpoint.json": {"metrics", "seal"},
-    "evidence.json": {"seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second", "seal"},
+    "environment.json": {"begun"},
+    "evidence.json": {"begun", "seconds", "drawing_seconds", "scoring_seconds", "tokens_per_second", "seal"},
 }
-"""Fields that depend on a clock: durations, and checksums over what holds them."""
+"""Fields that depend on a clock: durations, when a run began, and checksums over what holds them."""
 DRAWN = "report/"
 """The page and its figures print durations and draw speeds; they are made from evidence.json, which is compared."""
 OF_THE_START = {".lock", ".holder", "inputs.json"}

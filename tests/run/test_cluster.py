@@ -370,7 +370,7 @@ def test_memory_does_not_grow_with_the_file_of_prompts(ray: Any, make: Callable[
         recipe = make(
             cluster={"workers": 1},
             data={"prompts": source, "evaluation": source, "max_prompt_tokens": 8},
-            sample={"num_completions": 1, "max_new_tokens": 1},
+            sample={"num_completions": 2, "max_new_tokens": 1},
         )
         found.append(peaks(recipe, tmp_path / str(number)))
         assert (
