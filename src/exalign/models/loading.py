@@ -155,14 +155,15 @@ def load_scoring_model(
     settings, adapted = ModelSettings(source=source, dtype=dtype), _adapter_base(source) is not None
     labels = num_labels if adapted else None
     model = _load(AutoModelForSequenceClassification, settings, tokenizer, labels, new_head=False)
-    heads = [] if dtype == "float32" else [part for part in model.children() if part is not model.base_model]
-    for head in heads:
-        head.float().register_forward_pre_hook(_in_float32)
+    body = model.base_model
+    if dtype != "float32" and body is not model:
+        for head in (part for part in model.children() if part is not body):
+            head.float().register_forward_pre_hook(_in_float32)
     return model
 
 
 def _in_float32(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in given)
+    return tuple(v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in given)
 
 
 def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:

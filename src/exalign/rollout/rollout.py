@@ -69,10 +69,12 @@ def rollout(
     before = Counter(sampler.counts)
     records = list(sampler.sample(prompts))
     counts.update(sampler.counts - before)
-    if policy is not None:
-        records = with_logprobs(records, policy, "logprob", numerics)
     if reference is not None:
         records = with_logprobs(records, reference, "reference_logprob", numerics)
+    if policy is not None and policy is reference:  # what π_sft drew is not read twice
+        records = [record.with_each("logprob", [c.reference_logprob for c in record.completions]) for record in records]
+    elif policy is not None:
+        records = with_logprobs(records, policy, "logprob", numerics)
     return records if scorer is None else scored(scorer, records, counts)
 
 

@@ -639,14 +639,18 @@ class Budget:
             pairs = self.evaluation(settings.pairs, 2)
             return in_turn([read(self.supervised(), pairs, self.machine, None)], times)
         load = self.evaluation(settings.prompts, settings.samples)
-        return in_turn([self._drawn(load, self.recipe.judging, reference=what != "answers")], times)
+        drawn = self._drawn(load, self.recipe.judging, reference=what != "answers", trained=whose not in ("", "sft"))
+        return in_turn([drawn], times)
 
-    def _drawn(self, load: Load, settings: ScorerSettings | None, *, reference: bool = False) -> Cost:
+    def _drawn(
+        self, load: Load, settings: ScorerSettings | None, *, reference: bool = False, trained: bool = False
+    ) -> Cost:
         """Samples for a load, their rewards, and log π_sft of them."""
         policy, sampling = self.supervised(), self.recipe.sample
         parts = [draw(policy, load, sampling, self.machine)]
         parts += [read(scorer, load, self.machine) for scorer in self.scorers(settings)]
-        told = reference * (1 + _draws_rounded(policy, sampling))  # by the policy too, where a copy of it draws
+        # By the policy too, where it is another and a copy of it draws.
+        told = reference * (1 + (trained and _draws_rounded(policy, sampling)))
         return in_turn([*parts, *told * [read(policy, load, self.machine, None)]])
 
     def policies(self, name: str) -> int:

@@ -688,12 +688,11 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
     if problem["type"] == "value_error":
         return f"{'' if where == 'recipe' else where + ': '}{problem['ctx']['error']}."
     shown = "null" if problem["input"] is None else repr(problem["input"])
-    text = problem["msg"][:1].lower() + problem["msg"][1:]
-    sentence = f"{where}: {text}, not {shown if len(shown) < 60 else shown[:57] + '…'}."
-    if problem["type"] != "model_type":
-        return sentence
-    sentence = sentence.replace("input should be an object", "it takes settings, as name: value")
-    return sentence if problem["input"] is not None else sentence[:-1] + "; leave it out where its defaults will do."
+    text, hint = problem["msg"][:1].lower() + problem["msg"][1:], ""
+    if problem["type"] == "model_type":
+        text = "it takes settings, as name: value"
+        hint = "; leave it out where its defaults will do" if problem["input"] is None else ""
+    return f"{where}: {text}, not {shown if len(shown) < 60 else shown[:57] + '…'}{hint}."
 
 
 def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
