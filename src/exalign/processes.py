@@ -36,6 +36,13 @@ def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def processes() -> int:
+    """How many work together; 1 for one that has not met others."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def leads() -> bool:
     """Whether this is the process that prints, writes and carries out what needs one process only."""
     return not several() or int(os.environ.get("RANK", "0")) == 0

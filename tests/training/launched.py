@@ -8,11 +8,14 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from torch.distributed import TCPStore
 
 from exalign.cli import main
 from exalign.data.batching import Group
+from exalign.data.record import Completion, Record
+from exalign.data.store import Header
 from exalign.errors import InputError
 from exalign.methods.kto import KTO
 from exalign.methods.matching import Matching, train_matching, with_reference_logp
@@ -30,7 +35,8 @@ from exalign.methods.sft import SFT, train_sft
 from exalign.models.loading import load_reward_model
 from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings
-from exalign.processes import failing
+from exalign.processes import failing, join, leads
+from exalign.run import materials
 from exalign.training.batches import EpochBatches
 from exalign.training.loop import train
 from exalign.training.train_settings import TrainSettings
@@ -149,6 +155,37 @@ def run_command(folder: Path, arguments: list[str]) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         main(arguments)
+
+
+def run_in_small_shards(folder: Path, arguments: list[str], shard: int) -> None:
+    materials.SHARD = shard
+    run_command(folder, arguments)
+
+
+def share_numbers(folder: Path, count: int, shard: int, stops_at: str | None) -> None:
+    """`count` records, whose completions say which process wrote them; `stops_at` one of them all processes end."""
+    torch.set_num_threads(1)
+    join()
+    materials.SHARD = shard
+
+    def work(records: Sequence[Record], counts: Counter[str]) -> list[Record]:
+        counts["even"] += sum(int(record.id) % 2 == 0 for record in records)
+        own = (Completion(os.environ["RANK"]),)
+        return [replace(record, completions=own) for record in records]
+
+    class Ending(list[Record]):
+        def __getitem__(self, part: Any) -> Any:
+            for record in super().__getitem__(part):
+                if record.id == stops_at:
+                    raise SystemExit(3)
+                yield record
+
+    view: Any = SimpleNamespace(counts=Counter())
+    records = Ending(Record(str(number), "Say it.") for number in range(count))
+    materials.write_shared(view, folder, records, work, Header())
+    assert (folder / "header.json").exists()  # for the others too
+    if leads():
+        (folder / "counted.json").write_text(json.dumps(view.counts))
 
 
 def run_out_of_memory(folder: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from exalign.data.store import iter_records, read_header, read_records, shards_of
 from exalign.errors import InputError
 from exalign.processes import in_order
 from exalign.storage import read_json
 from exalign.training.distributed import make_accelerator, sharding_wanted
-from training.launched import FSDP2, TRAININGS, finish, run_trainings, start
+from training.launched import FSDP2, TRAININGS, finish, run_trainings, share_numbers, start
 from training.tiny_world import TIMINGS, read_metrics
 
 WHAT_RUNS = {
@@ -156,6 +157,29 @@ def test_an_old_configuration_for_deepspeed_is_told_what_takes_its_place(
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(InputError, match="is not supported; use FSDP2"):
         make_accelerator(tmp_path, precision="fp32", trackers=(), some_left_out=False)
+
+
+@pytest.mark.parametrize(("number", "count"), [(2, 0), (2, 11), (3, 1), (3, 14)])
+def test_every_process_makes_its_share_of_the_records(
+    number: int, count: int, tmp_path: Path, workers: ForkServerContext
+) -> None:
+    """In shards of four: whole shards while there is one for each process, then shares of those that are left."""
+
+    def go(number: int, stops_at: str | None = None) -> set[int | None]:
+        return set(finish(start(workers, "ddp", share_numbers, tmp_path, count, 4, stops_at, number=number)))
+
+    if count > 4 * number:
+        assert go(number, str(4 * number)) == {3}  # in the second round of shards
+        assert len([*iter_records(tmp_path)]) == 4 * number and not (tmp_path / "header.json").exists()
+    assert go(number) == {0}
+    records = read_records(tmp_path)
+    assert [record.id for record in records] == [str(place) for place in range(count)]
+    assert len(shards_of(tmp_path)) == -(-count // 4)
+    counted = {"even": -(-count // 2)} if count else {}
+    assert read_header(tmp_path).counts == counted == json.loads((tmp_path / "counted.json").read_text())
+    whole = 4 * number * ((count + 3) // (4 * number))  # in rounds of a shard for each process
+    wanted = [(n // 4 if n < whole else n % 4) % number for n in range(count)]
+    assert [int(record.completions[0].text) for record in records] == wanted
 
 
 def test_shares_are_put_together_in_order() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
+from exalign.data.store import read_header, read_records, shards_of
 from exalign.data.synthetic import write_world
+from exalign.run import materials
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import load_recipe
 from run.conftest import tiny_overrides
-from training.launched import finish, run_command, start
+from training.launched import finish, run_command, run_in_small_shards, start
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -30,6 +33,8 @@ PPO = (
     "align.ppo={method: ppo, learning_rate: 1e-3, critic_learning_rate: 1e-3, batch_prompts: 8, rollout_prompts: 16, "
     "passes: 1}"
 )
+SHARD = 5
+SHARED = ("rollouts", "scored", "preferences", "reference")
 MODELS = ["sft", "reward", "align/exo-rw", "align/dpo-pref", "align/ppo"]
 
 
@@ -46,7 +51,9 @@ def one(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_recipe(load_recipe(arguments[0], arguments[1:]), "align", folder=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(materials, "SHARD", SHARD)
+        run_recipe(load_recipe(arguments[0], arguments[1:]), folder=folder)
     torch.set_num_threads(threads)
     return folder
 
@@ -59,13 +66,33 @@ def assert_same_models(folder: Path, other: Path, names: list[str]) -> None:
             torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=2e-5)
 
 
+def assert_same_records(folder: Path, other: Path) -> None:
+    """Drawn, scored and read by several or by one; methods draw from weights that rounding tells apart."""
+    for header in other.rglob("header.json"):
+        name, records = header.parent.relative_to(other), read_records(header.parent)
+        shared = read_records(folder / name)
+        assert read_header(folder / name).counts.keys() == read_header(header.parent).counts.keys()
+        assert [record.id for record in shared] == [record.id for record in records]
+        assert len(shards_of(folder / name)) == len(shards_of(header.parent))
+        if name.parts[0] in SHARED or name.as_posix().startswith(("evaluation/sft", "evaluation/pool")):
+            assert read_header(folder / name) == read_header(header.parent)
+            for one, two in zip(records, shared, strict=True):
+                assert one.as_texts() == replace(two, completions=one.completions).as_texts()
+                for mine, yours in zip(one.completions, two.completions, strict=True):
+                    assert (mine.token_ids, mine.finish_reason) == (yours.token_ids, yours.finish_reason)
+                    for value in ("logprob", "reference_logprob", "reward"):
+                        numbers = [getattr(each, value) for each in (mine, yours)]
+                        assert numbers == [None, None] or numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
     layout: str, arguments: list[str], one: Path, tmp_path: Path, workers: ForkServerContext
 ) -> None:
-    command = ["align", *arguments, "--run", str(tmp_path / "run")]
-    assert finish(start(workers, layout, run_command, tmp_path, command)) == [0, 0]
+    command = ["run", *arguments, "--run", str(tmp_path / "run")]
+    assert finish(start(workers, layout, run_in_small_shards, tmp_path, command, SHARD)) == [0, 0]
     assert_same_models(tmp_path / "run", one, MODELS)
+    assert_same_records(tmp_path / "run", one)
     assert not (tmp_path / "printed-1").read_text()
     printed = (tmp_path / "printed-0").read_text()
     for path in (tmp_path / "run").rglob("done.json"):
@@ -76,7 +103,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
     }
     again = start(workers, layout, run_command, tmp_path, command)
     assert finish(again) == [0, 0]
-    assert (tmp_path / "printed-0").read_text().count("done before, skipped") == printed.count("✓ ")
+    assert (tmp_path / "printed-0").read_text().count("done before, skipped") == printed.count("✓ ") - 1  # the report
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

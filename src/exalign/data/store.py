@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def write_records(folder: Path, records: Iterable[Record], header: Header, *, sh
         writer.close(header)
 
 
-def iter_records(folder: Path) -> Iterator[Record]:
-    """Stream the records of a folder in the order they were written, one shard in memory at a time."""
+def iter_records(folder: Path, start: int = 0) -> Iterator[Record]:
+    """Stream the records of a folder from a number on, in the order they were written, a shard in memory at a time."""
     shards, complete = shards_of(Path(folder)), (Path(folder) / "header.json").exists()
     if not shards and not complete:
         raise InputError(f"{folder} holds no records (expected part-000000.parquet and header.json).")
@@ -174,7 +175,10 @@ def iter_records(folder: Path) -> Iterator[Record]:
     if complete and lost:
         raise InputError(f"{Path(folder) / min(lost)} is missing; restore it, or delete the folder and make it again.")
     for shard in shards:
-        yield from iter_shard(shard)
+        rows = num_rows(shard) if start else None
+        if rows is None or rows > start:  # a damaged shard is read, which says so
+            yield from islice(iter_shard(shard), start, None)
+        start = max(start - (rows or 0), 0)
 
 
 def iter_shard(shard: Path) -> Iterator[Record]:

@@ -30,6 +30,7 @@ from exalign.models.loading import (
     policy_skeleton,
     read_config,
 )
+from exalign.models.memory import room_for
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import calls, leading, leads
 from exalign.rollout import vllm
@@ -65,7 +66,8 @@ def carry_out(run: Run, *targets: str) -> None:
         if not leads():
             for name in calls():
                 pin_to_run(run.folder)
-                stages[name].work(run.view(stages[name]))
+                with room_for(name):
+                    stages[name].work(run.view(stages[name]))
             return
         with leading():
             if run.redo or not all(run.path(name, "done.json").exists() for name in stages):

@@ -13,13 +13,16 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from exalign.data.record import Completion, Record
-from exalign.data.store import Header, RecordWriter, read_header, read_records, write_records
+from exalign.data.store import Header, RecordWriter, read_header, read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
 from exalign.judging.judgements import read_judgements
+from exalign.processes import gathered
 from exalign.report.page import write_report
-from exalign.rollout.rollout import Numerics, with_logprobs
+from exalign.rollout.rollout import Numerics
 from exalign.rollout.scorers import scored
 from exalign.run.materials import (
     LIMITS,
@@ -34,6 +37,7 @@ from exalign.run.materials import (
     frozen_policy,
     judging,
     own_tokenizer,
+    read_by,
     records_of,
     run_tokenizer,
     scoring,
@@ -41,6 +45,7 @@ from exalign.run.materials import (
     takes_data,
     takes_supervised,
     with_ids,
+    write_shared,
 )
 from exalign.run.recipe import Recipe, holds_out, samples_are_scored, trained_on
 from exalign.run.view import Stage, View
@@ -67,7 +72,7 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
         """A stage of its own for each, so that a method that is added later changes no other's."""
         for name in recipe.align:
             own = takes + Takes(needs=(f"align/{name}",))
-            yield own.stage(f"evaluation/{below}{name}", partial(work, name=name))
+            yield own.stage(f"evaluation/{below}{name}", partial(work, name=name), shared=True)
 
     takes = rows + judged + Takes(("evaluate.prompts", "evaluate.first_prompt", "evaluate.category"))
     scorer = recipe.judging
@@ -75,21 +80,21 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge, log_odds=log_odds))
     drawn = supervised + judged + Takes(SAMPLED)
     sampled = drawn + Takes(("evaluate.samples",), ("evaluation/prompts",))
-    yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge))
+    yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge), shared=True)
     if settings.pool_prompts and judge is not None:
         takes = drawn + rows + Takes(("evaluate.first_prompt", "evaluate.pool_prompts", "evaluate.pool_samples"))
-        yield takes.stage(POOL, partial(_pool, judge=judge))
+        yield takes.stage(POOL, partial(_pool, judge=judge), shared=True)
         if (trained := proxy(recipe)) is not None:
-            yield (trained.takes + Takes(needs=(POOL,))).stage(PROXY, partial(_proxy, scorer=trained))
+            yield (trained.takes + Takes(needs=(POOL,))).stage(PROXY, partial(_proxy, scorer=trained), shared=True)
     yield from of_every_method("", sampled, partial(_method, judge=judge))
     if settings.answers is not None:  # drawn for win rates and judges alone
         reads = tuple(path for path in sampled.reads if path != "temperature")
         takes = Takes((*reads, "evaluate.answers"), sampled.needs)
-        yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True))
+        yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True), shared=True)
         yield from of_every_method("answers/", takes, partial(_method, judge=judge, answers=True))
     if reads_pairs(recipe):
         takes = supervised + Takes(("temperature", *LIMITS))
-        yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, _pairs)
+        yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, _pairs, shared=True)
         yield from of_every_method("pairs/", takes + Takes(needs=(PAIRS,)), _pairs_of)
     if settings.pool_prompts and settings.density_prompts and judge is not None:
         takes = supervised + Takes(("temperature", "evaluate.density_prompts"), (POOL,))
@@ -239,8 +244,9 @@ def _pool(view: View, *, judge: Scoring) -> None:
 
 def _proxy(view: View, *, scorer: Scoring) -> None:
     """The pool's samples with the rewards that methods are trained on: where the optimum for these lies."""
-    records = scored(scorer.load(view), read_records(view.path(POOL)), view.counts)
-    write_records(view.folder / "samples", records, replace(read_header(view.path(POOL)), counts=dict(view.counts)))
+    pool = view.path(POOL)
+    header = replace(read_header(pool), counts={})
+    write_shared(view, view.folder / "samples", pool, partial(scored, scorer.load(view)), header)
 
 
 def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:
@@ -255,7 +261,7 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
     scorer = None if judge is None else judge.load(view)
     for policy in saved_policies(trained):
         here = folder / policy.name / "samples"
-        if (here / "header.json").exists():
+        if gathered((here / "header.json").exists())[0]:
             view.counts.update(read_header(here).counts)
             continue
         own = own_tokenizer(view, policy, tokenizer)
@@ -277,11 +283,12 @@ def _pairs(view: View) -> None:
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
     rows = (record for record in evaluation_rows(view) if record.preferred is not None)
     known = list(islice(rows, view.recipe.evaluate.pairs))
+    models = dict[str, PreTrainedModel]()
     if known:
-        known = with_ids(view, known, tokenizer)
-        known = with_logprobs(known, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
+        known, models = with_ids(view, known, tokenizer), {"reference_logprob": supervised(view, tokenizer)}
     view.counts["pairs"] = len(known)
-    write_records(view.folder / "records", known, Header(temperature=temperature, counts=dict(view.counts)))
+    header = Header(temperature=temperature, counts=dict(view.counts))
+    write_shared(view, view.folder / "records", known, read_by(Numerics(temperature), **models), header)
 
 
 def _pairs_of(view: View, *, name: str) -> None:
@@ -291,9 +298,8 @@ def _pairs_of(view: View, *, name: str) -> None:
     for policy in saved_policies(view.path(f"align/{name}")) if records else ():
         if own_tokenizer(view, policy, tokenizer) is not None:
             continue
-        model = frozen_policy(view, policy, tokenizer)
-        done = with_logprobs(records, model, "logprob", Numerics(view.recipe.temperature))
-        write_records(view.folder / policy.name, done, header)
+        read = read_by(Numerics(view.recipe.temperature), logprob=frozen_policy(view, policy, tokenizer))
+        write_shared(view, view.folder / policy.name, records, read, header)
     view.counts["pairs"] = len(records)
 
 
@@ -304,12 +310,10 @@ def _density(view: View, *, name: str) -> None:
     if own_tokenizer(view, last, tokenizer) is not None:
         return
     pool = read_records(view.path(POOL))[: view.recipe.evaluate.density_prompts]
-    known = with_logprobs(pool, supervised(view, tokenizer), "reference_logprob", Numerics(temperature))
-    policy = frozen_policy(view, last, tokenizer)
-    done = with_logprobs(known, policy, "logprob", Numerics(temperature))
+    models = {"reference_logprob": supervised(view, tokenizer), "logprob": frozen_policy(view, last, tokenizer)}
     header = replace(read_header(view.path(POOL)), counts={})
-    write_records(view.folder / "samples", done, header)
-    view.counts["samples"] = sum(len(record.completions) for record in done)
+    write_shared(view, view.folder / "samples", pool, read_by(Numerics(temperature), **models), header)
+    view.counts["samples"] = sum(len(record.completions) for record in pool)
 
 
 def _report(view: View) -> None:

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +29,9 @@ from exalign.evaluation.run_folder import trained_elsewhere
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.memory import release_memory
 from exalign.models.model_settings import ModelSettings
+from exalign.processes import gathered, in_order, leads, processes, share_of
 from exalign.redaction import redact
-from exalign.rollout.rollout import Numerics, open_sampler, rollout
+from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
 from exalign.rollout.sampler import draws_rounded
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
@@ -69,7 +71,7 @@ class Takes:
     def stage(self, name: str, work: Callable[[View], None], **how: Any) -> Stage:
         """The stage that takes this; a setting is named once, a section without its parts."""
         reads = tuple(path for path in dict.fromkeys(self.reads) if not {*sections_of(path)} & {*self.reads})
-        if how.get("together"):
+        if how.get("trains"):
             work = partial(_with_room, work)
         return Stage(name, reads, tuple(dict.fromkeys(self.needs)), work, **how)
 
@@ -361,17 +363,60 @@ def draw(
     sampler = open_sampler(policy, tokenizer, wanted.settings, temperature=temperature, seed=seed)
     # A KL is the policy's own, not that of the copy of it that draws.
     own = policy if reference is not None and draws_rounded(policy, wanted.settings) else None
-    with RecordWriter(folder) as writer:
-        left = wanted.prompts[writer.written :]
-        for start in range(0, len(left), SHARD):
-            counts: Counter[str] = Counter()
-            part = left[start : start + SHARD]
-            numerics = Numerics(temperature)
-            records = rollout(part, sampler, counts, numerics, scorer=scorer, policy=own, reference=reference)
-            writer.write_shard(records, counts)
-        header = samples_header(view, wanted.settings, wanted.purpose, temperature)
+    header = samples_header(view, wanted.settings, wanted.purpose, temperature)
+
+    def drawn(part: Sequence[Record], counts: Counter[str]) -> list[Record]:
+        return rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, policy=own, reference=reference)
+
+    write_shared(view, folder, wanted.prompts, drawn, header)
+
+
+Work = Callable[[Sequence[Record], Counter[str]], list[Record]]
+"""What makes records of as many others, and counts what there is to count."""
+
+
+def read_by(numerics: Numerics, **models: nn.Module) -> Work:
+    """What gives records whose tokens are known log π(y|x) under these models, as `logprob` or `reference_logprob`."""
+
+    def read(records: Sequence[Record], _: Counter[str]) -> list[Record]:
+        for name, model in models.items():
+            records = with_logprobs(records, model, cast(Any, name), numerics)
+        return list(records)
+
+    return read
+
+
+def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, work: Work, header: Header) -> None:
+    """Write what `work` makes of the records, or of those of a folder, to `folder`, continuing what stands there.
+
+    Of several processes each takes a shard, or its share of one where fewer are left. The first one writes; the others
+    go on when all is there.
+    """
+    writer = RecordWriter(folder, shard_size=SHARD) if leads() else None
+    start = gathered(writer and writer.written)[0] or 0
+    left = iter_records(records, start) if isinstance(records, Path) else iter(records[start:])
+
+    def worked(part: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
+        counts: Counter[str] = Counter()
+        return (work(part, counts) if part else []), counts
+
+    while shards := [shard for _ in range(processes()) if (shard := list(islice(left, SHARD)))]:
+        if len(shards) == processes():
+            made = [one for own in gathered([worked(shard) for shard in share_of(shards)]) for one in own]
+        else:
+            made = [_joined(gathered(worked(share_of(shard)))) for shard in shards]
+        if writer is not None:
+            for done, counts in made:
+                writer.write_shard(done, counts)
+    if writer is not None:
         writer.close(header.with_counts(writer.counts))
-    view.counts.update(writer.counts)
+        view.counts.update(writer.counts)
+    gathered(None)
+
+
+def _joined(shares: Sequence[tuple[list[Record], Counter[str]]]) -> tuple[list[Record], Counter[str]]:
+    """A shard of which each process has a share, and what all counted."""
+    return in_order([records for records, _ in shares]), sum((counts for _, counts in shares), Counter())
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -474,7 +475,8 @@ def draw(
         prompt_tokens=load.longest_prompt / load.completions,
         tokens=load.longest_completion,
     )
-    groups = max(1, min(rows // load.completions, share, SHARD, together or SHARD))  # whole ones, at least one
+    at_hand = SHARD if together is None else -(-together // machine.count)
+    groups = max(1, min(rows // load.completions, share, SHARD, at_hand))  # whole ones, at least one
     rows = groups * load.completions
     working = _reading(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, machine)
     logits = rows * model.vocabulary * (4 + model.element_size)
@@ -577,20 +579,25 @@ class Budget:
         return None if searched or self.recipe.align[name].given else self.method(name)
 
     def _search(self, name: str) -> Cost:
-        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts.
+
+        A search runs in one process.
+        """
         assert self.recipe.search is not None
-        tried = in_turn([self._validation("")], self.policies(name))
-        return in_turn([self.method(name), tried], self.recipe.search.trials)
+        alone = copy(self)
+        alone.machine = replace(self.machine, count=1)
+        tried = in_turn([alone._validation("")], self.policies(name))
+        return in_turn([alone.method(name), tried], self.recipe.search.trials)
 
     def method(self, name: str) -> Cost:
         """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
         settings = self.recipe.align[name]
         load, amount, draws = self.load_of(settings), settings.amount, settings.trains_on == "prompts"
-        machine = replace(self.machine, count=1) if draws else self.machine
         times = 1 if settings.swept is None else len(settings.swept[1])
         models = [self.model(self.recipe.model, "policy")]
         if amount.critic is not None:
             models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "critic"))
+        machine = self.machine
         trained = train(models, settings, load, machine, passes=times * amount.passes)
         every = replace(load, prompts=load.prompts * times * (amount.draws if draws else amount.reads))
         how = (settings.token_budget, settings.precision)
@@ -600,13 +607,18 @@ class Budget:
         drawn = draw(reference, every, self.recipe.sample, machine, amount.together)
         told = [reference, *(models if amount.critic is not None else [])]
         reads = [*(read(model, every, machine, *how) for model in told), *(read(s, every, machine) for s in scorers)]
-        # All models stand on the device, and the copy that draws. Gradients are gone while it does, moments are not.
-        state = replace(trained.replicated, copies=trained.replicated.copies + drawn.replicated.copies)
-        drawing = replace(drawn.replicated, weights=state.weights, optimizer=state.optimizer)
-        fullest = max(state, drawing, key=lambda one: one.total)
         beside = sum(model.weight_bytes for model in (reference, *scorers))
-        memory = replace(fullest, weights=fullest.weights + beside)
-        return replace(in_turn([trained, drawn, *reads]), replicated=memory, sharded=None)
+
+        def fullest(state: Memory, gathered: float = 0.0) -> Memory:
+            """All models stand on the device, and the copy that draws. Gradients go before it does."""
+            training = replace(state, copies=state.copies + drawn.replicated.copies)
+            drawing = replace(drawn.replicated, weights=state.weights + gathered, optimizer=state.optimizer)
+            most = max(training, drawing, key=lambda one: one.total)
+            return replace(most, weights=most.weights + beside)
+
+        assert trained.sharded is not None
+        sharded = fullest(trained.sharded, gathered=trained.replicated.weights)
+        return replace(in_turn([trained, drawn, *reads]), replicated=fullest(trained.replicated), sharded=sharded)
 
     def _validation(self, _: str) -> Cost:
         search = self.recipe.search
@@ -806,7 +818,7 @@ def assumptions(budget: Budget) -> list[str]:
         "(--prompt-tokens, --completion-tokens). Memory is for the longest",
         "GB: of one device, then of one under a full shard in the manner of FSDP2",
         "bound by operations, or: batch, with fewer micro-batches than devices",
-        "methods that sample while they train: one device",
+        "methods that sample while they train: whole models on every device while it draws",
         *budget.said,
     ]
 

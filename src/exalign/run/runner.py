@@ -132,7 +132,7 @@ class Run:
         found, folder = self._found(stage), self.path(stage.name)
         own = key(self.recipe, stage.reads, contents)
         whole = fingerprint([stage.name, own, needs])
-        if not stage.together:
+        if not stage.trains:
             return MadeFrom({"fingerprint": whole}, own, found)
         before, sizes = recoveries(folder), step_sizes(self.recipe, stage.reads)
         settled = key(self.recipe, stage.reads, contents, left_out=(NO_RESULT, STEP_SIZE))
@@ -214,12 +214,12 @@ class Run:
             self.console.print(shown(f"! {damaged} is damaged; it is made again.", "yellow"), soft_wrap=True)
         write_sealed(folder / "started.json", {**made.values, "seconds": round(seconds_before, 2)})
         start = time.monotonic()
-        if stage.together:
+        if stage.trains or stage.shared:
             call(stage.name)
         with room_for(stage.name):
             stage.work(view)
         seconds = seconds_before + time.monotonic() - start
-        if stage.together:
+        if stage.trains:
             more = {"recoveries": len(recoveries(folder)), "steps_not_taken": steps_not_taken(folder)}
             view.counts.update({name: value for name, value in more.items() if value})
         done = {**made.values, "seconds": round(seconds, 2), "counts": dict(view.counts)}

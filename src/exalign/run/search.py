@@ -83,7 +83,7 @@ def validation_stage(recipe: Recipe) -> Iterator[Stage]:
     own = Takes((*SAMPLED, "search.prompts", "search.samples", "evaluate.prompts", "evaluate.first_prompt"))
     rows = takes_evaluation(recipe) + takes_data(recipe, "validation")
     takes = takes_supervised(recipe) + judge.takes + own + rows
-    yield takes.stage("validation", partial(_validation, judge=judge))
+    yield takes.stage("validation", partial(_validation, judge=judge), shared=True)
 
 
 def search_stage(recipe: Recipe, name: str, takes: Takes, material: Callable[[View], Material]) -> Stage:
@@ -163,7 +163,8 @@ def _validation(view: View, *, judge: Scoring) -> None:
     given = None if view.has("preferences") else recipe.data.evaluation
     if not are_cut(recipe.data.validation if own else given):
         prompts = [replace(record, prompt_ids=None) for record in prompts]  # another run's: its template, its limit
-    write_records(view.folder / "prompts", prompts, Header(counts=dict(view.counts)))
+    if leads():
+        write_records(view.folder / "prompts", prompts, Header(counts=dict(view.counts)))
     tokenizer, settings = run_tokenizer(view), evaluation_sampling(view, search.samples)
     model = supervised(view, tokenizer)
     wanted = Wanted(prompts, settings, "validation")

@@ -21,12 +21,9 @@ from exalign.data.reading import each, read_source
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.store import (
     Header,
-    RecordWriter,
     iter_records,
-    iter_shard,
     read_header,
     read_records,
-    shards_of,
     write_records,
 )
 from exalign.data.tokenization import TokenLimits, build_tokenizer
@@ -42,7 +39,7 @@ from exalign.models.loading import load_classifier, load_policy, load_reward_mod
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import gathered, leads
 from exalign.redaction import redact
-from exalign.rollout.rollout import Numerics, with_logprobs
+from exalign.rollout.rollout import Numerics
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
@@ -50,7 +47,6 @@ from exalign.run.evaluating import PAIRS, POOL, PROXY, evaluation_stages, proxy,
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
-    SHARD,
     Scoring,
     Takes,
     Wanted,
@@ -59,6 +55,7 @@ from exalign.run.materials import (
     not_held_out,
     offline_sampling,
     prompts_of,
+    read_by,
     records_of,
     run_tokenizer,
     scoring,
@@ -73,6 +70,7 @@ from exalign.run.materials import (
     token_limits,
     tokenize,
     with_ids,
+    write_shared,
 )
 from exalign.run.recipe import Recipe, holds_out, holds_out_rewards, trained_on
 from exalign.run.search import search_stage, searched_settings, validation_stage
@@ -115,20 +113,20 @@ def _preparation(recipe: Recipe) -> Iterator[Stage]:
         name = "sft" if data.sft is not None else "preferences"
         source = takes_data(recipe, name) + takes_held_out(recipe)
         takes = limited + tokenizer + source + Takes(("model", "sft"))
-        yield takes.stage("sft", partial(_sft, source=name), together=True)
+        yield takes.stage("sft", partial(_sft, source=name), trains=True)
     if recipe.oracle is not None:
         own = tokenizer if recipe.oracle.model.source is None else Takes()
         takes = SEED + own + Takes(("oracle", "data.labelled"))
-        yield takes.stage("oracle", _oracle, together=True)
+        yield takes.stage("oracle", _oracle, trains=True)
     if recipe.preferences is not None:
         scorer = Scoring("preferences.scorer", recipe.preferences.scorer.stages)
         takes = policy + OFFLINE + _pool(recipe) + takes_data(recipe, "prompts") + scorer.takes
-        yield takes.stage("preferences", partial(_sampled_preferences, scorer=scorer))
+        yield takes.stage("preferences", partial(_sampled_preferences, scorer=scorer), shared=recipe.cluster is None)
     if recipe.reward is not None:
         scratch = recipe.reward.model is not None and recipe.reward.model.source is None
         started = policy if recipe.reward.model is None else tokenizer if scratch else Takes()
         takes = limited + started + Takes(("reward",), ("preferences",))
-        yield takes.stage("reward", _reward, together=True)
+        yield takes.stage("reward", _reward, trains=True)
 
 
 def _pool(recipe: Recipe) -> Takes:
@@ -143,11 +141,11 @@ def _samples(recipe: Recipe) -> Iterator[Stage]:
         yield (takes_data(recipe, "rewards") + takes_held_out(recipe)).stage("scored", _given_rewards)
     elif "rewards" in wanted:
         drawn = policy + OFFLINE + Takes(("sample.num_completions",)) + _pool(recipe) + takes_prompts(recipe)
-        yield drawn.stage("rollouts", _rollouts)
+        yield drawn.stage("rollouts", _rollouts, shared=recipe.cluster is None)
         scorer = scoring(recipe)
         assert scorer is not None
         takes = scorer.takes + _pool(recipe) + Takes(needs=("rollouts",))
-        yield takes.stage("scored", partial(_scored, scorer=scorer))
+        yield takes.stage("scored", partial(_scored, scorer=scorer), shared=recipe.cluster is None)
     done: set[str] = set()
     for method in recipe.align.values():
         name = reference_of(method)
@@ -155,7 +153,7 @@ def _samples(recipe: Recipe) -> Iterator[Stage]:
             done.add(name)
             source = "preferences" if method.trains_on == "preferences" else "scored"
             takes = policy + Takes(("temperature", *LIMITS), (source,))
-            yield takes.stage(name, partial(_reference, source=source, precision=method.precision))
+            yield takes.stage(name, partial(_reference, source=source, precision=method.precision), shared=True)
 
 
 def reference_of(method: Method) -> str | None:
@@ -195,7 +193,7 @@ def _methods(recipe: Recipe) -> Iterator[Stage]:
         if recipe.search is not None and name in recipe.search.methods:
             yield search_stage(recipe, name, takes, material)
             takes += Takes(needs=(f"search/{name}",))
-        yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), together=True)
+        yield takes.stage(f"align/{name}", partial(_align, name=name, material=material), trains=True)
 
 
 def _given(view: View, *, name: str) -> None:
@@ -418,7 +416,9 @@ def _sampled_preferences(view: View, *, scorer: Scoring) -> None:
     settings = offline_sampling(view, 2)
     drawn = view.folder / "samples"
     _sample(view, settings, drawn, "preferences")
-    view.counts.update(_score(view, scorer, drawn, view.folder / "scored"))
+    _score(view, scorer, drawn, view.folder / "scored")
+    if not leads():
+        return
     pairs = list(pairs_from_rewards(iter_records(view.folder / "scored"), view.counts))
     if not pairs:
         raise InputError("preferences: every pair of samples is a tie; the scorer does not tell them apart.")
@@ -445,7 +445,7 @@ def _rollouts(view: View) -> None:
 
 
 def _sample(view: View, settings: SampleSettings, folder: Path, purpose: str) -> None:
-    """Samples of π_sft for all prompts, by the recipe's workers or by this process."""
+    """Samples of π_sft for all prompts, by the recipe's workers or here."""
     if "cluster" in view.stage.reads:
         sample_by_workers(view, settings, folder=folder, purpose=purpose)
         return
@@ -454,21 +454,17 @@ def _sample(view: View, settings: SampleSettings, folder: Path, purpose: str) ->
 
 
 def _scored(view: View, *, scorer: Scoring) -> None:
-    view.counts.update(_score(view, scorer, view.path("rollouts", "records"), view.folder / "records"))
-    view.counts["completions"] = sum(len(record.completions) for record in iter_records(view.folder / "records"))
+    _score(view, scorer, view.path("rollouts", "records"), view.folder / "records")
+    if leads():
+        view.counts["completions"] = sum(len(record.completions) for record in iter_records(view.folder / "records"))
 
 
-def _score(view: View, scorer: Scoring, source: Path, target: Path) -> Counter[str]:
-    """The records of `source` with their rewards, by the recipe's workers or by this process; what the scorer cut."""
+def _score(view: View, scorer: Scoring, source: Path, target: Path) -> None:
+    """Write the records of `source` with their rewards, by the recipe's workers or here, and count what was cut."""
     if "cluster" in view.stage.reads:
-        return score_by_workers(view, scorer, source, target)
-    loaded = scorer.load(view)
-    with RecordWriter(target, shard_size=SHARD) as writer:
-        for shard in shards_of(source)[-(-writer.written // SHARD) :]:
-            cut: Counter[str] = Counter()
-            writer.write_shard(scored(loaded, list(iter_shard(shard)), cut), cut)
-        writer.close(read_header(source).with_counts(writer.counts))
-    return writer.counts
+        view.counts.update(score_by_workers(view, scorer, source, target))
+    else:
+        write_shared(view, target, source, partial(scored, scorer.load(view)), read_header(source))
 
 
 def _given_rewards(view: View) -> None:
@@ -483,10 +479,7 @@ def _reference(view: View, *, source: str, precision: Literal["fp32", "bf16"]) -
     """Token ids and log π_sft of everything that is aligned on, by the code path that training uses."""
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
     known = with_ids(view, read_records(view.path(source, "records")), tokenizer)
-    model = supervised(view, tokenizer)
-    done: list[Record] = []
-    numerics = Numerics(temperature, "auto", precision)
-    for start in range(0, len(known), SHARD):
-        done += with_logprobs(known[start : start + SHARD], model, "reference_logprob", numerics)
-    write_records(view.folder / "records", done, Header(temperature=temperature, counts=dict(view.counts)))
-    view.counts["groups"] = len(done)
+    header = Header(temperature=temperature, counts=dict(view.counts))
+    read = read_by(Numerics(temperature, "auto", precision), reference_logprob=supervised(view, tokenizer))
+    write_shared(view, view.folder / "records", known, read, header)
+    view.counts["groups"] = len(known)

@@ -44,8 +44,10 @@ class Stage:
     work: Callable[[View], None]
     always: bool = False
     """Cheap stages that are made anew each time, from whatever the run holds."""
-    together: bool = False
-    """Where there are several processes all of them work; the first one prints and writes, and does the rest alone."""
+    trains: bool = False
+    """All processes train, where there are several; the first one prints and writes."""
+    shared: bool = False
+    """Each of several processes draws, scores or reads its share, and the first one writes."""
     stays: tuple[str, ...] = ()
     """What of the folder stays when the stage is made again, as patterns: the work itself sees whether it serves."""
 
