@@ -52,6 +52,8 @@ def test_every_shipped_recipe_is_planned_stage_by_stage_in_100_columns(path: Pat
         without_model.add("preferences")
     if budget.recipe.scoring.function is not None or budget.recipe.data.rewards is not None:
         without_model.add("scored")
+    if budget.recipe.judging is not None and budget.recipe.judging.function is not None:
+        without_model.add("evaluation/pool")
     stages = [stage.name for stage in plan(budget.recipe) if stage.name not in without_model]
     assert [cost.stage for cost in budget.costs] == stages
     assert all(cost.flops > 0 and cost.seconds > 0 and cost.tokens > 0 for cost in budget.costs)

@@ -129,7 +129,7 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
         (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting; here: fresh_every, in optimizer steps"),
         (["align={a: {fresh_every: 2}}", "data.prompts=null"], "data.prompts is missing"),
         (["sample.num_completions=1"], "align.exo-rw: compares at least two completions of a prompt"),
-        (["align.sft={}"], "is not 'answers', 'density', 'pairs', 'pool', 'prompts', 'proxy', 'sft'"),
+        (["align.sft={}"], "is not 'answers', 'density', 'drawn', 'pairs', 'pool', 'prompts', 'proxy', 'sft'"),
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),
         (["ppo={ppo: {}}"], "ppo is not a setting; here: each method is a section of align, as align: {ppo: {method"),

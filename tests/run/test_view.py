@@ -152,16 +152,19 @@ def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_
         ("hh-cpu", [], "evaluation/pairs"),
         ("hh-cpu", ["data.evaluation=null"], "evaluation/pairs"),
         ("imdb-smol", [], "evaluation/pool"),
+        ("imdb-smol", ["evaluate.scorer={function: 'exalign.data.synthetic:reward'}"], "evaluation/proxy"),
     ],
 )
-def test_more_prompts_for_the_evidence_train_nothing_again(recipe: str, changed: list[str], looked_at: str) -> None:
+def test_more_prompts_for_the_evidence_or_another_judge_train_nothing_again(
+    recipe: str, changed: list[str], looked_at: str
+) -> None:
     """Though trainings look at held-out pairs, and at the pool where they aim at a KL."""
     stages = {stage.name: stage for stage in plan(load_recipe(RECIPES[0].parent / f"{recipe}.yaml", changed))}
     behind = {name for name in stages if name.startswith("align/")}
     while more := {need for name in behind for need in stages[name].needs} - behind:
         behind |= more
     assert {looked_at, "sft"} < behind
-    assert not any("evaluate.prompts" in stages[name].reads for name in behind)
+    assert not any({"evaluate.prompts", "evaluate.scorer"} & {*stages[name].reads} for name in behind)
 
 
 def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> None:

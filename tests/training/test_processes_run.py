@@ -155,6 +155,18 @@ def test_a_plain_run_prints_no_warning_of_any_library(arguments: list[str], tmp_
     assert said == []
 
 
+def test_a_run_from_python_is_as_quiet_and_leaves_transformers_as_it_was(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom transformers.utils import logging\nfrom exalign import load_recipe, run_recipe\n"
+        "before = logging.get_verbosity(), logging.is_progress_bar_enabled()\n"
+        "run_recipe(load_recipe(sys.argv[1], sys.argv[2:-1]), 'align/exo-rw', folder=sys.argv[-1])\n"
+        "assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled()) and before[1]"
+    )
+    command = [sys.executable, "-c", code, *arguments, str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if not re.match(r"[\w-]+: step \d+/\d+ ", line)] == []
+
+
 def test_accelerate_launches_a_configuration_for_cpus(arguments: list[str], one: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2-2cpu.yaml")]
     command = [*launch, "-m", "exalign", "sft", *arguments, "--run", str(tmp_path)]

@@ -10,7 +10,7 @@
     evaluation/answers/sft, …/METHOD/step-N  answers for win rates and judges alone, where evaluate.answers has them
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
-    evaluation/proxy/samples                 the same, with the rewards that methods were trained on, where others
+    evaluation/proxy                         the same, with the rewards that methods were trained on, where others
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
     evaluation/benchmark.json                what lm-eval measured before and after
     evaluation/evidence.json                 every number of the report
@@ -57,7 +57,7 @@ from exalign.strict_yaml import parse_yaml
 DONE = "done.json"
 SUPERVISED, REFERENCE = "sft", "reference"
 """What the supervised policy and the reference texts are called among the systems of a run."""
-NO_METHODS = (SUPERVISED, "prompts", "pool", "proxy", "density", "pairs", "answers")
+NO_METHODS = (SUPERVISED, "prompts", "drawn", "pool", "proxy", "density", "pairs", "answers")
 """Folders of `evaluation/` that belong to no method."""
 BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
@@ -74,7 +74,7 @@ class RunFolder:
         self.evaluation = path / "evaluation"
         self.evidence, self.benchmark = self.evaluation / "evidence.json", self.evaluation / "benchmark.json"
         self.prompts = self.evaluation / "prompts"
-        self.pool, self.proxy = self.evaluation / "pool", self.evaluation / "proxy" / "samples"
+        self.pool, self.proxy = self.evaluation / "pool", self.evaluation / "proxy"
         self.supervised = self.evaluation / SUPERVISED / "samples"
         self.judgements = path / "judging" / "llm"
         self.assessment = path / "assessment"

@@ -1,6 +1,6 @@
 """A recipe carried out: what can be found out before any long work, then its stages.
 
-By one process, or by the first of several, which the others join where all train.
+By one process, or by the first of several, which the others join where all work.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import os.path
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as voice
 
 from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
 from exalign.data.record import Record
@@ -56,10 +58,25 @@ def run_recipe(
     return run
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bar for every file that it reads, nothing that it says below an error; afterwards as the caller had it."""
+    level, bars = voice.get_verbosity(), voice.is_progress_bar_enabled()
+    voice.set_verbosity_error()
+    voice.disable_progress_bar()
+    try:
+        yield
+    finally:
+        voice.set_verbosity(level)
+        if bars:
+            voice.enable_progress_bar()
+
+
+@_quiet_transformers()
 def carry_out(run: Run, *targets: str) -> None:
     """Check everything that the recipe names, then carry out the stages.
 
-    Of several processes the first one does so, and calls the others to the stages that train.
+    Of several processes the first one does so, and calls the others to the stages that train, or that they share.
     """
     stages = {stage.name: stage for stage in plan(run.recipe)}
     try:

@@ -1,7 +1,7 @@
 """The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
 
-evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/proxy → evaluation/METHOD … → evaluation/pairs/… →
-evaluation/answers/… → evaluation/density/METHOD … → report
+evaluation/prompts → evaluation/sft → evaluation/drawn → evaluation/pool → evaluation/proxy → evaluation/METHOD … →
+evaluation/answers/… → evaluation/pairs/… → evaluation/density/METHOD … → report
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from exalign.run.recipe import Recipe, holds_out, samples_are_scored, trained_on
 from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
-POOL, PROXY, PAIRS = "evaluation/pool", "evaluation/proxy", "evaluation/pairs"
+DRAWN, POOL, PROXY, PAIRS = (f"evaluation/{name}" for name in ("drawn", "pool", "proxy", "pairs"))
 
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
@@ -82,10 +82,11 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     sampled = drawn + Takes(("evaluate.samples",), ("evaluation/prompts",))
     yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge), shared=True)
     if settings.pool_prompts and judge is not None:
-        takes = drawn + rows + Takes(("evaluate.first_prompt", "evaluate.pool_prompts", "evaluate.pool_samples"))
-        yield takes.stage(POOL, partial(_pool, judge=judge), shared=True)
-        if (trained := proxy(recipe)) is not None:
-            yield (trained.takes + Takes(needs=(POOL,))).stage(PROXY, partial(_proxy, scorer=trained), shared=True)
+        takes = supervised + rows + Takes((*SAMPLED, "evaluate.first_prompt", "evaluate.pool_prompts"))
+        yield (takes + Takes(("evaluate.pool_samples",))).stage(DRAWN, _drawn, shared=True)
+        for place, rewards in ((POOL, judge), (PROXY, proxy(recipe))):
+            if rewards is not None:
+                yield (rewards.takes + Takes(needs=(DRAWN,))).stage(place, partial(_pool, scorer=rewards), shared=True)
     yield from of_every_method("", sampled, partial(_method, judge=judge))
     if settings.answers is not None:  # drawn for win rates and judges alone
         reads = tuple(path for path in sampled.reads if path != "temperature")
@@ -230,23 +231,22 @@ def _supervised(view: View, *, judge: Scoring | None, answers: bool = False) -> 
     draw(view, model, tokenizer, wanted, view.folder / "samples", scorer=scorer, reference=reference)
 
 
-def _pool(view: View, *, judge: Scoring) -> None:
+def _drawn(view: View) -> None:
     """Many samples of π_sft for some prompts: what the optimal frontier is estimated from.
 
-    Trainings that aim at a KL read it, so it does not depend on how many prompts are evaluated.
+    Trainings that aim at a KL read it, so it depends neither on how many prompts are evaluated nor on who judges.
     """
     evaluate, tokenizer = view.recipe.evaluate, run_tokenizer(view)
     rows = _first_rows(replace(view, counts=Counter()), evaluate.pool_prompts)
     prompts = [replace(row, completions=(), preferred=None) for row in rows]
     wanted = Wanted(prompts, evaluation_sampling(view, evaluate.pool_samples), "pool")
-    draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder, scorer=judge.load(view))
+    draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder)
 
 
-def _proxy(view: View, *, scorer: Scoring) -> None:
-    """The pool's samples with the rewards that methods are trained on: where the optimum for these lies."""
-    pool = view.path(POOL)
-    header = replace(read_header(pool), counts={})
-    write_shared(view, view.folder / "samples", pool, partial(scored, scorer.load(view)), header)
+def _pool(view: View, *, scorer: Scoring) -> None:
+    """The pool's samples with the evaluation's rewards, or with those that methods are trained on."""
+    drawn = view.path(DRAWN)
+    write_shared(view, view.folder, drawn, partial(scored, scorer.load(view)), read_header(drawn))
 
 
 def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:

@@ -637,11 +637,11 @@ class Budget:
         pool = self.evaluation(settings.pool_prompts, settings.pool_samples)
         if what == "prompts":
             return None
-        if what == "pool":
-            return self._drawn(pool, self.recipe.judging)
-        if what == "proxy":
-            reads = [read(scorer, pool, self.machine) for scorer in self.scorers(self.recipe.scoring)]
-            return in_turn(reads) if reads else None
+        if what == "drawn":
+            return self._drawn(pool, None)
+        if what in ("pool", "proxy"):
+            scorers = self.scorers(self.recipe.judging if what == "pool" else self.recipe.scoring)
+            return in_turn([read(scorer, pool, self.machine) for scorer in scorers]) if scorers else None
         if what == "density":
             few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
             return in_turn([read(self.supervised(), few, self.machine, None)], 2)

@@ -43,7 +43,7 @@ from exalign.rollout.rollout import Numerics
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
-from exalign.run.evaluating import PAIRS, POOL, PROXY, evaluation_stages, proxy, reads_pairs
+from exalign.run.evaluating import DRAWN, PAIRS, POOL, PROXY, evaluation_stages, proxy, reads_pairs
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     # What a method needs of the evaluation, the pool that its β is chosen from and held-out pairs, comes before it.
     needed = {need for stage in methods for need in stage.needs}
     pools = {POOL, PROXY} & needed
-    early = ({POOL, *pools} if pools else set()) | ({PAIRS} & needed)
+    early = ({DRAWN, *pools} if pools else set()) | ({PAIRS} & needed)
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
@@ -283,7 +283,7 @@ def _swept(view: View, method: Method) -> list[Method]:
     setting, values = method.swept
     if setting != "kl":
         return [method.at(setting, value) for value in values]
-    rewards = pool_rewards(view.path(PROXY, "samples") if view.has(PROXY) else view.path(POOL))
+    rewards = pool_rewards(view.path(PROXY if view.has(PROXY) else POOL))
     return [method.at_beta(beta_at(rewards, kl)) for kl in values]
 
 
