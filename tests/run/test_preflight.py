@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exalign.data.record import Completion, Record
 from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
-from exalign.run.carry_out import check_inputs, check_room
+from exalign.run import carry_out
+from exalign.run.carry_out import check_devices, check_inputs, check_room
 from exalign.run.recipe import Recipe, make_recipe
 from exalign.run.runner import Run
 
@@ -218,3 +220,22 @@ def test_what_the_evaluation_names_is_looked_for_before_the_work(recipe: Any, tm
     own = {"align__dpo__fresh_every": 1, "score__scorer": {"function": "exalign.data.synthetic:reward"}}
     with pytest.raises(InputError, match=r"align\.dpo: of 2 completions .* epsilon = 0\.5"):
         check_inputs(recipe(rows, **own, align__dpo__epsilon=0.5))
+
+
+def test_one_process_beside_idle_gpus_is_told_how_to_use_them(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = recipe(["Hi"])
+    assert not [*check_devices(plain)]
+    monkeypatch.setattr(carry_out, "device", lambda: torch.device("cuda"))
+    for count, told in ((1, 0), (8, 1)):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda count=count: count)
+        assert len([*check_devices(plain)]) == told
+    (said,) = check_devices(plain)
+    assert said.startswith("One of 8 GPUs is used") and "--num_processes 8" in said
+    scored = {"score__scorer": {"function": "exalign.data.synthetic:reward"}, "align__dpo__target": "reward"}
+    assert not [*check_devices(recipe(["Hi"], **scored, cluster={"workers": 8}))]
+    divided = recipe(["Hi"], sample__engine="vllm", sample__vllm={"gpus": 2})
+    assert not [*check_devices(divided)]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not [*check_devices(plain)]
+    with pytest.raises(InputError, match=r"sample.vllm.gpus: each process has an engine on its own GPU"):
+        [*check_devices(divided)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -153,6 +154,18 @@ def test_a_plain_run_prints_no_warning_of_any_library(arguments: list[str], tmp_
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     said = [line for line in done.stderr.splitlines() if not re.match(r"[\w-]+: step \d+/\d+ ", line)]
     assert said == []
+
+
+def test_a_model_and_data_are_aligned_by_two_processes_that_say_all_once(
+    one: Path, tmp_path: Path, workers: ForkServerContext
+) -> None:
+    rows = [{"prompt": f"Film {n} was", "chosen": " great.", "rejected": " bad."} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = ["align", str(one / "sft" / "model"), str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
+    assert finish(start(workers, "ddp", run_command, tmp_path, command)) == [0, 0]
+    assert not (tmp_path / "printed-1").read_text()
+    assert (tmp_path / "printed-0").read_text().count("• recipe: ") == 1
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
 
 
 def test_a_run_from_python_is_as_quiet_and_leaves_transformers_as_it_was(arguments: list[str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from exalign.device import device, device_memory
 from exalign.errors import InputError
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton, read_config
 from exalign.models.model_settings import ModelSettings
+from exalign.processes import leads
 from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
 from exalign.run.recipe import EvaluateSettings, load_recipe, make_recipe
@@ -143,7 +144,7 @@ def evidence(
 
 
 def _carried_out(begun: Begun, overrides: Sequence[str], console: Console | None) -> Run:
-    console = console or Console()
+    console = (console or Console()) if leads() else Console(quiet=True)
     write_down(begun, console)
     run = Run(load_recipe(begun.file, overrides), begun.folder, console)
     carry_out(run)

@@ -21,6 +21,7 @@ from transformers.utils import logging as voice
 from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
 from exalign.data.record import Record
 from exalign.data.tokenization import UnfitError, build_tokenizer, with_token_ids
+from exalign.device import device
 from exalign.errors import InputError
 from exalign.models.capability import check_positions
 from exalign.models.loading import (
@@ -34,7 +35,7 @@ from exalign.models.loading import (
 )
 from exalign.models.memory import room_for
 from exalign.models.model_settings import ModelSettings
-from exalign.processes import calls, leading, leads
+from exalign.processes import calls, leading, leads, several
 from exalign.rollout import vllm
 from exalign.rollout.scorers import check_scorer
 from exalign.run import cluster
@@ -88,7 +89,7 @@ def carry_out(run: Run, *targets: str) -> None:
             return
         with leading():
             if run.redo or not all(run.path(name, "done.json").exists() for name in stages):
-                for sentence in (*check_inputs(run.recipe), *check_room(run)):
+                for sentence in (*check_inputs(run.recipe), *check_room(run), *check_devices(run.recipe)):
                     run.console.print(shown(f"! {sentence}", "yellow"), soft_wrap=True)
             run.carry_out([*stages.values()], targets)
     finally:
@@ -156,6 +157,20 @@ def check_room(run: Run) -> Iterator[str]:
             f"{run.folder}: {', '.join(left)} will keep up to {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
             "free there: save fewer policies (save_policies) or adapters alone (model.lora.save: adapter), or choose "
             "another place with --run DIR."
+        )
+
+
+def check_devices(recipe: Recipe) -> Iterator[str]:
+    """A sentence where this process uses one of several GPUs; where each of several wants more than its own, an
+    `InputError`.
+    """
+    divided, number = recipe.sample.vllm.gpus > 1, 1 if device().type == "cpu" else torch.accelerator.device_count()
+    if divided and several() and recipe.sample.engine == "vllm":
+        raise InputError("sample.vllm.gpus: each process has an engine on its own GPU; set 1, or start one process.")
+    if number > 1 and not several() and not divided and recipe.cluster is None:
+        yield (
+            f"One of {number} GPUs is used; the same arguments after `accelerate launch --multi_gpu --num_processes "
+            f"{number} -m exalign` use all."
         )
 
 
