@@ -268,7 +268,7 @@ def test_without_the_harness_it_says_what_to_install(models: Path, monkeypatch: 
 def test_its_recipe_can_be_planned(given: RunFolder) -> None:
     planned = CliRunner().invoke(app, ["plan", str(given.path.with_suffix(".yaml"))])
     assert planned.exit_code == 0, planned.output
-    assert "evaluation/line" in planned.output and "align/line" not in planned.output
+    assert "evaluation/drawn/line" in planned.output and "align/line" not in planned.output
 
 
 def test_what_to_ship_is_where_it_was_trained(given: RunFolder, models: Path) -> None:

@@ -30,9 +30,11 @@ def test_a_recipe_of_own_samples_needs_no_rollouts_and_ends_in_evidence(
     recipe = tiny(OWN)
     assert [stage.name for stage in plan(recipe)] == [
         "sft", "preferences", "reward", "align/again", "align/grpo",
-        "evaluation/prompts", "evaluation/sft", "evaluation/drawn", "evaluation/pool", "evaluation/proxy",
-        "evaluation/again",
-        "evaluation/grpo", "evaluation/density/again", "evaluation/density/grpo", "report",
+        "evaluation/drawn/prompts", "evaluation/prompts", "evaluation/drawn/sft", "evaluation/sft",
+        "evaluation/drawn/pool", "evaluation/pool", "evaluation/proxy",
+        "evaluation/drawn/again", "evaluation/again",
+        "evaluation/drawn/grpo", "evaluation/grpo",
+        "evaluation/density/again", "evaluation/density/grpo", "report",
     ]  # fmt: skip
     run_recipe(recipe, folder=tmp_path)
     folder = tmp_path / "align" / "again"

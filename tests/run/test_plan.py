@@ -47,14 +47,15 @@ def planned(path: Path = RECIPE, *overrides: str, gpu: str = "H100", count: int 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_planned_stage_by_stage_in_100_columns(path: Path) -> None:
     budget = planned(path)
-    without_model = {"tokenizer", "evaluation/prompts", "report"}
+    without_model = {"tokenizer", "evaluation/drawn/prompts", "evaluation/prompts", "report"}
     if budget.recipe.data.preferences is not None:
         without_model.add("preferences")
     if budget.recipe.scoring.function is not None or budget.recipe.data.rewards is not None:
         without_model.add("scored")
+    stages = [stage.name for stage in plan(budget.recipe)]
     if budget.recipe.judging is not None and budget.recipe.judging.function is not None:
-        without_model.add("evaluation/pool")
-    stages = [stage.name for stage in plan(budget.recipe) if stage.name not in without_model]
+        without_model |= {name.replace("/drawn/", "/") for name in stages if "/drawn/" in name}
+    stages = [name for name in stages if name not in without_model]
     assert [cost.stage for cost in budget.costs] == stages
     assert all(cost.flops > 0 and cost.seconds > 0 and cost.tokens > 0 for cost in budget.costs)
     console = Console(file=io.StringIO(), width=100, record=True)
@@ -191,11 +192,11 @@ def test_preferences_that_are_held_out_are_evaluated_and_not_trained_on() -> Non
     given = ["preferences=null", "data.preferences.source=no/such-pairs", "data.evaluation=null", "data.held_out=0.1"]
     tokens = tokens_of(*given, prompts=100, prompt_tokens=10, completion_tokens=20)
     assert tokens["reward"] == 3 * 90 * (10 + 2 * 20)  # three epochs
-    assert tokens["evaluation/sft"] == 2 * 10 * (10 + 4 * 20)  # drawn, and log π_sft of them
+    assert tokens["evaluation/drawn/sft"] == 2 * 10 * (10 + 4 * 20)  # drawn, and log π_sft of them
     few = tokens_of(*given, "evaluate.pairs=7", prompts=100, prompt_tokens=10, completion_tokens=20)
-    assert (few["reward"], few["evaluation/sft"]) == (3 * 93 * 50, 2 * 7 * 90)
+    assert (few["reward"], few["evaluation/drawn/sft"]) == (3 * 93 * 50, 2 * 7 * 90)
     fewer = tokens_of(*given, "evaluate.prompts=7", prompts=100, prompt_tokens=10, completion_tokens=20)
-    assert (fewer["reward"], fewer["evaluation/sft"]) == (tokens["reward"], 2 * 7 * 90)
+    assert (fewer["reward"], fewer["evaluation/drawn/sft"]) == (tokens["reward"], 2 * 7 * 90)
 
 
 def test_a_search_is_validated_on_its_own_prompts(tmp_path: Path) -> None:
@@ -211,8 +212,10 @@ def test_a_copy_in_half_precision_draws_faster_and_takes_room_and_the_policy_rea
     assert half["rollouts"].replicated.copies == weights / 2 and plain["rollouts"].replicated.copies == 0
     assert half["rollouts"].replicated.cache == plain["rollouts"].replicated.cache / 2
     assert half["rollouts"].seconds == pytest.approx(plain["rollouts"].seconds * 67 / 989)
-    assert half["evaluation/sft"].tokens == plain["evaluation/sft"].tokens  # drawn, and read once
-    assert half["evaluation/exo-rw"].tokens == plain["evaluation/exo-rw"].tokens * 3 / 2  # and by the policy too
+    assert half["evaluation/drawn/sft"].tokens == plain["evaluation/drawn/sft"].tokens  # drawn, and read once
+    assert (
+        half["evaluation/drawn/exo-rw"].tokens == plain["evaluation/drawn/exo-rw"].tokens * 3 / 2
+    )  # and by the policy too
 
 
 def test_data_without_rows_is_one_sentence(tmp_path: Path) -> None:

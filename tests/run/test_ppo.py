@@ -21,8 +21,9 @@ def test_a_recipe_with_ppo_alone_ends_in_evidence(tiny: Callable[..., Recipe], t
     recipe = tiny("align={}", PPO)
     assert [stage.name for stage in plan(recipe)] == [
         "sft", "preferences", "reward", "align/ppo",
-        "evaluation/prompts", "evaluation/sft", "evaluation/drawn", "evaluation/pool", "evaluation/proxy",
-        "evaluation/ppo",
+        "evaluation/drawn/prompts", "evaluation/prompts", "evaluation/drawn/sft", "evaluation/sft",
+        "evaluation/drawn/pool", "evaluation/pool", "evaluation/proxy",
+        "evaluation/drawn/ppo", "evaluation/ppo",
         "evaluation/density/ppo", "report",
     ]  # fmt: skip
     run_recipe(recipe, folder=tmp_path)

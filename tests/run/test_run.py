@@ -248,6 +248,30 @@ def test_density_prompts_says_for_how_many_and_0_for_none(
     assert len(read_records(copy / "evaluation" / "density" / "exo-rw" / "samples")) == 2
 
 
+def count_of_e(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(completion.count("e")) for completion in completions]
+
+
+def test_another_judge_judges_the_samples_that_are_there(
+    finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    monkeypatch.setattr("exalign.run.materials.open_sampler", None)  # nothing is drawn
+    recipe = tiny(f"evaluate.scorer={{function: {__name__}:count_of_e}}")
+    printed = carry_out(recipe, copy, redo=True)
+    made = {line.split()[1] for line in printed.splitlines() if line.startswith("▸")}
+    judged = {f"evaluation/{name}" for name in ("prompts", "sft", "pool", *recipe.align)}
+    assert made == judged | {f"evaluation/density/{name}" for name in recipe.align} | {"report"}
+    for place in ("sft/samples", "exo-rw/step-000003/samples", "pool"):
+        before, after = (read_records(run / "evaluation" / place) for run in (folder, copy))
+        assert [record.rewards for record in after] == [[c.text.count("e") for c in r.completions] for r in before]
+        assert [r.with_rewards(b.rewards or []) for r, b in zip(after, before, strict=True)] == before
+    scores = [RunFolder(run).read_evidence().methods[0].points[-1] for run in (folder, copy)]
+    assert scores[0].kl == scores[1].kl and scores[0].reward != scores[1].reward
+
+
 def test_answers_of_their_own_are_what_is_judged_and_change_no_kl(
     finished: tuple[Recipe, Path], tiny: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -258,7 +282,8 @@ def test_answers_of_their_own_are_what_is_judged_and_change_no_kl(
     recipe = tiny("evaluate.answers={temperature: 0.5, top_p: 0.001}")  # of the likeliest token alone
     printed = carry_out(recipe, copy)
     made = [line.split()[1] for line in printed.splitlines() if line.startswith("▸")]
-    assert made == [f"evaluation/answers/{name}" for name in ("sft", *recipe.align)] + ["report"]
+    places = [f"{below}answers/{name}" for name in ("sft", *recipe.align) for below in ("drawn/", "")]
+    assert made == [*(f"evaluation/{place}" for place in places), "report"]
     run, judged = RunFolder(copy), {}
     for name in ("sft", *recipe.align):
         judged[name] = {record.id: record for record in read_records(run.answers(name))}

@@ -141,7 +141,13 @@ def test_an_aim_that_the_pool_does_not_show_is_said_and_a_nearer_one_then_goes_o
 
 def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Recipe]) -> None:
     names = [stage.name for stage in plan(tiny("align={exo: {sweep: {kl: [0.1, 0.4]}}}"))]
-    order = ["evaluation/drawn", "evaluation/proxy", "align/exo", "evaluation/sft", "evaluation/pool"]  # judged last
+    order = [
+        "evaluation/drawn/pool",
+        "evaluation/proxy",
+        "align/exo",
+        "evaluation/sft",
+        "evaluation/pool",
+    ]  # judged last
     assert sorted(order, key=names.index) == order
 
 

@@ -142,7 +142,7 @@ def test_another_tokenizer_makes_the_prompts_again_and_the_batch_of_the_sampler_
     for stage in plan(recipe):
         before = key(recipe, stage.reads, contents)
         assert key(smaller, stage.reads, contents) == before
-        if stage.name == "evaluation/prompts":
+        if stage.name == "evaluation/drawn/prompts":
             assert key(other, stage.reads, contents) != before
 
 

@@ -11,6 +11,7 @@
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
     evaluation/proxy                         the same, with the rewards that methods were trained on, where others
+    evaluation/drawn/…                       all of these as they were drawn, where something judges them: without rewards
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
     evaluation/benchmark.json                what lm-eval measured before and after
     evaluation/evidence.json                 every number of the report
@@ -61,6 +62,8 @@ NO_METHODS = (SUPERVISED, "prompts", "drawn", "pool", "proxy", "density", "pairs
 """Folders of `evaluation/` that belong to no method."""
 BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
+_JUDGED_ELSEWHERE = "evaluation/drawn/"
+"""Samples of which `evaluation/` has a copy with rewards, and with the same counts."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
 
@@ -258,8 +261,9 @@ class RunFolder:
 
     def record_counts(self) -> dict[str, dict[str, int]]:
         """What each folder of records says was dropped or cut; a search's stage sums its trials."""
-        headers = {path: read_header(path.parent).counts for path in self._outside_trials("header.json")}
-        return {self.relative(path.parent): counts for path, counts in headers.items() if counts}
+        headers = {self.relative(path.parent): path.parent for path in self._outside_trials("header.json")}
+        listed = {name: read_header(folder).counts for name, folder in headers.items()}
+        return {name: counts for name, counts in listed.items() if counts and not name.startswith(_JUDGED_ELSEWHERE)}
 
     def curves(self, notes: Counter[str]) -> list[Curve]:
         """Training curves of every stage with metrics, each named by its folder; not those of a search's trials."""

@@ -1,7 +1,7 @@
 """The stages that turn aligned models into evidence: samples of every saved policy, scored, and the report.
 
-evaluation/prompts → evaluation/sft → evaluation/drawn → evaluation/pool → evaluation/proxy → evaluation/METHOD … →
-evaluation/answers/… → evaluation/pairs/… → evaluation/density/METHOD … → report
+evaluation/prompts → evaluation/sft → evaluation/pool → evaluation/proxy → evaluation/METHOD … → evaluation/answers/… →
+evaluation/pairs/… → evaluation/density/… → report. What is judged is drawn in a stage before, evaluation/drawn/….
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ from exalign.run.recipe import Recipe, holds_out, samples_are_scored, trained_on
 from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
-DRAWN, POOL, PROXY, PAIRS = (f"evaluation/{name}" for name in ("drawn", "pool", "proxy", "pairs"))
+POOL, PROXY, PAIRS = "evaluation/pool", "evaluation/proxy", "evaluation/pairs"
+DRAWN = "evaluation/drawn/"
+"""Before the name below `evaluation/` of what is judged there: another judge judges the same samples."""
+ROWS = f"{DRAWN}prompts"
 
 
 def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
@@ -65,41 +68,50 @@ def evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
 
 def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
     settings, judge, supervised = recipe.evaluate, judging(recipe), takes_supervised(recipe)
-    judged = Takes() if judge is None else judge.takes
-    rows = takes_evaluation(recipe)
+    rows, first = takes_evaluation(recipe), Takes(("evaluate.first_prompt",))
 
-    def of_every_method(below: str, takes: Takes, work: Callable[..., None]) -> Iterator[Stage]:
-        """A stage of its own for each, so that a method that is added later changes no other's."""
-        for name in recipe.align:
-            own = takes + Takes(needs=(f"align/{name}",))
-            yield own.stage(f"evaluation/{below}{name}", partial(work, name=name), shared=True)
+    def judged(place: str, name: str, scorer: Scoring) -> Stage:
+        takes = scorer.takes + Takes(needs=(f"{DRAWN}{name}",))
+        return takes.stage(place, partial(_judged, scorer=scorer, drawn=f"{DRAWN}{name}"), shared=True)
 
-    takes = rows + judged + Takes(("evaluate.prompts", "evaluate.first_prompt", "evaluate.category"))
-    scorer = recipe.judging
+    def drawn(name: str, takes: Takes, work: Callable[[View], None]) -> Iterator[Stage]:
+        """Samples, and where there is a judge the same with their rewards."""
+        yield takes.stage(f"evaluation/{name}" if judge is None else f"{DRAWN}{name}", work, shared=True)
+        if judge is not None:
+            yield judged(f"evaluation/{name}", name, judge)
+
+    def of_each(takes: Takes) -> Iterator[tuple[str, Takes]]:
+        """What a stage of its own for each method takes, so that one that is added later changes no other's."""
+        return ((name, takes + Takes(needs=(f"align/{name}",))) for name in recipe.align)
+
+    yield (rows + first + Takes(("evaluate.prompts", "evaluate.category"))).stage(ROWS, _rows)
+    takes, scorer = Takes(needs=(ROWS,)) + (Takes() if judge is None else judge.takes), recipe.judging
     log_odds = scorer is not None and (scorer.classifier is not None or scorer.stage == "oracle")
     yield takes.stage("evaluation/prompts", partial(_prompts, judge=judge, log_odds=log_odds))
-    drawn = supervised + judged + Takes(SAMPLED)
-    sampled = drawn + Takes(("evaluate.samples",), ("evaluation/prompts",))
-    yield sampled.stage("evaluation/sft", partial(_supervised, judge=judge), shared=True)
+    sampled = supervised + Takes((*SAMPLED, "evaluate.samples"), (ROWS,))
+    yield from drawn("sft", sampled, _supervised)
     if settings.pool_prompts and judge is not None:
-        takes = supervised + rows + Takes((*SAMPLED, "evaluate.first_prompt", "evaluate.pool_prompts"))
-        yield (takes + Takes(("evaluate.pool_samples",))).stage(DRAWN, _drawn, shared=True)
-        for place, rewards in ((POOL, judge), (PROXY, proxy(recipe))):
-            if rewards is not None:
-                yield (rewards.takes + Takes(needs=(DRAWN,))).stage(place, partial(_pool, scorer=rewards), shared=True)
-    yield from of_every_method("", sampled, partial(_method, judge=judge))
+        takes = supervised + rows + first + Takes((*SAMPLED, "evaluate.pool_prompts", "evaluate.pool_samples"))
+        yield from drawn("pool", takes, _pool)
+        if (trained := proxy(recipe)) is not None:
+            yield judged(PROXY, "pool", trained)
+    for name, own in of_each(sampled):
+        yield from drawn(name, own, partial(_method, name=name))
     if settings.answers is not None:  # drawn for win rates and judges alone
         reads = tuple(path for path in sampled.reads if path != "temperature")
         takes = Takes((*reads, "evaluate.answers"), sampled.needs)
-        yield takes.stage("evaluation/answers/sft", partial(_supervised, judge=judge, answers=True), shared=True)
-        yield from of_every_method("answers/", takes, partial(_method, judge=judge, answers=True))
+        yield from drawn("answers/sft", takes, partial(_supervised, answers=True))
+        for name, own in of_each(takes):
+            yield from drawn(f"answers/{name}", own, partial(_method, name=name, answers=True))
     if reads_pairs(recipe):
         takes = supervised + Takes(("temperature", *LIMITS))
         yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, _pairs, shared=True)
-        yield from of_every_method("pairs/", takes + Takes(needs=(PAIRS,)), _pairs_of)
+        for name, own in of_each(takes + Takes(needs=(PAIRS,))):
+            yield own.stage(f"{PAIRS}/{name}", partial(_pairs_of, name=name), shared=True)
     if settings.pool_prompts and settings.density_prompts and judge is not None:
         takes = supervised + Takes(("temperature", "evaluate.density_prompts"), (POOL,))
-        yield from of_every_method("density/", takes, _density)
+        for name, own in of_each(takes):
+            yield own.stage(f"evaluation/density/{name}", partial(_density, name=name), shared=True)
 
 
 def proxy(recipe: Recipe) -> Scoring | None:
@@ -128,11 +140,8 @@ def evaluation_rows(view: View) -> Iterator[Record]:
         yield from records_of(view, "evaluation")
 
 
-def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
-    """The evaluation prompts, each with its reference text (scored) where the data has one.
-
-    What the data says of its texts, preferences and labels, is what the scorer is held to.
-    """
+def _rows(view: View) -> None:
+    """The evaluation's rows, one for each prompt, with all that the data says of it."""
     evaluate = view.recipe.evaluate
     records = _first_rows(view, evaluate.prompts)
     if not records:
@@ -143,6 +152,16 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
             raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
         for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
             del view.counts[name]  # readers do not know that it is
+    view.counts["prompts"] = len(records)
+    _write(view, records, Header(counts=dict(view.counts)))
+
+
+def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
+    """The evaluation prompts, each with its reference text (scored) where the data has one.
+
+    What the data says of its texts, preferences and labels, is what the scorer is held to.
+    """
+    records = read_records(view.path(ROWS))
     having = [record for record in records if _with_reference_text(record).completions]
     if having:
         view.counts["prompts_without_reference_text"] = len(records) - len(having)
@@ -154,12 +173,16 @@ def _prompts(view: View, *, judge: Scoring | None, log_odds: bool) -> None:
             view.counts.update(f"{what} by {part}" for what in _agreement(having, by_part, log_odds=False))
         by_id = {record.id: record for record in told}
         records = [by_id.get(record.id, record) for record in records]
-    chosen = [_with_reference_text(record) for record in records]
-    view.counts["prompts"] = len(chosen)
+    header = read_header(view.path(ROWS)).with_counts(view.counts)
+    _write(view, [_with_reference_text(record) for record in records], header)
+
+
+def _write(view: View, records: Sequence[Record], header: Header) -> None:
+    """Records in the stage's folder itself, beside what it is marked with."""
     with RecordWriter(view.folder) as writer:
-        for record in chosen[writer.written :]:
+        for record in records[writer.written :]:
             writer.write(record)
-        writer.close(Header(counts=dict(view.counts)))
+        writer.close(header)
 
 
 def _first_rows(view: View, number: int) -> list[Record]:
@@ -211,7 +234,7 @@ def _with_reference_text(record: Record) -> Record:
 
 
 def _evaluation_prompts(view: View) -> list[Record]:
-    return [replace(record, completions=()) for record in read_records(view.path("evaluation/prompts"))]
+    return [replace(record, completions=(), preferred=None) for record in read_records(view.path(ROWS))]
 
 
 def _wanted(view: View, purpose: str, answers: bool) -> Wanted:
@@ -223,18 +246,17 @@ def _wanted(view: View, purpose: str, answers: bool) -> Wanted:
     return Wanted(_evaluation_prompts(view), settings, purpose, None if said is None else said.temperature)
 
 
-def _supervised(view: View, *, judge: Scoring | None, answers: bool = False) -> None:
+def _supervised(view: View, *, answers: bool = False) -> None:
     tokenizer, wanted = run_tokenizer(view), _wanted(view, "evaluation", answers)
     model = supervised(view, tokenizer)
-    scorer = None if judge is None else judge.load(view)
     reference = model if wanted.temperature is None else None
-    draw(view, model, tokenizer, wanted, view.folder / "samples", scorer=scorer, reference=reference)
+    draw(view, model, tokenizer, wanted, view.folder / "samples", reference=reference)
 
 
-def _drawn(view: View) -> None:
+def _pool(view: View) -> None:
     """Many samples of π_sft for some prompts: what the optimal frontier is estimated from.
 
-    Trainings that aim at a KL read it, so it depends neither on how many prompts are evaluated nor on who judges.
+    Trainings that aim at a KL read it, so it does not depend on how many prompts are evaluated.
     """
     evaluate, tokenizer = view.recipe.evaluate, run_tokenizer(view)
     rows = _first_rows(replace(view, counts=Counter()), evaluate.pool_prompts)
@@ -243,19 +265,20 @@ def _drawn(view: View) -> None:
     draw(view, supervised(view, tokenizer), tokenizer, wanted, view.folder)
 
 
-def _pool(view: View, *, scorer: Scoring) -> None:
-    """The pool's samples with the evaluation's rewards, or with those that methods are trained on."""
-    drawn = view.path(DRAWN)
-    write_shared(view, view.folder, drawn, partial(scored, scorer.load(view)), read_header(drawn))
+def _method(view: View, *, name: str, answers: bool = False) -> None:
+    sample_policies(view, view.path(f"align/{name}"), _wanted(view, f"evaluation {name}", answers), view.folder)
 
 
-def _method(view: View, *, name: str, judge: Scoring | None, answers: bool = False) -> None:
-    wanted = _wanted(view, f"evaluation {name}", answers)
-    sample_policies(view, view.path(f"align/{name}"), wanted, view.folder, judge)
+def _judged(view: View, *, scorer: Scoring, drawn: str) -> None:
+    """The samples of another stage with their rewards, in folders of the same names."""
+    loaded, source = scorer.load(view), view.path(drawn)
+    for samples in sorted(header.parent for header in source.rglob("header.json")):
+        place = view.folder / samples.relative_to(source)
+        write_shared(view, place, samples, partial(scored, loaded), read_header(samples))
 
 
-def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None) -> None:
-    """Samples of every policy that was saved along the way of `trained`, scored, in `folder`/step-NNNNNN/samples."""
+def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None = None) -> None:
+    """Samples of every policy that was saved along the way of `trained`, in `folder`/step-NNNNNN/samples."""
     tokenizer = run_tokenizer(view)
     reference = supervised(view, tokenizer) if wanted.temperature is None else None
     scorer = None if judge is None else judge.load(view)

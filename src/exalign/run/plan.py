@@ -633,26 +633,26 @@ class Budget:
         For density ratios π_sft and a method's last policy read the pool's samples of a few prompts; held-out pairs are
         read by π_sft and by every policy saved.
         """
-        settings, (what, _, name) = self.recipe.evaluate, rest.partition("/")
+        settings, judge, drawn = self.recipe.evaluate, self.recipe.judging, rest.startswith("drawn/")
+        what, _, name = rest.removeprefix("drawn/").partition("/")
         pool = self.evaluation(settings.pool_prompts, settings.pool_samples)
         if what == "prompts":
             return None
-        if what == "drawn":
-            return self._drawn(pool, None)
-        if what in ("pool", "proxy"):
-            scorers = self.scorers(self.recipe.judging if what == "pool" else self.recipe.scoring)
-            return in_turn([read(scorer, pool, self.machine) for scorer in scorers]) if scorers else None
         if what == "density":
             few = replace(pool, prompts=min(pool.prompts, settings.density_prompts))
             return in_turn([read(self.supervised(), few, self.machine, None)], 2)
         whose = name if what in ("pairs", "answers") else what
-        times = 1 if whose in ("", "sft") else self.policies(whose)
+        once = whose in ("", "sft", "pool", "proxy")
+        times = 1 if once else self.policies(whose)
         if what == "pairs":
             pairs = self.evaluation(settings.pairs, 2)
             return in_turn([read(self.supervised(), pairs, self.machine, None)], times)
-        load = self.evaluation(settings.prompts, settings.samples)
-        drawn = self._drawn(load, self.recipe.judging, reference=what != "answers", trained=whose not in ("", "sft"))
-        return in_turn([drawn], times)
+        load = pool if what in ("pool", "proxy") else self.evaluation(settings.prompts, settings.samples)
+        if drawn or judge is None:
+            told = what not in ("answers", "pool")
+            return in_turn([self._drawn(load, None, reference=told, trained=not once)], times)
+        scorers = self.scorers(self.recipe.scoring if what == "proxy" else judge)
+        return in_turn([read(scorer, load, self.machine) for scorer in scorers], times) if scorers else None
 
     def _drawn(
         self, load: Load, settings: ScorerSettings | None, *, reference: bool = False, trained: bool = False

@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     # What a method needs of the evaluation, the pool that its β is chosen from and held-out pairs, comes before it.
     needed = {need for stage in methods for need in stage.needs}
     pools = {POOL, PROXY} & needed
-    early = ({DRAWN, *pools} if pools else set()) | ({PAIRS} & needed)
+    early = ({f"{DRAWN}pool", *pools} if pools else set()) | ({PAIRS} & needed)
     return [
         *_preparation(recipe),
         *validation_stage(recipe),
