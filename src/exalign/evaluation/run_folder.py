@@ -11,7 +11,7 @@
     evaluation/pairs/METHOD/step-NNNNNN      held-out preference pairs with log π_θ and log π_sft
     evaluation/pool                          many samples of π_sft per prompt
     evaluation/proxy                         the same, with the rewards that methods were trained on, where others
-    evaluation/drawn/…                       all of these as they were drawn, where something judges them: without rewards
+    evaluation/drawn/…                       all of these as they were drawn, where something judges them
     evaluation/density/METHOD/samples        samples of the pool with the final policy's log π_θ
     evaluation/benchmark.json                what lm-eval measured before and after
     evaluation/evidence.json                 every number of the report
