@@ -1,4 +1,4 @@
-"""The processes of one run under `accelerate launch` or torchrun: the first leads, the others join it where all train.
+"""The processes of one run under `accelerate launch` or torchrun: the first leads, the others join it where all work.
 
 What the leader says travels through the launcher's key-value store, so that a process which waits for hours neither
 keeps its device busy nor runs into the time limit of a collective operation.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 ALONE = timedelta(days=60)
-"""How long the others wait for the leader, which samples and scores alone."""
+"""How long the others wait for the leader, which prepares data and writes reports alone."""
 TOGETHER = timedelta(hours=2)
 """How long a process waits in a collective operation, for example while the leader writes a model."""
 
