@@ -152,6 +152,17 @@ def gathered(value: Item) -> list[Item]:
     return values
 
 
+def collected(value: Item) -> list[Item]:
+    """The values of all processes, in their order, for the first one; none for the others. Every process calls it."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size() if leads() else []
+    dist.gather_object(value, values if leads() else None)
+    return values
+
+
 def in_order(shares: Sequence[Sequence[Item]]) -> list[Item]:
     """What `share_of` divided, put together again.
 

@@ -29,7 +29,7 @@ from exalign.evaluation.run_folder import trained_elsewhere
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.memory import release_memory
 from exalign.models.model_settings import ModelSettings
-from exalign.processes import gathered, in_order, leads, processes, share_of
+from exalign.processes import collected, gathered, in_order, leads, processes, share_of
 from exalign.redaction import redact
 from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
 from exalign.rollout.sampler import draws_rounded
@@ -402,9 +402,9 @@ def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, wor
 
     while shards := [shard for _ in range(processes()) if (shard := list(islice(left, SHARD)))]:
         if len(shards) == processes():
-            made = [one for own in gathered([worked(shard) for shard in share_of(shards)]) for one in own]
+            made = [one for own in collected([worked(shard) for shard in share_of(shards)]) for one in own]
         else:
-            made = [_joined(gathered(worked(share_of(shard)))) for shard in shards]
+            made = [_joined(collected(worked(share_of(shard)))) for shard in shards]
         if writer is not None:
             for done, counts in made:
                 writer.write_shard(done, counts)
