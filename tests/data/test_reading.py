@@ -311,14 +311,14 @@ def test_every_column_with_content_is_used_or_counted():
     counts = Counter()
     row = {"id": "x", "margin": 0.5, "empty": None, "none": [], **PAIR}
     convert(row, counts)
-    assert counts == {"column id not used": 1, "column margin not used": 1}
+    assert counts == {"column id kept beside": 1, "column margin kept beside": 1}
     counts = Counter()
     convert({**PAIR, "question": "q"}, counts, columns={"prompt": "question"})
-    assert counts == {"column prompt not used": 1}
+    assert counts == {"column prompt kept beside": 1}
     counts = Counter()
     convert({f"more {i}\ud800\n": 1 for i in range(150)} | PAIR, counts)
     assert counts.total() == 150
-    assert counts["other columns not used"] == 50
+    assert counts["other columns kept beside"] == 50
     assert all(name.isprintable() for name in counts)
 
 
@@ -616,7 +616,7 @@ def test_columns_may_be_expressions(write_jsonl):
     first, second = read(path, counts, columns=columns)
     assert (first.prompt, second.prompt) == ("Translate.\nHallo", "Translate.")
     assert [(c.text, c.reward) for c in first.completions] == [("Hello", 2.0), ("Hi", 0.5)]
-    assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column meta not used": 2}
+    assert counts == {"rows": 2, "records": 2, "completions_left_out": 4, "column meta kept beside": 2}
     (last, _) = read(path, columns={**columns, "completions": "[answers[-1].text]", "rewards": "[`3`]"})
     assert last.rewards == [3.0]
     best = "max_by(answers[?score.overall], &score.overall).text || 'none'"  # `score` is read from an answer
@@ -698,9 +698,9 @@ def test_several_sources_are_one_and_each_is_counted(tmp_path, write_jsonl):
     records = list(read_source([first, second], counts))
     assert [(r.id, r.prompt, r.weight) for r in records] == [("1/a.jsonl:1", "p", None), ("2/b.jsonl:1", "q", 1.5)]
     assert counts == {
-        "rows": 3, "records": 2, "empty_completions": 1, "column id not used": 1,
+        "rows": 3, "records": 2, "empty_completions": 1, "column id kept beside": 1,
         "source 1: rows": 2, "source 1: records": 1, "source 1: empty_completions": 1,
-        "source 2: rows": 1, "source 2: records": 1, "source 2: column id not used": 1,
+        "source 2: rows": 1, "source 2: records": 1, "source 2: column id kept beside": 1,
     }  # fmt: skip
     assert list(read_source([first], Counter())) == list(read_source(first, Counter()))
 

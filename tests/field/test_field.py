@@ -123,7 +123,7 @@ def test_02_the_system_message_of_the_prompt_stays(exalign: Run) -> None:
 
 def test_03_columns_with_content_are_named_and_can_be_joined(exalign: Run) -> None:
     printed = exalign("reward", "recipe.yaml", "--run", "run")
-    assert printed.status == 0 and "4 column input not used" in printed.out
+    assert printed.status == 0 and "4 column input kept beside" in printed.out
     joined = r"""data.preferences.columns={prompt: 'join(`"\n"`, [instruction, input])'}"""
     assert exalign("reward", "recipe.yaml", "--run", "joined", joined).status == 0
     prompts = [record.prompt for record in read_records(Path("joined/preferences/records"))]

@@ -189,7 +189,7 @@ def read_source(
     A row's id is its place in the source (`train.jsonl:17`), so it does not depend on shuffling or limits; where there
     are several sources, the number of its own stands before it (`2/train.jsonl:17`). `counts` receives `rows` and
     `records`, what was dropped or left out (`pairs_equal`, `empty_completions`, …), what was mended
-    (`prompts_taken_off_answers`), and the rows with a column that is not used; of several sources also each on its own,
+    (`prompts_taken_off_answers`), and the rows with each other column; of several sources also each on its own,
     under `source 2: rows`. A missing source or a setting that cannot take effect is an `InputError` now, a malformed
     row one (naming file and row) when it is reached.
     """

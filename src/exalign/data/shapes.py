@@ -304,9 +304,10 @@ class Shape:
     def _count_unused(self, values: Values, counts: Counter[str]) -> None:
         for name, value in values.items():
             if name not in self._known and has_content(value):
-                key = "".join(c if c.isprintable() else "?" for c in f"column {name[:60]} not used")
+                what = "kept beside" if _is_kept(value) else "not used"
+                key = "".join(c if c.isprintable() else "?" for c in f"column {name[:60]} {what}")
                 few = key in counts or sum(k.startswith("column ") for k in counts) < _MAX_UNUSED
-                counts[key if few else "other columns not used"] += 1
+                counts[key if few else f"other columns {what}"] += 1
 
 
 def has_content(value: Any) -> bool:

@@ -147,11 +147,8 @@ def _rows(view: View) -> None:
     if not records:
         raise InputError("data.evaluation has no usable rows.")
     category = evaluate.category
-    if category is not None:
-        if not any(category in (record.columns or {}) for record in records):
-            raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
-        for name in [name for name in view.counts if name.endswith(f"column {category} not used")]:
-            del view.counts[name]  # readers do not know that it is
+    if category is not None and not any(category in (record.columns or {}) for record in records):
+        raise InputError(f"evaluate.category: no evaluation prompt has a column {category!r}.")
     view.counts["prompts"] = len(records)
     _write(view, records, Header(counts=dict(view.counts)))
 
