@@ -147,16 +147,10 @@ def test_a_missing_engine_and_an_old_one_are_told_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("device", "installed", "processes", "expected"),
-    [
-        ("cuda:0", "0.32.0", 1, True),
-        ("cuda:0", "", 1, False),
-        ("cpu", "0.32.0", 1, False),
-        ("cuda:0", "0.32.0", 2, False),
-    ],
+    ("device", "installed", "expected"), [("cuda:0", "0.32.0", True), ("cuda:0", "", False), ("cpu", "0.32.0", False)]
 )
-def test_it_draws_by_default_where_it_is_installed_and_one_process_has_a_gpu(
-    device: str, installed: str, processes: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_it_draws_by_default_where_it_is_installed_and_there_is_a_gpu(
+    device: str, installed: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
         if not installed:
@@ -164,7 +158,6 @@ def test_it_draws_by_default_where_it_is_installed_and_one_process_has_a_gpu(
         return installed
 
     monkeypatch.setattr("exalign.rollout.vllm.version", version)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert vllm_by_default(torch.device(device)) == expected
 
 

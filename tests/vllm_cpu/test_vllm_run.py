@@ -109,6 +109,39 @@ def test_methods_draw_with_it_on_policy_and_evaluation_and_pool_do(make: Make, t
 
 
 @pytest.fixture(scope="module")
+def alone(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """Given samples and own ones, by one process."""
+    exo = {"learning_rate": 1e-3, "batch_prompts": 8}
+    recipe, folder = make("few", align={"exo": exo, "own": {**exo, "fresh_every": 1}}), tmp_path_factory.mktemp("alone")
+    run_recipe(recipe, "align", folder=folder)
+    return recipe, folder
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_each_of_several_processes_draws_its_share_with_an_engine_of_its_own(
+    layout: str, alone: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, folder = alone
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(recipe.model_dump_json(exclude_none=True))
+    config = Path(__file__).parents[2] / "configs" / "accelerate" / f"{layout}-2cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "exalign"]
+    ended = subprocess.run([*launch, "align", str(path), "--run", str(run)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert_same(run / "rollouts" / "records", folder / "rollouts" / "records")
+    for name in ("exo", "own"):
+        found, expected = (
+            [json.loads(line) for line in (place / "align" / name / "metrics.jsonl").read_text().splitlines()]
+            for place in (run, folder)
+        )
+        for one, other in zip(found, expected, strict=True):
+            for number in ("loss", "kl", "reward_correlation"):
+                assert one[number] == pytest.approx(other[number], rel=1e-3, abs=1e-4)
+    counts = read_json(run / "align" / "own" / "done.json")["counts"]
+    assert counts["logprobs_checked"] == 3 * 8 * 3 and "logprobs_that_differ" not in +Counter(counts)
+
+
+@pytest.fixture(scope="module")
 def plain(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rollouts of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("plain")

@@ -266,7 +266,8 @@ def save_model(
 def save_apart(model: Any, folder: Path) -> None:
     """Write weights and configuration for a program that reads them again and again: adapters merged, nothing tied.
 
-    Where head and embedding are one matrix, such a program may renew one of the two only.
+    Where head and embedding are one matrix, such a program may renew one of the two only. Each of several processes
+    writes its own.
     """
     plain = _whole(model)
     if is_quantised(plain.config):
@@ -274,7 +275,11 @@ def save_apart(model: Any, folder: Path) -> None:
     state, head = plain.state_dict(), plain.get_output_embeddings()
     name = next(f"{name}.weight" for name, module in plain.named_modules() if module is head)
     state[name] = state[name].clone()
-    plain.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    plain.should_save_on_this_rank = lambda is_main_process: True  # transformers would write in the first process alone
+    try:
+        plain.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    finally:
+        del plain.should_save_on_this_rank
     config = read_object(folder / "config.json")
     for part in (value for value in config.values() if isinstance(value, dict) and "tie_word_embeddings" in value):
         part["tie_word_embeddings"] = False

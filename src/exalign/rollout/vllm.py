@@ -32,7 +32,6 @@ from exalign.errors import InputError, first_line
 from exalign.models.capability import base_of
 from exalign.models.loading import save_apart
 from exalign.models.logprobs import reference_logprobs
-from exalign.processes import several
 from exalign.rollout.sampler import check_drawing, completion_of, draws_rounded, with_completions, with_prompt_ids
 from exalign.rollout.settings import SampleSettings
 from exalign.storage import fingerprint
@@ -122,7 +121,7 @@ def vllm_by_default(device: torch.device) -> bool:
     """Whether it draws from a policy on this device where nothing else was asked for."""
     with suppress(InputError):
         check_installed()
-        return device.type == "cuda" and not several()
+        return device.type == "cuda"
     return False
 
 
