@@ -84,7 +84,6 @@ def test_a_search_costs_its_trials_and_own_samples_cost_their_drawing() -> None:
     assert tried.tokens == 2 * 20 * (12 + 2 * 28)  # drawn, scored by a function, and log π_sft of them
     fresh = costs["align/dpo-rw"]
     assert fresh.flops > once.flops
-    assert costs["search/exo-rw"].seconds > 3 * once.seconds  # on one device, whatever there is
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)

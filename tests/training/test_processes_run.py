@@ -25,6 +25,7 @@ from exalign.run import materials
 from exalign.run.carry_out import run_recipe
 from exalign.run.demo import RECIPE
 from exalign.run.recipe import load_recipe
+from exalign.storage import read_sealed
 from run.conftest import tiny_overrides
 from training.launched import finish, run_command, run_in_small_shards, start
 
@@ -108,7 +109,7 @@ def test_a_run_on_two_processes_is_that_of_one_and_prints_each_line_once(
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
+def test_a_search_by_two_is_that_of_one_whose_best_trial_two_take_over(
     layout: str, arguments: list[str], tmp_path: Path, workers: ForkServerContext
 ) -> None:
     search = [
@@ -116,7 +117,7 @@ def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
         "search={trials: 2, kl: 9, prompts: 4}",
         "search.methods.exo-rw={beta_r: {choices: [0.1, 1]}}",
     ]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, searched = (tmp_path / name for name in ("one", "two", "searched"))
     run_recipe(load_recipe(arguments[0], [*arguments[1:], *search]), "search", folder=one)
     shutil.copytree(one, two)
     run_recipe(load_recipe(arguments[0], [*arguments[1:], *search]), "align/exo-rw", folder=one)
@@ -126,6 +127,15 @@ def test_the_best_trial_of_a_search_in_one_process_is_taken_over_by_two(
     assert not (tmp_path / "printed-1").read_text()
     assert_same_models(two, one, ["align/exo-rw"])
     assert (two / "align/exo-rw/metrics.jsonl").read_bytes() == (one / "align/exo-rw/metrics.jsonl").read_bytes()
+    command = ["align", *arguments, *search, "--run", str(searched)]  # the search too
+    assert finish(start(workers, layout, run_command, tmp_path, command)) == [0, 0]
+    assert not (tmp_path / "printed-1").read_text()
+    found, expected = (read_sealed(run / "search/exo-rw/trials.json") for run in (searched, one))
+    assert found["folders"] == expected["folders"]
+    for trial, other in zip(found["trials"], expected["trials"], strict=True):
+        assert trial["settings"] == other["settings"]
+        assert (trial["value"], trial["kl"]) == pytest.approx((other["value"], other["kl"]), rel=1e-2, abs=1e-3)
+    assert_same_models(searched, one, ["align/exo-rw"])
 
 
 @pytest.mark.parametrize(

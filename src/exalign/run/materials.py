@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -72,18 +72,19 @@ class Takes:
         """The stage that takes this; a setting is named once, a section without its parts."""
         reads = tuple(path for path in dict.fromkeys(self.reads) if not {*sections_of(path)} & {*self.reads})
         if how.get("trains"):
-            work = partial(_with_room, work)
+            work = room_to_train()(work)
         return Stage(name, reads, tuple(dict.fromkeys(self.needs)), work, **how)
 
 
-def _with_room(work: Callable[[View], None], view: View) -> None:
-    """The work of a stage that trains: an engine drawn with before holds no memory meanwhile, its model none after.
+@contextmanager
+def room_to_train() -> Iterator[None]:
+    """Around a training: an engine drawn with before holds no memory meanwhile, its model none after.
 
     What trains refers to itself in circles, which Python would leave until it happens to look for some.
     """
     close_engine()
     try:
-        work(view)
+        yield
     finally:
         release_memory()
 

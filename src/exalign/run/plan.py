@@ -19,7 +19,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -579,15 +578,10 @@ class Budget:
         return None if searched or self.recipe.align[name].given else self.method(name)
 
     def _search(self, name: str) -> Cost:
-        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts.
-
-        A search runs in one process.
-        """
+        """Every trial: trained as the recipe's own settings train, and what it saves tried on validation prompts."""
         assert self.recipe.search is not None
-        alone = copy(self)
-        alone.machine = replace(self.machine, count=1)
-        tried = in_turn([alone._validation("")], self.policies(name))
-        return in_turn([alone.method(name), tried], self.recipe.search.trials)
+        tried = in_turn([self._validation("")], self.policies(name))
+        return in_turn([self.method(name), tried], self.recipe.search.trials)
 
     def method(self, name: str) -> Cost:
         """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""

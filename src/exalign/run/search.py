@@ -34,7 +34,7 @@ from exalign.evaluation.sample_table import tabulate
 from exalign.evaluation.schema import Trial
 from exalign.evaluation.statistics import Array
 from exalign.methods.method import Material, Method
-from exalign.processes import gathered, leads, several
+from exalign.processes import gathered, leads
 from exalign.run.evaluating import evaluation_rows, in_order, sample_policies, takes_evaluation
 from exalign.run.materials import (
     SAMPLED,
@@ -48,6 +48,7 @@ from exalign.run.materials import (
     judging,
     metric_rows,
     records_of,
+    room_to_train,
     run_tokenizer,
     seeded,
     supervised,
@@ -94,7 +95,7 @@ def search_stage(recipe: Recipe, name: str, takes: Takes, material: Callable[[Vi
         (*SAMPLED, "search.samples", "search.trials", "search.kl", f"search.methods.{name}"), ("validation",)
     )
     work = partial(_search, name=name, material=material, judge=judge)
-    return (takes + judge.takes + ranked).stage(f"search/{name}", work, stays=("trial-*",))
+    return (takes + judge.takes + ranked).stage(f"search/{name}", work, stays=("trial-*",), shared=True)
 
 
 def searched_settings(view: View, name: str, method: Method) -> Method:
@@ -172,12 +173,10 @@ def _validation(view: View, *, judge: Scoring) -> None:
 
 
 def _search(view: View, *, name: str, material: Callable[[View], Material], judge: Scoring) -> None:
-    if several():
-        raise InputError("A search runs in one process: start exalign search RECIPE without accelerate launch first.")
     search, own = view.recipe.search, view.recipe.align[name]
     assert search is not None
-    ranges, tried_on = search.methods[name], _tried_on(view, name)
-    for folder in view.folder.glob("trial-*"):
+    ranges, tried_on = search.methods[name], gathered(_tried_on(view, name))[0]  # the first process knows the key
+    for folder in view.folder.glob("trial-*") if leads() else ():
         if not folder.name.startswith(f"trial-{tried_on}-"):
             remove_folder(folder)  # a search that tries its settings has other results
     trials: list[Trial] = []
@@ -211,6 +210,8 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
     _forget_weights([*view.folder.glob("trial-*")], place)
     view.counts["trials"] = len(trials)
     view.counts["failed_trials"] = sum(trial.value is None for trial in trials)
+    if not leads():
+        return
     listed = {"trials": [asdict(trial) for trial in trials], "folders": [each.name for each in places]}
     write_sealed(view.folder / "trials.json", listed)
     found = {"trial": best.number, "folder": place.name, "value": best.value, "kl": best.kl}
@@ -234,20 +235,25 @@ def _carried_out(
     """
     search, result, failed = view.recipe.search, place / "result.json", None
     assert search is not None
-    if not result.exists():
+    if not gathered(result.exists())[0]:
         alone, own = replace(view, counts=Counter()), seeded(settings, view.recipe)
         place.mkdir(exist_ok=True)
         try:
             torch.manual_seed(own.seed)
-            own.train(material(alone), place)
+            with room_to_train():
+                own.train(material(alone), place)
             prompts = read_records(view.path("validation", "prompts"))
             sampling = evaluation_sampling(alone, search.samples)
             # The same random numbers for every trial: trials with the same policies have the same value.
             sample_policies(alone, place, Wanted(prompts, sampling, "validation"), place / "evaluated", judge)
         except NotFiniteError as error:
             failed = str(error)
-        seconds = round(sum(row["seconds"] for row in metric_rows(place)), 2)  # of each step once, when interrupted too
-        write_sealed(result, {"seconds": seconds, "counts": dict(alone.counts), "failed": failed})
+        if leads():
+            seconds = round(
+                sum(row["seconds"] for row in metric_rows(place)), 2
+            )  # each step once
+            write_sealed(result, {"seconds": seconds, "counts": dict(alone.counts), "failed": failed})
+        gathered(None)
     trial = replace(trial, **read_sealed(result))
     if trial.failed is not None:
         return trial, None
@@ -267,7 +273,7 @@ def _carried_out(
 
 def _forget_weights(places: Iterable[Path], best: Path | None) -> None:
     """Remove weights of trials but the best's, and of that the last model, which its last checkpoint holds too."""
-    for place in set(places):
+    for place in set(places) if leads() else ():
         for name in ("model",) if place == best else ("policies", "checkpoints", "model"):
             if (place / name).exists():
                 remove_folder(place / name)
