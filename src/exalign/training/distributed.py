@@ -97,7 +97,8 @@ def sharding_wanted() -> Sharding | None:
     }
     for name in (name for name, asked in unsupported.items() if asked):
         instead = "; gradient_checkpointing in the recipe does that" if "checkpointing" in name else ""
-        raise InputError(f"{name} is not supported; set it to false in accelerate's configuration{instead}.")
+        said = f"set it to false in accelerate's configuration, or give --{name} false"
+        raise InputError(f"{name} is not supported; {said}{instead}.")
     if os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP") not in ("NO_WRAP", "TRANSFORMER_BASED_WRAP"):
         raise InputError("fsdp_auto_wrap_policy: only TRANSFORMER_BASED_WRAP and NO_WRAP are supported.")
     if not torch.distributed.is_initialized() and not several():
