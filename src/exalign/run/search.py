@@ -249,9 +249,7 @@ def _carried_out(
         except NotFiniteError as error:
             failed = str(error)
         if leads():
-            seconds = round(
-                sum(row["seconds"] for row in metric_rows(place)), 2
-            )  # each step once
+            seconds = round(sum(row["seconds"] for row in metric_rows(place)), 2)  # each step once
             write_sealed(result, {"seconds": seconds, "counts": dict(alone.counts), "failed": failed})
         gathered(None)
     trial = replace(trial, **read_sealed(result))
