@@ -270,8 +270,9 @@ def _judged(view: View, *, scorer: Scoring, drawn: str) -> None:
     """The samples of another stage with their rewards, in folders of the same names."""
     loaded, source = scorer.load(view), view.path(drawn)
     for samples in sorted(header.parent for header in source.rglob("header.json")):
-        place = view.folder / samples.relative_to(source)
-        write_shared(view, place, samples, partial(scored, loaded), read_header(samples))
+        place, header = view.folder / samples.relative_to(source), read_header(samples)
+        write_shared(view, place, samples, partial(scored, loaded), header)
+        view.counts["completions"] += header.counts["completions"]
 
 
 def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None = None) -> None:
