@@ -272,7 +272,7 @@ def _judged(view: View, *, scorer: Scoring, drawn: str) -> None:
     for samples in sorted(header.parent for header in source.rglob("header.json")):
         place, header = view.folder / samples.relative_to(source), read_header(samples)
         write_shared(view, place, samples, partial(scored, loaded), header)
-        view.counts["completions"] += header.counts["completions"]
+        view.counts["completions"] += header.counts.get("completions", 0)
 
 
 def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, judge: Scoring | None = None) -> None:
