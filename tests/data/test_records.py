@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exalign.data.record import Completion, Record
-from exalign.data.store import Header, RecordWriter, iter_records, read_header, read_records, write_records
+from exalign.data.store import Header, RecordWriter, iter_records, read_header, read_records, shards_of, write_records
 from exalign.errors import InputError
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
@@ -185,3 +185,13 @@ def test_token_ids_and_log_probabilities_keep_their_full_precision(tmp_path):
     write_records(tmp_path / "records", [record], Header())
     assert read_records(tmp_path / "records") == [record]
     assert pq.read_schema(tmp_path / "records/part-000000.parquet").names[0] == "id"
+
+
+def test_records_are_streamed_from_any_number_on_and_shards_before_it_are_not_read(tmp_path: Path) -> None:
+    records = [Record(str(number), "Hi", (Completion("there"),)) for number in range(5)]
+    write_records(tmp_path / "records", records, Header(), shard_size=2)
+    for start in range(7):
+        assert list(iter_records(tmp_path / "records", start)) == records[start:]
+    shards_of(tmp_path / "records")[0].write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"part-000000\.parquet"):
+        list(iter_records(tmp_path / "records", 1))
