@@ -157,6 +157,13 @@ def run_command(folder: Path, arguments: list[str]) -> None:
         main(arguments)
 
 
+def refuse_in_the_second(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward function that fails in one process while the other waits for it."""
+    if os.environ.get("RANK") == "1":
+        raise ValueError("not today")
+    return [0.0 for _ in completions]
+
+
 def run_in_small_shards(folder: Path, arguments: list[str], shard: int) -> None:
     materials.SHARD = shard
     run_command(folder, arguments)

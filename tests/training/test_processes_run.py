@@ -158,6 +158,18 @@ def test_what_fails_is_said_once_and_ends_all(
     assert lines[0].startswith("error: ") and sentence in lines[0]
 
 
+def test_what_fails_in_one_process_while_the_other_waits_for_its_share_is_said_once(
+    arguments: list[str], tmp_path: Path, workers: ForkServerContext
+) -> None:
+    scorer = "score.scorer={function: 'training.launched:refuse_in_the_second'}"
+    command = ["align", *arguments, scorer, "--run", str(tmp_path / "run")]
+    codes = finish(start(workers, "ddp", run_command, tmp_path, command))
+    assert codes[1] == 2 and codes[0]
+    waiting, failing = ((tmp_path / f"printed-{rank}").read_text() for rank in range(2))
+    assert waiting.endswith("▸ scored\n") and "rror" not in waiting
+    assert failing.startswith("error: training.launched:refuse_in_the_second") and failing.count("\n") == 1
+
+
 def test_a_plain_run_prints_no_warning_of_any_library(arguments: list[str], tmp_path: Path) -> None:
     """Everything that trains, saves, samples and scores, with LoRA: beside what exalign says there is nothing."""
     command = [sys.executable, "-m", "exalign", "align", *arguments, "model.lora={rank: 2}", "--run", str(tmp_path)]
