@@ -172,6 +172,18 @@ def test_the_rounding_of_half_precision_is_no_other_logits(make_model, monkeypat
     assert why_not(SharedDecoder(model), model) == "its logits differ from those of whole texts"
 
 
+@pytest.mark.parametrize(("dtype", "found_out"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_in_half_precision_one_text_decides_nothing(make_model, monkeypatch, dtype, found_out):
+    model, step = make_model("llama", dtype=dtype), SharedDecoder.step
+    first = model.get_input_embeddings().weight.shape[0] // 3
+
+    def off_after_the_first(self, groups):
+        return step(self, groups) * (2 if groups[0].prompt_ids[0] == first else 1)
+
+    monkeypatch.setattr(SharedDecoder, "step", off_after_the_first)
+    assert (why_not(SharedDecoder(model), model) is not None) == found_out
+
+
 def test_the_model_computes_what_it_did_before(make_model):
     model = make_model("llama")
     ids = torch.arange(1, 8)[None]
