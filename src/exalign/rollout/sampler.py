@@ -713,8 +713,8 @@ def _same_logits(ours: Tensor, theirs: Tensor, *, half: bool) -> bool:
     """Whether rows of log-probabilities are the same, up to rounding.
 
     Half precision rounds differently in every kernel: single tokens of a pretrained model are off by nats, a row in all
-    by up to a twelfth of its spread (SmolLM2, aligned 12 times; by nearly half after special tokens), and where a token is
-    not seen some row by 0.7 of it or more.
+    by up to a twelfth of its spread (SmolLM2, aligned 12 times; by nearly half after special tokens), and where a token
+    is unseen some row by 0.7 of it or more.
     """
     if not half:
         return torch.allclose(ours, theirs, atol=1e-3, rtol=0)
