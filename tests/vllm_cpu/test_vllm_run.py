@@ -99,7 +99,7 @@ def test_methods_draw_with_it_on_policy_and_evaluation_and_pool_do(make: Make, t
         assert len(rows) == 6 and all(0 < row["logprob_gap"] < 1e-4 for row in rows)
         assert all(row["kl_to_sampled"] == 0 for row in rows)
         # The steps moved the policy: what was drawn from the last weights is not what the first give.
-        view = run.view(stages[f"evaluation/{name}"])
+        view = run.view(stages[f"evaluation/drawn/{name}"])
         known = read_records(max((tmp_path / "evaluation" / name).glob("step-*")) / "samples")
         policy = frozen_policy(view, tmp_path / "align" / name / "model", run_tokenizer(view))
         evaluated = with_logprobs(known, policy, "reference_logprob", Numerics(1.0))

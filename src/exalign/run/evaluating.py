@@ -269,7 +269,7 @@ def _method(view: View, *, name: str, answers: bool = False) -> None:
 def _judged(view: View, *, scorer: Scoring, drawn: str) -> None:
     """The samples of another stage with their rewards, in folders of the same names."""
     loaded, source = scorer.load(view), view.path(drawn)
-    for samples in sorted(header.parent for header in source.rglob("header.json")):
+    for samples in gathered(sorted(header.parent for header in source.rglob("header.json")))[0]:
         place, header = view.folder / samples.relative_to(source), read_header(samples)
         write_shared(view, place, samples, partial(scored, loaded), header)
         view.counts["completions"] += header.counts.get("completions", 0)
@@ -280,7 +280,7 @@ def sample_policies(view: View, trained: Path, wanted: Wanted, folder: Path, jud
     tokenizer = run_tokenizer(view)
     reference = supervised(view, tokenizer) if wanted.temperature is None else None
     scorer = None if judge is None else judge.load(view)
-    for policy in saved_policies(trained):
+    for policy in gathered(saved_policies(trained))[0]:  # as the first process sees the folder
         here = folder / policy.name / "samples"
         if gathered((here / "header.json").exists())[0]:
             view.counts.update(read_header(here).counts)
@@ -316,7 +316,7 @@ def _pairs_of(view: View, *, name: str) -> None:
     """log π_θ (as `logprob`) of the held-out pairs under every saved policy."""
     records, tokenizer = read_records(view.path(PAIRS, "records")), run_tokenizer(view)
     header = Header(temperature=view.recipe.temperature)
-    for policy in saved_policies(view.path(f"align/{name}")) if records else ():
+    for policy in gathered(saved_policies(view.path(f"align/{name}")))[0] if records else ():
         if own_tokenizer(view, policy, tokenizer) is not None:
             continue
         read = read_by(Numerics(view.recipe.temperature), logprob=frozen_policy(view, policy, tokenizer))
