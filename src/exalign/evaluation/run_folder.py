@@ -62,8 +62,8 @@ NO_METHODS = (SUPERVISED, "prompts", "drawn", "pool", "proxy", "density", "pairs
 """Folders of `evaluation/` that belong to no method."""
 BEST_OF = "best-of-"
 """With N behind it, the best of N samples of the supervised policy among the systems of a run."""
-_JUDGED_ELSEWHERE = "evaluation/drawn/"
-"""Samples of which `evaluation/` has a copy with rewards, and with the same counts."""
+DRAWN = "evaluation/drawn/"
+"""Before the name below `evaluation/` of what is judged there, with the same counts."""
 CURVE_BUCKETS = 120
 _STEP = re.compile(r"step-(\d+)")
 
@@ -263,7 +263,7 @@ class RunFolder:
         """What each folder of records says was dropped or cut; a search's stage sums its trials."""
         headers = {self.relative(path.parent): path.parent for path in self._outside_trials("header.json")}
         listed = {name: read_header(folder).counts for name, folder in headers.items()}
-        return {name: counts for name, counts in listed.items() if counts and not name.startswith(_JUDGED_ELSEWHERE)}
+        return {name: counts for name, counts in listed.items() if counts and not name.startswith(DRAWN)}
 
     def curves(self, notes: Counter[str]) -> list[Curve]:
         """Training curves of every stage with metrics, each named by its folder; not those of a search's trials."""

@@ -19,6 +19,7 @@ from exalign.data.record import Completion, Record
 from exalign.data.store import Header, RecordWriter, read_header, read_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.run_folder import DRAWN
 from exalign.judging.judgements import read_judgements
 from exalign.processes import gathered
 from exalign.report.page import write_report
@@ -52,8 +53,6 @@ from exalign.run.view import Stage, View
 from exalign.terminal import shown
 
 POOL, PROXY, PAIRS = "evaluation/pool", "evaluation/proxy", "evaluation/pairs"
-DRAWN = "evaluation/drawn/"
-"""Before the name below `evaluation/` of what is judged there: another judge judges the same samples."""
 ROWS = f"{DRAWN}prompts"
 
 

@@ -587,11 +587,10 @@ class Budget:
         """A method's training; where it samples for itself, also the drawing, the scores, and what its models say."""
         settings = self.recipe.align[name]
         load, amount, draws = self.load_of(settings), settings.amount, settings.trains_on == "prompts"
-        times = 1 if settings.swept is None else len(settings.swept[1])
+        machine, times = self.machine, 1 if settings.swept is None else len(settings.swept[1])
         models = [self.model(self.recipe.model, "policy")]
         if amount.critic is not None:
             models.append(self.model(self.recipe.model if amount.critic == "policy" else amount.critic, "critic"))
-        machine = self.machine
         trained = train(models, settings, load, machine, passes=times * amount.passes)
         every = replace(load, prompts=load.prompts * times * (amount.draws if draws else amount.reads))
         how = (settings.token_budget, settings.precision)

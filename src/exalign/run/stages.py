@@ -19,17 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from exalign.data.batching import group_of
 from exalign.data.reading import each, read_source
 from exalign.data.record import Record, pairs_from_rewards
-from exalign.data.store import (
-    Header,
-    iter_records,
-    read_header,
-    read_records,
-    write_records,
-)
+from exalign.data.store import Header, iter_records, read_header, read_records, write_records
 from exalign.data.tokenization import TokenLimits, build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.pool import beta_at
-from exalign.evaluation.run_folder import pool_rewards, step_name
+from exalign.evaluation.run_folder import DRAWN, pool_rewards, step_name
 from exalign.evaluation.verdict import own_sample_warnings
 from exalign.methods.method import Material, Method
 from exalign.methods.oracle import train_classifier
@@ -43,7 +37,7 @@ from exalign.rollout.rollout import Numerics
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
-from exalign.run.evaluating import DRAWN, PAIRS, POOL, PROXY, evaluation_stages, proxy, reads_pairs
+from exalign.run.evaluating import PAIRS, POOL, PROXY, evaluation_stages, proxy, reads_pairs
 from exalign.run.materials import (
     LIMITS,
     SAMPLED,
