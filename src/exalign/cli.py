@@ -432,7 +432,8 @@ def compare(
         kls = [float(part) for part in kl.split(",")]
     except ValueError:
         raise InputError(f"--kl {kl} is not a list of numbers, as in 1,2,4.") from None
-    text = tables(read_runs(runs, kls), kls)
+    found = read_runs(runs, kls)
+    text = tables(found, kls)
     if out is None:
         typer.echo(text, nl=False)
     else:
@@ -441,7 +442,8 @@ def compare(
     if figure is not None:
         from exalign.report.compare import STEPS, write_differences
 
-        finely = [max(kls) * step / STEPS for step in range(1, STEPS + 1)]
+        reached = [p.nats for run in found for m in run.evidence.methods for p in m.points if p.kl] or kls
+        finely = [min(max(kls), max(reached)) * step / STEPS for step in range(1, STEPS + 1)]
         path = write_differences(read_runs(runs, finely), figure)
         said = "no figure: in no run are there EXO and another method, as DPO or PPO, on one target"
         # Not into the Markdown that may be piped elsewhere.

@@ -11,12 +11,12 @@ from exalign.errors import InputError
 from exalign.evaluation.frontier import (
     Paths,
     at_equal_length,
+    changes,
     compare_all,
     compare_pairs,
     frontier_point,
     reach,
     reward_at_kl,
-    reward_gain,
     select_within,
     win_rate,
 )
@@ -158,10 +158,17 @@ def test_win_rates_of_two_sides_sum_to_one():
     assert there.ties == back.ties
 
 
+def test_a_checkpoint_that_pi_sft_beats_is_passed_over_where_another_one_gains():
+    """Rewards 0, −1 (at 1 nat) and 2 (at 4): at 1 nat a method has what lies between the first and the last, 2·½."""
+    kls, rewards = np.array([[0.0, 1.0, 4.0]]), np.array([[0.0, -1.0, 2.0]])
+    assert reward_at_kl(kls, rewards, 1.0) == pytest.approx([1.0])
+    assert reward_at_kl(kls, np.array([[0.0, -1.0, -2.0]]), 1.0) == pytest.approx([-1.0])  # where all lose
+
+
 def test_no_shared_prompt_means_no_win_rate():
     other = tabulate([Record("elsewhere", "x", (completion(1.0),))], "other")
     assert win_rate(tabulate(RAGGED, "test").by_prompt, other.by_prompt, opponent="SFT") is None
-    assert reward_gain(tabulate(RAGGED, "test"), other) is None
+    assert changes(tabulate(RAGGED, "test"), other) == {}
 
 
 def test_selection_takes_the_best_within_the_budget():
@@ -284,5 +291,5 @@ def test_nobody_moved():
 
 
 def test_gain_is_paired():
-    gain = reward_gain(table_of([1.0, 11.0, 101.0], [1, 1, 1]), table_of([0.0, 10.0, 100.0], [0, 0, 0]))
+    gain = changes(table_of([1.0, 11.0, 101.0], [1, 1, 1]), table_of([0.0, 10.0, 100.0], [0, 0, 0]))["reward"]
     assert (gain.estimate, gain.low, gain.high) == pytest.approx((1, 1, 1))

@@ -23,6 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("budget", [0.3, 1.0, 100.0])
 def test_no_checkpoint_within_the_budget_has_more_reward(run: Path, budget: float) -> None:
+    """All of them surely gained."""
     evidence = build_evidence(run, num_resamples=50)
     selected, without = select(run, budget)
     assert {s.method for s in selected} | set(without) == {method.name for method in evidence.methods}

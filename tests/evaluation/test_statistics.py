@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exalign.evaluation.schema import Interval
-from exalign.evaluation.statistics import BOOTSTRAP, Bootstrap, mean_interval, resample_weights
+from exalign.evaluation.statistics import BOOTSTRAP, Bootstrap, resample_weights
 
 
 def coverage(draw, truth: float, trials: int = 600) -> float:
@@ -40,8 +40,8 @@ def test_few_prompts_are_not_overconfident():
 def test_prompts_are_the_unit_not_samples():
     # 30 prompts with 50 equal samples each say as much as 30 prompts, not as much as 1,500 samples.
     levels = np.random.default_rng(1).normal(size=30)
-    by_prompt = mean_interval(levels)
-    as_if_independent = mean_interval(np.repeat(levels, 50))
+    by_prompt = BOOTSTRAP.mean(levels)
+    as_if_independent = BOOTSTRAP.mean(np.repeat(levels, 50))
     ratio = (by_prompt.high - by_prompt.low) / (as_if_independent.high - as_if_independent.low)
     assert ratio == pytest.approx(np.sqrt(50), rel=0.1)
 
@@ -59,7 +59,7 @@ def test_pairing_removes_what_both_share():
     paired = BOOTSTRAP.difference(first, second)
     assert paired.estimate == pytest.approx(1, abs=0.1)
     assert paired.high - paired.low < 0.15
-    assert mean_interval(first).high - mean_interval(first).low > 4
+    assert BOOTSTRAP.mean(first).high - BOOTSTRAP.mean(first).low > 4
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
@@ -90,7 +90,33 @@ def test_weights_are_resamples():
 @pytest.mark.parametrize("bad", [[], [1.0, np.nan], [np.inf]])
 def test_what_has_no_mean_is_refused(bad):
     with pytest.raises(ValueError):
-        mean_interval(np.array(bad))
+        BOOTSTRAP.mean(np.array(bad))
+
+
+@pytest.mark.parametrize("prompts", [3, 5, 20])
+def test_an_interval_of_few_prompts_covers_what_it_says(prompts):
+    """Of the means of normal values: without the widening 80, 87 and 93 %."""
+    draws = np.random.default_rng(0).normal(size=(1000, prompts))
+    found = [BOOTSTRAP.mean(values) for values in draws]
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in found])
+    assert covered == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 1000))
+
+
+def test_a_share_of_all_or_of_none_is_not_sure():
+    """Wilson's bounds by hand: 10 of 10 are at least 1 − z²/(10 + z²) with z = 1.96."""
+    z2 = 1.959964**2
+    for share, low, high in ((1.0, 10 / (10 + z2), 1.0), (0.0, 0.0, z2 / (10 + z2))):
+        found = BOOTSTRAP.share(np.full(10, share))
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+    equal = BOOTSTRAP.share(np.full(10, 0.5))
+    assert (equal.low, equal.high) == pytest.approx((0.5, 0.5))  # ties everywhere are no doubt
+    assert BOOTSTRAP.share(np.array([1.0])) == Interval(1.0, None, None, 1)
+
+
+def test_a_share_stays_within_0_and_1_and_weighs_by_size():
+    found = BOOTSTRAP.share(np.array([1.0, 1.0, 0.9, 1.0]))
+    assert 0 <= found.low <= found.high <= 1
+    assert BOOTSTRAP.share(np.array([1.0, 0.0]), np.array([3.0, 1.0])).estimate == 0.75
 
 
 def test_a_share_of_what_a_resample_does_not_have_has_no_interval():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exalign.evaluation.pool import OPTIMUM
@@ -25,7 +27,8 @@ from exalign.evaluation.schema import (
     Tally,
     WinRate,
 )
-from exalign.evaluation.verdict import misled, own_sample_warnings, verdict, warnings
+from exalign.evaluation.statistics import BOOTSTRAP
+from exalign.evaluation.verdict import misled, own_sample_warnings, scorer_accuracy, verdict, warnings
 
 SFT = FrontierPoint(0, None, Interval(0, 0, 0, 9), None, 9, tokens=16.0, finished=0.9, repetition=0.02)
 
@@ -75,6 +78,43 @@ def test_with_a_budget_the_most_reward_within_it_wins() -> None:
     assert verdict(methods, 0.1) is None
 
 
+def test_a_gain_that_is_sure_is_shipped_before_a_larger_one_that_may_be_none() -> None:
+    """0.5 ± 0.65 may be none, 0.4 ± 0.03 is not."""
+    methods = [method("exo", point(1, span(0.5, 0.65))), method("dpo", point(1, span(0.4, 0.03)))]
+    for budget in (None, 1.5):
+        found = verdict(methods, budget)
+        assert found is not None and (found.method, found.certain, found.among) == ("dpo", True, 2)
+
+
+def test_the_best_of_many_is_sure_only_where_it_would_be_as_one_of_them() -> None:
+    """A gain of 2.4 standard errors: enough for one checkpoint, not for the best of sixteen (Bonferroni: 2.96)."""
+    alone, others = point(1, span(0.24, 0.196)), [point(step, span(0.0, 0.196)) for step in range(2, 17)]
+    for points, certain in (([alone], True), ([alone, *others], False)):
+        found = verdict([method("a", *points)], None)
+        assert found is not None and (found.step, found.certain) == (1, certain)
+
+
+def test_the_best_of_equal_policies_is_shipped_as_seldom_as_is_promised() -> None:
+    """Of 16 policies that are π_sft one is `certain` in at most 2.5 % of the cases, rather than in a third."""
+    draws = np.random.default_rng(0).normal(size=(400, 16, 128))
+    shipped = 0
+    for case in draws:
+        found = verdict([method("a", *(point(i + 1, BOOTSTRAP.mean(gain)) for i, gain in enumerate(case)))], None)
+        shipped += found is not None and found.certain
+    assert shipped <= 0.025 * 400 + 3 * math.sqrt(400 * 0.025)
+
+
+def test_a_scorer_with_the_wrong_sign_is_called_that() -> None:
+    told, doubt = scorer_accuracy({"pairs_scored": 400, "pairs_scored_right": 40})
+    assert not told and doubt[0].endswith(
+        "10 % [7, 13] of 400 pairs: as a reward does whose sign is the wrong way round."
+    )
+    told, doubt = scorer_accuracy({"pairs_scored": 40, "pairs_scored_right": 20})
+    assert not told and "may be chance" in doubt[0]
+    told, doubt = scorer_accuracy({"pairs_scored by len": 400, "pairs_scored_right by len": 40})
+    assert not told and "wrong way round" in doubt[0]
+
+
 def test_a_gain_that_may_be_none_is_not_certain() -> None:
     for gain in (span(0.05), span(-0.3), Interval(0.5, None, None, 1)):
         found = verdict([method("a", point(1, gain))], None)
@@ -110,6 +150,14 @@ def test_wins_that_length_may_explain_are_warned_of() -> None:
     assert "exo 70 %, at equal length 55 %" in said(point(4, span(1.0), win_vs_sft=by_length))
     for clear in (won, replace(won, at_equal_length=span(0.65)), replace(by_length, rate=span(0.55))):
         assert "at equal length" not in said(point(4, span(1.0), win_vs_sft=clear))
+
+
+def test_a_change_that_may_be_chance_is_not() -> None:
+    for name, value, change in (("tokens", 12.0, -4.0), ("repetition", 0.07, 0.05), ("finished", 0.8, -0.1)):
+        values = {name: value}
+        assert said(point(1, span(1.0), **values, changes={name: span(change, abs(change) / 2)}))
+        assert said(point(1, span(1.0), **values, changes={name: span(change, 2 * abs(change))})) == ""
+        assert said(point(1, span(1.0), **values, changes={name: Interval(change, None, None, 1)})) == ""
 
 
 def test_what_hardly_changed_is_not() -> None:

@@ -81,9 +81,11 @@ def test_flips_and_unreadable_answers_are_carried(judged: Path) -> None:
 def test_the_numbers_of_people_are_those_of_their_records(judged: Path) -> None:
     (study,) = read_judgements(judged).studies
     said = people(judged)
-    expected = [counted for criterion in (OVERALL, *CRITERIA) for counted in tally(said, criterion)]
+    assert {(c.first, c.second) for c in said} >= {("exo-rw", "dpo-rw"), ("sft", "exo-rw")}
+    told = [c.swapped() if c.first == "sft" else c for c in said]  # a policy against what it is measured by
+    expected = [counted for criterion in (OVERALL, *CRITERIA) for counted in tally(told, criterion)]
     assert study.tallies == expected
-    assert {(t.first, t.second) for t in expected} == {("exo-rw", "dpo-rw"), ("sft", "exo-rw")}
+    assert {(t.first, t.second) for t in expected} == {("exo-rw", "dpo-rw"), ("exo-rw", "sft")}
     for row in study.agreement:
         found = agreement(said, row.criterion)
         assert row == found

@@ -176,7 +176,7 @@ def test_people_alone_have_their_bars_explained(evidence_and_page, judged_run):
 
 
 def test_bars_are_as_long_as_the_shares(evidence_and_page, judged_run):
-    parts = Interval(0.5, 0.4, 0.61, 9), Interval(0.2, None, None, 9), Interval(0.3, -0.01, 0.36, 9)
+    parts = Interval(0.5, 0.4, 0.61, 9), Interval(0.2, None, None, 9), Interval(0.3, 0.0, 0.36, 9)
     tallies = Tally("exo-pref@5", "sft", OVERALL, *parts, parts[0], 9, 0), Tally("a", "b", OVERALL, *[None] * 4, 0, 3)
     judge = judged_run[1].judges[0]
     judge = replace(judge, match_ups=[replace(judge.match_ups[0], tally=each) for each in tallies])

@@ -16,11 +16,11 @@ from exalign.errors import InputError
 from exalign.evaluation.frontier import (
     Paths,
     at_equal_length,
+    changes,
     compare_all,
     compare_pairs,
     frontier_point,
     held_out,
-    reward_gain,
     select_within,
     win_rate,
 )
@@ -298,10 +298,11 @@ def _method(material: _Material, name: str) -> MethodEvidence:
     for step, table in tables.items():
         rates = _rates(material, name, step)
         point = _point(material, table, step)
-        gain = reward_gain(table, material.sft, bootstrap) if scored else None
+        moved = changes(table, material.sft, bootstrap)
         measured = held_out(pairs[step], bootstrap) if step in pairs else None
         share = _objective_share(material, described, beta, step)
-        points.append(replace(point, win_vs_sft=rates.get(SFT), gain=gain, held_out=measured, objective=share))
+        point = replace(point, gain=moved.pop("reward", None), changes=moved, held_out=measured, objective=share)
+        points.append(replace(point, win_vs_sft=rates.get(SFT)))
     if points and not scored and not pairs:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
     material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]

@@ -17,7 +17,7 @@ from scipy.special import expit
 from exalign.errors import InputError
 from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
 from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
-from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, length_controlled_win_rate
+from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, length_controlled_win_rate, surely_above
 
 
 def frontier_point(
@@ -45,7 +45,7 @@ def frontier_point(
         kl=None if table.log_ratios is None else bootstrap.mean(prompt_means(table.log_ratios)),
         reward_std=_spread(table.rewards) if table.scored else None,
         num_samples=sum(map(len, table.rewards)),
-        accuracy=bootstrap.mean(np.array([expit(r).mean() for r in table.rewards])) if rewards_are_log_odds else None,
+        accuracy=bootstrap.share(np.array([expit(r).mean() for r in table.rewards])) if rewards_are_log_odds else None,
         tokens=mean(table.lengths),
         finished=mean(table.finished),
         reward_std_within=_spread_within(table.rewards) if table.scored else None,
@@ -57,30 +57,30 @@ def frontier_point(
 def held_out(pairs: PairTable, bootstrap: Bootstrap = BOOTSTRAP) -> HeldOut:
     """Accuracy and margin of the implicit reward on held-out pairs, with intervals over pairs."""
     margins = pairs.preferred - pairs.rejected
-    columns = (pairs.wins, margins, pairs.preferred, pairs.rejected)
-    return HeldOut(*(bootstrap.mean(column) for column in columns))
+    return HeldOut(bootstrap.share(pairs.wins), *map(bootstrap.mean, (margins, pairs.preferred, pairs.rejected)))
 
 
 def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> FrontierPoint | None:
-    """The checkpoint with the highest mean reward among those whose KL is within the budget (nats), or None.
-
-    Without rewards: with the highest lower bound of the accuracy on held-out pairs.
-    """
-    return max((p for p in points if p.nats <= kl_budget and p.measured), key=merit, default=None)
+    """The best checkpoint by `merit` among those whose KL is within the budget (nats), or None."""
+    within = [point for point in points if point.nats <= kl_budget and point.measured]
+    return max(within, key=lambda point: merit(point, len(within)), default=None)
 
 
-def merit(point: FrontierPoint) -> float:
-    """By which checkpoints within a KL budget are ranked."""
-    return lower_bound(point) if point.reward is None else point.reward.estimate
+def merit(point: FrontierPoint, among: int) -> tuple[bool, float]:
+    """By which `among` checkpoints within a KL budget are ranked: those that surely gained come first, and of these the
+    one with the most reward; without rewards the one with the highest lower bound of the accuracy on held-out pairs."""
+    low = lower_bound(point, among)
+    return low > 0, low if point.reward is None else point.reward.estimate
 
 
-def lower_bound(point: FrontierPoint) -> float:
+def lower_bound(point: FrontierPoint, among: int) -> float:
     """That of the gain in reward over π_sft, without rewards of the accuracy on held-out pairs over one half.
 
-    The estimate stands for it where one prompt or pair gives no interval; −∞ where nothing was measured.
+    The bounds of `among` checkpoints, of which one is chosen by them, hold at once (`surely_above`). −∞ where nothing
+    was measured.
     """
     value, base = (point.gain, 0.0) if point.reward else (point.measured, 0.5)
-    return -math.inf if value is None else value.ends[0] - base
+    return -math.inf if value is None else surely_above(value, among) - base
 
 
 def reward_at_kl(kls: Array, rewards: Array, kl: float) -> Array:
@@ -122,13 +122,21 @@ def reach(kls: Array, rewards: Array) -> float:
 
 
 def _unbeaten(mean_kl: Array, mean_reward: Array) -> list[int]:
-    """π_sft (column 0), then the checkpoints that none beats in reward at no more KL, in order of KL."""
-    order = [int(c) for c in np.lexsort((-mean_reward[1:], mean_kl[1:])) + 1]
-    kept = [0]
-    for column in order:
-        if len(kept) == 1 or mean_reward[column] > mean_reward[kept[-1]]:
-            kept.append(column)
-    return kept
+    """π_sft (column 0), then the checkpoints that none beats in reward at no more KL, in order of KL.
+
+    Where all have less reward than π_sft itself, they are held against one another.
+    """
+    order = np.lexsort((-mean_reward[1:], mean_kl[1:])) + 1
+
+    def rising(best: float) -> list[int]:
+        kept = []
+        for column in order:
+            if mean_reward[column] > best:
+                kept.append(int(column))
+                best = mean_reward[column]
+        return kept
+
+    return [0, *(rising(mean_reward[0]) or rising(-np.inf))]
 
 
 def _neighbours(mean_kl: Array, mean_reward: Array, kl: float) -> tuple[int, int]:
@@ -179,7 +187,7 @@ def win_rate(
         return None
     wins, ties = np.array([shares(*pair) for pair in pairs]).T
     num_pairs = sum(len(mine) * len(other) for mine, other in pairs)
-    return WinRate(opponent, bootstrap.mean(wins), float(ties.mean()), num_pairs, len(ours.keys() ^ theirs.keys()))
+    return WinRate(opponent, bootstrap.share(wins), float(ties.mean()), num_pairs, len(ours.keys() ^ theirs.keys()))
 
 
 def at_equal_length(ours: SampleTable, theirs: SampleTable, bootstrap: Bootstrap = BOOTSTRAP) -> Interval:
@@ -275,10 +283,23 @@ def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
     return EqualKL(kl, standings, [name for name in reaches if name not in compared])
 
 
-def reward_gain(table: SampleTable, sft: SampleTable, bootstrap: Bootstrap = BOOTSTRAP) -> Interval | None:
-    """Mean reward of a policy minus that of π_sft over the prompts both have, paired; None where they share none."""
-    ids = common_prompts([table, sft])
-    if not ids:
-        return None
-    ours, theirs = (prompt_means(t.rewards)[t.at(ids)] for t in (table, sft))
-    return bootstrap.difference(ours, theirs)
+CHANGING: dict[str, Callable[[SampleTable], Ragged | None]] = {
+    "reward": lambda table: table.rewards if table.scored else None,
+    "tokens": lambda table: table.lengths,
+    "finished": lambda table: table.finished,
+    "repetition": lambda table: table.repeated,
+}
+"""What a policy's samples have a mean of, by the name that a `FrontierPoint` has for it."""
+
+
+def changes(table: SampleTable, sft: SampleTable, bootstrap: Bootstrap = BOOTSTRAP) -> dict[str, Interval]:
+    """The mean of each of `CHANGING` under a policy minus that under π_sft, paired over the prompts both have.
+
+    Without what the samples of one do not say; empty where they share no prompt.
+    """
+    ids, found = common_prompts([table, sft]), {}
+    for name, read in CHANGING.items():
+        both = [(values, t.at(ids)) for t in (table, sft) if (values := read(t)) is not None]
+        if ids and len(both) == 2:
+            found[name] = bootstrap.difference(*(prompt_means(values)[at] for values, at in both))
+    return found

@@ -75,7 +75,8 @@ class FrontierPoint:
     `reward_std` is the standard deviation over samples, `reward_std_within` its mean over prompts within each,
     `accuracy` the mean of σ(reward) (where rewards are a classifier's log-odds), `tokens` the mean length,
     `finished` the share that ended by the end-of-sequence token, `repetition` the share of a sample's 4-grams of tokens
-    that it had before, `gain` the reward less that of π_sft, paired by prompt, `parts` the means of a sum of scorers,
+    that it had before, `gain` the reward less that of π_sft, paired by prompt, `changes` the same of tokens, finished
+    and repetition, `parts` the means of a sum of scorers,
     `objective` the share that it has of what its method's objective E r − β KL can gain over π_sft.
     Where nothing was scored, rewards are None; `held_out` is there where the checkpoint read held-out preference pairs.
     A policy with other tokens than π_sft has no KL.
@@ -96,6 +97,7 @@ class FrontierPoint:
     held_out: HeldOut | None = None
     parts: dict[str, float] = field(default_factory=dict)
     objective: Interval | None = None
+    changes: dict[str, Interval] = field(default_factory=dict)
 
     @property
     def nats(self) -> float:
@@ -561,10 +563,11 @@ class DensityRatios:
 class Verdict:
     """The checkpoint to ship, and where it stands in the run.
 
-    With a KL budget (`within`, nats) it has the most reward of those within it, else the highest lower bound of what it
-    gains over π_sft, of all but those `passed_over`, whose KL a best of N shows to be wasted; without a scorer, the
-    highest lower bound of the accuracy on held-out pairs. `certain` says that the interval of that gain excludes 0.
-    `example` is a prompt drawn by chance with the first sample of both.
+    With a KL budget (`within`, nats) it has the most reward of those within it that surely gained, else the highest
+    lower bound of what it gains over π_sft, of all but those `passed_over`, whose KL a best of N shows to be wasted;
+    without a scorer, the highest lower bound of the accuracy on held-out pairs. `certain` says that the interval of
+    that gain excludes 0, also as one of the `among` that it was chosen from. `example` is a prompt drawn by
+    chance with the first sample of both.
     """
 
     method: str
@@ -574,6 +577,7 @@ class Verdict:
     certain: bool
     example: Example | None = None
     passed_over: int = 0
+    among: int = 1
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.special import ndtri
-
 from exalign.errors import InputError
 from exalign.evaluation.frontier import lower_bound, merit, select_within
 from exalign.evaluation.pool import LEAST_ESS, OPTIMUM
@@ -28,7 +26,7 @@ from exalign.evaluation.schema import (
     Optimum,
     Verdict,
 )
-from exalign.evaluation.statistics import CONFIDENCE
+from exalign.evaluation.statistics import wilson
 
 LENGTH_CHANGE = 0.25
 """A mean length that changed by this share of the supervised policy's is warned of."""
@@ -68,7 +66,8 @@ def select(run: Path, kl_budget: float) -> tuple[list[Selected], list[str]]:
     found = [
         Selected(name, point, place.ships(name, point.step)) for name, point in points.items() if point is not None
     ]
-    return sorted(found, key=lambda one: -merit(one.point)), [name for name, point in points.items() if point is None]
+    best_first = sorted(found, key=lambda one: merit(one.point, len(found)), reverse=True)
+    return best_first, [name for name, point in points.items() if point is None]
 
 
 def verdict(
@@ -78,22 +77,23 @@ def verdict(
 
     Without a budget those are passed over whose KL a best of N shows to be wasted, unless all are.
     """
-    passed_over = 0
-    if kl_budget is None:
-        able = [(m, p) for m in methods for p in m.points if lower_bound(p) > -math.inf]
-        kept = [pair for pair in able if beaten_by(pair[1], best_of_n) is None] or able
-        passed_over = len(able) - len(kept)
-        best = max(kept, key=lambda pair: (lower_bound(pair[1]), -pair[1].nats), default=None)
-    else:
-        within = [(m, point) for m in methods if (point := select_within(m.points, kl_budget)) is not None]
-        best = max(within, key=lambda pair: merit(pair[1]), default=None)
-    if best is None:
+    nats = math.inf if kl_budget is None else kl_budget
+    pairs = ((method, point) for method in methods for point in method.points if point.nats <= nats)
+    able = [pair for pair in pairs if lower_bound(pair[1], 1) > -math.inf]
+    kept = [pair for pair in able if kl_budget or beaten_by(pair[1], best_of_n) is None] or able
+    if not kept:
         return None
-    method, point = best
+
+    def rank(pair: tuple[MethodEvidence, FrontierPoint]) -> tuple[float, float]:
+        low = lower_bound(pair[1], len(kept))
+        return merit(pair[1], len(kept)) if kl_budget else (low, -pair[1].nats)
+
+    method, point = max(kept, key=rank)
     folder = RunFolder(Path()).policy(method.name, point.step).as_posix()
     value = point.gain if point.reward else point.measured
-    certain = value is not None and value.low is not None and lower_bound(point) > 0
-    return Verdict(method.name, point.step, folder, kl_budget, certain, passed_over=passed_over)
+    certain = value is not None and value.low is not None and lower_bound(point, len(kept)) > 0
+    passed_over = len(able) - len(kept)
+    return Verdict(method.name, point.step, folder, kl_budget, certain, passed_over=passed_over, among=len(kept))
 
 
 def beaten_by(point: FrontierPoint, best_of_n: Sequence[BestOfN], times: float = WASTED) -> BestOfN | None:
@@ -151,12 +151,12 @@ def scorer_accuracy(counts: Mapping[str, int]) -> tuple[list[str], list[str]]:
         by = f" by {part}" if part else ""
         if number := counts.get(f"{what}_scored{by}", 0):
             right = counts.get(f"{what}_scored_right{by}", 0) + counts.get(f"{what}_scored_alike{by}", 0) / 2
-            share, z = right / number, float(ndtri((1 + CONFIDENCE) / 2))
-            middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
-            half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
-            shown = f"{100 * share:.0f} % [{100 * (middle - half):.0f}, {100 * (middle + half):.0f}]"
+            low, high = wilson(right / number, number)
+            shown = f"{100 * right / number:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
             said = says.format(f" {part}" if part else "", f"{shown} of {number:,}")
-            if middle - half <= 0.5 and not part:
+            if high < 0.5:
+                doubt.append(f"{said}: as a reward does whose sign is the wrong way round.")
+            elif low <= 0.5 and not part:
                 doubt.append(f"{said}, which may be chance: a gain of its rewards may be none.")
             else:
                 told.append(f"{said}.")
@@ -233,7 +233,7 @@ def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> 
     changed = [
         f"{name} {point.tokens:.1f}"
         for name, point in shown
-        if start and point.tokens is not None and abs(point.tokens / start - 1) >= LENGTH_CHANGE
+        if start and point.tokens and abs(point.tokens / start - 1) >= LENGTH_CHANGE and _surely(point, "tokens")
     ]
     if changed:
         yield (
@@ -252,16 +252,25 @@ def _lengths(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> 
         )
 
 
+def _surely(point: FrontierPoint, name: str) -> bool:
+    """Whether a change from the supervised policy is more than chance, as far as its interval is known."""
+    change = point.changes.get(name)
+    return change is None or (change.low is not None and not change.low <= 0 <= change.ends[1])
+
+
 def _rising(sft: FrontierPoint, shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
-    shares: dict[str, Callable[[FrontierPoint], float | None]] = {
-        "Answers repeat themselves (share of repeated 4-grams)": lambda p: p.repetition,
-        "More answers are cut at the limit of tokens": lambda p: None if p.finished is None else 1 - p.finished,
+    shares: dict[str, tuple[str, Callable[[FrontierPoint], float | None]]] = {
+        "Answers repeat themselves (share of repeated 4-grams)": ("repetition", lambda p: p.repetition),
+        "More answers are cut at the limit of tokens": (
+            "finished",
+            lambda p: None if p.finished is None else 1 - p.finished,
+        ),
     }
-    for what, read in shares.items():
+    for what, (name, read) in shares.items():
         if (start := read(sft)) is None:
             continue
-        values = [(name, read(point)) for name, point in shown]
-        risen = [f"{name} {100 * value:.0f} %" for name, value in values if value is not None and value - start >= RISE]
+        values = [(method, read(point)) for method, point in shown if _surely(point, name)]
+        risen = [f"{method} {100 * v:.0f} %" for method, v in values if v is not None and v - start >= RISE]
         if risen:
             yield f"{what}: {', '.join(risen)}; the supervised policy {100 * start:.0f} %."
 
@@ -296,7 +305,7 @@ def _few_effective_samples(
         if thin:
             yield (
                 f"{len(thin)} of the {len(found)} curves of density ratios stand on {few} "
-                f"({', '.join(dict.fromkeys(thin))}): one or two samples shape them."
+                f"({', '.join(dict.fromkeys(thin))}): a few samples shape them."
             )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from exalign.evaluation.schema import AssessorAgreement, Interval, Tally
-from exalign.evaluation.statistics import Array, interval_of, mean_interval, resample_weights
+from exalign.evaluation.statistics import BOOTSTRAP, Array, interval_of, resample_weights
 from exalign.judging.comparisons import Comparison, Verdict
 
 OVERALL = "overall"
@@ -55,7 +55,7 @@ def _tally(names: tuple[str, str], criterion: str, by_prompt: dict[str, list[Ver
 
     def share(**worth: float) -> Interval | None:
         means = [np.mean([worth.get(verdict, 0.0) for verdict in said]) for said in readable if said]
-        return mean_interval(np.array(means)) if means else None
+        return BOOTSTRAP.share(np.array(means)) if means else None
 
     judgements = sum(map(len, readable))
     return Tally(
@@ -134,8 +134,8 @@ def agreement(comparisons: Iterable[Comparison], criterion: str = OVERALL) -> As
     return AssessorAgreement(
         criterion,
         alpha=_alpha_interval(list(by_prompt.values())),
-        pairwise=_mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in values),
-        without_ties=_mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in decided),
+        pairwise=mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in values),
+        without_ties=mean_by_prompt((prompt, pairwise_agreement(item)) for prompt, item in decided),
         num_items=len(items),
         num_assessors=len({comparison.judge for said in items for comparison, _ in said}),
     )
@@ -149,7 +149,7 @@ def agreement_between(first: Iterable[Comparison], second: Iterable[Comparison])
     orientation: dict[frozenset[str], tuple[str, str]] = {}
     ours, theirs = _items(first, OVERALL, orientation), _items(second, OVERALL, orientation)
     both = [(said, theirs[pair]) for pair, said in ours.items() if pair in theirs]
-    return _mean_by_prompt(
+    return mean_by_prompt(
         (said[0][0].prompt_id, float(np.mean([a == b for (_, a), (_, b) in product(said, other)])))
         for said, other in both
     )
@@ -212,9 +212,10 @@ def _alpha_interval(prompts: list[list[list[float]]]) -> Interval | None:
     return interval_of(estimate, np.array(resampled), len(prompts))
 
 
-def _mean_by_prompt(shares: Iterable[tuple[str, float | None]]) -> Interval | None:
+def mean_by_prompt(shares: Iterable[tuple[str, float | None]]) -> Interval | None:
+    """The mean of shares that are each of a prompt, every prompt weighing the same; None where none is known."""
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for prompt, share in shares:
         if share is not None:
             by_prompt[prompt].append(share)
-    return mean_interval(np.array([np.mean(values) for values in by_prompt.values()])) if by_prompt else None
+    return BOOTSTRAP.share(np.array([np.mean(values) for values in by_prompt.values()])) if by_prompt else None

@@ -40,7 +40,6 @@ from exalign.data.record import Prompt, spoken
 from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Interval
-from exalign.evaluation.statistics import within_a_share
 from exalign.judging.agreement import OVERALL, agreement, tally
 from exalign.judging.askers import is_loopback
 from exalign.judging.comparisons import CRITERIA, QUESTIONS, Comparison, write_comparisons
@@ -214,7 +213,7 @@ def _agreement_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _share(value: Interval | None) -> str:
-    return _number(value and within_a_share(value), 100, 1)
+    return _number(value, 100, 1)
 
 
 def _number(value: Interval | None, scale: float = 1, digits: int = 3) -> str:

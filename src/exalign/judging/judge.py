@@ -27,7 +27,6 @@ from rich.table import Table
 
 from exalign.errors import InputError
 from exalign.evaluation.schema import Interval
-from exalign.evaluation.statistics import within_a_share
 from exalign.judging.agreement import agreement_with
 from exalign.judging.askers import Asker, Endpoint, JudgeSettings, LocalModel
 from exalign.judging.comparisons import Comparison, Pair, write_comparisons
@@ -232,7 +231,7 @@ def _percent(interval: dict[str, Any] | None, *, bounds: bool = False) -> str:
     """A share in percent, with its interval if `bounds`; a dash where it does not exist."""
     if interval is None:
         return "–"
-    share = within_a_share(Interval(**interval))
+    share = Interval(**interval)
     text = f"{100 * share.estimate:.1f} %"
     if not bounds or share.low is None or share.high is None:
         return text

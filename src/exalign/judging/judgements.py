@@ -171,7 +171,9 @@ def _tally(first: str, second: str, verdicts: Sequence[Comparison]) -> Tally:
 
 
 def _study(said: Said, answers: _Answers) -> PeopleStudy:
-    comparisons = said.comparisons
+    opponents, comparisons = (SUPERVISED, REFERENCE), said.comparisons
+    # Whoever a study names first, the page tells of a policy against what it is measured by.
+    told = [c.swapped() if c.first in opponents and c.second not in opponents else c for c in comparisons]
     asked = [OVERALL, *(name for name in CRITERIA if any(name in c.criteria for c in comparisons))]
     return PeopleStudy(
         name=said.name,
@@ -180,7 +182,7 @@ def _study(said: Said, answers: _Answers) -> PeopleStudy:
         num_verdicts=len(comparisons),
         num_asked=said.num_asked,
         outdated=answers.outdated(comparisons),
-        tallies=[counted for criterion in asked for counted in tally(comparisons, criterion)],
+        tallies=[counted for criterion in asked for counted in tally(told, criterion)],
         agreement=[agreement(comparisons, criterion) for criterion in asked],
     )
 

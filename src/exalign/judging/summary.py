@@ -10,8 +10,8 @@ from typing import Any, get_args
 import numpy as np
 
 from exalign.evaluation.schema import Interval, Tally
-from exalign.evaluation.statistics import LengthControl, length_controlled_win_rate, mean_interval
-from exalign.judging.agreement import tally
+from exalign.evaluation.statistics import BOOTSTRAP, LengthControl, length_controlled_win_rate
+from exalign.judging.agreement import mean_by_prompt, tally
 from exalign.judging.comparisons import Comparison, Pair, Side, Verdict, verdict_from_shown
 from exalign.judging.exchanges import Answer
 from exalign.judging.instructions import read_verdict
@@ -99,17 +99,17 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     tallies = tally(verdicts) if measured else []
     counted = tallies[0] if len(tallies) == 1 else None
     unreadable = [c for c in orders if c.verdict == "unreadable"]
-    shown = [c.shown_verdict for c in orders if c.shown_verdict in ("left", "right")]
-    pairs = [{c.verdict for c in judgement.orders} for judgement in judgements if len(judgement.orders) == 2]
-    both = [said for said in pairs if "unreadable" not in said]
+    pairs = [judgement.orders for judgement in judgements if len(judgement.orders) == 2]
+    said = [(first.prompt_id, {first.verdict, second.verdict}) for first, second in pairs]
+    both = [(prompt, verdicts) for prompt, verdicts in said if "unreadable" not in verdicts]
     return {
         "version": SUMMARY_VERSION,
         "pairs": len(judgements),
         **{name: getattr(counted, name, None) for name in ("win", "tie", "lose", "score")},
         "length_controlled": _length_controlled(verdicts, counted) if counted else None,
-        "flip_rate": _share(said == {"first", "second"} for said in both),
-        "half_ties": _share("tie" in said and len(said) == 2 for said in both),
-        "shown_first": _share(side == "left" for side in shown),
+        "flip_rate": mean_by_prompt((prompt, verdicts == {"first", "second"}) for prompt, verdicts in both),
+        "half_ties": mean_by_prompt((prompt, "tie" in verdicts and len(verdicts) == 2) for prompt, verdicts in both),
+        "shown_first": _shown_first(orders),
         "measured_pairs": measured,
         "unreadable_pairs": sum(c.verdict == "unreadable" for c in verdicts),
         "answers": len(orders),
@@ -128,10 +128,17 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 def _length_controlled(verdicts: Sequence[Comparison], counted: Tally) -> LengthControl:
     told = [c.oriented(counted.first, counted.second) for c in verdicts if c.verdict in _SCORE]
-    rows = [(_SCORE[c.verdict], len(c.first_text) - len(c.second_text)) for c in told]
-    return length_controlled_win_rate(*np.array(rows, dtype=np.float64).T)
+    scores = np.array([_SCORE[c.verdict] for c in told])
+    longer = np.array([len(c.first_text) - len(c.second_text) for c in told], dtype=np.float64)
+    return length_controlled_win_rate(scores, longer, np.unique([c.prompt_id for c in told], return_inverse=True)[1])
 
 
-def _share(values: Iterable[bool]) -> Interval | None:
-    known = np.array(list(values), dtype=np.float64)
-    return mean_interval(known) if len(known) else None
+def _shown_first(orders: Sequence[Comparison]) -> Interval | None:
+    """Both orders of a pair, and all pairs of a prompt, are one piece of evidence."""
+    named = [(c.prompt_id, c.shown_verdict == "left") for c in orders if c.shown_verdict in ("left", "right")]
+    if not named:
+        return None
+    prompts, sides = zip(*named, strict=True)
+    numbers = np.unique(prompts, return_inverse=True)[1]
+    sizes = np.bincount(numbers).astype(np.float64)
+    return BOOTSTRAP.share(np.bincount(numbers, weights=sides) / sizes, sizes)

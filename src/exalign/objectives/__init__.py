@@ -27,7 +27,6 @@ from exalign.objectives.contrastive import (
 from exalign.objectives.divergences import alpha_divergence, forward_kl, jeffreys, jensen_shannon, reverse_kl
 from exalign.objectives.estimators import (
     OptimalFrontier,
-    density_ratio,
     effective_sample_size,
     group_spread,
     kl_estimate,

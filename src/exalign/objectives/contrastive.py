@@ -69,9 +69,7 @@ def preference_accuracy(rewards: Tensor, preferred: Tensor, mask: Tensor) -> tup
     """
     difference = rewards.gather(1, preferred[:, None]) - rewards
     losers = mask.scatter(1, preferred[:, None], False)
-    wins = (difference.sign() + 1) / 2
-    count = losers.sum(1)
-    return (wins * losers).sum(1) / count, (difference * losers).sum(1) / count
+    return masked_mean((difference.sign() + 1) / 2, losers), masked_mean(difference, losers)
 
 
 def simpo_loss(

@@ -11,7 +11,7 @@ with their rewards are enough to estimate its reward and its KL for every β at 
 
 >>> rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
 >>> frontier = optimal_frontier(rewards, torch.tensor([1e6, 1.0, 1e-2]))
->>> for reward, kl, ess in zip(frontier.mean_reward, frontier.mean_kl, frontier.mean_effective_samples):
+>>> for reward, kl, ess in zip(frontier.reward[0], frontier.kl[0], frontier.effective_samples[0]):
 ...     print(f"reward {reward:.3f} at KL {kl:.3f}, worth {ess:.2f} samples")
 reward 1.500 at KL 0.000, worth 4.00 samples
 reward 2.493 at KL 0.439, worth 2.09 samples
@@ -53,16 +53,6 @@ def effective_sample_size(log_weights: Tensor, mask: Tensor | None = None) -> Te
     (weights,), live = as_groups({"log_weights": log_weights}, mask)
     squares = weighted_sum(2 * weights, torch.ones_like(weights), live)
     return torch.where(live.any(dim=-1), 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0)
-
-
-def density_ratio(log_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`π̂(y_i|x) / π_sft(y_i|x) = M w_i` from self-normalised log-weights over M samples of π_sft (§4.1, Figure 3).
-
-    `[B, K]` → `[B, K]` with mean 1 over each prompt's samples, 0 where there is none. The weights of a policy are
-    `log_importance_weights(policy_logp, reference_logp)`, those of the optimum `log_reward_target(rewards, beta_r=β)`.
-    """
-    (weights,), live = as_groups({"log_weights": log_weights}, mask)
-    return torch.where(live, weights.exp(), 0) * live.sum(dim=-1, keepdim=True)
 
 
 def weighted_mean(log_weights: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -134,21 +124,6 @@ class OptimalFrontier:
     reward: Tensor
     kl: Tensor
     effective_samples: Tensor
-
-    @property
-    def mean_reward(self) -> Tensor:
-        """`[G]` over prompts."""
-        return self.reward.mean(dim=0)
-
-    @property
-    def mean_kl(self) -> Tensor:
-        """`[G]` over prompts."""
-        return self.kl.mean(dim=0)
-
-    @property
-    def mean_effective_samples(self) -> Tensor:
-        """`[G]` over prompts."""
-        return self.effective_samples.mean(dim=0)
 
 
 def optimal_frontier(

@@ -38,7 +38,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         "## Reward at equal KL",
         "The best of a column in bold, which may be chance. With 95 % intervals over prompts"
         + ("; the mean over runs with Student's. " if several else ". ")
-        + "“–”: the method has no more reward for going this far.",
+        + "“–”: the method has no more reward for going this far; of an optimum, too few samples show it.",
         _at_equal_kl(runs, methods, kls, "rewards"),
         _mixed(runs),
         *(("## Differences at equal KL", f"{_CONTRASTS}{paired}.") if differences else ()),
@@ -59,12 +59,11 @@ def across(value: AcrossRuns | None) -> str:
     """A mean over runs as text.
 
     >>> across(AcrossRuns(1.234, 1.1, 1.4, 3)), across(AcrossRuns(1.0, None, None, 1)), across(None)
-    ('1.23 [1.10, 1.40], n = 3', '1.00, n = 1', '–')
+    ('1.23 [1.10,\xa01.40], n = 3', '1.00, n = 1', '–')
     """
     if value is None:
         return "–"
-    bounds = "" if value.low is None or value.high is None else f" [{value.low:.2f}, {value.high:.2f}]"
-    return f"{value.mean:.2f}{bounds}, n = {value.runs}".replace("-", "−")
+    return f"{interval(Interval(value.mean, value.low, value.high, value.runs))}, n = {value.runs}"
 
 
 _CONTRASTS = "EXO less DPO on the same target, and less PPO, paired by prompt"
@@ -243,14 +242,20 @@ def draw_differences(runs: Sequence[RunResults], *, width: float) -> Figure | No
     pairs = [pair for run in runs for pair in run.differences if pair in known]
     if not (pairs := list(dict.fromkeys(pairs))):
         return None
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
-    for panel, pair in zip(axes, pairs, strict=True):
-        panel.set_title(drawable(" − ".join(pair)))
-        panel.set_xlabel("KL to the supervised policy (nats)")
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(width, 0.6 + 3.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for empty in panels.flat[len(pairs) :]:
+        empty.remove()
+    for place, (panel, pair) in enumerate(zip(panels.flat, pairs, strict=False)):
+        panel.set_xlabel("KL to the supervised policy (nats)" if place >= len(pairs) - columns else "")
+        panel.set_title(drawable(" −\n".join(pair)) if len(" − ".join(pair)) > 24 else drawable(" − ".join(pair)))
         panel.axhline(0, color=LIGHT["muted"], linewidth=1.0)
+        panel.tick_params(labelbottom=True)
         _panel(panel, runs, pair)
-    axes[0].set_ylabel("difference of rewards")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("difference of rewards")
     shared_legend(figure, 5, handlelength=3.0)
     return figure
 

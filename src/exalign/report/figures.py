@@ -28,10 +28,11 @@ from exalign.evaluation.schema import (
     PromptDensity,
 )
 from exalign.report.style import LIGHT, Look, drawable, label_right, shared_legend, vertical_bar
-from exalign.report.wording import within_a_share
 
 _TICKS_APART = 0.08
 """Of the width of the axis."""
+_LABEL_INCHES = 0.35
+"""Room for the number of a best of N."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ def _limit(axes: Axes, evidence: Evidence, points: Sequence[FrontierPoint], meas
         ys += [p.reward.estimate for p in evidence.best_of_n if p.kl_bound <= farthest]
         ys += [reward.estimate for kl, reward in _proxy(evidence) if kl <= farthest]
     if measure.share:
-        ys = [within_a_share(y) for y in ys]
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     ys = ys or [0.0]
     room = 0.05 * (max(ys) - min(ys)) or 0.05
@@ -142,7 +142,7 @@ def _kl_axis(axes: Axes, least: float, farthest: float) -> None:
     for tick in sorted(factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)):
         if tick <= farthest and np.sqrt(tick) - np.sqrt(ticks[-1]) >= _TICKS_APART * np.sqrt(farthest):
             ticks.append(tick)
-    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _path(
@@ -192,6 +192,8 @@ def _optimum(axes: Axes, points: Sequence[OptimumPoint]) -> None:
         low, high = zip(*(p.reward.ends for p in reliable), strict=True)
         axes.fill_between(kl, low, high, color=LIGHT["ink"], alpha=0.08, linewidth=0, zorder=1)
         axes.plot(kl, [p.reward.estimate for p in reliable], color=LIGHT["ink"], linewidth=1.4, label=OPTIMUM)
+    if not beyond or beyond[0].kl.estimate >= axes.get_xlim()[1]:
+        return
     xs, ys = [p.kl.estimate for p in beyond], [p.reward.estimate for p in beyond]
     axes.plot(xs, ys, color=LIGHT["ink"], linewidth=1.2, linestyle=(0, (1, 2)), label="too few samples for it")
 
@@ -200,8 +202,11 @@ def _best_of_n(axes: Axes, points: Sequence[BestOfN]) -> None:
     xs, ys = [p.kl_bound for p in points], [p.reward.estimate for p in points]
     style = {"color": LIGHT["muted"], "linewidth": 1.0, "marker": "|", "markersize": 6, "label": "best of N"}
     axes.plot(xs, ys, zorder=2, **style)  # type: ignore[arg-type]
+    last, farthest = 0.0, axes.get_xlim()[1]
+    room = _LABEL_INCHES / axes.get_figure().get_figwidth() * np.sqrt(farthest)  # type: ignore[union-attr]
     for point in points[1:]:
-        if axes.get_xlim()[0] < point.kl_bound < axes.get_xlim()[1]:
+        if point.kl_bound < farthest and np.sqrt(point.kl_bound) - last >= room:
+            last = np.sqrt(point.kl_bound)
             at = (point.kl_bound, point.reward.estimate)
             axes.annotate(
                 str(point.n), at, (0, -10), textcoords="offset points", ha="center", fontsize=7, color=LIGHT["muted"]
@@ -368,6 +373,7 @@ def _bound_shares(panels: Sequence[Axes]) -> None:
     for axes in panels:
         if axes.get_title(loc="left").split(": ")[-1] in _SHARES:
             low, high = axes.get_ylim()
+            axes.set_yticks([tick for tick in axes.get_yticks() if -1e-9 < tick < 1 + 1e-9])
             axes.set_ylim(max(low, -0.03), min(high, 1.03))
 
 

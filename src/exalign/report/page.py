@@ -242,7 +242,12 @@ def shipped(evidence: Evidence) -> Headline | None:
     """Which checkpoint to use, what it gains over the supervised policy and what it costs; None without a verdict."""
     verdict, chosen = evidence.verdict, evidence.chosen()
     if verdict is None or chosen is None:
-        return None
+        known = [(p.nats, f"{m.name} at {m.at(p.step)}") for m in evidence.methods for p in m.points if p.kl]
+        if evidence.kl_budget is None or not known or min(known)[0] <= evidence.kl_budget:
+            return None
+        nats, nearest = min(known)
+        title = f"No checkpoint is within {evidence.kl_budget:g} nats of the supervised policy."
+        return Headline(title, [f"The nearest is {nearest}, {number(nats, 2)} nats away."])
     method, point = chosen
     gain, at = point.gain, "at an unknown KL" if point.kl is None else f"at a KL of {number(point.nats, 2)} nats"
     if not verdict.certain:
@@ -265,7 +270,7 @@ def shipped(evidence: Evidence) -> Headline | None:
 def _gained(evidence: Evidence, point: FrontierPoint) -> str:
     if point.reward is not None and evidence.sft is not None:
         return (
-            f"Its mean reward is {interval(point.reward)} on {evidence.num_prompts} held-out prompts, "
+            f"Its mean reward is {interval(point.reward)} on {_prompts(evidence)}, "
             f"{interval(point.gain)} above the supervised policy's {interval(evidence.sft.reward)}."
         )
     assert point.held_out is not None
@@ -288,18 +293,17 @@ def _cost(evidence: Evidence, point: FrontierPoint) -> str:
 
 
 def _rule(evidence: Evidence, verdict: Verdict) -> str:
-    count, within = sum(len(method.points) for method in evidence.methods), verdict.within
-    of = f"Of {count} checkpoint{'s' * (count != 1)}"
+    count, within = verdict.among + verdict.passed_over, verdict.within
+    of = f"Of {count} checkpoint{'s' * (count != 1)}" + (f" within {within:g} nats" if within is not None else "")
     if verdict.passed_over:
         of += f", less {verdict.passed_over} that the best of a few samples beats at a quarter of their KL or less,"
-    surest = f"it has the {'gain' if evidence.scored else 'accuracy'} whose interval has the highest lower end"
+    rule = f"{of} it has the {'gain' if evidence.scored else 'accuracy'} whose interval has the highest lower end"
     if within is None:
-        rule = f"{of} {surest}, however far it went: the recipe sets no evaluate.kl_budget"
+        rule += ", however far it went: the recipe sets no evaluate.kl_budget"
     elif evidence.scored:
-        rule = f"{of} it has the most reward within the budget of {within:g} nats"
-    else:
-        rule = f"{of} within {within:g} nats {surest}"
-    return f"{rule}. It was chosen on the data that measured it, so it looks a little better than it is."
+        rule = f"{of} it has the most reward{' of those that surely gained' if verdict.certain else ''}"
+    widened = f" (its interval widened for choosing among {verdict.among})" if verdict.among > 1 else ""
+    return f"{rule}{widened}. It was chosen on the data that measured it, so it looks a little better than it is."
 
 
 def headline(evidence: Evidence) -> Headline:
@@ -325,11 +329,11 @@ def headline(evidence: Evidence) -> Headline:
         title = _ranking_title(evidence.equal_kl, best, evaluated)
         told = f"At the end of training {best.name} has the most reward, {interval(_end(best))} {_at(best.points[-1])}."
         sentences += [_ranking_sentence(evidence.equal_kl), told, *_exo_against_others(evidence)]
-    gaps = [(method.name, method.gap) for method in evaluated if method.gap is not None]
-    if gaps:
-        name, gap = min(gaps, key=lambda pair: pair[1].gap.estimate)
-        at = f"The best possible policy at KL {number(gap.kl)}"
-        sentences += [f"{at} is estimated {interval(gap.gap)} above {name}, the closest."]
+    leading = evidence.equal_kl.standings[0].method if evidence.equal_kl else evaluated[0].name
+    gap = next((method.gap for method in evaluated if method.name == leading), None)
+    if gap is not None:
+        above = f"{'≈ ' * gap.below_first_checkpoint}{interval(gap.gap)} above {leading}"
+        sentences += [f"The best possible policy at KL {number(gap.kl)} is estimated {above}."]
     return Headline(title, sentences + unfinished)
 
 
@@ -355,10 +359,11 @@ def _opening(evidence: Evidence) -> list[str]:
     if evidence.sft is None or evidence.sft.reward is None:
         return []
     model = f"The supervised policy ({evidence.policy})" if evidence.policy else "The supervised policy"
-    return [
-        f"{model} starts from a mean reward of {interval(evidence.sft.reward)} on "
-        f"{evidence.num_prompts} held-out prompts."
-    ]
+    return [f"{model} starts from a mean reward of {interval(evidence.sft.reward)} on {_prompts(evidence)}."]
+
+
+def _prompts(evidence: Evidence) -> str:
+    return f"{evidence.num_prompts:,} held-out prompt{'s' * (evidence.num_prompts != 1)}"
 
 
 def _at(point: FrontierPoint) -> str:
@@ -377,7 +382,8 @@ def _ranking_title(equal: EqualKL, farthest: MethodEvidence, evaluated: list[Met
     """`farthest` has the most reward at its end: said where the leader's interval lies below it."""
     best, *others = equal.standings
     if not others:
-        return f"{best.method} is the only method that moved far enough to be judged."
+        why = "moved far enough to be judged" if len(evaluated) == 1 + len(equal.left_out) else "could be compared"
+        return f"{best.method} is the only method that {why} at equal KL."
     level = [s.method for s in others if not is_above_zero(s.behind_leader)]
     if not level:
         low, high = _end(farthest).low, next(_end(m).high for m in evaluated if m.name == best.method)

@@ -33,7 +33,7 @@ from exalign.report.verdicts import (
     win_table,
     write_win_table,
 )
-from exalign.report.wording import SIGNS, Captions, code, describe, visible
+from exalign.report.wording import SIGNS, Captions, code, describe, number, visible
 from exalign.storage import write_text
 
 
@@ -252,7 +252,7 @@ def _values(axes: Axes, group: Ablation, known: Mapping[str, Interval], look: Lo
         vertical_bar(axes, x, value, look.color, linewidth=1.2, zorder=2)
         if nats:
             last = method.points[-1]
-            kl = "no KL" if last.kl is None else f"KL {last.nats:.2g}"
+            kl = "no KL" if last.kl is None else f"KL {number(last.nats, 2)}"
             axes.annotate(kl, (x, value.ends[1]), (0, 3), textcoords="offset points", ha="center", fontsize=7)
 
 

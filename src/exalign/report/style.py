@@ -48,8 +48,7 @@ _COLORS = {
 }
 """Of the page in light and in dark."""
 LIGHT, DARK = ({name: colors[i] for name, colors in _COLORS.items()} for i in (0, 1))
-_MARKERS = {"exo": "ooH", "dpo": "ssX", "ppo": "DdD", "other": "^vP"}
-_PER_FAMILY = 3
+_MARKERS = {"exo": "oH8", "dpo": "sXp", "ppo": "Dd*", "other": "^vP"}
 
 _FIGURE_STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -114,16 +113,16 @@ class Look:
 
 
 def looks_of(methods: Iterable[MethodEvidence]) -> dict[str, Look]:
-    """One look per method, by its family and target; later methods of a family get its further shades."""
+    """One look per method, by its family and target; the nine first of a family differ in shade or marker."""
     taken: Counter[str] = Counter()
     looks = {}
     for method in methods:
         family = method.family if method.family in _MARKERS else "other"
-        place = taken[family] % _PER_FAMILY
+        turn, place = divmod(taken[family], 3)
         taken[family] += 1
         name = f"{family}-{place + 1}"
-        hollow = method.target == "preference"
-        looks[method.name] = Look(name, LIGHT[name], _MARKERS[family][place], "--" if hollow else "-", hollow)
+        marker, hollow = _MARKERS[family][(place + turn) % 3], method.target == "preference"
+        looks[method.name] = Look(name, LIGHT[name], marker, "--" if hollow else "-", hollow)
     return looks
 
 
@@ -229,15 +228,19 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         figure.savefig(stream, format="svg", metadata=_NO_METADATA, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"\b(id=\"|xlink:href=\"#|url\(#)", rf"\g<1>{name}-", text)
     # A width in points would not shrink with the page; the viewBox keeps the proportions.
     text = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" {_NAMESPACES}>', text, count=1)
-    for key, color in LIGHT.items():
-        text = re.sub(re.escape(color) + r"\b", f"var(--{key})", text, flags=re.IGNORECASE)
-    # A hundredth of a point is finer than any screen; six digits would double the size of the page.
-    text = re.sub(r'\bd="[^"]*"', lambda path: _LONG.sub(lambda x: f"{float(x[0]):.2f}", path[0]), text)
+    text = re.sub(r"<[^>]*>", lambda tag: _of_page(tag[0], name), text)  # what stands between tags is somebody's words
     head, rest = text.split(">", 1)
     return f"{head}><title>{escape(description, quote=False)}</title>{rest}"
+
+
+def _of_page(tag: str, name: str) -> str:
+    tag = re.sub(r"\b(id=\"|xlink:href=\"#|url\(#)", rf"\g<1>{name}-", tag)
+    for key, color in LIGHT.items():
+        tag = re.sub(re.escape(color) + r"\b", f"var(--{key})", tag, flags=re.IGNORECASE)
+    # A hundredth of a point is finer than any screen; six digits would double the size of the page.
+    return re.sub(r'\bd="[^"]*"', lambda path: _LONG.sub(lambda x: f"{float(x[0]):.2f}", path[0]), tag)
 
 
 _LONG = re.compile(r"-?\d+\.\d{3,}")

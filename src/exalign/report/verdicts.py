@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from exalign.evaluation.run_folder import BEST_OF as SYSTEM_BEST_OF
 from exalign.evaluation.schema import Evidence, Interval, Tally, WinRate
 from exalign.report.style import LIGHT, Look, drawable
-from exalign.report.wording import best, csv_text, markdown, percent, within_a_share
+from exalign.report.wording import best, csv_text, markdown, percent
 from exalign.storage import write_json, write_text
 
 SCORER, BEST_OF = "scorer", "best of "
@@ -143,7 +143,7 @@ def _share(rate: Interval) -> str:
     text = f"{100 * rate.estimate:.1f}"
     if rate.low is None or rate.high is None:
         return text
-    return f"{text} [{100 * within_a_share(rate.low):.1f}, {100 * within_a_share(rate.high):.1f}]"
+    return f"{text} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 OVERALL = "overall"
@@ -189,8 +189,8 @@ def _bars(axes: Axes, tallies: Sequence[Tally], looks: Mapping[str, Look]) -> No
         axes.barh(row, 1 - win - lose, left=win, height=0.6, color=LIGHT["rule"])
         axes.barh(row, lose, left=1 - lose, height=0.6, color=second.color if second else LIGHT["muted"])
         if tally.win.low is not None and tally.win.high is not None:
-            ends = [within_a_share(tally.win.low), within_a_share(tally.win.high)]
-            axes.plot(ends, [row - 0.38, row - 0.38], color=LIGHT["ink"], linewidth=1.2, marker="|", markersize=5)
+            above = [row - 0.38, row - 0.38]
+            axes.plot(tally.win.ends, above, color=LIGHT["ink"], linewidth=1.2, marker="|", markersize=5)
         shares = f"{100 * win:.0f} · {100 * (1 - win - lose):.0f} · {100 * lose:.0f}  (n = {tally.win.num_prompts})"
         axes.text(1.015, row, shares, va="center", fontsize=8)
     axes.set_yticks(range(len(tallies)), [_cut(f"{tally.first} – {tally.second}", 34) for tally in tallies])

@@ -51,10 +51,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def decimals(interval: Interval) -> int:
-    """Decimals that suit the interval's width: 2 for a width between 0.07 and 0.7, and so on; at most 4."""
-    if interval.low is None or interval.high is None or interval.high <= interval.low:
-        return 2
-    return min(4, max(0, 1 - math.floor(math.log10(1.5 * (interval.high - interval.low)))))
+    """Decimals that suit the interval's width: 2 for a width between 0.07 and 0.7, and so on."""
+    width = interval.ends[1] - interval.ends[0]
+    return max(0, 1 - math.floor(math.log10(1.5 * width))) if width > 1e-9 * abs(interval.estimate) else 2
 
 
 def interval(value: Interval | None) -> str:
@@ -62,11 +61,14 @@ def interval(value: Interval | None) -> str:
 
     >>> interval(Interval(1.234, 1.1, 1.3, 10)), interval(Interval(1.234, None, None, 1)), interval(None)
     ('1.23 [1.10,\xa01.30]', '1.23', '–')
+    >>> interval(Interval(-1e-3, -0.4, 0.4, 9)), interval(Interval(12345.6, 12000.0, 12700.0, 9))
+    ('0.00 [−0.40,\xa00.40]', '12,346 [12,000,\xa012,700]')
     """
     if value is None:
         return "–"
-    places = decimals(value)
-    texts = [f"{x:.{places}f}".replace("-", "−") for x in (value.estimate, value.low, value.high) if x is not None]
+    places, given = decimals(value), [x for x in (value.estimate, value.low, value.high) if x is not None]
+    # A zero has no sign, and of tiny numbers zeros would be all that is seen.
+    texts = [f"{x:z,.{places}f}".replace("-", "−") if places <= 4 else number(x) for x in given]
     return texts[0] if len(texts) < 3 else f"{texts[0]} [{texts[1]},\N{NO-BREAK SPACE}{texts[2]}]"
 
 
@@ -82,18 +84,17 @@ def plus_minus(value: tuple[float, float | None] | None) -> str:
 
 
 def percent(value: Interval | None) -> str:
-    """A share with its interval, in per cent, cut to what a share can be: widened for few prompts, it can reach beyond.
+    """A share with its interval, in per cent.
 
-    >>> percent(Interval(0.5, 0.45, 0.55, 10)), percent(Interval(0.01, -0.002, 0.02, 200))
-    ('50\xa0% [45,\xa055]', '1\xa0% [0,\xa02]')
+    >>> percent(Interval(0.5, 0.45, 0.55, 10))
+    '50\xa0% [45,\xa055]'
     """
     if value is None:
         return "–"
     text = f"{100 * value.estimate:.0f}\N{NO-BREAK SPACE}%"
     if value.low is None or value.high is None:
         return text
-    low, high = within_a_share(value.low), within_a_share(value.high)
-    return f"{text} [{100 * low:.0f},\N{NO-BREAK SPACE}{100 * high:.0f}]"
+    return f"{text} [{100 * value.low:.0f},\N{NO-BREAK SPACE}{100 * value.high:.0f}]"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> str:
@@ -150,17 +151,13 @@ def best(cells: Mapping[str, tuple[float, str]]) -> set[str]:
     return {name for name, (_, text) in cells.items() if text.split(" ")[0] == highest.split(" ")[0]}
 
 
-def within_a_share(bound: float) -> float:
-    return min(1.0, max(0.0, bound))
-
-
 def css_share(share: float) -> str:
     """A share of the length of a bar.
 
-    >>> css_share(0.4561), css_share(1.02)
-    ('45.6%', '100.0%')
+    >>> css_share(0.4561)
+    '45.6%'
     """
-    return f"{100 * within_a_share(share):.1f}%"
+    return f"{100 * share:.1f}%"
 
 
 def duration(seconds: float | None) -> str:

@@ -30,7 +30,7 @@ from exalign.run.familiar import loss_meaning, meaning
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
 
-_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,%d}"
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Those that come with exalign."""
 
@@ -277,7 +277,7 @@ AnyMethod = Annotated[SerializeAsAny[Method], PlainValidator(as_method)]
 class Recipe(Settings):
     """Everything a run does, from data to report. `exalign recipe --explain` prints every setting."""
 
-    name: str = Field(pattern=f"^{_NAME}$", description="names the run directory, runs/NAME")
+    name: str = Field(pattern=f"^{_NAME % 99}$", description="names the run directory, runs/NAME")
     seed: int = Field(0, ge=0, description="seeds weights, data order and every sample")
     temperature: float = Field(
         1.0, gt=0, description="τ: one temperature for sampling, training log-probabilities, KL and evaluation"
@@ -371,11 +371,10 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
-    if any(
-        not re.fullmatch(_NAME, name) or name.lower() in NO_METHODS or name.startswith(BEST_OF) for name in recipe.align
-    ):
+    fits = re.compile(_NAME % 39).fullmatch
+    if any(not fits(name) or name.lower() in NO_METHODS or name.startswith(BEST_OF) for name in recipe.align):
         yield (
-            "align: a method's name is made of up to 100 letters, digits, '.', '_' and '-', does not begin "
+            "align: a method's name is made of up to 40 letters, digits, '.', '_' and '-', does not begin "
             f"with {BEST_OF!r}, and is not " + ", ".join(map(repr, sorted(NO_METHODS)))
         )
     for name, method in recipe.align.items():
