@@ -57,7 +57,10 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe, for example recipes/
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: align.exo-rw.beta_pi=0.5")
 ]
-Folder = Annotated[Path | None, typer.Option("--run", help="The run's directory (default: runs/NAME).")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--run", help="The run's directory (default: a run beside the recipe, of its name, else runs/NAME)."),
+]
 Redo = Annotated[bool, typer.Option("--redo", help="Make again what was made from other settings or data.")]
 Recover = Annotated[
     bool,
@@ -85,6 +88,9 @@ STAGES = {
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
     from exalign.run.recipe import load_recipe
 
+    beside = recipe.with_suffix("")  # as `exalign align MODEL DATA --out DIR` leaves them
+    if run["folder"] is None and (beside / "recipe.yaml").is_file():
+        run["folder"] = beside
     _run(load_recipe(recipe, overrides or ()), run, *targets)
 
 
@@ -306,7 +312,8 @@ def inspect(
     records = read_source(source, counts, tokenizer)
     found = inspect_records(records, tokenizer, limits=limits, counts=counts, num_rows=rows)
     if not counts["rows"]:
-        raise InputError(f"{data} has no rows.")
+        left = " after skip and share" if source.skip or source.share < 1 else ""
+        raise InputError(f"{data} has no rows{left}.")
     console.print(render_inspection(found))
 
 

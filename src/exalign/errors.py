@@ -28,7 +28,7 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
     """Name the nearest candidate; where none is near, what is said `otherwise`, or all of them."""
     known = sorted(candidates)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else otherwise or f"there are: {', '.join(known)}."
 
 

@@ -169,8 +169,8 @@ def in_order(shares: Sequence[Sequence[Item]]) -> list[Item]:
     >>> in_order([["a", "c"], ["b"]])
     ['a', 'b', 'c']
     """
-    rows = itertools.zip_longest(*[[(item,) for item in share] for share in shares])
-    return [item for row in rows for cell in row if cell is not None for item in cell]
+    longest = max(map(len, shares), default=0)
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ read, and brackets that rich takes for markup. Spelled out and handed over as `T
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 from rich.text import Text
@@ -23,6 +24,16 @@ def escape_controls(text: str) -> str:
         return text
     hidden = [character for character in set(text) if unicodedata.category(character) in _HIDDEN]
     return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in hidden})
+
+
+LINE_SECONDS = 30.0
+"""Between two lines about long work where there is no terminal for a bar."""
+
+
+def time_left(begun: float, done: int, total: int) -> str:
+    """How long the rest of work takes that began at `begun` (`time.monotonic`), if it goes on as it went."""
+    left = (time.monotonic() - begun) / done * (total - done)
+    return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
 
 
 def shown(text: object, style: str = "") -> Text:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from exalign.data.batching import Group
 from exalign.models.capability import plan_for
-from exalign.models.heads import PackedScorer, completion_outputs, plain_completion_outputs
+from exalign.models.heads import PackedScorer, completion_outputs, completion_values, plain_completion_outputs
 
 VOCAB = 47
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -89,6 +89,15 @@ def test_the_score_is_read_at_the_end_token_even_where_it_is_the_padding_token()
     assert torch.allclose(
         ended[0, 0], model.score(model.transformer(torch.cat([prompt, ids])[None])[0][0, -1]), atol=1e-8
     )
+
+
+def test_autocast_does_not_round_scores_and_values() -> None:
+    model, groups = make_scorer("llama", 1).float(), make_groups()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, values = completion_outputs(model, groups), completion_values(model, groups)
+    for found in (scores, values):
+        there = found[found != 0]
+        assert there.dtype == torch.float32 and (there != there.bfloat16()).float().mean() > 0.5
 
 
 def test_a_packed_scorer_computes_the_same_wrapped_or_bare() -> None:

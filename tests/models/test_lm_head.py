@@ -87,18 +87,35 @@ class ProductCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_half_precision_weights_lose_nothing_in_softmax_and_sum() -> None:
-    hidden, head, rows, targets = problem(torch.bfloat16, bias=False)
-    logits = head(hidden).detach()  # what the half-precision product gives; everything after it must be exact
-    exact = torch.log_softmax(logits.double(), dim=-1)[rows, targets]
-    trap = torch.log_softmax(logits, dim=-1)[rows, targets]
-    ours = token_logprobs(hidden, head, rows, targets)
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+def test_half_precision_ends_with_the_factors_of_the_logits(autocast: bool) -> None:
+    """Logits that were rounded to 8 bits are the trap, whatever softmax and sum make of them."""
+    hidden, head, rows, targets = problem(torch.float32 if autocast else torch.bfloat16, bias=False)
+    factors = (side.detach().bfloat16().double() for side in (hidden, head.weight))
+    logits = next(factors) @ next(factors).t()
+    exact = torch.log_softmax(logits, dim=-1)[rows, targets]
+    trap = torch.log_softmax(logits.bfloat16().double(), dim=-1)[rows, targets]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = token_logprobs(hidden, head, rows, targets)
     assert ours.dtype == torch.float32
     assert (ours - exact).abs().max() < 1e-5 < 1e-3 < (trap - exact).abs().max()
     assert abs(ours.sum().item() - exact.sum().item()) < 1e-2 < abs(trap.sum().item() - exact.sum().item())
     ours.sum().backward()
     assert head.weight.grad is not None
-    assert head.weight.grad.dtype == torch.bfloat16
+    assert head.weight.grad.dtype == head.weight.dtype
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32() -> None:
+    """Of 4,096 times the same target: a sum in 16 bits stops growing at 256 equal parts."""
+    hidden, head = torch.ones(4096, WIDTH, requires_grad=True), nn.Linear(WIDTH, VOCAB)
+    rows, targets = torch.arange(4096), torch.full((4096,), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        token_logprobs(hidden, head, rows, targets).sum().backward()
+    found, bias = head.weight.grad, head.bias.grad
+    head.zero_grad()
+    torch.log_softmax(head(hidden), dim=-1)[rows, targets].sum().backward()
+    torch.testing.assert_close(found[3], head.weight.grad[3], rtol=0.01, atol=1)
+    torch.testing.assert_close(bias[3], head.bias.grad[3], rtol=0.01, atol=1)
 
 
 class LargestTensor(TorchDispatchMode):

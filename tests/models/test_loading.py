@@ -106,8 +106,11 @@ def test_a_classifier_has_two_labels_and_is_refused_as_a_reward_model(tmp_path: 
         | {"intermediate_size": 32, "attention_dropout": 0.3, "max_position_embeddings": 64},
         {"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24}
         | {"word_embed_proj_dim": 16, "layerdrop": 0.5, "max_position_embeddings": 64},
+        {"model_type": "phimoe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 4, "router_jitter_noise": 0.3}
+        | {"max_position_embeddings": 64},
     ],
-    ids=["gpt2", "gpt_neox", "llama", "opt"],
+    ids=["gpt2", "gpt_neox", "llama", "opt", "phimoe"],
 )
 def test_dropout_is_off_even_while_training(config, tokenizer) -> None:
     model = load_policy(ModelSettings(config=config), tokenizer).train()

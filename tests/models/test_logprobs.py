@@ -40,6 +40,9 @@ ARCHITECTURES = {
     | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
     "gemma3": WIDE_HEADS
     | {"model_type": "gemma3_text", "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "afmoe": WIDE_HEADS
+    | {"model_type": "afmoe", "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    | {"num_dense_layers": 2},
     "phi bias": SMALL | {"model_type": "phi", "max_position_embeddings": 128},
     "cohere scale": GROUPED | {"model_type": "cohere", "logit_scale": 0.25},
     "granite scale": GROUPED | {"model_type": "granite", "logits_scaling": 3.0},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from exalign.models.lm_head import head_bytes
 from exalign.models.model_settings import LoraSettings, ModelSettings
@@ -49,6 +50,19 @@ def test_activations_are_recomputed_where_the_budget_would_not_fit_without() -> 
     assert [trained(model, 80, budget=n) for n in (4096, 10**6)] == [(4096, False), (10**6, True)]
     assert trained(model, 4, again=False)[1] is False
     assert trained(model_of(LARGE), 80, shards=8)[0] > trained(model_of(LARGE), 80)[0] == 1024
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_layers_with_numbers_of_their_own_have_the_largest(kind) -> None:
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    model = Architecture(kind, module, "")
+    widths = [m.out_features for name, m in module.named_modules() if name.endswith("mlp.up_proj")]
+    keys = [m.out_features for name, m in module.named_modules() if name.endswith("self_attn.k_proj")]
+    assert model.feed_forward == max(widths)
+    assert model.head_size * model.key_heads >= max(keys)
+    assert trained(model, 80)[0] >= 1024
 
 
 def test_a_model_without_blocks_has_sizes_too() -> None:

@@ -433,6 +433,12 @@ constant = 3
 def flat_right(prompts, completions, answer):
     return [1.0 if text.count(right) else 0.0 for text, right in zip(completions, answer, strict=True)]
 
+ASKED = []
+
+def flat_counted(prompts, completions):
+    ASKED.extend(completions)
+    return [float(len(text.strip())) for text in completions]
+
 def flat_named(completions, answer, **kwargs):
     assert len(kwargs["prompts"]) == len(completions)
     return [float(right in text.strip()) for text, right in zip(completions, answer)]
@@ -573,6 +579,15 @@ def test_a_function_written_for_trl_gets_one_text_at_a_time(records, name):
     assert scorer.score(rows) == expected and scorer.score(rows[1:]) == expected[1:]
     chat = [replace(rows[0], prompt=({"role": "user", "content": "Hi"},))]
     assert FunctionScorer("my_rewards:flat_chat").score(chat) == expected[:1]
+
+
+def test_the_form_of_a_function_is_found_on_one_prompt(records):
+    """All of a batch in the wrong form would cost a paid judge as much again."""
+    scorer, texts = FunctionScorer("my_rewards:flat_counted"), [c.text for r in records for c in r.completions]
+    scorer.score(records)
+    asked = [text for text in sys.modules["my_rewards"].ASKED if isinstance(text, str)]
+    in_vain = [text for text in sys.modules["my_rewards"].ASKED if not isinstance(text, str)]
+    assert len(in_vain) == 1 and len(asked) == len(texts) + len(records[0].completions)
 
 
 def test_where_a_function_fails_in_both_forms_both_are_told(records):

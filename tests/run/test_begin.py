@@ -104,7 +104,9 @@ def test_other_names_of_columns_come_in_with_the_command(model: Path, pairs: Pat
     assert begun.values["data"]["preferences"] == expected and begun.reasons[0].startswith("data: 40 preference pairs")
     with pytest.raises(InputError, match=r"epsilon = 0\.7"):  # what is not of the data changes the recipe
         align(str(model), str(file), out=tmp_path / "it", overrides=[*names, "align.exo-pref.epsilon=0.7"])
-    assert load_recipe(tmp_path / "it.yaml").data.preferences.columns["prompt"] == "q"  # type: ignore[union-attr]
+    assert not (tmp_path / "it.yaml").exists()  # so the corrected command is not held to what nobody edited
+    with pytest.raises(InputError, match="Nothing is left to align"):
+        align(str(model), str(file), out=tmp_path / "it", overrides=[*names, "align.exo-pref=null"])
 
 
 @pytest.mark.parametrize("half", [True, False])

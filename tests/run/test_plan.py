@@ -222,19 +222,19 @@ def test_data_without_rows_is_one_sentence(tmp_path: Path) -> None:
     file.write_text('{"prompt": "p"}\n')
     with pytest.raises(InputError, match=r"data\.prompts: .*prompts\.jsonl has no usable rows"):
         planned(RECIPE, f"data.prompts={{source: {file}, skip: 1}}")
-    assert rows_of(DataSettings(source="x" * 300))[0] == UNKNOWN_ROWS
+    assert rows_of(DataSettings(source="x" * 300), "prompts")[0] == UNKNOWN_ROWS
 
 
 def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))
-    assert rows_of(DataSettings(source=str(file), skip=2, limit=5))[0] == 5
-    assert rows_of(DataSettings(source=str(file), skip=7))[0] == 2
-    assert rows_of(DataSettings(source="trl-lib/tldr", split="test"))[0] == 6_553
-    assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=24_000, limit=5_000))[0] == 1_000
-    assert rows_of(DataSettings(source="Anthropic/hh-rlhf", data_dir="helpful-base"))[0] == 43_835
-    assert rows_of(DataSettings(source="no/such-data", limit=7))[0] == 7
-    rows, how = rows_of(DataSettings(source="no/such-data"))
+    assert rows_of(DataSettings(source=str(file), skip=2, limit=5), "prompts")[0] == 5
+    assert rows_of(DataSettings(source=str(file), skip=7), "prompts")[0] == 2
+    assert rows_of(DataSettings(source="trl-lib/tldr", split="test"), "prompts")[0] == 6_553
+    assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=24_000, limit=5_000), "prompts")[0] == 1_000
+    assert rows_of(DataSettings(source="Anthropic/hh-rlhf", data_dir="helpful-base"), "prompts")[0] == 43_835
+    assert rows_of(DataSettings(source="no/such-data", limit=7), "prompts")[0] == 7
+    rows, how = rows_of(DataSettings(source="no/such-data"), "prompts")
     assert rows == UNKNOWN_ROWS and "assumed" in how
 
 

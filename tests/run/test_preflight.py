@@ -159,7 +159,8 @@ def test_prompts_that_are_trained_on_are_told(recipe: Any, tmp_path: Path) -> No
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         changed[f"data__{name}"] = {"source": str(file), "prompt_tokens": 1}
-    said = check_inputs(recipe(["Hi"], score__scorer={"function": "exalign.data.synthetic:reward"}, **changed))
+    scored = {"score__scorer": {"function": "exalign.data.synthetic:reward"}, "align": {"exo": {"target": "reward"}}}
+    said = check_inputs(recipe(["Hi"], **scored, **changed))
     assert said == ["1 of the 3 prompts of data.evaluation are in data.prompts too, and may be trained on."]
 
 

@@ -119,6 +119,11 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
         (["align={a: {fresh_every: 1, beta_r_std: 0.7}}"], "align.a: beta_r_std is of the rewards of given samples"),
         (["align.exo-rw.alpha=0.3"], "align.exo-rw: alpha has no effect on the divergence reverse_kl"),
         (["align.exo-rw.fresh_every=3", "align.exo-rw.passes=2"], "align.exo-rw: fresh_every = 3 steps are no whole"),
+        (
+            ["align.grpo={method: grpo, ratio: sequence}"],
+            "align.grpo: ratio has no effect with fresh_every = 1, where all ratios are 1",
+        ),
+        (["align.rloo={method: rloo, clip: 0.01}"], "align.rloo: clip has no effect with fresh_every = 1"),
         (["align.exo-rw.passes=2"], "align.exo-rw: passes has no effect without fresh_every"),
         (
             ["align={a: {fresh_every: 2, target: preference}}", "sample.num_completions=3"],

@@ -59,6 +59,26 @@ def test_the_agreement_of_a_step_is_the_cosine_of_its_halves_gradients() -> None
     assert "gradient_agreement" not in gradient(groups)[1]
 
 
+def test_the_agreement_counts_a_weight_that_only_one_half_moves() -> None:
+    """By hand: halves with gradients (1, 0) and (1, 2) have a cosine of 1/√5."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    class Halves:
+        def weight(self, groups: list[Group]) -> float:
+            return float(len(groups))
+
+        def loss(self, model: Two, groups: list[Group]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return (model.a + 2 * model.b if groups[0].index else model.a + 0), {}
+
+    module, groups = Two(), make_groups(2)
+    values = accumulate(Accelerator(cpu=True), module, Halves(), groups, 10**6, agreement=True)
+    assert values["gradient_agreement"] == pytest.approx(5**-0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("task_name", ["align", "sft"])
 def test_one_pass_of_16_prompts_equals_16_passes_of_one(task_name: str) -> None:
     """float64: the loss to 1e-12, every gradient to 1e-12 of its size. Ragged K and lengths, so means would differ."""

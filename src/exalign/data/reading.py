@@ -202,10 +202,12 @@ def read_source(
 
 def _read_each(parts: Iterable[tuple[Iterator[Record], Counter[str]]], counts: Counter[str]) -> Iterator[Record]:
     for number, (records, found) in enumerate(parts, start=1):
-        for record in records:
-            yield replace(record, id=f"{number}/{record.id}")
-        counts.update(found)
-        counts.update({f"source {number}: {name}": value for name, value in found.items()})
+        try:
+            for record in records:
+                yield replace(record, id=f"{number}/{record.id}")
+        finally:  # also where who reads has enough
+            counts.update(found)
+            counts.update({f"source {number}: {name}": value for name, value in found.items()})
 
 
 def _read_one(
@@ -523,6 +525,11 @@ def _hub_folder_rows(settings: DataSettings, below: str, counts: Counter[str]) -
 
 
 # --- rows of a file ---
+
+
+def whole(settings: DataSettings) -> DataSettings:
+    """The source with its texts not cut into prompt and completion, which takes a tokenizer."""
+    return settings.model_copy(update={"prompt_tokens": None})
 
 
 def data_suffix(path: Path) -> str | None:

@@ -171,7 +171,7 @@ class Shape:
         """The prompt and what each of `answers` says to it: texts, messages, or conversations that bring it along."""
         name = "messages" if "messages" in self.used else "prompt"
         given = None if row.get(name) is None else clean_prompt(row[name], name, counts)
-        if name == "messages" and given and given[-1]["role"] == "assistant":  # type: ignore[index]
+        if name == "messages" and given and not isinstance(given, str) and given[-1]["role"] == "assistant":
             raise ValueError("`messages` ends with an answer: say in `columns` what of it is the prompt.")
         if any(not isinstance(value, str) for value in answers.values()):
             past, texts = _common_past([_dialogue(value, name, counts) for name, value in answers.items()])
@@ -183,8 +183,8 @@ class Shape:
             raise Dropped("rows_without_prompt")
         if given is None and self.kind != "single":
             raise ValueError(
-                f"it has no `prompt`, and its answers have no {ASSISTANT!r} to find the prompt by; `columns` says what "
-                "the prompt is called, as columns.prompt=question."
+                f"it has no `prompt`, and its answers are texts without {ASSISTANT!r} to find it by: give it a column "
+                "of its own; `columns` says what that is called, as columns.prompt=question."
             )
         return given or "", self._without_prompt(given or "", texts, counts)
 

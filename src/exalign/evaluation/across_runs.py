@@ -6,6 +6,7 @@ from the luck of its training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_runs(folders: Sequence[Path], kls: Sequence[float]) -> list[RunResults]
     places = [folder.resolve() for folder in folders]
     if len(set(places)) < len(places):
         raise InputError("A run is given twice; name each folder once.")
-    if not kls or min(kls) <= 0:
+    if not kls or not all(0 < kl < math.inf for kl in kls):
         raise InputError("Rewards are compared at KLs above 0 nats.")
     names = [place.name for place in places]
     if len(set(names)) < len(names):  # the same seed of several experiments

@@ -46,6 +46,7 @@ from exalign.evaluation.sample_table import (
 from exalign.evaluation.schema import (
     Answer,
     Course,
+    Curve,
     Evidence,
     Example,
     FrontierPoint,
@@ -54,6 +55,7 @@ from exalign.evaluation.schema import (
     MethodEvidence,
     OptimumPoint,
     Remark,
+    Stage,
     Verdict,
     WinRate,
     write_evidence,
@@ -71,42 +73,48 @@ NUM_COURSE, COURSE_STEPS = 3, 5
 
 
 def build_evidence(
-    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
+    run: Path,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    judgements: Judgements | None = None,
+    stages: Collection[str] | None = None,
 ) -> Evidence:
     """`collect_evidence`, with its arguments and errors, written to `evaluation/evidence.json`."""
-    evidence = collect_evidence(run, seed=seed, num_resamples=num_resamples, judgements=judgements)
+    evidence = collect_evidence(run, seed=seed, num_resamples=num_resamples, judgements=judgements, stages=stages)
     write_evidence(RunFolder(Path(run)).evidence, evidence)
     return evidence
 
 
 def collect_evidence(
-    run: Path, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, judgements: Judgements | None = None
+    run: Path,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    judgements: Judgements | None = None,
+    stages: Collection[str] | None = None,
 ) -> Evidence:
     """Compute everything the report says about the run in folder `run`; nothing is written.
 
     Missing pieces (no scorer, no pool, no reference texts, a method that was stopped, one method only) leave their part
-    empty and a sentence in `notes`. `judgements` is of `judging.judgements`. Without samples of π_sft: `InputError`.
+    empty and a sentence in `notes`. `judgements` is of `judging.judgements`. `stages` are those of the recipe, and what
+    else stands in the folder is of an earlier one; None: all counts. Without samples of π_sft: `InputError`.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(Path(run), stages)
     judgements = Judgements() if judgements is None else judgements
     bootstrap = Bootstrap(num_resamples, seed)
     material = _Material(folder, bootstrap)
     methods = [_method(material, name) for name in material.methods]
     sft = _point(material, material.sft.as_reference(), 0)
-    tables = {name: list(steps.values()) for name, steps in material.tables.items()} if material.sft.scored else {}
-    paths = Paths(material.sft, tables, bootstrap)
-    aims = {name: material.run.describe(name)[1] for name in material.density}
-    density = density_ratios(material.density, aims, material.notes, bootstrap)
+    paths = Paths(material.sft, material.paths, bootstrap)
+    density = density_ratios(material.density, material.aims, material.notes, bootstrap)
     best, proxy = (None if found is None else optimum(found, bootstrap) for found in (material.pool, material.proxy))
-    counts: Counter[str] = Counter()
-    curves = folder.curves(counts)
-    counted = [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
+    curves, counted = _curves(folder)
     of_n = best_of_n(material.pool_rewards, material.opponents, bootstrap=bootstrap)
     chosen = verdict(methods, material.kl_budget, of_n)
     shown = _looked_at(methods, chosen)
-    stages = folder.stages()
-    right, doubt = scorer_accuracy(next((s.counts for s in stages if s.name == "evaluation/prompts"), {}))
-    doubt += _misled(material, max((point.nats for _, point in shown if point.kl), default=0.0))
+    finished = folder.stages()
+    right, doubt = _scorer_told(material, finished, shown)
     evidence = Evidence(
         name=str(material.recipe.get("name") or folder.path.resolve().name),
         policy=(material.recipe.get("model") or {}).get("source"),
@@ -123,7 +131,7 @@ def collect_evidence(
         best_of_n=of_n,
         examples=choose_examples(material.prompts, material.answers, NUM_EXAMPLES, seed, judgements.remarks),
         curves=curves,
-        stages=stages,
+        stages=finished,
         record_counts=folder.record_counts(),
         notes=material.notes + counted + judgements.notes + right,
         environment=folder.environment_values(),
@@ -139,6 +147,20 @@ def collect_evidence(
         seed=seed,
     )
     return evidence if chosen is None else _with_texts(evidence, chosen, material)
+
+
+def _curves(folder: RunFolder) -> tuple[list[Curve], list[str]]:
+    """What trainings logged, and what was left out of it."""
+    counts: Counter[str] = Counter()
+    return folder.curves(counts), [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(counts.items()) if n]
+
+
+def _scorer_told(
+    material: _Material, stages: Sequence[Stage], shown: Sequence[tuple[str, FrontierPoint]]
+) -> tuple[list[str], list[str]]:
+    """How far the scorer is right, and what there is to doubt about it."""
+    right, doubt = scorer_accuracy(next((s.counts for s in stages if s.name == "evaluation/prompts"), {}))
+    return right, doubt + _misled(material, max((point.nats for _, point in shown if point.kl), default=0.0))
 
 
 def _looked_at(methods: Sequence[MethodEvidence], to_ship: Verdict | None) -> list[tuple[str, FrontierPoint]]:
@@ -176,9 +198,9 @@ class _Material:
         self.prompts = complete_records(run.prompts) or []
         texts = [record for record in self.prompts if record.rewards is not None]
         self.reference = tabulate(texts, run.relative(run.prompts)) if texts else None
-        self.pool_rewards = pool_rewards(run.pool)
+        self.pool_rewards = pool_rewards(run.pool) if run.counts(run.pool) else {}
         self.pool = pool_frontier(self.pool_rewards)
-        self.trained_rewards = pool_rewards(run.proxy) if self.pool_rewards else {}
+        self.trained_rewards = pool_rewards(run.proxy) if self.pool_rewards and run.counts(run.proxy) else {}
         self.proxy = pool_frontier(self.trained_rewards, judged=self.pool_rewards)
         trained, judge = _scorers(self.recipe)
         self.log_odds = bool(judge.get("classifier")) or judge.get("stage") == "oracle"
@@ -186,7 +208,8 @@ class _Material:
         self.aimed_at = self.pool is not None and not given and bool(trained) and judge == trained
         if self.aimed_at:
             self.trained_rewards = self.pool_rewards
-        density = {method: complete_records(run.density(method)) for method in self.methods}
+        own = {method: run.density(method) for method in self.methods if run.counts(run.density(method).parent)}
+        density = {method: complete_records(folder) for method, folder in own.items()}
         self.density = {method: records for method, records in density.items() if records is not None}
         self.tables: dict[str, dict[int, SampleTable]] = {}
         self.pairs: dict[str, dict[int, PairTable]] = {}
@@ -199,6 +222,16 @@ class _Material:
         for method in self.methods:
             self._read_method(method)
             self._read_pairs(method)
+
+    @property
+    def paths(self) -> dict[str, list[SampleTable]]:
+        """The samples of each method's checkpoints, where they have rewards."""
+        return {name: list(steps.values()) for name, steps in self.tables.items()} if self.sft.scored else {}
+
+    @property
+    def aims(self) -> dict[str, float | None]:
+        """β of the optimum that each method aims at whose density ratios are known."""
+        return {name: self.run.describe(name)[1] for name in self.density}
 
     @property
     def evaluate(self) -> dict[str, Any]:
@@ -260,6 +293,8 @@ class _Material:
 
     def _read_pairs(self, method: str) -> None:
         self.pairs[method] = {}
+        if not self.run.counts(self.run.evaluation / "pairs" / method):
+            return
         for step in self.run.paired_steps(method):
             folder = self.run.pairs(method, step)
             where, records = self.run.relative(folder), self._complete(folder)

@@ -27,7 +27,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,9 @@ _STEP = re.compile(r"step-(\d+)")
 class RunFolder:
     """A run's directory. Attributes and methods without a verb are places, whether anything stands there or not."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, stages: Collection[str] | None = None) -> None:
+        """`stages` are those that count, by name, where others may be left of an earlier recipe; None: all."""
+        self.path, self._stages = path, stages
         self.recipe, self.environment = path / "recipe.yaml", path / "environment.json"
         self.evaluation = path / "evaluation"
         self.evidence, self.benchmark = self.evaluation / "evidence.json", self.evaluation / "benchmark.json"
@@ -164,11 +165,16 @@ class RunFolder:
         sums = Path(self.policy_source(name) or "") / SUMS
         return checksum(sums) if sums.is_file() else ""
 
+    def counts(self, stage: Path) -> bool:
+        """Whether what stands in a stage's folder is of the stages that count."""
+        return self._stages is None or self.relative(stage) in self._stages
+
     def methods(self) -> list[str]:
-        """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, sorted."""
+        """Methods in the recipe's order, then any others found in `align/` or `evaluation/`, where all count."""
         in_recipe = self.methods_of_recipe()
         there = {path.name for path in (self.path / "align").glob("*") if path.is_dir()} | set(self.evaluated())
-        return [name for name in in_recipe if name in there] + sorted(there - set(in_recipe))
+        others = sorted(there - set(in_recipe)) if self._stages is None else []
+        return [name for name in in_recipe if name in there] + others
 
     def methods_of_recipe(self) -> list[str]:
         return [str(name) for name in self.recipe_values().get("align") or {}]

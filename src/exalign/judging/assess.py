@@ -87,7 +87,9 @@ LOOPBACK = f"http://127.0.0.1:{DEFAULT_PORT}"
 class StudySettings(Settings):
     """What can be set about a study; every field is an option of `exalign assess new` of the same name."""
 
-    prompts: int = Field(100, ge=1, description="Prompts, the same for every match-up.")
+    prompts: int | None = Field(
+        None, ge=1, description="Prompts, the same for every match-up; default: 100, or all where there are fewer."
+    )
     per_item: int | None = Field(
         None, ge=1, description="Judgements per comparison; by default everybody judges everything."
     )

@@ -81,15 +81,15 @@ def plan_study(
     matches: Sequence[tuple[str, str]],
     *,
     name: str,
-    num_prompts: int,
+    num_prompts: int | None,
     assessors: Sequence[str],
     per_item: int | None = None,
     seed: int = 0,
 ) -> Study:
     """A study of `num_prompts` prompts × matches, each judged by `per_item` of the assessors (default: by all).
 
-    The systems are named as `pairing` says. Too few prompts that all of them answered, or more judgements per item than
-    assessors, is an `InputError`.
+    None: 100 prompts, or all of fewer. The systems are named as `pairing` says. Too few prompts that all of them
+    answered, or more judgements per item than assessors, is an `InputError`.
     """
     per_item = len(assessors) if per_item is None else per_item
     if not 1 <= per_item <= len(assessors):
@@ -101,9 +101,10 @@ def plan_study(
     references = reference_texts(folder)
     found = [match_up(systems[first], systems[second], references) for first, second in matches]
     shared = set.intersection(*({pair.prompt_id for pair in one.pairs} for one in found))
-    if len(shared) < num_prompts:
-        said = f"{', '.join(systems)} share only {len(shared)} in {run}"
-        raise InputError(f"{num_prompts} prompts asked for, but {said}.")
+    num_prompts = min(100, len(shared)) if num_prompts is None else num_prompts
+    if not 1 <= num_prompts <= len(shared):
+        said = f"{', '.join(systems)} share {len(shared)} prompts in {run}"
+        raise InputError(f"--prompts {num_prompts}: {said}.")
     # Chosen pairs stay in the order of the match-ups within each prompt, which `assign` relies on.
     pairs = (pair for one in found for pair in one.pairs if pair.prompt_id in shared)
     items = choose(pairs, prompts=num_prompts, seed=seed)

@@ -81,7 +81,7 @@ class KTO(Contrastive):
         )
 
     def problems(self) -> Iterator[str]:
-        if self.target == "preference" and self.desirable_above != type(self).model_fields["desirable_above"].default:
+        if self.target == "preference" and self.changed("desirable_above"):
             yield "desirable_above has no effect on a preference target; remove it"
         if self.stop_after is not None:
             yield "stop_after compares losses, and KTO's depends on the step it is measured after; remove it"

@@ -119,17 +119,16 @@ class Matching(Method):
         return Amount(self.epochs) if self.fresh_every is None else own_amount(self)
 
     def problems(self) -> Iterator[str]:
-        usual = type(self).model_fields
         idle = "epsilon" if self.target == "reward" else "beta_r"
-        if getattr(self, idle) != usual[idle].default:
+        if self.changed(idle):
             yield f"{idle} has no effect on a {self.target} target; remove it"
         if self.beta_r_std is not None and (self.target != "reward" or self.fresh_every is not None):
             yield "beta_r_std is of the rewards of given samples, which this method does not train on; remove it"
-        elif self.beta_r_std is not None and self.beta_r != usual["beta_r"].default:
+        elif self.beta_r_std is not None and self.changed("beta_r"):
             yield "beta_r has no effect beside beta_r_std; remove one of them"
         if self.target == "preference" and self.epsilon == 0 and self.divergence in ("reverse_kl", "jeffreys"):
             yield f"epsilon = 0 makes the divergence {self.divergence} infinite; give one above 0, as 1e-3"
-        if self.divergence != "alpha" and self.alpha != usual["alpha"].default:
+        if self.divergence != "alpha" and self.changed("alpha"):
             yield f"alpha has no effect on the divergence {self.divergence}; remove it"
         if self.fresh_every is not None:
             yield from fresh_problems(self)

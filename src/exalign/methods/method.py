@@ -23,7 +23,7 @@ from exalign.errors import InputError
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.own_modules import own_module
 from exalign.rollout.settings import SampleSettings
-from exalign.settings import STEP_SIZE
+from exalign.settings import FUNCTION, STEP_SIZE
 from exalign.training.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class Method(TrainSettings):
     """A way to align a policy. A subclass adds its settings, `train`, and what others need to know of it."""
 
     method: str = Field(
-        "matching", description="the method: matching (EXO, DPO, the family), ppo, simpo, …, or module:Class"
+        "matching",
+        description="the method: matching (EXO, DPO, the family), ppo, simpo, …, or module:Class",
+        json_schema_extra=FUNCTION,
     )
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW", json_schema_extra=STEP_SIZE)
     num_completions: int | None = Field(
@@ -105,6 +107,10 @@ class Method(TrainSettings):
         "each, trained anew; {kl: [0.5, 1, 2]} are the nats at which the optima lie that are aimed at, and β is chosen "
         "for them from the evaluation's pool; None: the checkpoints along one training",
     )
+
+    def changed(self, name: str) -> bool:
+        """Whether this setting is not its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def swept(self) -> tuple[str, tuple[int | float, ...]] | None:

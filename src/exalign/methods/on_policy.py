@@ -133,7 +133,7 @@ class OwnSamples:
         """This process's prompts with their completions, what was counted, and the seconds of drawing and scoring."""
         from exalign.data.batching import group_of
         from exalign.data.record import logprob_gaps
-        from exalign.models.capability import device_of
+        from exalign.models.capability import device_of, evaluating
         from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logprobs
         from exalign.rollout.scorers import part_means, scored
 
@@ -147,7 +147,8 @@ class OwnSamples:
         numerics = Numerics(material.temperature, settings.token_budget, settings.precision)
         begun = time.perf_counter()
         sampler = open_sampler(policy, material.tokenizer, sampling, temperature=material.temperature, seed=seed)
-        found = sampled = rollout(records, sampler, counts, numerics)
+        with evaluating(policy):  # once: else every token's step puts every module in that mode and back
+            found = sampled = rollout(records, sampler, counts, numerics)
         drawing = time.perf_counter() - begun
         # Drawn from the whole distribution, q is the policy itself, as the training path computes it.
         whole = self.whole_distribution

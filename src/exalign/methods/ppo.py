@@ -99,7 +99,7 @@ class PPO(Method):
         return Amount(passes, draws=self.epochs, together=self.rollout_prompts, critic=self.critic or "policy")
 
     def problems(self) -> Iterator[str]:
-        if self.target_kl is None and self.kl_rate != type(self).model_fields["kl_rate"].default:
+        if self.target_kl is None and self.changed("kl_rate"):
             yield "kl_rate has no effect without target_kl; remove it"
         if self.target_kl is not None and self.beta == 0:
             yield "beta = 0 can never change, whatever target_kl is; start from a beta above 0"

@@ -238,7 +238,7 @@ def dense_tree_attention(
         hidden = ~layout.alone(tree).dense_mask(query.device)
         scores = _scores(q, k, scale, softcap).masked_fill(hidden, -torch.inf)
         outputs.append(scores.softmax(-1).to(v.dtype) @ v)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:

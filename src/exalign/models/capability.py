@@ -225,7 +225,7 @@ def _make_plan(base: Any) -> Plan:
         if reason is not None:
             logger.warning("%s: prompts are repeated for each completion, because %s.", type(base).__name__, reason)
         embeds = reason is None and testable and _takes_embeddings(base)
-    window = getattr(base.config.get_text_config(), "sliding_window", None)
+    window = widest(base.config.get_text_config(), "sliding_window")
     return Plan(reason is None, logit_map, embeds=embeds, rope=rope, windows=(None, window))
 
 
@@ -235,10 +235,22 @@ def unsupported(base: Any) -> str | None:
         return "its attention does not go through transformers' attention interface"
     if getattr(base.config, "is_encoder_decoder", False):
         return "it has an encoder beside its decoder"
-    others = set(getattr(base.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    others = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if others:
         return f"it has layers of kind {', '.join(sorted(others))}"
     return None
+
+
+def widest(config: Any, name: str) -> int | None:
+    """A number of a model's config, the largest where its layers have numbers of their own (Gemma 3n and 4)."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # transformers says no number for all where layers differ
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max(filter(None, found), default=None) if isinstance(found, list | tuple) else found
 
 
 def in_short(error: Exception) -> str:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from exalign.data.batching import Group
 from exalign.device import wait
-from exalign.models.capability import base_of, body_of
+from exalign.models.capability import base_of, body_of, widest
 
 _PEAK_ROWS, _ACCELERATOR_ROWS = (256, 1024), (4096, 16384)  # fewer do not fill an accelerator
 _PEAK_SIDE = 4096  # of a larger weight a part is multiplied: the rate is the same, and a vocabulary takes long
@@ -109,8 +109,8 @@ def _products(model: nn.Module, groups: Sequence[Group]) -> list[tuple[bool, flo
 def _attention(model: nn.Module, groups: Sequence[Group]) -> float:
     """q·k and p·v of every pair, head and layer."""
     config: Any = base_of(model).config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)  # Mamba and RWKV have none
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    heads = widest(config, "num_attention_heads") or 0  # Mamba and RWKV have none
+    size = widest(config, "head_dim") or config.hidden_size // max(heads, 1)
     return 4.0 * necessary_positions(groups).pairs * size * heads * config.num_hidden_layers
 
 

@@ -77,7 +77,7 @@ def completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """
     base = _critic(model)
     hidden, wanted = predicting_states(model, groups)
-    return unflatten_tokens(_accurate(base.score(hidden)[wanted.rows, 0]), wanted.cells, groups)
+    return unflatten_tokens(_head(base, hidden)[wanted.rows, 0], wanted.cells, groups)
 
 
 def plain_completion_values(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -122,11 +122,17 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     if plan.tree:
         parts, places = plan.sides(groups)
         stream, last, there = whole_stream(parts, device, places=places, windows=plan.windows)
-        return unflatten(_accurate(base.score(stream_hidden(base, stream).index_select(0, last))), groups, there)
+        return unflatten(_head(base, stream_hidden(base, stream).index_select(0, last)), groups, there)
     input_ids, attention_mask, _ = padded_rows(groups, device)
     last = attention_mask.sum(dim=1) - 1
     hidden = row_hidden(base, input_ids, attention_mask)
-    return unflatten(_accurate(base.score(hidden[torch.arange(len(hidden), device=device), last])), groups)
+    return unflatten(_head(base, hidden[torch.arange(len(hidden), device=device), last]), groups)
+
+
+def _head(base: Any, hidden: Tensor) -> Tensor:
+    """The head's numbers, without autocast, which would round rewards and values to 8 bits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _accurate(base.score(hidden.to(next(base.score.parameters()).dtype)))
 
 
 def _accurate(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the first step: with dropout on, the same weights give log-probs that differ by 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ from exalign.storage import atomic_path, exists, is_lfs_pointer, read_object, wr
 
 logger = logging.getLogger(__name__)
 
-_DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p", "layerdrop")
+_DROPOUT_ENDINGS = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "dropout_p", "layerdrop", "jitter_noise")
 
 
 def load_tokenizer(
@@ -175,6 +176,10 @@ def policy_skeleton(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase 
 
 def check_weights(source: str) -> None:
     """Raise what loading the weights of a folder, or of the base of its adapter, would raise, as their heads tell."""
+    if os.path.isfile(source):
+        raise InputError(f"{source} is a file; a model is a folder, or a name on the hub, and comes before its data.")
+    if exists(Path(source) / "recipe.yaml"):
+        raise InputError(f"{source} is a run; name one of its policies, as {source}/align/METHOD/model.")
     base = _adapter_base(source)
     if base is not None:
         if _adapter_base(base) is not None:
@@ -190,7 +195,9 @@ def check_weights(source: str) -> None:
         files = set(json.loads(index.read_bytes())["weight_map"].values()) if exists(index) else ()
         for file in sorted(files) or [f"{name}.safetensors"]:
             if not exists(folder / file):
-                raise InputError(f"{source} has no {file}; weights that are pickled are not opened.")
+                pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir())
+                said = "; weights that are pickled are not opened" if pickled else ""
+                raise InputError(f"{source} has no {file}{said}.")
             # safetensors says of a file that may not be read that there is none.
             with (folder / file).open("rb"), safe_open(folder / file, framework="pt"):
                 pass
@@ -610,7 +617,8 @@ def _from_pretrained(
     if new_head:
         missing = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
     if missing:
-        raise InputError(f"{settings.source} lacks weights that this model needs ({', '.join(missing[:3])}).")
+        what = "is no reward model or classifier" if "score.weight" in missing else "is not whole"
+        raise InputError(f"{settings.source} {what}: it lacks weights that are needed ({', '.join(missing[:3])}).")
     if (surplus := sorted(report["unexpected_keys"])) and not new_head:
         logger.warning("%s: %d weights are not used, as %s.", settings.source, len(surplus), surplus[0])
     return model
@@ -773,7 +781,8 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
         if local:
             return InputError(f"The {kind} folder {source} does not exist.")
         if (sentence := hub_sentence(kind, source, error)) is not None:
-            return InputError(sentence)
+            here = difflib.get_close_matches(source, [path.name for path in Path().iterdir() if path.is_dir()], n=1)
+            return InputError(sentence + (f" There is a folder {here[0]} here." if here else ""))
     with suppress(OSError):  # a file that cannot be read is what the error is about
         for path in sorted(folder.glob("*")):
             if path.is_file() and is_lfs_pointer(path):

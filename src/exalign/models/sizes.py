@@ -38,7 +38,7 @@ class Architecture:
     """
 
     def __init__(self, name: str, module: nn.Module, origin: str) -> None:
-        from exalign.models.capability import base_of
+        from exalign.models.capability import base_of, widest
         from exalign.models.flops import matrices
 
         base, weights = base_of(module), list(module.parameters())
@@ -54,13 +54,13 @@ class Architecture:
         self.shares_prompts = hasattr(base, "score") or self.speaks
         self.element_size = weights[0].element_size()  # of keys, values and hidden states in inference too
         self.precision = "fp32" if self.element_size >= 4 else "bf16"
-        self.hidden, self.heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 1))
+        self.hidden, self.heads = int(config.hidden_size), widest(config, "num_attention_heads") or 1
         self.layers, self.vocabulary = int(config.num_hidden_layers), int(config.vocab_size)
-        self.head_size = int(getattr(config, "head_dim", None) or self.hidden // self.heads)
-        self.key_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        self.head_size = widest(config, "head_dim") or self.hidden // self.heads
+        self.key_heads = widest(config, "num_key_value_heads") or self.heads
         self.cache_bytes_per_token = 2 * self.layers * self.key_heads * self.head_size * self.element_size
         names = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
-        self.feed_forward = int(next(filter(None, (getattr(config, n, None) for n in names)), 4 * self.hidden))
+        self.feed_forward = next(filter(None, (widest(config, name) for name in names)), 4 * self.hidden)
         self._measure_block(base)
 
     def _measure_block(self, base: Any) -> None:

@@ -302,5 +302,6 @@ def selection_table(selected: Sequence[Selected], run: Path) -> Table:
     for row in selected:
         there = RunFolder(run).policy(row.method, row.point.step).is_dir()
         place = shown(row.folder if there else f"{row.folder} (gone)")
-        table.add_row(shown(row.method), interval(row.point.kl), interval(row.point.measured), place)
+        value = interval(row.point.reward) if row.point.reward else percent(row.point.measured)
+        table.add_row(shown(row.method), interval(row.point.kl), value, place)
     return table

@@ -82,6 +82,7 @@ def _figures(evidence: Evidence, run: Path) -> dict[str, tuple[str, Figure | Non
     density = evidence.density
     first = None if density is None else replace(density, prompts=density.prompts[:1])
     several = None if density is None or len(density.prompts) < 2 else density
+    no_scorer = "rewards: this run has preferences and no scorer."
     no_density = f"the final policies on the pool's samples: {again} evaluate.density_prompts=4 computes them."
     pairs = "" if evidence.scored else " that read held-out pairs"
     return {
@@ -95,7 +96,7 @@ def _figures(evidence: Evidence, run: Path) -> dict[str, tuple[str, Figure | Non
             "density ratio on one prompt",
             draw_density(first, looks, width=WIDTH),
             lambda: captions.density(1),
-            no_density,
+            no_density if evidence.scored else no_scorer,
         ),
         "4": (
             "judged match-ups",
@@ -122,15 +123,13 @@ def _figures(evidence: Evidence, run: Path) -> dict[str, tuple[str, Figure | Non
             "reward against training step",
             draw_reward_against_step(evidence, looks, width=WIDTH),
             captions.reward,
-            f"an evaluated checkpoint: {again} makes them."
-            if evidence.scored
-            else "rewards: this run has preferences and no scorer.",
+            f"an evaluated checkpoint: {again} makes them." if evidence.scored else no_scorer,
         ),
         "9": (
             "density ratio on several prompts",
             draw_density(several, looks, width=WIDTH),
             lambda: captions.density(0 if several is None else len(several.prompts)),
-            f"two prompts or more, and {no_density}",
+            f"two prompts or more, and {no_density}" if evidence.scored else no_scorer,
         ),
     }
 

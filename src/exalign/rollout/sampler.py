@@ -397,8 +397,8 @@ def _filter(scaled: Tensor, top_k: int | None, top_p: float | None) -> None:
     if top_p is not None:
         ordered, order = scaled.sort(descending=True)
         probability = ordered.double().softmax(-1)
-        before = probability.cumsum(-1) - probability
-        scaled.masked_fill_((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+        left_out = probability.cumsum(-1) - probability >= top_p
+        scaled.masked_fill_(left_out.scatter(1, order, left_out), -torch.inf)
 
 
 def _invert(scaled: Tensor, rows: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

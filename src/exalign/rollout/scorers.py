@@ -363,6 +363,10 @@ class FunctionScorer:
         problems: list[InputError] = []
         for by_prompt in (True, False) if self._by_prompt is None else (self._by_prompt,):
             try:
+                if (
+                    self._by_prompt is None and len(records) > 1
+                ):  # a paid judge is not asked all of it in the wrong form
+                    self._rewards(records[:1], by_prompt=by_prompt)
                 rewards = self._rewards(records, by_prompt=by_prompt)
             except InputError as error:
                 problems.append(error)
@@ -379,6 +383,9 @@ class FunctionScorer:
                 return [_listed(values) for values in _listed(given)]
             flat = [float(value) for value in _listed(given)]
         except (TypeError, ValueError, OverflowError, RuntimeError):
+            if given is None or inspect.iscoroutine(given):
+                said = "returned None" if given is None else "is async, and is not awaited; give an ordinary function"
+                raise InputError(f"{self._name} {said}.") from None
             wanted = "list of rewards per prompt, or one per" if by_prompt else "number per"
             raise InputError(f"{self._name} must return one {wanted} completion.") from None
         texts = sum(len(record.completions) for record in records)

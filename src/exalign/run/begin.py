@@ -26,7 +26,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.processes import leads
 from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
-from exalign.run.recipe import EvaluateSettings, load_recipe, make_recipe
+from exalign.run.recipe import EvaluateSettings, make_recipe, with_overrides
 from exalign.run.runner import Run
 from exalign.storage import exists, fingerprint, write_text
 from exalign.strict_yaml import dump_yaml
@@ -145,9 +145,19 @@ def evidence(
 
 def _carried_out(begun: Begun, overrides: Sequence[str], console: Console | None) -> Run:
     console = (console or Console()) if leads() else Console(quiet=True)
+    recipe, is_new = with_overrides(begun.values, overrides, "the recipe chosen"), not exists(begun.file)
+    if not recipe.align:
+        raise InputError(
+            "Nothing is left to align: the recipe chosen holds no method any more; add one, as align.dpo={}."
+        )
     write_down(begun, console)
-    run = Run(load_recipe(begun.file, overrides), begun.folder, console)
-    carry_out(run)
+    run = Run(recipe, begun.folder, console)
+    try:
+        carry_out(run)
+    except InputError:
+        if is_new and leads() and not exists(run.path("recipe.yaml")):  # nothing was begun
+            begun.file.unlink(missing_ok=True)
+        raise
     return run
 
 
@@ -218,15 +228,17 @@ def _begun(values: dict[str, Any], out: str | Path | None, named: str, reasons: 
 def write_down(begun: Begun, console: Console) -> None:
     """Write the recipe and say what was chosen; one that stands there and was edited is an `InputError`."""
     text = "# Chosen by exalign; every setting may be changed: exalign recipe --explain\n" + dump_yaml(begun.values)
+    again = f"exalign run {begun.file}" + (
+        "" if begun.folder == Path("runs") / begun.values["name"] else f" --run {begun.folder}"
+    )
     if exists(begun.file) and begun.file.read_text(encoding="utf-8", errors="replace") != text:
         raise InputError(
             f"{begun.file} is there already, edited or chosen for other data or options: carry it out with "
-            f"exalign run {begun.file}, remove it, or choose another place with --out."
+            f"{again}, remove it, or choose another place with --out."
         )
     write_text(begun.file, text)
     for reason in begun.reasons:
         console.print(shown(f"• {reason}"), soft_wrap=True)
-    again = f"exalign run {begun.file}" + ("" if begun.folder.parent == Path("runs") else f" --run {begun.folder}")
     console.print(shown(f"• recipe: {begun.file}; edit it and carry it out with {again}"), soft_wrap=True)
 
 
@@ -264,15 +276,16 @@ def _sources(
         )
     kept = max(min(round(share * len(records)), EVALUATED), 1)
     used, start = "rewards" if ranked else "prompts", settings.skip
-    rest = {} if settings.limit is None else {"limit": max(settings.limit - kept, 1)}
-    values["data"] = {used: {**source, "skip": start + kept, **rest}}
-    values["data"]["evaluation"] = {**source, "skip": start, "limit": kept}
+    rows = sum(len(record.completions) for record in records[:kept]) if settings.join else kept
+    rest = {} if settings.limit is None else {"limit": max(settings.limit - rows, 1)}
+    values["data"] = {used: {**source, "skip": start + rows, **rest}}
+    values["data"]["evaluation"] = {**source, "skip": start, "limit": rows}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
     held = {fingerprint(record.prompt) for record in records[:kept]}
     twice = sum(fingerprint(record.prompt) in held for record in records[kept:])
     again = f", but {twice:,} later rows have their prompts and are trained on: remove them" if twice else ""
-    return "reward", f"data: {some} {what}; the first {kept} rows are held out for the evidence{again}"
+    return "reward", f"data: {some} {what}; the first {rows} rows are held out for the evidence{again}"
 
 
 def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:

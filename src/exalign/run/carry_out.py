@@ -18,7 +18,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as voice
 
-from exalign.data.reading import DataSettings, Sources, each, prompt_digest, read_source
+from exalign.data.reading import (
+    DataSettings,
+    Sources,
+    data_suffix,
+    each,
+    named,
+    prompt_digest,
+    read_source,
+    whole,
+)
 from exalign.data.record import Record
 from exalign.data.tokenization import UnfitError, build_tokenizer, with_token_ids
 from exalign.device import device
@@ -44,7 +53,7 @@ from exalign.run.materials import are_cut, told_in_tokens
 from exalign.run.recipe import Recipe, changed, holds_out, models_of
 from exalign.run.runner import Run, pin_to_run
 from exalign.run.search import propose, validation_prompts
-from exalign.run.stages import plan, texts_of
+from exalign.run.stages import hold_out, plan, preferences_of, texts_of
 from exalign.storage import exists
 from exalign.terminal import shown
 from exalign.training.train_settings import TrainSettings
@@ -199,6 +208,8 @@ def _look(name: str, sources: Sources) -> _Looked:
             found.fewest = min(number, found.fewest or number)
             found.preferences += record.preferred is not None
             found.columns |= (record.columns or {}).keys()
+    if name == "sft" and found.patterns and not any(answered for *_, answered in found.patterns):
+        raise InputError(f"data.sft: no row of {named(sources)} has a completion.")
     return found
 
 
@@ -320,12 +331,11 @@ def _check_evaluation(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
         raise InputError(f"evaluate.category: data.{name} has no column {category!r} beside those that it is read by.")
     first, sources = recipe.evaluate.first_prompt, getattr(recipe.data, name)
     if found is not None and first is not None and not are_cut(sources):
-        next(in_order(read_source(sources, Counter()), first))
-
-
-def whole(settings: DataSettings) -> DataSettings:
-    """The source with its texts not cut into prompt and completion, which takes a tokenizer."""
-    return settings.model_copy(update={"prompt_tokens": None})
+        rows = read_source(sources, Counter())
+        if holds_out(recipe):
+            pairs = [pair for record in rows for pair in preferences_of(record, Counter())]
+            rows = iter(hold_out(pairs, recipe.data.held_out, recipe.evaluate.pairs, "data.preferences")[1])
+        next(in_order(rows, first))
 
 
 def _check_search(recipe: Recipe, looked: Mapping[str, _Looked]) -> None:
@@ -353,7 +363,8 @@ def _local_sources(recipe: Recipe) -> dict[str, Sources]:
 
 
 def _looks_local(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix != ""
+    """A hub's name has one slash at most, and may have dots (Qwen/Qwen2.5-7B-Instruct)."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or data_suffix(Path(source)) is not None
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:
@@ -366,7 +377,7 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
             record.rewards is not None,
         ),
         "data.labelled": ("a label (text, label: 0 or 1)", record.rewards is not None),
-        "data.sft": ("a completion", len(record.completions) == 1 or record.preferred is not None or ranked),
+        "data.sft": ("one completion", len(record.completions) < 2 or record.preferred is not None or ranked),
     }
     what, found = needs.get(name, ("", True))
     if not found:

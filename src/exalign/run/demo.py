@@ -10,7 +10,7 @@ from pathlib import Path
 from exalign.data.synthetic import write_world
 from exalign.errors import InputError, nearest
 from exalign.run.recipe import RECIPES, Recipe, load_recipe
-from exalign.storage import write_text
+from exalign.storage import read_json, write_json, write_text
 
 RECIPE = RECIPES / "demo.yaml"
 
@@ -47,6 +47,8 @@ def demo_recipe(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
         "data.evaluation.source": "test.jsonl",
     }
     recipe = load_recipe(RECIPE, [*(f"{key}={world / name}" for key, name in places.items()), *overrides])
-    if not (world / "tokenizer").is_dir():  # written last
+    seed = world / "seed.json"  # written last
+    if not seed.is_file() or read_json(seed) != recipe.seed:
         write_world(world, seed=recipe.seed)
+        write_json(seed, recipe.seed)
     return recipe

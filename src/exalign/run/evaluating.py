@@ -337,7 +337,8 @@ def _density(view: View, *, name: str) -> None:
 
 
 def _report(view: View) -> None:
-    evidence = build_evidence(view.run, seed=view.recipe.seed, judgements=read_judgements(view.run))
+    judgements, own = read_judgements(view.run), view.stage.needs
+    evidence = build_evidence(view.run, seed=view.recipe.seed, judgements=judgements, stages=own)
     page = write_report(view.run)
     for sentence in evidence.warnings:
         view.console.print(shown(f"  ! {sentence}", "yellow"), soft_wrap=True)

@@ -110,6 +110,7 @@ def print_settings(console: Console, below: str | None = None) -> None:
     settings = known = list(explain(Recipe))
     if below is not None:
         settings = [each for each in known if f"{each.name}.".startswith(f"{below}.")]
+        settings = settings or [each for each in known if each.name.rpartition(".")[2] == below]
         if not settings:
             near = nearest(below, (each.name for each in known), "`exalign recipe --explain` prints all there are.")
             raise InputError(f"{below} is no setting of a recipe; {near}")

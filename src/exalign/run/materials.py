@@ -6,6 +6,7 @@ A stage is put together from `Takes`: the settings and folders that it needs for
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exalign.data.batching import Group
-from exalign.data.reading import Sources, each, holds_records, named, read_source
+from exalign.data.reading import Sources, each, holds_records, named, prompt_digest, read_source
 from exalign.data.record import Record
 from exalign.data.store import Header, RecordWriter, iter_records
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -39,8 +40,11 @@ from exalign.rollout.vllm import close_engine
 from exalign.run.recipe import Recipe, holds_out
 from exalign.run.view import Stage, View, sections_of
 from exalign.storage import fingerprint
+from exalign.terminal import LINE_SECONDS, shown, time_left
 from exalign.training.train_settings import TrainSettings
 
+MANY_CUT = 0.05
+"""From this share on it is told while it happens that texts are cut."""
 SHARD = 256
 """Prompts that are sampled and written together: a kill costs one shard, and nothing is repeated."""
 
@@ -215,9 +219,16 @@ def tokenize(
 ) -> list[Group]:
     """Token groups of the records, under the recipe's limits unless others are given; none at all is an error."""
     limits = limits or token_limits(view)
-    groups = list(tokenize_records(records, tokenizer, limits=limits, counts=view.counts))
+    before, groups = Counter(view.counts), list(tokenize_records(records, tokenizer, limits=limits, counts=view.counts))
     if not groups:
         raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
+    for what, limit, number in (
+        ("prompts", limits.max_prompt_tokens, len(groups)),
+        ("completions", limits.max_completion_tokens, sum(group.num_completions for group in groups)),
+    ):
+        if (cut := (view.counts - before)[f"{what}_cut"]) >= MANY_CUT * number:
+            said = f"  ! {cut:,} of {number:,} {what} are cut at {limit:,} tokens (data.max_{what[:-1]}_tokens)"
+            view.console.print(shown(said, "yellow"), soft_wrap=True)
     return groups
 
 
@@ -260,9 +271,9 @@ def not_held_out(view: View, records: Iterable[Record], counts: Counter[str]) ->
     """The records less those whose prompt is held out for the evidence, which are counted."""
     folder = view.path("preferences", "held-out") if view.has("preferences") else None
     there = folder is not None and (folder / "header.json").is_file()
-    kept = {fingerprint(record.prompt) for record in iter_records(folder)} if folder is not None and there else set()
+    kept = {prompt_digest(record) for record in iter_records(folder)} if folder is not None and there else set()
     for record in records:
-        if kept and fingerprint(record.prompt) in kept:
+        if kept and prompt_digest(record) in kept:
             counts["rows_held_out"] += 1
         else:
             yield record
@@ -396,6 +407,8 @@ def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, wor
     writer = RecordWriter(folder, shard_size=SHARD) if leads() else None
     start = gathered(writer and writer.written)[0] or 0
     left = iter_records(records, start) if isinstance(records, Path) else iter(records[start:])
+    total, done, begun = None if isinstance(records, Path) else len(records), start, time.monotonic()
+    said = begun
 
     def worked(part: Sequence[Record]) -> tuple[list[Record], Counter[str]]:
         counts: Counter[str] = Counter()
@@ -407,8 +420,13 @@ def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, wor
         else:
             made = [_joined(collected(worked(share_of(shard)))) for shard in shards]
         if writer is not None:
-            for done, counts in made:
-                writer.write_shard(done, counts)
+            for rows, counts in made:
+                writer.write_shard(rows, counts)
+        done += sum(map(len, shards))
+        if time.monotonic() - said >= LINE_SECONDS and done != total:
+            said = time.monotonic()
+            of = "" if total is None else f" of {total:,}{time_left(begun, done - start, total - start)}"
+            view.console.print(shown(f"  {view.stage.name}: {done:,}{of} rows", "dim"), soft_wrap=True)
     if writer is not None:
         writer.close(header.with_counts(writer.counts))
         view.counts.update(writer.counts)

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from exalign.data.reading import DataSettings, each, named
+from exalign.data.reading import DataSettings, each, named, prompt_digest, read_source, whole
 from exalign.errors import InputError, nearest
 from exalign.judging.options import with_settings
 from exalign.models.model_settings import ModelSettings, adapter_base
@@ -307,16 +307,23 @@ class Load:
         return Group(0, torch.zeros(self.prompt_tokens, dtype=torch.long), (completion,) * self.completions)
 
 
-def rows_of(source: DataSettings) -> tuple[int, str]:
-    """How many rows a source has after `skip` and `limit`, and how that is known. Local data is read to its end."""
-    from exalign.data.reading import read_source
+def rows_of(source: DataSettings, name: str) -> tuple[int, str]:
+    """How much `data.NAME` takes from a source after `skip` and `limit`, and how that is known.
 
+    Rows; of preferences the pairs that they give, of the evaluation different prompts. Local data is read to its end.
+    """
     if exists(Path(source.source)):
-        counted = sum(1 for _ in read_source(source.model_copy(update={"prompt_tokens": None}), Counter()))
+        records = read_source(whole(source), Counter())
+        if name == "preferences":
+            counted = sum(max(1, len(record.completions) // 2) for record in records)
+        elif name in ("evaluation", "validation"):
+            counted = len({prompt_digest(record) for record in records})
+        else:
+            counted = sum(1 for _ in records)
         return counted, f"counted in {source.source}"
     published = "/".join(filter(None, (source.source, source.data_dir)))
     if (rows := PUBLISHED_ROWS.get((published, source.split or "train"))) is not None:
-        left = round(source.share * max(0, rows - source.skip))
+        left = max(0, round(source.share * rows) - source.skip)
         return min(left, source.limit or left), f"published size of {published}"
     if source.limit is not None:
         return source.limit, f"limit; {source.source} is not here to be counted"
@@ -711,7 +718,7 @@ class Budget:
         if assumed.prompts is not None and name != "evaluation":
             found = [(assumed.prompts, "--prompts")]
         else:
-            found = self._known[name] = self._known.get(name) or [rows_of(source) for source in sources]
+            found = self._known[name] = self._known.get(name) or [rows_of(source, name) for source in sources]
         if not (rows := sum(number for number, _ in found)):
             raise InputError(f"data.{name}: {named(sources)} has no usable rows.")
         if name == "preferences" and holds_out(self.recipe):

@@ -6,6 +6,7 @@ setting that cannot take effect is an `InputError` that names the nearest right 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import types
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 
-from exalign.data.reading import Sources
+from exalign.data.reading import Sources, data_suffix
 from exalign.errors import InputError, nearest
 from exalign.evaluation.run_folder import BEST_OF, NO_METHODS
 from exalign.methods.method import Method, method_class
@@ -353,6 +354,7 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
     if recipe.preferences is not None and recipe.data.preferences is not None:
         yield "preferences has no effect beside data.preferences; remove one of them"
     yield from _missing_inputs(recipe)
+    yield from _idle_data(recipe)
     yield from _scorer_problems(recipe)
     yield from _evaluation_problems(recipe)
     yield from _search_problems(recipe)
@@ -440,6 +442,17 @@ def samples_are_scored(recipe: Recipe) -> bool:
     """Whether any method needs rewards of samples that this run draws."""
     wanted = trained_on(recipe)
     return "prompts" in wanted or ("rewards" in wanted and recipe.data.rewards is None)
+
+
+def _idle_data(recipe: Recipe) -> Iterator[str]:
+    """Data that nothing would be made from."""
+    if recipe.data.sft is not None and recipe.sft is None and recipe.tokenizer.vocab_size is None:
+        yield "data.sft has no effect without an sft section; add sft={} or remove it"
+    drawn = recipe.preferences is not None or samples_are_scored(recipe)
+    if recipe.data.prompts is not None and recipe.align and not drawn:
+        yield "data.prompts has no effect: nothing that is trained is made from samples; remove it"
+    if recipe.data.rewards is not None and recipe.align and "rewards" not in trained_on(recipe):
+        yield "data.rewards has no effect: no method trains on rewards; remove it"
 
 
 def _missing_inputs(recipe: Recipe) -> Iterator[str]:
@@ -572,11 +585,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Relative paths of local data and models are taken from the working directory, as in a shell.
     """
     path = Path(path)
+    if data_suffix(path) is not None:
+        raise InputError(
+            f"{path} is data, and a recipe ends in .yaml; exalign align MODEL {path} aligns a model on it."
+        )
     try:
         with path.open("rb") as stream:  # which may be no file at all, and have no end
             text = stream.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
     except FileNotFoundError:
-        if (RECIPES / path.name).is_file():
+        if (RECIPES / f"{path.stem}.yaml").is_file():
             raise InputError(f"{path} does not exist; exalign recipes copy {path.stem} writes it here.") from None
         near = ", ".join(sorted(map(str, path.parent.glob("*.yaml")))[:8])
         raise InputError(f"{path} does not exist{'; there are ' + near if near else ''}.") from None
@@ -590,9 +607,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of settings, this is {type(values).__name__}.")
+    return with_overrides(values, overrides, str(path))
+
+
+def with_overrides(values: dict[str, Any], overrides: Iterable[str], where: str) -> Recipe:
+    """The recipe of a mapping in which `key=value` overrides replace what it says."""
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override)
-    return make_recipe(values, str(path))
+    return make_recipe(values, where)
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -637,6 +660,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"{override[:200]!r} is not KEY=VALUE, for example align.exo-rw.beta_pi=0.5.")
     target = values
     *parents, last = _steps(key.split("."), values)
+    methods = values.get("align")
+    if parents[:1] == ["align"] and len(parents) > 1 and isinstance(methods, dict) and parents[1] not in methods:
+        new = f"a new method takes all at once, align.{parents[1]}={{...}}"
+        raise InputError(f"{override[:200]!r}: align has no {parents[1]}; {nearest(parents[1], methods)} ({new})")
+    if key.startswith("x-"):
+        raise InputError(f"{override[:200]!r}: what x- holds is in its places by then; change it there.")
     for name in parents:
         if target.get(name) is None:
             target[name] = {}
@@ -681,7 +710,8 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
         owner = settings_at(model, location[:-1])
         if (here := meaning(location[-1], problem["input"])) is not None:
             return f"{where} is not a setting; here: {here}."
-        return f"{where} is not a setting; {nearest(location[-1], owner.model_fields if owner else [])}"
+        near = nearest(location[-1], owner.model_fields if owner else [])
+        return f"{where} is not a setting; {_places_of(location[-1]) or near}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default."
     if problem["type"] == "value_error":
@@ -692,6 +722,15 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
         text = "it takes settings, as name: value"
         hint = "; leave it out where its defaults will do" if problem["input"] is None else ""
     return f"{where}: {text}, not {shown if len(shown) < 60 else shown[:57] + '…'}{hint}."
+
+
+def _places_of(name: str) -> str:
+    """Where a setting of this very name stands, of a method first; empty where it stands nowhere."""
+    if name in method_class("matching").model_fields:
+        return f"it is a setting of a method: align.NAME.{name}."
+    sections = {top: settings_at(Recipe, [top]) for top in Recipe.model_fields}
+    place = next((top for top, section in sections.items() if section and name in section.model_fields), None)
+    return f"it is {place}.{name}." if place else ""
 
 
 def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:

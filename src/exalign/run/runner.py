@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,6 +33,7 @@ from exalign.errors import InputError
 from exalign.evaluation.run_folder import RunFolder
 from exalign.models.memory import room_for
 from exalign.processes import call, leads
+from exalign.redaction import redact_values
 from exalign.run.recipe import Recipe, dump_recipe
 from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
 from exalign.run.view import Contents, Stage, View, key, step_sizes
@@ -50,6 +51,9 @@ from exalign.storage import (
 from exalign.strict_yaml import dump_yaml
 from exalign.terminal import shown
 from exalign.training.guards import add_recovery, extended, next_recovery, recoveries, steps_not_taken
+
+_SECTIONS = ("sft", "oracle", "reward", "search", "align")
+"""Of a recipe, and what their stages are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Run:
         interrupted ones continue; a stage that was made from something else is an `InputError` before any work.
         """
         wanted = select(stages, targets)
+        self.console.print(shown(f"run: {self.folder}", "dim"), soft_wrap=True)
         with self._locked():
             contents = Contents(self.path("inputs.json"))
             made: dict[str, MadeFrom] = {}
@@ -133,16 +138,17 @@ class Run:
         own = key(self.recipe, stage.reads, contents)
         whole = fingerprint([stage.name, own, needs])
         if not stage.trains:
-            return MadeFrom({"fingerprint": whole}, own, found)
+            return MadeFrom({"fingerprint": whole, "key": redact_values(own)}, own, found)
         before, sizes = recoveries(folder), step_sizes(self.recipe, stage.reads)
         settled = key(self.recipe, stage.reads, contents, left_out=(NO_RESULT, STEP_SIZE))
-        values = {"settled": fingerprint([stage.name, settled, needs])}
+        values = {"settled": fingerprint([stage.name, settled, needs]), "key": redact_values(own)}
         entry = next_recovery(folder, sizes) if self.recover else None
         if found.get("fingerprint") in (whole, _recovered(whole, before)):
             return MadeFrom({"fingerprint": found["fingerprint"], **values}, own, found)
         same = found.get("settled") == values["settled"]
-        if same and entry is not None and entry["after_step"]:
-            recovered = {"fingerprint": _recovered(whole, extended(before, entry)), **values}
+        if same and entry is not None:
+            after = extended(before, entry) if entry["after_step"] else before  # else it starts over
+            recovered = {"fingerprint": _recovered(whole, after), **values}
             return MadeFrom(recovered, own, found, recovery=entry)
         recoverable = same and (folder / "stopped.json").exists()
         return MadeFrom({"fingerprint": whole, **values}, own, found, recoverable=recoverable)
@@ -157,7 +163,7 @@ class Run:
             third += " (what was tried on the same models and data is not tried again)" if stage.stays else ""
             raise InputError(
                 f"{self.folder}: the stage {stage.name} was made by another recipe "
-                f"({self._difference(stage, stages)}). "
+                f"({self._difference(stage, stages, made)}). "
                 f"Choose another directory with --run DIR, or pass --redo to make again what differs{third}."
             )
 
@@ -182,15 +188,18 @@ class Run:
             return {"fingerprint": None}
         return {}
 
-    def _difference(self, stage: Stage, stages: list[Stage]) -> str:
-        """What changed of the recipe, of it what the stage and those that it needs read."""
-        reads = tuple(path for one in with_needs({stage.name}, stages) for path in one.reads)
-        before, now = flatten(RunFolder(self.folder).recipe_values()), flatten(dump_recipe(self.recipe))
+    def _difference(self, stage: Stage, stages: list[Stage], made: Mapping[str, MadeFrom]) -> str:
+        """What changed of what the stage, and those that it needs, were made from."""
+        before, now = dict[str, Any](), dict[str, Any]()
+        for one in with_needs({stage.name}, stages):
+            before |= flatten(made[one.name].found.get("key") or {})
+            now |= flatten(made[one.name].values["key"])
+        if not before or before == now:  # of other stages, which the recipe has no more
+            before, now = flatten(RunFolder(self.folder).recipe_values()), flatten(dump_recipe(self.recipe))
         changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        changed = [name for name in changed if any(f"{name}.".startswith(f"{read}.") for read in reads)] or changed
         if not changed:
             return "the content of its data or of a model it starts from changed"
-        shown = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed[:3]]
+        shown = [_change(name, before.get(name), now.get(name)) for name in changed[:3]]
         return "; ".join(shown) + (f"; {len(changed) - 3} more" if len(changed) > 3 else "")
 
     def _carry_out(self, stage: Stage, made: MadeFrom) -> None:
@@ -220,7 +229,8 @@ class Run:
             stage.work(view)
         seconds = seconds_before + time.monotonic() - start
         if stage.trains:
-            more = {"recoveries": len(recoveries(folder)), "steps_not_taken": steps_not_taken(folder)}
+            trained = [folder, *sorted(folder.glob("at-*"))]  # of a sweep
+            more = {"recoveries": len(recoveries(folder)), "steps_not_taken": sum(map(steps_not_taken, trained))}
             view.counts.update({name: value for name, value in more.items() if value})
         done = {**made.values, "seconds": round(seconds, 2), "counts": dict(view.counts)}
         write_sealed(folder / "done.json", {**done, "files": stage_checksums(folder)})
@@ -268,7 +278,9 @@ def select(stages: Sequence[Stage], targets: Sequence[str]) -> list[Stage]:
     for target in targets or names:
         named = {name for name in names if name == target or name.startswith(f"{target}/")}
         if not named:
-            raise InputError(f"This recipe has no stage {target!r}; it has {', '.join(names)}.")
+            kinds = dict.fromkeys(name.partition("/")[0] for name in names)
+            needs = f"; a section {target} would make one" if target in _SECTIONS else ""
+            raise InputError(f"This recipe has no stage {target!r}{needs}; it has {', '.join(kinds)}.")
         wanted |= named
     return with_needs(wanted, stages)
 
@@ -327,6 +339,14 @@ def environment() -> dict[str, Any]:
         "memory": device_memory(device()),
         "accelerators": devices,
     }
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What became of a setting; of one that names content, a list of name and checksum, perhaps the content alone."""
+    if isinstance(before, list) and isinstance(now, list) and before and now and before[0] == now[0]:
+        return f"the content of {now[0] if isinstance(now[0], str) else name} changed"
+    told = [value[0] if isinstance(value, list) and value else value for value in (before, now)]
+    return f"{name} was {told[0]}, is {told[1]}"
 
 
 def _recovered(whole: str, entries: list[dict[str, Any]]) -> str:

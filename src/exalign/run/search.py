@@ -189,7 +189,7 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
             values = propose(ranges, type(own), results, trials=search.trials, seed=seed)
         settings = changed(own, values)
         trial = Trial(number, values, settings.model_dump(mode="json"))
-        place = view.folder / f"trial-{tried_on}-{fingerprint(trial.settings)[:8]}"
+        place = view.folder / f"trial-{tried_on}-{fingerprint(settings.deciding())[:8]}"
         trial, curve = _carried_out(view, place, settings, trial, material, judge)
         if place in places:
             trial = replace(trial, seconds=0.0, counts={}, same_as=places.index(place))

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
-from exalign.data.reading import each, read_source
+from exalign.data.reading import each, read_source, whole
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.store import Header, iter_records, read_header, read_records, write_records
 from exalign.data.tokenization import TokenLimits, build_tokenizer
@@ -33,7 +33,7 @@ from exalign.models.loading import load_classifier, load_policy, load_reward_mod
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import gathered, leads
 from exalign.redaction import redact
-from exalign.rollout.rollout import Numerics
+from exalign.rollout.rollout import Numerics, with_logprobs
 from exalign.rollout.scorers import keep_limits, scored
 from exalign.rollout.settings import SampleSettings
 from exalign.run.cluster import sample_by_workers, score_by_workers
@@ -210,7 +210,7 @@ def _material(view: View, *, name: str, scorer: Scoring | None, critic: bool) ->
         if method.num_completions is not None:
             records = [replace(record, completions=record.completions[: method.num_completions]) for record in records]
         if "data.held_out" in view.stage.reads:
-            records, kept = _held_out(records, recipe.data.held_out, len(records), "align")
+            records, kept = hold_out(records, recipe.data.held_out, len(records), "align")
             view.counts["prompts_held_out"] = len(kept)
         # Cut draws come from something else than π_sft at τ, which the objective then corrects for.
         sampled = "sample.top_p" in view.stage.reads
@@ -218,7 +218,11 @@ def _material(view: View, *, name: str, scorer: Scoring | None, critic: bool) ->
         groups = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(records)]
         view.counts["prompts"] = len(groups)
         view.counts["completions"] = sum(group.num_completions for group in groups)
-        kept = kept or (read_records(view.path(PAIRS, "records")) if view.has(PAIRS) else [])
+        if not kept and view.has(PAIRS):
+            kept = read_records(view.path(PAIRS, "records"))
+            if method.precision != "fp32":  # what was read in float32 says nothing of a log-ratio in bfloat16
+                numerics = Numerics(recipe.temperature, "auto", method.precision)
+                kept = with_logprobs(kept, supervised(view, tokenizer), "reference_logprob", numerics)
         held_out = [group_of(record, index, from_proposal=corrected) for index, record in enumerate(kept)]
         return replace(material, groups=groups, held_out=held_out)
     assert scorer is not None
@@ -297,8 +301,8 @@ def _tokenizer(view: View) -> None:
     settings = view.recipe.tokenizer
     assert settings.vocab_size is not None
     assert view.recipe.data.sft is not None
-    whole = [one.model_copy(update={"prompt_tokens": None}) for one in each(view.recipe.data.sft)]
-    texts = (text for record in read_source(whole, view.counts) for text in texts_of(record))
+    records = read_source([whole(one) for one in each(view.recipe.data.sft)], view.counts)
+    texts = (text for record in records for text in texts_of(record))
     tokenizer = build_tokenizer(texts, vocab_size=settings.vocab_size)
     tokenizer.save_pretrained(view.folder)
     view.counts["tokens_in_vocabulary"] = len(tokenizer)
@@ -313,7 +317,9 @@ def _sft(view: View, *, source: str) -> None:
     recipe, records = view.recipe, not_held_out(view, records_of(view, source), view.counts)
     tokenizer, best = run_tokenizer(view), []
     for record in records:
-        if record.preferred is None and len(record.completions) > 1 and len({*(record.rewards or ())}) == 1:
+        if not record.completions:
+            view.counts["rows_without_a_completion"] += 1
+        elif record.preferred is None and len(record.completions) > 1 and len({*(record.rewards or ())}) == 1:
             view.counts["ties"] += 1  # none of them is better than another
         else:
             best.append(preferred_only(record))
@@ -362,7 +368,7 @@ def _given_preferences(view: View) -> None:
     if not pairs:
         raise InputError("data.preferences: no row prefers a completion to another.")
     if "data.held_out" in view.stage.reads:
-        pairs, kept = _held_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.pairs, "data.preferences")
+        pairs, kept = hold_out(pairs, view.recipe.data.held_out, view.recipe.evaluate.pairs, "data.preferences")
         view.counts["held_out_pairs"] = len(kept)
         write_records(view.folder / "held-out", kept, Header(counts={"held_out_pairs": len(kept)}))
         view.console.print(
@@ -376,7 +382,7 @@ def _given_preferences(view: View) -> None:
     write_records(view.folder / "records", pairs, Header(counts=dict(view.counts)))
 
 
-def _held_out(rows: Sequence[Record], share: float, most: int, where: str) -> tuple[list[Record], list[Record]]:
+def hold_out(rows: Sequence[Record], share: float, most: int, where: str) -> tuple[list[Record], list[Record]]:
     """The rows less those of a share of the prompts, and these: the prompts whose content has the least hashes.
 
     So a prompt that is held out stays so when rows are added, moved or shuffled; no prompt is on both sides.

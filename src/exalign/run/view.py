@@ -188,7 +188,7 @@ def _setting(section: Any, name: str, contents: Contents, left_out: Marks) -> An
         return None
     if mark == CONTENT:
         return [value, contents.of(value)] if isinstance(value, str) else [[one, contents.of(one)] for one in value]
-    if mark == FUNCTION:
+    if mark == FUNCTION and ":" in value:
         return [value, contents.of_function(value)]
     return _as_json(value, contents, left_out)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,15 @@ def not_finite(step: int, in_a_row: int, skipped: Path, *, last_good: int, all_s
             f"{skipped}. Look there whether rows are to blame; where none is, the weights that training starts from "
             "are not finite, or learning_rate or max_grad_norm has to be lowered (then pass --recover)."
         )
-    goes_on = f"goes on after step {last_good}, the last good checkpoint" if last_good else "starts over"
+    goes_on = (
+        f"--recover goes on after step {last_good}, the last good checkpoint" if last_good else "--recover starts over"
+    )
+    if re.fullmatch(r"at-\d+", skipped.parent.name):  # of a sweep, whose trainings differ in nothing but its setting
+        goes_on = "--redo trains the sweep anew"
     return NotFiniteError(
         f"Training stopped at step {step}: loss or gradient was not finite {in_a_row} times in a row; the batches are "
-        f"in {skipped}. The same command with a lower learning_rate or max_grad_norm and --recover {goes_on}; where "
-        "rows are to blame, it goes on with a higher max_skipped_in_a_row."
+        f"in {skipped}. The same command with a lower learning_rate or max_grad_norm and {goes_on}; where rows are to "
+        "blame, it goes on with a higher max_skipped_in_a_row."
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +37,7 @@ from exalign.models.sizes import measured, training_sizes
 from exalign.redaction import redact_values
 from exalign.settings import Settings
 from exalign.storage import fingerprint, link_folder, remove_folder, remove_leftovers, write_json
-from exalign.terminal import escape_controls, shown
+from exalign.terminal import LINE_SECONDS, escape_controls, shown, time_left
 from exalign.training.batches import Batches, saved_steps
 from exalign.training.checkpoint import (
     MetricsLog,
@@ -62,8 +62,6 @@ from exalign.training.guards import (
 from exalign.training.optimizer import adamw, learning_rate_factor, set_learning_rate
 from exalign.training.train_settings import TrainSettings
 
-LINE_SECONDS = 30.0
-"""Between two lines about a training where there is no terminal for a bar."""
 SHOWN_ROWS = 4
 """Prompts of a step that trackers show, with their completions, where a policy is saved."""
 HELD_OUT_NUMBERS = ("loss", "accuracy", "margin", "reward_correlation")
@@ -251,7 +249,7 @@ def accumulate(
     sums: dict[str, Tensor] = {}
     for index in rounds:
         if before and index == len(before):
-            first = _gradients(model)
+            first = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
         part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
         synchronised = index == rounds[-1]
         with nullcontext() if synchronised else accelerator.no_sync(model), fitting(part):
@@ -262,23 +260,21 @@ def accumulate(
         for name, value in {"loss": loss, **part_metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * factor
     if before:
-        sums["gradient_agreement"] = _cosine(
-            first, [whole - part for whole, part in zip(_gradients(model), first, strict=True)]
-        )
+        sums["gradient_agreement"] = _agreement(model, first)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def _gradients(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-
-def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    product, *squares = (
-        torch.stack([(a * b).sum() for a, b in zip(ours, theirs, strict=True)]).sum()
-        for ours, theirs in ((first, second), (first, first), (second, second))
-    )
-    return product / (squares[0] * squares[1]).sqrt()
+def _agreement(model: nn.Module, first: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """The cosine of the gradients `first` and of what was added to them since."""
+    sums: list[Tensor] = []
+    for parameter in model.parameters():
+        if (whole := parameter.grad) is not None:
+            one = first.get(parameter, torch.zeros_like(whole))
+            other = whole - one
+            sums.append(torch.stack([(one * other).sum(), one.square().sum(), other.square().sum()]))
+    product, ours, theirs = torch.stack(sums).sum(dim=0)
+    return product / (ours * theirs).sqrt()
 
 
 def _take_steps(trainer: _Trainer, save: Save) -> None:
@@ -530,7 +526,7 @@ class TrainingProgress:
         self.label = label
         self.num_steps = num_steps
         self.console = console or Console(stderr=True, quiet=not visible)
-        self._last_line = 0.0
+        self._last_line, self._begun, self._done = 0.0, time.monotonic(), done
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -561,7 +557,8 @@ class TrainingProgress:
         last = row["step"] == self.num_steps
         if not self.console.is_terminal and (last or now - self._last_line >= LINE_SECONDS):
             self._last_line = now
-            self.say(f"{self.label}: step {row['step']}/{self.num_steps}  {numbers}")
+            left = time_left(self._begun, row["step"] - self._done, self.num_steps - self._done)
+            self.say(f"{self.label}: step {row['step']}/{self.num_steps}  {numbers}{'' if last else left}")
 
 
 _CARD = """---
