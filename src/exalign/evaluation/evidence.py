@@ -100,9 +100,8 @@ def collect_evidence(
     empty and a sentence in `notes`. `judgements` is of `judging.judgements`. `stages` are those of the recipe, and what
     else stands in the folder is of an earlier one; None: all counts. Without samples of π_sft: `InputError`.
     """
-    folder = RunFolder(Path(run), stages)
+    folder, bootstrap = RunFolder(Path(run), stages), Bootstrap(num_resamples, seed)
     judgements = Judgements() if judgements is None else judgements
-    bootstrap = Bootstrap(num_resamples, seed)
     material = _Material(folder, bootstrap)
     methods = [_method(material, name) for name in material.methods]
     sft = _point(material, material.sft.as_reference(), 0)
