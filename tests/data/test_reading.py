@@ -705,6 +705,23 @@ def test_several_sources_are_one_and_each_is_counted(tmp_path, write_jsonl):
     assert list(read_source([first], Counter())) == list(read_source(first, Counter()))
 
 
+def test_what_was_read_of_several_sources_is_counted_where_reading_ends_early(write_jsonl):
+    paths = [
+        write_jsonl([{"prompt": str(i), "completion": "x"} for i in range(4)], name) for name in ("a.jsonl", "b.jsonl")
+    ]
+    counts = Counter()
+    rows = read_source([DataSettings(source=str(path)) for path in paths], counts)
+    assert [next(rows).id for _ in range(5)][-1] == "2/b.jsonl:1"
+    rows.close()
+    assert counts["records"] == 5 and counts["source 1: records"] == 4 and counts["source 2: records"] == 1
+
+
+def test_messages_that_are_text_are_a_prompt(write_jsonl):
+    path = write_jsonl([{"messages": "Hi there", "chosen": "a", "rejected": "b"}])
+    (record,) = read_source(DataSettings(source=str(path)), Counter())
+    assert record.prompt == "Hi there" and [c.text for c in record.completions] == ["a", "b"]
+
+
 def test_rows_of_one_prompt_are_joined(write_jsonl):
     rows = [
         {"prompt": p, "completions": [c], "rewards": [r]} for p, c, r in [("p", "a", 1), ("p", "b", 2), ("q", "c", 3)]

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evaluation.synthetic_run import World, write_run
 from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
-from exalign.evaluation.evidence import build_evidence
+from exalign.evaluation.evidence import build_evidence, collect_evidence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, Interval, read_evidence, write_evidence
 from exalign.report import write_report
@@ -139,6 +140,20 @@ def test_missing_pieces_are_said(run):
     notes = " ".join(evidence.notes)
     for part in ("no pool", "no scored reference texts", "dpo-rw has no evaluated checkpoint"):
         assert part in notes
+
+
+def test_what_an_earlier_recipe_left_in_the_folder_is_no_evidence(run):
+    """A method, and a pool, that the recipe's stages do not have."""
+    whole = collect_evidence(run, num_resamples=20)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    left, *others = recipe["align"]
+    del recipe["align"][left]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    stages = [f"evaluation/{name}" for name in ("prompts", "sft", *others)]
+    found = collect_evidence(run, num_resamples=20, stages=stages)
+    assert [method.name for method in whole.methods] == [left, *others] and whole.optimum is not None
+    assert [method.name for method in found.methods] == others
+    assert found.optimum is None and found.best_of_n == [] and found.density is None
 
 
 def test_an_incomplete_checkpoint_is_left_out_and_said(run):

@@ -149,6 +149,19 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     assert few["prompts"]["skip"] + few["prompts"]["limit"] == 20 and few["evaluation"]["limit"] == 4
 
 
+def test_where_the_run_will_be_is_in_the_command(model: Path, pairs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    for out in (None, "runs/foo", "here"):
+        begun = begin(str(model), str(pairs), out=out)
+        write_down(begun, Console(file=printed, width=400))
+    said = [line for line in printed.getvalue().splitlines() if "carry it out" in line]
+    assert "--run" not in said[0] and said[1].endswith("--run runs/foo") and said[2].endswith("--run here")
+    begun.file.write_text("edited: true")
+    with pytest.raises(InputError, match=r"exalign run here\.yaml --run here, remove it"):
+        write_down(begun, Console(file=printed))
+
+
 def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p {i % 30}", "completion": "a b", "label": i % 2 == 0} for i in range(60)]
@@ -159,6 +172,19 @@ def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tm
         begin(str(model), str(file))
     reasons = begin(str(model), str(file), reward="exalign.data.synthetic:reward").reasons
     assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]
+
+
+def test_joined_rows_are_held_out_by_the_prompt(model: Path, tmp_path: Path) -> None:
+    """60 prompts of 5 rows each: 12 prompts are 60 rows, and no prompt is on both sides."""
+    file = tmp_path / "joined.jsonl"
+    rows = [{"prompt": f"p {i // 5}", "completion": f"a {i}", "label": i % 2 == 0} for i in range(300)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = begin(str(model), str(file), ["join=true"], reward="exalign.data.synthetic:reward")
+    data = begun.values["data"]
+    used = next(name for name in ("rewards", "prompts") if name in data)
+    assert (
+        data["evaluation"]["limit"] == data[used]["skip"] == 60 and "the first 60 rows are held out" in begun.reasons[0]
+    )
 
 
 def test_scored_completions_are_pairs_unless_something_can_score_the_samples(model: Path, tmp_path: Path) -> None:

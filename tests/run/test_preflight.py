@@ -19,6 +19,8 @@ from exalign.run import carry_out
 from exalign.run.carry_out import check_devices, check_inputs, check_room
 from exalign.run.recipe import Recipe, make_recipe
 from exalign.run.runner import Run
+from exalign.run.stages import hold_out
+from exalign.storage import read_json
 
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
 NO_SYSTEM = (
@@ -74,6 +76,36 @@ def test_roles_that_a_template_refuses_are_told_and_where_nothing_else_is_refuse
     with pytest.raises(InputError, match=r"data\.preferences: no row can be used\. .*no system role"):
         check_inputs(recipe([[SYSTEM, USER]]))
     assert check_inputs(recipe([[USER], "Hi"])) == []
+
+
+def test_a_name_on_the_hub_may_have_dots() -> None:
+    for name in ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.2-1B", "gpt2", "org/set-v1.0"):
+        assert not carry_out._looks_local(name)
+    for name in ("./model", "/model", "~/model", "runs/a/model", "pairs.jsonl", "data/pairs.jsonl.gz"):
+        assert carry_out._looks_local(name)
+
+
+def test_rows_without_an_answer_are_no_rows_of_sft(recipe: Any, tmp_path: Path) -> None:
+    """A conversation that ends with the user is left out and counted; where all do, it is said before any work."""
+    chats, answer = tmp_path / "chats.jsonl", {"role": "assistant", "content": "yes"}
+    given = {"data__sft": {"source": str(chats)}, "sft": {"batch_prompts": 1}}
+    chats.write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in ([USER, answer], [USER])))
+    assert check_inputs(recipe([[USER], "Why?"], **given)) == []
+    run = Run(recipe([[USER], "Why?"], **given), tmp_path / "run")
+    carry_out.carry_out(run, "sft")
+    assert read_json(run.path("sft", "done.json"))["counts"]["rows_without_a_completion"] == 1
+    chats.write_text(json.dumps({"messages": [USER]}) + "\n")
+    with pytest.raises(InputError, match=r"data\.sft: no row of .*chats\.jsonl has a completion"):
+        check_inputs(recipe([[USER], "Why?"], **given))
+
+
+def test_a_named_prompt_is_looked_for_among_those_that_are_held_out(recipe: Any) -> None:
+    prompts = [f"{number} apples" for number in range(40)]
+    held = hold_out([Record(p, p, ()) for p in prompts], 0.05, 512, "it")[1][0].prompt
+    other = next(prompt for prompt in prompts if prompt != held and not str(held).startswith(prompt))
+    assert check_inputs(recipe(prompts, evaluate__first_prompt=held)) == []
+    with pytest.raises(InputError, match="no prompt of the evaluation begins with"):
+        check_inputs(recipe(prompts, evaluate__first_prompt=other))
 
 
 def test_lengths_are_held_against_positions(recipe: Any) -> None:

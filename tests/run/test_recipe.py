@@ -124,6 +124,14 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
             "align.grpo: ratio has no effect with fresh_every = 1, where all ratios are 1",
         ),
         (["align.rloo={method: rloo, clip: 0.01}"], "align.rloo: clip has no effect with fresh_every = 1"),
+        (["sft=null", "model={source: x}", "tokenizer={}"], "data.sft has no effect without an sft section"),
+        (["align.exo-rv.beta_pi=9"], "align has no exo-rv; did you mean exo-rw?"),
+        (["x-align.beta_pi=9"], "what x- holds is in its places by then"),
+        (
+            ["learning_rate=1e-5"],
+            "learning_rate is not a setting; it is a setting of a method: align.NAME.learning_rate",
+        ),
+        (["pool_prompts=4"], "pool_prompts is not a setting; it is evaluate.pool_prompts"),
         (["align.exo-rw.passes=2"], "align.exo-rw: passes has no effect without fresh_every"),
         (
             ["align={a: {fresh_every: 2, target: preference}}", "sample.num_completions=3"],

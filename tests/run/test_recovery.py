@@ -74,6 +74,18 @@ def test_one_command_goes_on_and_tells_what_was_done(
     assert "not finite 2 times in a row" in told["reason"]
 
 
+def test_where_no_checkpoint_is_good_it_starts_over(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """As the message promises; the model is then that of one training, and stands as such."""
+    wild = DIVERGES.replace("learning_rate: 1e-2", "learning_rate: 1e30")
+    with pytest.raises(NotFiniteError, match="--recover starts over"):
+        carry_out(tiny(wild), tmp_path / "run", "sft")
+    carry_out(tiny(wild, LOWER), tmp_path / "run", "sft", recover=True)
+    carry_out(tiny(wild, LOWER), tmp_path / "new", "sft")
+    weights = [(tmp_path / name / "sft/model/model.safetensors").read_bytes() for name in ("run", "new")]
+    assert weights[0] == weights[1]
+    assert "sft: done before, skipped" in carry_out(tiny(wild, LOWER), tmp_path / "run", "sft")
+
+
 def test_what_was_recovered_is_not_what_was_made_in_one_go(copy: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny(DIVERGES, LOWER)
     carry_out(recipe, copy, "sft", recover=True)

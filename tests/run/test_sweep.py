@@ -20,8 +20,10 @@ from exalign.run.demo import RECIPE
 from exalign.run.recipe import Recipe, load_recipe
 from exalign.run.stages import plan
 from exalign.storage import read_sealed
+from exalign.training.guards import NotFiniteError
 from run.conftest import ALIGN, tiny_overrides
 from run.searched_run import ALONE
+from training.tiny_world import read_metrics
 
 SWEPT = ALIGN.replace("save_policies: 2, ", "")
 METHODS = (
@@ -50,6 +52,19 @@ def test_each_policy_of_a_sweep_is_the_one_trained_alone(swept: RunFolder) -> No
     )
     assert one == alone != other
     assert (swept.model("dpo") / "model.safetensors").read_bytes() == one
+
+
+def test_steps_of_a_sweep_that_were_not_taken_are_told(world: Path, tmp_path: Path) -> None:
+    wild = SWEPT.replace("learning_rate: 1e-3", "learning_rate: 1e30") + "max_grad_norm: 1e30, "
+    few = f"align={{exo: {wild}epochs: 2, max_skipped_in_a_row: 99, sweep: {{beta_r: [0.5, 0.1]}}}}}}"
+    run = run_recipe(load_recipe(RECIPE, tiny_overrides(world, *ALONE, few)), "align", folder=tmp_path / "run")
+    rows = [row for place in (1, 2) for row in read_metrics(run.path("align", "exo", f"at-{place}"))]
+    assert read_sealed(run.path("align", "exo", "done.json"))["counts"]["steps_not_taken"] == sum(
+        row["skipped"] for row in rows
+    )
+    stops = few.replace("max_skipped_in_a_row: 99", "max_skipped_in_a_row: 1")
+    with pytest.raises(NotFiniteError, match="and --redo trains the sweep anew"):
+        run_recipe(load_recipe(RECIPE, tiny_overrides(world, *ALONE, stops)), "align", folder=tmp_path / "stops")
 
 
 def kl_of_optimum(rewards: list[float], beta: float) -> float:

@@ -199,6 +199,23 @@ def test_a_function_in_the_working_directory_has_a_content(tmp_path: Path, monke
     assert first is not None and first != Contents(tmp_path / "known").of_function("not_imported_yet:reward")
 
 
+def test_a_method_of_one_s_own_is_made_again_where_its_file_changed(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my_own_method.py"
+    file.write_text(Path(__file__).with_name("outside_method.py").read_text())
+    recipe = tiny("align={mine: {method: 'my_own_method:BestOfK'}}")
+
+    def keys() -> dict[str, Any]:
+        return {stage.name: key(recipe, stage.reads, Contents(tmp_path / "known")) for stage in plan(recipe)}
+
+    before = keys()
+    file.write_text(file.read_text().replace("argmax", "argmin"))
+    after = keys()
+    assert before["align/mine"] != after["align/mine"] and before["sft"] == after["sft"]
+
+
 def test_an_adapter_is_what_it_is_on_its_base(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.reading import DataSettings, data_suffix, read_source, settings_of
+from exalign.data.reading import DataSettings, data_suffix, prompt_digest, read_source, settings_of
 from exalign.data.record import Record
 from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -28,7 +28,7 @@ from exalign.rollout.scorers import FunctionScorer
 from exalign.run.carry_out import carry_out, whole
 from exalign.run.recipe import EvaluateSettings, make_recipe, with_overrides
 from exalign.run.runner import Run
-from exalign.storage import exists, fingerprint, write_text
+from exalign.storage import exists, write_text
 from exalign.strict_yaml import dump_yaml
 from exalign.terminal import shown
 
@@ -282,8 +282,8 @@ def _sources(
     values["data"]["evaluation"] = {**source, "skip": start, "limit": rows}
     values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
-    held = {fingerprint(record.prompt) for record in records[:kept]}
-    twice = sum(fingerprint(record.prompt) in held for record in records[kept:])
+    held = {prompt_digest(record) for record in records[:kept]}
+    twice = sum(prompt_digest(record) in held for record in records[kept:])
     again = f", but {twice:,} later rows have their prompts and are trained on: remove them" if twice else ""
     return "reward", f"data: {some} {what}; the first {rows} rows are held out for the evidence{again}"
 

@@ -298,9 +298,9 @@ def prompts_of(view: View) -> list[Record]:
 
 def different_prompts(records: Iterable[Record]) -> Iterator[Record]:
     """The first record of every prompt."""
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     for record in records:
-        found = fingerprint(record.prompt)
+        found = prompt_digest(record)
         if found not in seen:
             seen.add(found)
             yield record

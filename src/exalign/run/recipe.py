@@ -711,7 +711,7 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
         if (here := meaning(location[-1], problem["input"])) is not None:
             return f"{where} is not a setting; here: {here}."
         near = nearest(location[-1], owner.model_fields if owner else [])
-        return f"{where} is not a setting; {_places_of(location[-1]) or near}"
+        return f"{where} is not a setting; {(not prefix and _places_of(location[-1])) or near}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default."
     if problem["type"] == "value_error":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from exalign.checksums import damaged_files
+from exalign.data.reading import prompt_digest
 from exalign.data.record import Record
 from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
@@ -135,10 +136,10 @@ def validation_prompts(
     Fewer are an `InputError`.
     """
     different = different_prompts(evaluation)
-    taken = {fingerprint(record.prompt) for record in islice(different, used)}
+    taken = {prompt_digest(record) for record in islice(different, used)}
     found: list[Record] = []
     for record in different if validation is None else different_prompts(validation):
-        if fingerprint(record.prompt) in taken:
+        if prompt_digest(record) in taken:
             counts["prompts_of_the_evaluation"] += 1
         elif len(found) < wanted:
             found.append(replace(record, completions=(), preferred=None))
