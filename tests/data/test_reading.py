@@ -716,6 +716,15 @@ def test_what_was_read_of_several_sources_is_counted_where_reading_ends_early(wr
     assert counts["records"] == 5 and counts["source 1: records"] == 4 and counts["source 2: records"] == 1
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("b.csv", ";"), ("c.tsv", "\t")])
+def test_tables_by_commas_semicolons_and_tabs(tmp_path, name, mark):
+    rows = [["prompt", "completion"], ["one, two; three", 'say "four"'], ["five", "six\nseven"]]
+    with (tmp_path / name).open("w", newline="") as stream:
+        csv.writer(stream, delimiter=mark).writerows(rows)
+    records = list(read_source(DataSettings(source=str(tmp_path / name)), Counter()))
+    assert [[r.prompt, r.completions[0].text] for r in records] == rows[1:]
+
+
 def test_messages_that_are_text_are_a_prompt(write_jsonl):
     path = write_jsonl([{"messages": "Hi there", "chosen": "a", "rejected": "b"}])
     (record,) = read_source(DataSettings(source=str(path)), Counter())

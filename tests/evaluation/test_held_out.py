@@ -23,6 +23,8 @@ from exalign.evaluation.schema import Evidence
 from exalign.evaluation.statistics import Bootstrap
 from exalign.evaluation.verdict import select
 from exalign.report import write_report
+from exalign.report.compare import tables
+from exalign.report.wording import interval, percent
 
 METHODS = {"exo-pref": (0.9, (0.5, 1.0)), "dpo-pref": (0.4, (0.5, 1.0))}
 WORLD = World(methods=METHODS, num_prompts=20, pool=0, steps=20, scorer=False, pairs=400)
@@ -110,8 +112,13 @@ def test_commands_work_or_say_why_not(finished: tuple[Path, Evidence], tmp_path:
     run = finished[0]
     result = CliRunner().invoke(app, ["select", str(run), "--kl-budget", "1"])
     assert result.exit_code == 0 and "accuracy on held-out pairs" in " ".join(result.stdout.split())
-    with pytest.raises(InputError, match="has no scorer, so no rewards to compare at equal KL"):
-        read_runs([run], [1.0])
+    found = read_runs([run], [1.0])
+    (method,) = (m for m in found[0].evidence.methods if m.name == "exo-pref")
+    held, told = method.points[-1].held_out, tables(found, [1.0])
+    assert held is not None and f"| exo-pref | {percent(held.accuracy)}, margin {interval(held.margin)}, KL " in told
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    share = percent(replace(held.accuracy, low=held.accuracy.estimate, high=held.accuracy.estimate))
+    assert f"| {share}, n = 2 |" in tables(read_runs([run, again], [1.0]), [1.0])
     result = CliRunner().invoke(app, ["figures", str(run), "--out", str(tmp_path)])
     assert result.exit_code == 0 and (tmp_path / "figure-2.png").exists()
     assert "Figure 8 needs rewards: this run has preferences and no scorer." in " ".join(result.stdout.split())

@@ -37,7 +37,7 @@ from exalign.strict_yaml import parse_yaml
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """What can be read; all but Parquet also with `.gz` behind."""
 MAX_ROW = 1 << 28
 """Bytes of one row: a small compressed file can unpack to a line that fills the memory."""
@@ -167,7 +167,8 @@ def settings_of(source: str, columns: Iterable[str], more: Iterable[str], split:
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"]))[:100]
-        raise InputError(f"{where}: {found['msg'].removeprefix('Value error, ')}.") from None
+        given = f", not {found['input']!r:.60}" if found["type"] != "value_error" else ""
+        raise InputError(f"{where}: {found['msg'].removeprefix('Value error, ')}{given}.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,7 +564,7 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
             yield from _parquet_rows(path)
             return
         with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as content:
-            if kind == ".csv":
+            if kind in (".csv", ".tsv"):
                 rows = _csv_rows(path, content)
             elif kind == ".txt":
                 rows = _text_rows(path, content, counts)
@@ -668,7 +669,9 @@ def _csv_rows(path: Path, stream: ByteStream) -> Rows:
     csv.field_size_limit(MAX_ROW)  # the default refuses long texts
     number = 0
     try:
-        reader = csv.reader((line for _, line in _lines(path, stream, "line")), strict=True)
+        lines = (line for _, line in _lines(path, stream, "line"))
+        first = next(lines, "")
+        reader = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
             raise InputError(f"{path}: the first line must name the columns, each once; found {header!s:.200}.")

@@ -31,7 +31,7 @@ class RunResults:
 
     None stands beyond a method's reach. `shares` are what each method gains over π_sft as a share of what the optimum
     gains, empty without a pool. `differences` are the first's reward less the second's, paired by prompt, for
-    the pairs of `contrasts`.
+    the pairs of `contrasts`. Without a scorer there is the evidence alone.
     """
 
     name: str
@@ -124,7 +124,7 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     run = RunFolder(folder)
     evidence = run.read_evidence()
     if not evidence.scored:
-        raise InputError(f"{folder} has no scorer, so no rewards to compare at equal KL; its report compares methods.")
+        return RunResults(name, evidence, {}, {})
     supervised = _table(run.supervised)
     checkpoints = {m.name: [_table(run.samples(m.name, point.step)) for point in m.points] for m in evidence.methods}
     resamples = Bootstrap(seed=evidence.seed)

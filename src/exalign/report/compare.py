@@ -31,6 +31,8 @@ from exalign.terminal import shown
 
 def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
     """The page: every run of every method is in it, and every mean says how many runs it is of."""
+    if not any(run.evidence.scored for run in runs):
+        return "\n\n".join(filter(None, (*_on_pairs(runs), _mixed(runs)))) + "\n"
     methods = list(dict.fromkeys(method for run in runs for method in run.rewards))
     several, differences, shares = len(runs) > 1, _differences(runs, kls), any(run.shares for run in runs)
     paired = " within a run; the mean over runs with Student's interval" if several else ""
@@ -46,6 +48,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         *(("## Share of the optimum's gain", _SHARES + _PROXY * (PROXY_OPTIMUM in methods)) if shares else ()),
         _at_equal_kl(runs, [method for method in methods if method != OPTIMUM], kls, "shares"),
         *_sweeps(runs),
+        *(() if all(run.evidence.scored for run in runs) else _on_pairs(runs)),
         "## Last checkpoints",
         f"{'' if any(m.sweep for run in runs for m in run.evidence.methods) else _OBJECTIVE + ' '}The gap is the "
         "estimated optimum's reward less the method's, at the KL given with it. Training is the time of the optimizer "
@@ -154,6 +157,31 @@ def _sweeps(runs: Sequence[RunResults]) -> tuple[str, ...]:
     )
     head = ["run", "method", "trained for", "β", "KL (nats)", "reward", "share of its objective", "correlation"]
     return ("## Ends of the sweeps", told, _table(head, rows)) if rows else ()
+
+
+def _on_pairs(runs: Sequence[RunResults]) -> tuple[str, ...]:
+    """What the last checkpoints make of held-out preferences; nothing where none was measured on them."""
+    rows = []
+    for name in dict.fromkeys(method.name for run in runs for method in run.evidence.methods):
+        ends = [[m.points[-1] for m in run.evidence.methods if m.name == name and m.points] for run in runs]
+        found = [end[0] if end and end[0].held_out else None for end in ends]
+        shares = [end.held_out.accuracy.estimate for end in found if end and end.held_out]
+        if shares and (mean := over_runs(shares)) is not None:
+            cells = [
+                f"{percent(end.held_out.accuracy)}, margin {interval(end.held_out.margin)}, KL {interval(end.kl)}"
+                if end and end.held_out
+                else "–"
+                for end in found
+            ]
+            over = f"{percent(Interval(mean.mean, mean.low, mean.high, mean.runs))}, n = {mean.runs}"
+            rows.append([name, *cells, *([over] if len(runs) > 1 else [])])
+    told = (
+        "At the end of training, with 95 % intervals over pairs: accuracy is the share of held-out pairs whose "
+        "preferred text gained more log-probability over the supervised policy than the other did (by chance 50 %), "
+        f"the margin the mean of that difference in nats{'; the mean with Student’s interval' * (len(runs) > 1)}."
+    )
+    head = ["method", *(run.name for run in runs), *(["mean accuracy over runs"] if len(runs) > 1 else [])]
+    return ("## Held-out pairs", told, _table(head, rows)) if rows else ()
 
 
 def _ends(runs: Sequence[RunResults]) -> str:

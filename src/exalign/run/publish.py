@@ -41,7 +41,8 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
         address = api.create_repo(name, private=private, exist_ok=True)
         api.create_commit(address.repo_id, parts, commit_message=f"{found.called} by exalign, {found.at(point.step)}")
     except Exception as error:
-        said = hub_sentence("model", name, error) or " ".join(str(error).split())[:200]
+        lost = "The hub cannot be reached, or takes nothing from you."
+        said = lost if hub_sentence("model", name, error) else " ".join(str(error).split())[:200]
         raise InputError(
             f"{name} was not uploaded: {said} Writing needs a token: hf auth login, or HF_TOKEN."
         ) from None
