@@ -28,7 +28,7 @@ from exalign.data.batching import Group, completion_mask, group_of, stack_values
 from exalign.data.record import Completion, Record
 from exalign.data.synthetic import reward, write_world
 from exalign.data.tokenization import TokenLimits, tokenize_records
-from exalign.evaluation.statistics import mean_interval
+from exalign.evaluation.statistics import BOOTSTRAP
 from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import completion_logprobs, reference_logprobs
 from exalign.models.model_settings import ModelSettings
@@ -104,8 +104,8 @@ def evaluate(policy: nn.Module, reference: nn.Module, tokenizer: Tokenizer, prom
     """Reward and KL to π_sft of new samples, with their 95 % intervals over prompts."""
     groups = with_reference(reference, rollout(policy, tokenizer, prompts, seed=1), temperature=TEMPERATURE)
     own = stack_values(with_reference(policy, groups, temperature=TEMPERATURE), "reference_logp")
-    kl = mean_interval(kl_estimate(own, stack_values(groups, "reference_logp")).numpy())
-    gained = mean_interval(stack_values(groups, "rewards").mean(dim=1).numpy())
+    kl = BOOTSTRAP.mean(kl_estimate(own, stack_values(groups, "reference_logp")).numpy())
+    gained = BOOTSTRAP.mean(stack_values(groups, "rewards").mean(dim=1).numpy())
     return (
         f"reward {gained.estimate:.2f} [{gained.low:.2f}, {gained.high:.2f}] "
         f"at KL {kl.estimate:.2f} [{kl.low:.2f}, {kl.high:.2f}] nats"

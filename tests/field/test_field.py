@@ -372,7 +372,7 @@ def test_28_a_tilde_is_the_home_everywhere(exalign: Run, case: Path, monkeypatch
     assert "done before, skipped" in exalign("sft", "recipe.yaml", "--run", "run").out
     (home / "pairs.jsonl").write_text("".join((case / "pairs.jsonl").read_text().splitlines(True)[:12]))
     assert (
-        "the content of its data or of a model it starts from changed"
+        "pairs.jsonl changed"
         in exalign("sft", "recipe.yaml", "--run", "run").sentence
     )
     assert exalign("sft", "recipe.yaml", "model.source=~/m", "--run", "~/run2").status == 0

@@ -523,7 +523,7 @@ def test_a_function_that_cannot_be_had(name, message):
         ("too_few_prompts", "1 prompts, but there are 3"),
         ("not_finite", "the reward inf to completion 0 of record b"),
         ("words", "the reward good to completion 0 of record a"),
-        ("nothing", "one list of rewards per prompt"),
+        ("nothing", "returned None"),
         ("by_number", "one list of rewards per prompt"),
         ("flat_by_number", "one number per completion"),
         ("unordered", "one list of rewards per prompt"),

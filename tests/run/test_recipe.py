@@ -129,7 +129,7 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
         (["x-align.beta_pi=9"], "what x- holds is in its places by then"),
         (
             ["learning_rate=1e-5"],
-            "learning_rate is not a setting; it is a setting of a method: align.NAME.learning_rate",
+            "learning_rate is not a setting; it is a setting of a method, align.NAME.learning_rate",
         ),
         (["pool_prompts=4"], "pool_prompts is not a setting; it is evaluate.pool_prompts"),
         (["align.exo-rw.passes=2"], "align.exo-rw: passes has no effect without fresh_every"),

@@ -222,14 +222,16 @@ def tokenize(
     before, groups = Counter(view.counts), list(tokenize_records(records, tokenizer, limits=limits, counts=view.counts))
     if not groups:
         raise InputError("No usable rows are left; `exalign inspect DATA --model M` shows what happens to each.")
-    for what, limit, number in (
-        ("prompts", limits.max_prompt_tokens, len(groups)),
-        ("completions", limits.max_completion_tokens, sum(group.num_completions for group in groups)),
-    ):
-        if (cut := (view.counts - before)[f"{what}_cut"]) >= MANY_CUT * number:
-            said = f"  ! {cut:,} of {number:,} {what} are cut at {limit:,} tokens (data.max_{what[:-1]}_tokens)"
-            view.console.print(shown(said, "yellow"), soft_wrap=True)
+    new, completions = view.counts - before, sum(group.num_completions for group in groups)
+    _tell_cut(view, "prompt", new["prompts_cut"], len(groups), limits.max_prompt_tokens)
+    _tell_cut(view, "completion", new["completions_cut"], completions, limits.max_completion_tokens)
     return groups
+
+
+def _tell_cut(view: View, what: str, cut: int, number: int, limit: int) -> None:
+    if cut and cut >= MANY_CUT * number:
+        said = f"  ! {cut:,} of {number:,} {what}s are cut at {limit:,} tokens (data.max_{what}_tokens)"
+        view.console.print(shown(said, "yellow"), soft_wrap=True)
 
 
 def with_ids(view: View, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Record]:
@@ -380,7 +382,11 @@ def draw(
     def drawn(part: Sequence[Record], counts: Counter[str]) -> list[Record]:
         return rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, policy=own, reference=reference)
 
+    before = Counter(view.counts)
     write_shared(view, folder, wanted.prompts, drawn, header)
+    new = view.counts - before
+    if folder.parent in (view.folder, view.folder.parent):  # of the policies of a method it was told with the first
+        _tell_cut(view, "prompt", new["prompts_cut"], new["prompts"], wanted.settings.max_prompt_tokens)
 
 
 Work = Callable[[Sequence[Record], Counter[str]], list[Record]]

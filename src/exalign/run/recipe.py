@@ -7,6 +7,7 @@ setting that cannot take effect is an `InputError` that names the nearest right 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import re
 import types
@@ -725,9 +726,10 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
 
 
 def _places_of(name: str) -> str:
-    """Where a setting of this very name stands, of a method first; empty where it stands nowhere."""
-    if name in method_class("matching").model_fields:
-        return f"it is a setting of a method: align.NAME.{name}."
+    """Where a setting of this name stands, of a method first, of which it may be nearly the name; empty for none."""
+    if found := difflib.get_close_matches(name, method_class("matching").model_fields, n=1, cutoff=0.8):
+        there = f"a setting of a method, align.NAME.{found[0]}"
+        return f"it is {there}." if found == [name] else f"did you mean {there}?"
     sections = {top: settings_at(Recipe, [top]) for top in Recipe.model_fields}
     place = next((top for top, section in sections.items() if section and name in section.model_fields), None)
     return f"it is {place}.{name}." if place else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -343,10 +344,15 @@ def environment() -> dict[str, Any]:
 
 def _change(name: str, before: Any, now: Any) -> str:
     """What became of a setting; of one that names content, a list of name and checksum, perhaps the content alone."""
-    if isinstance(before, list) and isinstance(now, list) and before and now and before[0] == now[0]:
-        return f"the content of {now[0] if isinstance(now[0], str) else name} changed"
-    told = [value[0] if isinstance(value, list) and value else value for value in (before, now)]
-    return f"{name} was {told[0]}, is {told[1]}"
+
+    def told(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == 2 and re.fullmatch("None|[0-9a-f]{16,}", str(value[1])):
+            return value[0]
+        return [told(one) for one in value] if isinstance(value, list) else value
+
+    if told(before) == told(now):
+        return f"the content of {told(now)} changed"
+    return f"{name} was {told(before)}, is {told(now)}"
 
 
 def _recovered(whole: str, entries: list[dict[str, Any]]) -> str:

@@ -92,7 +92,7 @@ def test_what_the_run_cannot_give_is_said(make_run):
     def plan(matches, **options):
         return plan_study(run, matches, **{"name": "s", "num_prompts": 3, "assessors": ["a", "b"], **options})
 
-    with pytest.raises(InputError, match="share only 3"):
+    with pytest.raises(InputError, match="--prompts 4: exo, dpo share 3 prompts"):
         plan([("exo", "dpo")], num_prompts=4)
     with pytest.raises(InputError, match="no evaluation samples of kto; evaluated there: sft, dpo, exo, ppo"):
         plan([("exo", "kto")])
