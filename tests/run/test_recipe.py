@@ -132,6 +132,8 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
             "learning_rate is not a setting; it is a setting of a method, align.NAME.learning_rate",
         ),
         (["pool_prompts=4"], "pool_prompts is not a setting; it is evaluate.pool_prompts"),
+        (["lerning_rate=1"], "did you mean a setting of a method, align.NAME.learning_rate?"),
+        (["seeds=1"], "seeds is not a setting; did you mean seed?"),
         (["align.exo-rw.passes=2"], "align.exo-rw: passes has no effect without fresh_every"),
         (
             ["align={a: {fresh_every: 2, target: preference}}", "sample.num_completions=3"],

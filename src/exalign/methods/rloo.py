@@ -57,8 +57,8 @@ class RLOO(Method):
 
     def problems(self) -> Iterator[str]:
         yield from fresh_problems(self)
-        for name in {"clip", "ratio"} & type(self).model_fields.keys() if self.fresh_every == 1 else ():
-            if self.changed(name):
+        for name in ("clip", "ratio") if self.fresh_every == 1 else ():
+            if name in type(self).model_fields and self.changed(name):
                 yield f"{name} has no effect with fresh_every = 1, where all ratios are 1; remove it"
 
     def sampling_problems(self, sampling: SampleSettings) -> Iterator[str]:

@@ -168,10 +168,8 @@ class _TokenLogprobs(torch.autograd.Function):
         peaks, scales = hidden.new_empty(2, len(hidden), 1, dtype=accurate)
         expected = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)  # (p ∘ d) W, for unit weight
         kept: list[Tensor] = []
-        scratch, factors = (
-            hidden.new_empty(size if len(hidden) > rows_kept else 0, vocabulary, dtype=accurate),
-            _factors(weight),
-        )
+        scratch = hidden.new_empty(size if len(hidden) > rows_kept else 0, vocabulary, dtype=accurate)
+        factors = _factors(weight)
         for span, tokens in _tiles(backward.rows, len(hidden), size):
             tile = scratch[: span.stop - span.start]
             if span.stop <= rows_kept:

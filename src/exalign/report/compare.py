@@ -173,7 +173,8 @@ def _on_pairs(runs: Sequence[RunResults]) -> tuple[str, ...]:
                 else "–"
                 for end in found
             ]
-            over = f"{percent(Interval(mean.mean, mean.low, mean.high, mean.runs))}, n = {mean.runs}"
+            low, high = (None if bound is None else min(1.0, max(0.0, bound)) for bound in (mean.low, mean.high))
+            over = f"{percent(Interval(mean.mean, low, high, mean.runs))}, n = {mean.runs}"
             rows.append([name, *cells, *([over] if len(runs) > 1 else [])])
     told = (
         "At the end of training, with 95 % intervals over pairs: accuracy is the share of held-out pairs whose "

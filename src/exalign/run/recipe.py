@@ -711,8 +711,9 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
         owner = settings_at(model, location[:-1])
         if (here := meaning(location[-1], problem["input"])) is not None:
             return f"{where} is not a setting; here: {here}."
-        near = nearest(location[-1], owner.model_fields if owner else [])
-        return f"{where} is not a setting; {(not prefix and _places_of(location[-1])) or near}"
+        elsewhere, almost = ("", "") if prefix else (_elsewhere(location[-1]), _of_a_method(location[-1]))
+        near = nearest(location[-1], owner.model_fields if owner else [], almost)
+        return f"{where} is not a setting; {elsewhere or near}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default."
     if problem["type"] == "value_error":
@@ -725,14 +726,19 @@ def _sentence(problem: Any, model: type[BaseModel], prefix: str) -> str:
     return f"{where}: {text}, not {shown if len(shown) < 60 else shown[:57] + '…'}{hint}."
 
 
-def _places_of(name: str) -> str:
-    """Where a setting of this name stands, of a method first, of which it may be nearly the name; empty for none."""
-    if found := difflib.get_close_matches(name, method_class("matching").model_fields, n=1, cutoff=0.8):
-        there = f"a setting of a method, align.NAME.{found[0]}"
-        return f"it is {there}." if found == [name] else f"did you mean {there}?"
+def _elsewhere(name: str) -> str:
+    """Where a setting of this very name stands, of a method first; empty where it stands nowhere."""
+    if name in method_class("matching").model_fields:
+        return f"it is a setting of a method, align.NAME.{name}."
     sections = {top: settings_at(Recipe, [top]) for top in Recipe.model_fields}
     place = next((top for top, section in sections.items() if section and name in section.model_fields), None)
     return f"it is {place}.{name}." if place else ""
+
+
+def _of_a_method(name: str) -> str:
+    """The setting of a method that this is nearly the name of, as a question; empty for none."""
+    close = difflib.get_close_matches(name, method_class("matching").model_fields, n=1, cutoff=0.8)
+    return f"did you mean a setting of a method, align.NAME.{close[0]}?" if close else ""
 
 
 def settings_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
