@@ -60,6 +60,12 @@ def test_many_methods_of_one_family_have_looks():
     assert len(looks) == 6
 
 
+@pytest.mark.parametrize("family", ["exo", "dpo", "ppo", "other"])
+def test_nine_of_a_family_are_told_apart(family):
+    looks = looks_of([bare(str(i), family, "reward") for i in range(9)]).values()
+    assert len({(look.color, look.marker) for look in looks}) == 9
+
+
 def lines_of(figure, label):
     return [line for line in figure.axes[0].lines if line.get_label() == label]
 

@@ -302,7 +302,7 @@ def _rule(evidence: Evidence, verdict: Verdict) -> str:
         rule += ", however far it went: the recipe sets no evaluate.kl_budget"
     elif evidence.scored:
         rule = f"{of} it has the most reward{' of those that surely gained' if verdict.certain else ''}"
-    widened = f" (its interval widened for choosing among {verdict.among})" if verdict.among > 1 else ""
+    widened = f" (with intervals widened for choosing among {verdict.among})" if verdict.among > 1 else ""
     return f"{rule}{widened}. It was chosen on the data that measured it, so it looks a little better than it is."
 
 

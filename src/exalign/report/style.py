@@ -48,7 +48,7 @@ _COLORS = {
 }
 """Of the page in light and in dark."""
 LIGHT, DARK = ({name: colors[i] for name, colors in _COLORS.items()} for i in (0, 1))
-_MARKERS = {"exo": "oH8", "dpo": "sXp", "ppo": "Dd*", "other": "^vP"}
+_MARKERS = {"exo": "op8", "dpo": "sXP", "ppo": "DdH", "other": "^v*"}
 
 _FIGURE_STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
