@@ -371,10 +371,7 @@ def test_28_a_tilde_is_the_home_everywhere(exalign: Run, case: Path, monkeypatch
     assert exalign("sft", "recipe.yaml", "--run", "run").stages == ["sft"]
     assert "done before, skipped" in exalign("sft", "recipe.yaml", "--run", "run").out
     (home / "pairs.jsonl").write_text("".join((case / "pairs.jsonl").read_text().splitlines(True)[:12]))
-    assert (
-        "pairs.jsonl changed"
-        in exalign("sft", "recipe.yaml", "--run", "run").sentence
-    )
+    assert "pairs.jsonl changed" in exalign("sft", "recipe.yaml", "--run", "run").sentence
     assert exalign("sft", "recipe.yaml", "model.source=~/m", "--run", "~/run2").status == 0
     assert (home / "run2/sft/model").exists()
 

@@ -148,6 +148,7 @@ def _of_share(found: Interval) -> Interval:
     low, high = found.low, found.high
     if round(found.estimate, 9) in (0.0, 1.0):
         low, high = wilson(found.estimate, found.num_prompts)
+        low, high = min(low, found.estimate), max(high, found.estimate)  # but for rounding
     return replace(found, low=max(0.0, low), high=min(1.0, high))
 
 

@@ -62,7 +62,7 @@ def interval(value: Interval | None) -> str:
     >>> interval(Interval(1.234, 1.1, 1.3, 10)), interval(Interval(1.234, None, None, 1)), interval(None)
     ('1.23 [1.10,\xa01.30]', '1.23', '–')
     >>> interval(Interval(-1e-3, -0.4, 0.4, 9)), interval(Interval(12345.6, 12000.0, 12700.0, 9))
-    ('0.00 [−0.40,\xa00.40]', '12,346 [12,000,\xa012,700]')
+    ('0.0 [−0.4,\xa00.4]', '12,346 [12,000,\xa012,700]')
     """
     if value is None:
         return "–"
