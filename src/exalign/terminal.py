@@ -31,7 +31,11 @@ LINE_SECONDS = 30.0
 
 
 def time_left(begun: float, done: int, total: int) -> str:
-    """How long the rest of work takes that began at `begun` (`time.monotonic`), if it goes on as it went."""
+    """How long the rest of work takes that began at `begun` (`time.monotonic`), if it goes on as it went.
+
+    >>> time_left(time.monotonic() - 10, 1, 3), time_left(time.monotonic() - 60, 1, 5)
+    (', about 20 s left', ', about 4 min left')
+    """
     left = (time.monotonic() - begun) / done * (total - done)
     return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
 

@@ -273,8 +273,13 @@ def test_left_out_and_unfinished_methods_are_named():
 def test_what_is_missing_to_the_optimum_is_said_of_the_method_that_leads():
     """Gaps at different KLs say nothing of who is closer."""
     near, far = Gap(0.1, span(0.1, 0.0, 0.2), False), Gap(1.0, span(0.4, 0.3, 0.5), True)
-    evidence = evidence_of([replace(EXO, gap=far), replace(DPO, gap=near)])
-    text = " ".join(headline(evidence).sentences)
+    methods = [replace(EXO, gap=far), replace(DPO, gap=near)]
+    standings = [
+        Standing("exo-rw", span(1.0, 0.9, 1.1), None),
+        Standing("dpo-rw", span(0.8, 0.7, 0.9), span(0.2, 0.1, 0.3)),
+    ]
+    assert "best possible" not in " ".join(headline(evidence_of(methods)).sentences)  # nobody leads
+    text = " ".join(headline(evidence_of(methods, standings=standings)).sentences)
     assert "The best possible policy at KL 1.00 is estimated ≈ 0.40 [0.30,\N{NO-BREAK SPACE}0.50] above exo-rw." in text
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
+from exalign.cli import app
 from exalign.data.reading import DataSettings, read_source
 from exalign.data.store import read_records
 from exalign.errors import InputError
@@ -23,6 +25,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.run.begin import EVALUATED, align, begin, write_down
 from exalign.run.recipe import load_recipe
 from exalign.storage import read_json
+from training.tiny_world import read_metrics
 
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
 
@@ -147,6 +150,21 @@ def test_prompts_need_to_know_what_is_good(model: Path, world: Path, tmp_path: P
     assert recipe.data.prompts.skip == recipe.data.evaluation.limit == 5  # type: ignore[union-attr]
     few = begin(str(model), prompts, ["limit=20"], reward="exalign.data.synthetic:reward").values["data"]
     assert few["prompts"]["skip"] + few["prompts"]["limit"] == 20 and few["evaluation"]["limit"] == 4
+
+
+def test_the_run_beside_a_recipe_is_taken_and_held_out_pairs_are_read_as_the_method_computes(
+    model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """In bfloat16 a policy that did not move has log-ratios of 0, on held-out pairs too; and what is cut is told."""
+    printed, out = io.StringIO(), tmp_path / "half"
+    how = ["precision=bf16", "learning_rate=1e-12", "save_policies=1"]
+    overrides = ["limit=30", "data.max_prompt_tokens=2", *(f"align.exo-pref.{setting}" for setting in how)]
+    run = align(str(model), str(pairs), out=out, overrides=overrides, console=Console(file=printed, width=200))
+    (row,) = [row for row in read_metrics(run.path("align", "exo-pref")) if "held_out_margin" in row]
+    assert abs(row["held_out_margin"]) < 1e-6 and row["held_out_accuracy"] == 0.5
+    assert "24 of 24 prompts are cut at 2 tokens (data.max_prompt_tokens)" in printed.getvalue()
+    again = CliRunner().invoke(app, ["run", f"{out}.yaml", *overrides[1:]])
+    assert f"run: {out}" in again.stdout.replace("\n", "") and "align/exo-pref: done before, skipped" in again.stdout
 
 
 def test_where_the_run_will_be_is_in_the_command(model: Path, pairs: Path, tmp_path: Path, monkeypatch: Any) -> None:

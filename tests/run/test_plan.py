@@ -234,6 +234,7 @@ def test_rows_are_counted_published_limited_or_assumed(tmp_path: Path) -> None:
     assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=24_000, limit=5_000), "prompts")[0] == 1_000
     assert rows_of(DataSettings(source="Anthropic/hh-rlhf", data_dir="helpful-base"), "prompts")[0] == 43_835
     assert rows_of(DataSettings(source="no/such-data", limit=7), "prompts")[0] == 7
+    assert rows_of(DataSettings(source="stanfordnlp/imdb", skip=1_000, share=0.1), "prompts")[0] == 1_500
     rows, how = rows_of(DataSettings(source="no/such-data"), "prompts")
     assert rows == UNKNOWN_ROWS and "assumed" in how
 

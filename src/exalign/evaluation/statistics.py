@@ -131,12 +131,12 @@ def wilson(share: float, number: float) -> tuple[float, float]:
     return float(middle - half), float(middle + half)
 
 
-def surely_above(value: Interval, among: int = 1) -> float:
+def surely_above(value: Interval, among: int) -> float:
     """The lower end of an interval, lowered so far that those of `among` intervals hold at once (Bonferroni's, by the
     normal distribution's tails); the estimate where there is no interval.
 
-    >>> round(surely_above(Interval(1.0, 0.5, 1.5, 100)), 3), round(surely_above(Interval(1.0, 0.5, 1.5, 100), 16), 3)
-    (0.5, 0.246)
+    >>> [round(surely_above(Interval(1.0, 0.5, 1.5, 100), among), 3) for among in (1, 16)]
+    [0.5, 0.246]
     """
     tail = (1 - CONFIDENCE) / 2
     return value.estimate - (value.estimate - value.ends[0]) * float(ndtri(1 - tail / among) / ndtri(1 - tail))

@@ -209,12 +209,13 @@ def _attention(
     if isinstance(layout, PagedLayout):
         return paged_attention(module.layer_idx, query, key, value, layout, scale=scale, softcap=softcap), None  # type: ignore[arg-type]
     if query.device.type != "cpu" and _is_wide_enough(query, value):
-        return flex_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
+        found = flex_tree_attention(query, key, value, layout, scale=scale, softcap=softcap)
+        return found.contiguous(), None  # as transformers' own: some models take a view of it
     key, value = (repeat_heads(states, query.shape[1]) for states in (key, value))
     flash = query.device.type == "cpu" and softcap is None and value.shape[-1] == query.shape[-1]
     if flash and layout.window is None:
         return merged_tree_attention(query, key, value, layout, scale=scale), None
-    return dense_tree_attention(query, key, value, layout, scale=scale, softcap=softcap), None
+    return dense_tree_attention(query, key, value, layout, scale=scale, softcap=softcap).contiguous(), None
 
 
 def repeat_heads(states: Tensor, num_heads: int) -> Tensor:
@@ -238,7 +239,7 @@ def dense_tree_attention(
         hidden = ~layout.alone(tree).dense_mask(query.device)
         scores = _scores(q, k, scale, softcap).masked_fill(hidden, -torch.inf)
         outputs.append(scores.softmax(-1).to(v.dtype) @ v)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -781,7 +781,7 @@ def _unreadable(kind: str, source: str, error: Exception) -> InputError:
         if local:
             return InputError(f"The {kind} folder {source} does not exist.")
         if (sentence := hub_sentence(kind, source, error)) is not None:
-            here = difflib.get_close_matches(source, [path.name for path in Path().iterdir() if path.is_dir()], n=1)
+            here = difflib.get_close_matches(source, [path.name for path in Path().glob("*/")], n=1)
             return InputError(sentence + (f" There is a folder {here[0]} here." if here else ""))
     with suppress(OSError):  # a file that cannot be read is what the error is about
         for path in sorted(folder.glob("*")):

@@ -81,7 +81,7 @@ def draw_frontier(
     ends = [_path(axes, start, method.name, points, looks[method.name], measure.read) for method, points in shown]
     _limit(axes, evidence, [point for _, points in shown for point in points], measure)
     if measure is REWARD and evidence.best_of_n:
-        _best_of_n(axes, evidence.best_of_n)
+        _best_of_n(axes, evidence.best_of_n, width)
         ends += _end_within(axes, "best of N", LIGHT["muted"], [(p.kl_bound, p.reward) for p in evidence.best_of_n])
     if measure is REWARD and evidence.optimum:
         _optimum(axes, evidence.optimum.points)
@@ -198,12 +198,12 @@ def _optimum(axes: Axes, points: Sequence[OptimumPoint]) -> None:
     axes.plot(xs, ys, color=LIGHT["ink"], linewidth=1.2, linestyle=(0, (1, 2)), label="too few samples for it")
 
 
-def _best_of_n(axes: Axes, points: Sequence[BestOfN]) -> None:
+def _best_of_n(axes: Axes, points: Sequence[BestOfN], width: float) -> None:
     xs, ys = [p.kl_bound for p in points], [p.reward.estimate for p in points]
     style = {"color": LIGHT["muted"], "linewidth": 1.0, "marker": "|", "markersize": 6, "label": "best of N"}
     axes.plot(xs, ys, zorder=2, **style)  # type: ignore[arg-type]
     last, farthest = 0.0, axes.get_xlim()[1]
-    room = _LABEL_INCHES / axes.get_figure().get_figwidth() * np.sqrt(farthest)  # type: ignore[union-attr]
+    room = _LABEL_INCHES / width * np.sqrt(farthest)
     for point in points[1:]:
         if point.kl_bound < farthest and np.sqrt(point.kl_bound) - last >= room:
             last = np.sqrt(point.kl_bound)

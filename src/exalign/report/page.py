@@ -329,10 +329,10 @@ def headline(evidence: Evidence) -> Headline:
         title = _ranking_title(evidence.equal_kl, best, evaluated)
         told = f"At the end of training {best.name} has the most reward, {interval(_end(best))} {_at(best.points[-1])}."
         sentences += [_ranking_sentence(evidence.equal_kl), told, *_exo_against_others(evidence)]
-    leading = evidence.equal_kl.standings[0].method if evidence.equal_kl else evaluated[0].name
-    gap = next((method.gap for method in evaluated if method.name == leading), None)
-    if gap is not None:
-        above = f"{'≈ ' * gap.below_first_checkpoint}{interval(gap.gap)} above {leading}"
+    first = evidence.equal_kl.standings[0].method if evidence.equal_kl else None
+    leading = next((method for method in evaluated if method.name == first or len(evaluated) == 1), None)
+    if leading is not None and (gap := leading.gap) is not None:
+        above = f"{'≈ ' * gap.below_first_checkpoint}{interval(gap.gap)} above {leading.name}"
         sentences += [f"The best possible policy at KL {number(gap.kl)} is estimated {above}."]
     return Headline(title, sentences + unfinished)
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from exalign.data.reading import DataSettings, data_suffix, prompt_digest, read_source, settings_of
+from exalign.data.reading import DataSettings, data_suffix, prompt_digest, read_source, settings_of, whole
 from exalign.data.record import Record
 from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
@@ -25,7 +25,7 @@ from exalign.models.loading import check_weights, load_tokenizer, policy_skeleto
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import leads
 from exalign.rollout.scorers import FunctionScorer
-from exalign.run.carry_out import carry_out, whole
+from exalign.run.carry_out import carry_out
 from exalign.run.recipe import EvaluateSettings, make_recipe, with_overrides
 from exalign.run.runner import Run
 from exalign.storage import exists, write_text
