@@ -517,12 +517,16 @@ def push(
         int | None, typer.Option(help="An evaluated step (default: the one the report ships, else the last).")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Print the card and the list of files; upload nothing.")
+    ] = False,
 ) -> None:
     """Publish a policy on the hub, with a card of what it was made from and what it achieved."""
     from exalign.run.publish import publish
 
     _quiet_libraries()
-    console.print(shown(f"published {publish(run, method, name, step=step, private=private)}"), soft_wrap=True)
+    found = publish(run, method, name, step=step, private=private, preview=preview)
+    console.print(shown(found if preview else f"published {found}"), soft_wrap=True)
 
 
 @app.command(rich_help_panel=RESULT)

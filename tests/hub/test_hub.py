@@ -289,6 +289,9 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     published = f"print(publish(run, 'exo-rw', '{{name}}', step={chosen}))\n"
     assert load(code + published + MODEL, "f/aligned") == "3384 280"
     card = (repositories / "models/aligned/README.md").read_text()
+    preview = publish(tmp_path / "run", "exo-rw", "f/never", step=chosen, preview=True)
+    assert preview.startswith(card) and "model.safetensors  " in preview and "README.md  " not in preview
+    assert not (repositories / "models/never").exists()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "exalign" in front["tags"]
     assert f"| {interval(evidence.methods[0].points[0].kl)} |" in card

@@ -199,6 +199,31 @@ def test_a_function_in_the_working_directory_has_a_content(tmp_path: Path, monke
     assert first is not None and first != Contents(tmp_path / "known").of_function("not_imported_yet:reward")
 
 
+def test_the_content_of_a_function_is_also_that_of_what_its_file_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pack").mkdir()
+    files = {
+        "graded.py": "import json\nfrom pack import words\ndef reward(): ...",
+        "pack/__init__.py": "",
+        "pack/words.py": "from .deeper import LIST\ndef late():\n    import elsewhere",
+        "pack/deeper.py": "import graded\nLIST = []",
+        "elsewhere.py": "not python",
+        "pack/beside.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    def content() -> str | None:
+        return Contents(tmp_path / "known").of_function("graded:reward")
+
+    for name in files:
+        before = content()
+        (tmp_path / name).write_text(files[name] + "\n")
+        assert (content() != before) == (name != "pack/beside.py"), name
+
+
 def test_a_method_of_one_s_own_is_made_again_where_its_file_changed(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

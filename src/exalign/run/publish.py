@@ -16,8 +16,11 @@ from exalign.report.wording import interval, number, percent
 from exalign.storage import exists
 
 
-def publish(run: Path, method: str, name: str, *, step: int | None = None, private: bool = False) -> str:
-    """Upload a method's policy to the repository NAME of the hub, in one commit; the address of it.
+def publish(
+    run: Path, method: str, name: str, *, step: int | None = None, private: bool = False, preview: bool = False
+) -> str:
+    """Upload a method's policy to the repository NAME of the hub, in one commit; the address of it. A `preview` is the
+    card and the files with their bytes, of which nothing is uploaded.
 
     `step` is one of those evaluated (of a sweep its number); None: the one that the report ships, else the last. A run
     without evidence, an unknown method or step, and a hub that refuses are `InputError`s.
@@ -34,6 +37,9 @@ def publish(run: Path, method: str, name: str, *, step: int | None = None, priva
         raise InputError(f"{place} is an adapter on {base}, which nobody else has; align again with lora.save: merged.")
     files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "README.md"]
     page = card(evidence, found, point, folder.recipe_values(), adapter=base is not None)
+    if preview:
+        listed = "".join(f"{file.relative_to(place).as_posix()}  {file.stat().st_size:,} bytes\n" for file in files)
+        return f"{page}\n{listed}"
     parts = [CommitOperationAdd(file.relative_to(place).as_posix(), str(file)) for file in files]
     parts.append(CommitOperationAdd("README.md", page.encode()))
     api = HfApi()

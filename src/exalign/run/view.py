@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +21,10 @@ from rich.console import Console
 from exalign.checksums import checksum
 from exalign.errors import InputError
 from exalign.models.model_settings import adapter_base
-from exalign.rollout.own_modules import from_here
+from exalign.rollout.own_modules import own_files
 from exalign.run.recipe import Recipe
 from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings
-from exalign.storage import exists, read_sealed, write_sealed
+from exalign.storage import exists, fingerprint, read_sealed, write_sealed
 
 
 class ReadPastViewError(AssertionError):
@@ -148,13 +147,11 @@ class Contents:
         return digest.hexdigest()[:16]
 
     def of_function(self, name: str) -> str | None:
-        """The hash of the file that holds `module:function`; None where there is none."""
-        try:
-            with from_here():
-                found = find_spec(name.partition(":")[0])
-        except (ImportError, ValueError, AttributeError):
-            return None
-        return self._of_file(Path(found.origin)) if found and found.has_location and found.origin else None
+        """The hash of the file that holds `module:function`, with the files beside it that it imports; None where there
+        is none.
+        """
+        found = [self._of_file(file) for file in own_files(name.partition(":")[0])]
+        return found[0] if len(found) == 1 else fingerprint(sorted(found)) if found else None
 
     def _of_file(self, file: Path) -> str:
         stat, key = file.stat(), str(file.absolute())
