@@ -198,6 +198,22 @@ def test_preferences_that_are_held_out_are_evaluated_and_not_trained_on() -> Non
     assert (fewer["reward"], fewer["evaluation/drawn/sft"]) == (tokens["reward"], 2 * 7 * 90)
 
 
+def test_held_out_pairs_are_read_where_the_rows_of_the_evaluation_are_pairs(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+
+    def read(evaluation: str) -> set[bool]:
+        given = ["preferences=null", "data.preferences.source=no/such-pairs", f"data.evaluation={{{evaluation}}}"]
+        tokens = tokens_of(*given)
+        return {f"evaluation/pairs{of}" in tokens for of in ("", "/exo-pref")}
+
+    file.write_text('{"prompt": "p"}\n')
+    assert read(f"source: {file}") == {False}
+    file.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    assert read(f"source: {file}") == {True}
+    assert read("source: no/such-data") == {True}
+    assert read("source: no/such-data, prompt_tokens: 3") == {False}
+
+
 def test_a_search_is_validated_on_its_own_prompts(tmp_path: Path) -> None:
     file = tmp_path / "validation.jsonl"
     file.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(5)))

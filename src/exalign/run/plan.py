@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -644,6 +644,8 @@ class Budget:
         whose = name if what in ("pairs", "answers") else what
         once = whose in ("", "sft", "pool", "proxy")
         times = 1 if once else self.policies(whose)
+        if what == "pairs" and not self._gives_pairs:
+            return None
         if what == "pairs":
             pairs = self.evaluation(settings.pairs, 2)
             return in_turn([read(self.supervised(), pairs, self.machine, None)], times)
@@ -653,6 +655,18 @@ class Budget:
             return in_turn([self._drawn(load, None, reference=told, trained=not once)], times)
         scorers = self.scorers(self.recipe.scoring if what == "proxy" else judge)
         return in_turn([read(scorer, load, self.machine) for scorer in scorers], times) if scorers else None
+
+    @cached_property
+    def _gives_pairs(self) -> bool:
+        """Whether rows of the evaluation are preferences: seen where they are here, else taken so of rows that are not
+        texts to be cut."""
+        if holds_out(self.recipe):
+            return True
+        sources = each(self.recipe.data.evaluation or [])
+        here = [source for source in sources if exists(Path(source.source))]
+        read = (record for source in here for record in read_source(whole(source), Counter()))
+        unseen = any(source.prompt_tokens is None for source in sources if source not in here)
+        return unseen or any(record.preferred is not None for record in read)
 
     def _drawn(
         self, load: Load, settings: ScorerSettings | None, *, reference: bool = False, trained: bool = False
