@@ -25,7 +25,7 @@ from exalign.data.store import read_records
 from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.run_folder import RunFolder, pool_rewards
 from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
 from exalign.report import write_report
@@ -139,6 +139,27 @@ def test_other_tokens_have_rewards_and_no_kl(given: RunFolder, models: Path) -> 
     assert not given.density("other").exists()
     page = given.page.read_text()
     assert "no KL" in page and "{{" not in page
+
+
+def test_ends_of_trainings_of_their_own_have_shares_of_their_own_objectives(
+    given: RunFolder, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(given.path.parent)
+    run = RunFolder(shutil.copytree(given.path, tmp_path / "run"))
+    command = ["run", str(given.path.with_suffix(".yaml")), "--run", str(run.path), "--redo"]
+    ended = CliRunner().invoke(app, [*command, "align.other=null", "align.line.betas=[200, 100]"])
+    assert ended.exit_code == 0, ended.output
+    line = next(method for method in run.read_evidence().methods if method.name == "line")
+    assert line.sweep is not None and line.sweep.betas == [200, 100]
+    rewards = pool_rewards(run.pool).values()
+    for point, beta in zip(line.points, line.sweep.betas, strict=True):
+        best = mean(beta * math.log(mean(math.exp(r / beta) for r in some)) - mean(some) for some in rewards)
+        assert point.objective is not None and point.gain is not None and point.kl is not None
+        assert point.objective.estimate == pytest.approx(
+            (point.gain.estimate - beta * point.kl.estimate) / best, abs=1e-6
+        )
+    assert "Each point of line is the end of a training of its own." in run.page.read_text()
+    assert "## Ends of the sweeps" in CliRunner().invoke(app, ["compare", str(run.path)]).output
 
 
 CHOICES = """
@@ -329,6 +350,8 @@ def test_what_cannot_be_is_one_sentence(
     values = {"name": "x", "model": {"source": reference}, "data": {"evaluation": {"source": prompts}}}
     with pytest.raises(InputError, match="learning_rate has no effect on policies that were trained elsewhere"):
         make_recipe({**values, "align": {"a": {"method": "given", "policies": [reference], "learning_rate": 1.0}}})
+    with pytest.raises(InputError, match=r"align\.a: betas are 2 for 1 policies; give one for each"):
+        make_recipe({**values, "align": {"a": {"method": "given", "policies": [reference], "betas": [1.0, 0.1]}}})
     with pytest.raises(InputError, match="no preference pairs: say what is good with --reward"):
         evidence(reference, {"a": [reference]}, prompts, out=tmp_path / "a")
     gone, quiet = {"a": [str(tmp_path / "gone")]}, Console(quiet=True)

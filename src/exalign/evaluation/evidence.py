@@ -398,9 +398,10 @@ def _by_category(material: _Material, name: str, step: int) -> dict[str, list[Wi
 
 
 def _objective_share(material: _Material, method: MethodEvidence, beta: float | None, step: int) -> Interval | None:
-    """That of a policy in the objective at its own β, which a sweep has for each."""
+    """That of a policy in the objective at its own β, which a sweep has for each, and a recipe says of given ones."""
     beta = beta if method.sweep is None else method.sweep.betas[step - 1]
-    if beta is None or not material.sft.scored or not material.aimed_at:
+    aimed_at = material.aimed_at or (material.pool is not None and method.target is None)
+    if beta is None or not material.sft.scored or not aimed_at:
         return None
     policy = material.tables[method.name][step]
     return objective_share(material.pool_rewards, beta, material.sft, policy, material.bootstrap)

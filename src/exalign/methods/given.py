@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,13 +23,23 @@ class Given(Method):
         json_schema_extra=CONTENT,
     )
 
+    betas: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="the β of reward − β·KL, by the evaluation's reward, that each was trained for, where they are the "
+        "ends of trainings of their own and not checkpoints along one",
+    )
+
     def described(self) -> dict[str, Any]:
-        return super().described() | {"settings": {"method": self.method, "policies": self.policies}}
+        own = {"settings": {"method": self.method, "policies": self.policies}}
+        points = [{"value": beta, "beta": beta} for beta in self.betas or ()]
+        return super().described() | own | ({"sweep": {"setting": "β", "points": points}} if points else {})
 
     @property
     def given(self) -> list[str]:
         return self.policies
 
     def problems(self) -> Iterator[str]:
-        for name in sorted(self.model_fields_set - {"method", "policies"}):
+        if self.betas is not None and len(self.betas) != len(self.policies):
+            yield f"betas are {len(self.betas)} for {len(self.policies)} policies; give one for each"
+        for name in sorted(self.model_fields_set - {"method", "policies", "betas"}):
             yield f"{name} has no effect on policies that were trained elsewhere"
