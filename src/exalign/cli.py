@@ -88,10 +88,11 @@ STAGES = {
 def _carry_out(recipe: Path, overrides: list[str] | None, run: dict[str, Any], *targets: str) -> None:
     from exalign.run.recipe import load_recipe
 
+    loaded = load_recipe(recipe, overrides or ())
     beside = recipe.with_suffix("")  # as `exalign align MODEL DATA --out DIR` leaves them
     if run["folder"] is None and (beside / "recipe.yaml").is_file():
         run["folder"] = beside
-    _run(load_recipe(recipe, overrides or ()), run, *targets)
+    _run(loaded, run, *targets)
 
 
 def _run(recipe: Recipe, run: dict[str, Any], *targets: str) -> None:
@@ -492,9 +493,10 @@ def benchmark_(
     from exalign.evaluation.run_folder import RunFolder
     from exalign.models.model_settings import ModelSettings
     from exalign.run.benchmark import benchmark_run, benchmark_table, compare, find_tasks
+    from exalign.storage import exists
 
     run = RunFolder(Path(model))
-    is_run = run.recipe.is_file()
+    is_run = exists(run.recipe)
     if against is not None if is_run else method is not None:
         raise InputError("--against is for a model, --method for a run, which is measured against where it started.")
     _quiet_libraries()

@@ -27,6 +27,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     is replaced. A full disk raises `InputError`; whatever stood at `path` before stays readable.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path} is a folder, and what is written needs a name of its own; give one.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

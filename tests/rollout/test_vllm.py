@@ -28,9 +28,10 @@ from exalign.rollout.vllm import (
     check_logprobs,
     completions_of,
     engine_arguments,
+    engine_of,
+    keep_engine,
     prompt_seed,
     sampling_arguments,
-    vllm_by_default,
 )
 from rollout.conftest import tiny_model
 
@@ -158,7 +159,13 @@ def test_it_draws_by_default_where_it_is_installed_and_there_is_a_gpu(
         return installed
 
     monkeypatch.setattr("exalign.rollout.vllm.version", version)
-    assert vllm_by_default(torch.device(device)) == expected
+    assert engine_of("auto", torch.device(device)) == ("vllm" if expected else "exalign")
+    keep_engine("exalign" if expected else "vllm")  # as a run began that goes on here
+    try:
+        assert engine_of("auto", torch.device(device)) == ("exalign" if expected else "vllm")
+        assert engine_of("vllm", torch.device(device)) == "vllm"
+    finally:
+        keep_engine(None)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,7 @@ def test_what_was_asked_for_draws(
     engine: str, by_default: bool, kind: type, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exalign.rollout.vllm.version", lambda name: "0.32.0")
-    monkeypatch.setattr("exalign.rollout.rollout.vllm_by_default", lambda device: by_default)
+    monkeypatch.setattr("exalign.rollout.vllm._kept", {"engine": "vllm" if by_default else "exalign"})
     settings = TWO.model_copy(update={"engine": engine})
     assert type(open_sampler(tiny_model("llama"), tokenizer, settings, temperature=1.0, seed=0)) is kind
 

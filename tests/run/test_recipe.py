@@ -159,6 +159,14 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
             "align.a.sweep: kl chooses β by the pool's rewards, and data.rewards brings its own",
         ),
         (
+            ["align={a: {beta_r: 0.3, sweep: {kl: [0.5, 1]}}}"],
+            "align.a.sweep: kl chooses β, beside which beta_r has no effect; remove it",
+        ),
+        (
+            ["align={a: {method: rloo, beta: 0.3, sweep: {kl: [0.5, 1]}}}"],
+            "align.a.sweep: kl chooses β, beside which beta has no effect; remove it",
+        ),
+        (
             ["search={trials: 2, kl: 1, methods: {exo-rw: {num_completions: {choices: [2, 4]}}}}"],
             "search.methods.exo-rw.num_completions cannot be searched over: what a method trains on",
         ),

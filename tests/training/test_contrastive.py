@@ -110,8 +110,10 @@ def test_the_loss_of_pairs_is_the_paper_s_times_their_weights(name: str) -> None
     if isinstance(task, KTOTask):
         others = unrelated_to(groups)
         start = logps(by_formula(make_policy()), others)  # which the task was made with
-        z = max(0.0, float((logps(policy, others) - start).mean()))
-        assert task.batches.kl == pytest.approx(float((logps(policy, others) - start).mean()), rel=1e-5)
+        weights = torch.tensor([group.weight for group in groups])
+        mean = float(((logps(policy, others) - start).mean(1) * weights).sum() / weights.sum())
+        z = max(0.0, mean)
+        assert task.batches.kl == pytest.approx(mean, rel=1e-5)
         assert [g.prompt_ids.tolist() for g in others] == [g.prompt_ids.tolist() for g in groups]
     for row, group in enumerate(groups):
         assert group.reference_logp is not None and group.preferred is not None

@@ -69,7 +69,7 @@ class DataSettings(Settings):
     name: str | None = Field(None, description="The configuration of a hub data set that has several.")
     data_dir: str | None = Field(
         None,
-        description="The folder of a hub data set that is read, e.g. helpful-base; None: all of it.",
+        description="The folder of a hub data set that is read, e.g. helpful-base; null: all of it.",
     )
     split: str | None = Field(
         None, description="The split: of a hub data set (default `train`), or of a folder whose file names carry one."

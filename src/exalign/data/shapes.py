@@ -515,7 +515,8 @@ def clean_messages(value: Any, name: str, counts: Counter[str]) -> tuple[Message
     """
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes) or not any(map(has_content, entries)):
-        raise ValueError(f"`{name}` must be a list of chat messages, but is {_said(value)}.")
+        texts = "" if isinstance(value, str | Sequence | Mapping) else "text or "
+        raise ValueError(f"`{name}` must be {texts}a list of chat messages, but is {_said(value)}.")
     return tuple(_message(entry, name, counts) for entry in entries if entry is not None)
 
 

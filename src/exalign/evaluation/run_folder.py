@@ -52,7 +52,7 @@ from exalign.evaluation.schema import (
     Trial,
     read_evidence,
 )
-from exalign.storage import read_json, read_sealed
+from exalign.storage import exists, read_json, read_sealed
 from exalign.strict_yaml import parse_yaml
 
 DONE = "done.json"
@@ -144,8 +144,14 @@ class RunFolder:
         values = read_json(self.environment) if self.environment.is_file() else {}
         return values if isinstance(values, dict) else {"environment": values}
 
+    def check(self) -> None:
+        """An `InputError` where there is no such folder at all."""
+        if not exists(self.path):
+            raise InputError(f"There is no folder {self.path}.")
+
     def read_evidence(self) -> Evidence:
         """The evidence of an evaluated run; an `InputError` where it has none."""
+        self.check()
         if not self.evidence.is_file():
             raise InputError(f"{self.path} has no evidence; finish it with exalign run RECIPE --run {self.path}.")
         return read_evidence(self.evidence)
@@ -222,6 +228,7 @@ class RunFolder:
             steps = [step for step in steps if str(step) == wanted.lstrip("0")] if wanted else steps[-1:]
             found = self.answered(self.samples(method, steps[0] if steps else 0))
         if not found.is_dir():
+            self.check()
             known = [SUPERVISED] if self.supervised.is_dir() else []
             known += [name for name in self.evaluated() if self.sampled_steps(name)]
             raise InputError(

@@ -34,8 +34,8 @@ MISLED = 0.5
 """Below this share of the best possible gain the optimum for the training reward is warned of."""
 RISE = 0.05
 """A share of repeated 4-grams, or of samples cut at the limit, that rose by this is warned of."""
-LEAST_OWN = 2
-"""Effective samples a prompt below which the correction of own samples is warned of."""
+LEAST_OWN = 1.5
+"""Effective samples a prompt, of the K ≥ 2, below which the correction of own samples is warned of."""
 EQUAL = 0.5
 """From this share on, prompts whose samples all have the same reward are warned of."""
 WASTED, WARNED = 4, 2

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -99,6 +100,8 @@ class Endpoint:
     """
 
     def __init__(self, url: str, judge: str, settings: JudgeSettings) -> None:
+        if find_spec("openai") is None:
+            raise InputError("Judging through an endpoint needs the openai client: pip install 'exalign[judge]'.")
         self.judge = judge
         self.concurrency = settings.concurrency
         self._settings = settings
@@ -129,11 +132,8 @@ class Endpoint:
 
     async def attempt(self, body: Body) -> Reply:
         """Send the request once. `timeout` bounds the whole attempt, also against a server that trickles."""
-        try:
-            from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit, OpenAIError
-        except ImportError:
-            need = "Judging through an endpoint needs the openai client: pip install 'exalign[judge]'."
-            raise InputError(need) from None
+        from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Omit, OpenAIError
+
         if self._client is None:
             # Retries are ours: the client would not repeat a malformed answer, nor keep the failed ones.
             key, timeout = self._key or "none", self._settings.timeout

@@ -54,7 +54,9 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what wou
 @with_settings(JudgeSettings)
 def judge(
     run: Annotated[Path, typer.Argument(help="A run directory, or one method of it: RUN/evaluation/METHOD.")],
-    against: Annotated[str, typer.Option(help="sft, chosen, a method of the same run, or another run directory.")],
+    against: Annotated[
+        str, typer.Option(help="sft, chosen, a method of the same run, METHOD@STEP, or another run directory.")
+    ],
     settings: JudgeSettings,
     endpoint: EndpointOption = None,
     model: ModelOption = None,

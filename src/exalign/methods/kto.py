@@ -128,7 +128,8 @@ class KTOTask(ContrastiveTask):
 
 
 class UnrelatedBatches:
-    """Batches, and of the last one taken z = `kl`: the mean log-ratio of completions that belong to other prompts.
+    """Batches, and of the last one taken z = `kl`: the mean log-ratio of completions that belong to other prompts,
+    each row with its weight.
 
     As in the paper, a prompt is put before the completions of the next row that has another one. Their log π_sft is
     computed here, before the first step. z is a function of the step's rows and the policy before it: neither the token
@@ -163,7 +164,9 @@ class UnrelatedBatches:
             found = logprobs_of(share, module, self._numerics)
         reference = [group.reference_logp for group in share if group.reference_logp is not None]
         ratios = [(logp - before).tolist() for logp, before in zip(found, reference, strict=True)]
-        self.kl = fmean(ratio for row in in_order(gathered(ratios)) for ratio in row)
+        each = zip(groups, in_order(gathered(ratios)), strict=True)
+        rows = [(ratio, group.weight) for group, row in each for ratio in row if group.weight]
+        self.kl = fmean(*zip(*rows, strict=True)) if rows else 0.0
         return groups
 
 

@@ -230,7 +230,10 @@ class MatchingTask:
         log_p_target = self._log_target(given)
         loss = distance_of(self.settings)(log_p_policy, log_p_target, mask)
         metrics = log_ratio_metrics(given, policy_logp.detach(), pairs=self.settings.target == "preference")
-        metrics |= self._reward_metrics(given, policy_logp.detach(), reference_logp)
+        if compared is groups:
+            metrics |= self._reward_metrics(given, policy_logp.detach(), reference_logp)
+        else:  # pairs of own samples: they need no correction, and the rollout's numbers say their reward
+            seen.pop("effective_samples")
         metrics["saturated"] = objectives.saturated(log_p_policy.detach(), log_p_target, mask).to(loss.dtype)
         weights = given.weights.to(loss.dtype)
         return (loss * weights).sum(), {name: (value * weights).sum() for name, value in (metrics | seen).items()}
@@ -242,9 +245,10 @@ class MatchingTask:
             return {}
         mask, sampled_from = given.mask, reference_logp if given.proposal_logp is None else given.proposal_logp
         log_weights = objectives.log_importance_weights(policy_logp, sampled_from, mask)
+        spread = objectives.group_spread(given.rewards, mask) / self.settings.beta_r
         return {
             "reward": objectives.weighted_mean(log_weights, given.rewards, mask),
-            "reward_spread": objectives.group_spread(given.rewards, mask) / self.settings.beta_r,
+            **({"reward_spread": spread} if self.settings.target == "reward" else {}),
             # 1 for every optimum: how much of the way from π_sft is for the reward.
             "reward_correlation": objectives.reward_correlation(policy_logp, reference_logp, given.rewards, mask),
         }

@@ -92,20 +92,20 @@ class Method(TrainSettings):
         None,
         gt=1,
         description="K of this method: it trains on so many completions of a prompt, the first that were drawn or "
-        "given; None: on all",
+        "given; null: on all",
     )
     stop_after: int | None = Field(
         None,
         gt=0,
         description="training ends where so many saved policies in a row have no lower loss on held-out prompts than "
         "the best before, and that one is the model; a method on rewards holds out data.held_out of its prompts for "
-        "it; None: it goes to its end",
+        "it; null: it goes to its end",
     )
     sweep: dict[str, tuple[int | float, ...]] | None = Field(
         None,
         description="a frontier by end points: one setting with several values, from near to far, and a policy for "
         "each, trained anew; {kl: [0.5, 1, 2]} are the nats at which the optima lie that are aimed at, and β is chosen "
-        "for them from the evaluation's pool; None: the checkpoints along one training",
+        "for them from the evaluation's pool; null: the checkpoints along one training",
     )
 
     def changed(self, name: str) -> bool:

@@ -40,7 +40,7 @@ class PPO(Method):
     trains_on: ClassVar[TrainsOn] = "prompts"
     critic: ModelSettings | None = Field(
         None,
-        description="the critic to start from, with the policy's tokenizer; None: this run's reward model where it "
+        description="the critic to start from, with the policy's tokenizer; null: this run's reward model where it "
         "started from the supervised policy, else the supervised policy with a new head",
     )
     critic_learning_rate: float = Field(
@@ -53,7 +53,7 @@ class PPO(Method):
     target_kl: float | None = Field(
         None,
         gt=0,
-        description="nats of KL per completion; after each rollout β rises if it was above, falls if below; None: β is "
+        description="nats of KL per completion; after each rollout β rises if it was above, falls if below; null: β is "
         "fixed",
     )
     kl_rate: float = Field(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class RewardModel(TrainSettings):
     """How the reward model is trained."""
 
-    model: ModelSettings | None = Field(None, description="the model to start from; None: the supervised policy")
+    model: ModelSettings | None = Field(None, description="the model to start from; null: the supervised policy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,7 +214,7 @@ def _end_rows(run: RunResults) -> Iterator[list[str]]:
             yield [
                 run.name,
                 method.name,
-                str(last.step) if method.sweep is None else f"{len(method.points)} trainings",
+                str(last.step) if method.sweep is None else f"{(n := len(method.points))} training{'s' * (n > 1)}",
                 interval(last.kl),
                 interval(last.reward),
                 *(column[method.name] for column in won),
@@ -326,7 +326,7 @@ def selection_table(selected: Sequence[Selected], run: Path) -> Table:
     """For the terminal; a model that is no longer in the run is said to be gone."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     measure = "reward" if all(row.point.reward for row in selected) else "accuracy on held-out pairs"
-    for name in ("method", "KL (nats)", measure, "model in the run"):
+    for name in ("method", "KL (nats)", measure, "model"):
         table.add_column(name, justify="left" if name.startswith("m") else "right", overflow="fold")
     for row in selected:
         there = RunFolder(run).policy(row.method, row.point.step).is_dir()

@@ -23,7 +23,7 @@ from exalign.models.sizes import reading_budget
 from exalign.rollout.sampler import GroupedSampler, Sampler
 from exalign.rollout.scorers import Scorer, scored
 from exalign.rollout.settings import SampleSettings
-from exalign.rollout.vllm import VLLMSampler, vllm_by_default
+from exalign.rollout.vllm import VLLMSampler, engine_of
 from exalign.settings import Auto
 
 
@@ -47,7 +47,7 @@ def open_sampler(
     seed: int,
 ) -> Sampler:
     """What draws from the policy as it is now: everything that draws opens it here, anew when the weights change."""
-    by_vllm = settings.engine == "vllm" or (settings.engine == "auto" and vllm_by_default(base_of(policy).device))
+    by_vllm = engine_of(settings.engine, base_of(policy).device) == "vllm"
     return (VLLMSampler if by_vllm else GroupedSampler)(policy, tokenizer, settings, temperature=temperature, seed=seed)
 
 

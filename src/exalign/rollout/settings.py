@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from exalign.settings import CONTENT, FUNCTION, NO_RESULT, Settings, Size, Source
+
+TopP = Annotated[float | None, AfterValidator(lambda value: None if value == 1 else value)]
+"""A total probability of tokens that are kept; 1 is all of it, None."""
 
 
 class VLLMSettings(Settings):
@@ -25,7 +28,7 @@ class VLLMSettings(Settings):
         None,
         gt=0,
         description="nats per token: a log-probability of the engine that is further from the training path's is told; "
-        "None: 0.02, in half precision 0.1",
+        "null: 0.02, in half precision 0.1",
         json_schema_extra=NO_RESULT,
     )
 
@@ -40,7 +43,7 @@ class SampleSettings(Settings):
     max_prompt_tokens: int = Field(
         512, ge=1, description="Longest prompt in tokens; a longer one loses tokens on its left and is counted."
     )
-    top_p: float | None = Field(
+    top_p: TopP = Field(
         None,
         gt=0,
         le=1,
@@ -61,7 +64,7 @@ class SampleSettings(Settings):
     engine: Literal["auto", "vllm", "exalign"] = Field(
         "auto",
         description="exalign: draw with exalign's own sampler; vllm: with vLLM, whose completions are others; auto: "
-        "with vLLM where it is installed and a single process draws on CUDA, else with exalign's",
+        "with vLLM where it is installed and the run begins on CUDA, else with exalign's",
     )
     vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="how vLLM runs", json_schema_extra=NO_RESULT)
 
@@ -82,7 +85,7 @@ class OneScorer(Settings):
         json_schema_extra=FUNCTION,
     )
     positive: str | int | None = Field(
-        None, description="name or number of the classifier's positive label; None: the one whose name says so"
+        None, description="name or number of the classifier's positive label; null: the one whose name says so"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",

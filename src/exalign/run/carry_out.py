@@ -51,7 +51,7 @@ from exalign.run import cluster
 from exalign.run.evaluating import in_order
 from exalign.run.materials import are_cut, told_in_tokens
 from exalign.run.recipe import Recipe, changed, holds_out, models_of
-from exalign.run.runner import Run, pin_to_run
+from exalign.run.runner import Run, pin_to_run, recorded
 from exalign.run.search import propose, validation_prompts
 from exalign.run.stages import hold_out, plan, preferences_of, texts_of
 from exalign.storage import exists
@@ -93,6 +93,7 @@ def carry_out(run: Run, *targets: str) -> None:
         if not leads():
             for name in calls():
                 pin_to_run(run.folder)
+                vllm.keep_engine(recorded(run.folder).get("engine"))
                 with room_for(name):
                     stages[name].work(run.view(stages[name]))
             return
@@ -174,7 +175,7 @@ def check_devices(recipe: Recipe) -> Iterator[str]:
     `InputError`.
     """
     divided, number = recipe.sample.vllm.gpus > 1, 1 if device().type == "cpu" else torch.accelerator.device_count()
-    if divided and several() and recipe.sample.engine == "vllm":
+    if divided and several() and vllm.engine_of(recipe.sample.engine, device()) == "vllm":
         raise InputError("sample.vllm.gpus: each process has an engine on its own GPU; set 1, or start one process.")
     if number > 1 and not several() and not divided and recipe.cluster is None:
         yield (

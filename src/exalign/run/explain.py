@@ -70,7 +70,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as a person reads it: `number or none`, `one of "a", "b"`."""
+    """A type as a person reads it: `number or null`, `one of "a", "b"`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         each = [type_name(argument) for argument in arguments]
@@ -87,7 +87,7 @@ def type_name(annotation: Any) -> str:
         return f"list of ({item})" if " or " in item else f"list of {item}"
     if is_settings(annotation):
         return "section"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -166,5 +166,7 @@ def _default(field: Any) -> str:
     if value is PydanticUndefined:
         return ""  # a section: its own settings have their defaults
     if value is None:
-        return "none"
+        return "null"
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -36,7 +36,7 @@ from exalign.rollout.rollout import Numerics, open_sampler, rollout, with_logpro
 from exalign.rollout.sampler import draws_rounded
 from exalign.rollout.scorers import Scorer, open_scorer
 from exalign.rollout.settings import SampleSettings, ScorerSettings
-from exalign.rollout.vllm import close_engine
+from exalign.rollout.vllm import close_engine, engine_of
 from exalign.run.recipe import Recipe, holds_out
 from exalign.run.view import Stage, View, sections_of
 from exalign.storage import fingerprint
@@ -343,7 +343,7 @@ def samples_header(view: View, settings: SampleSettings, purpose: str, temperatu
         tokenizer=redact(recipe.tokenizer.source or source or "trained by this run"),
         temperature=temperature,
         seed=recipe.seed,
-        sampler=settings.engine,
+        sampler=engine_of(settings.engine, device()),
         fingerprint=fingerprint([settings.deciding(), purpose, recipe.seed]),
     )
 

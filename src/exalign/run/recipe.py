@@ -27,7 +27,7 @@ from exalign.methods.reward_model import RewardModel
 from exalign.methods.sft import SFT
 from exalign.models.model_settings import ModelSettings
 from exalign.redaction import redact_values
-from exalign.rollout.settings import SampleSettings, ScorerSettings, VLLMSettings
+from exalign.rollout.settings import SampleSettings, ScorerSettings, TopP, VLLMSettings
 from exalign.run.familiar import loss_meaning, meaning
 from exalign.settings import CONTENT, NO_RESULT, Settings, Source
 from exalign.strict_yaml import MAX_CHARACTERS, parse_yaml, plain_values
@@ -42,7 +42,7 @@ class TokenizerSettings(Settings):
 
     source: Source | None = Field(
         None,
-        description="folder or hub name of a tokenizer; None: the one of model.source",
+        description="folder or hub name of a tokenizer; null: the one of model.source",
         json_schema_extra=CONTENT,
     )
     vocab_size: int | None = Field(
@@ -59,15 +59,15 @@ class DataSection(Settings):
     sft: Sources | None = Field(None, description="texts or prompt/completion rows for supervised fine-tuning")
     labelled: Sources | None = Field(None, description="text/label rows (0 or 1) that train the oracle")
     preferences: Sources | None = Field(
-        None, description="preference pairs; None: two samples of the supervised model, ordered by preferences.scorer"
+        None, description="preference pairs; null: two samples of the supervised model, ordered by preferences.scorer"
     )
-    prompts: Sources | None = Field(None, description="prompts to sample from; None: those of the preferences")
+    prompts: Sources | None = Field(None, description="prompts to sample from; null: those of the preferences")
     rewards: Sources | None = Field(
         None, description="prompt/completions/rewards rows, used instead of the sample and score stages"
     )
     evaluation: Sources | None = Field(
         None,
-        description="held-out prompts, with reference texts or preferences where the rows have them; None: a part of "
+        description="held-out prompts, with reference texts or preferences where the rows have them; null: a part of "
         "data.preferences, see held_out",
     )
     held_out: float = Field(
@@ -80,7 +80,7 @@ class DataSection(Settings):
     )
     validation: Sources | None = Field(
         None,
-        description="prompts that a search ranks its trials on, less those of the evaluation; None: those of "
+        description="prompts that a search ranks its trials on, less those of the evaluation; null: those of "
         "data.evaluation that come after the evaluation's own",
     )
     max_prompt_tokens: int = Field(512, gt=1, description="longer prompts are cut on the left, once per group")
@@ -99,7 +99,7 @@ class ScoreSettings(Settings):
     """Rewards for the rollouts."""
 
     scorer: ScorerSettings | None = Field(
-        None, description="what gives the rollouts their rewards; None: this run's reward model"
+        None, description="what gives the rollouts their rewards; null: this run's reward model"
     )
 
 
@@ -107,8 +107,8 @@ class AnswerSettings(Settings):
     """How answers are drawn that are judged: as a user would draw them, not as the methods' KL needs them."""
 
     temperature: float = Field(gt=0, description="temperature of these answers alone")
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="keep the most probable tokens up to this total probability; None: all"
+    top_p: TopP = Field(
+        None, gt=0, le=1, description="keep the most probable tokens up to this total probability; null: all"
     )
 
 
@@ -117,7 +117,7 @@ class EvaluateSettings(Settings):
 
     scorer: ScorerSettings | None = Field(
         None,
-        description="what judges the samples; None: the oracle where there is one, else score.scorer, else the reward "
+        description="what judges the samples; null: the oracle where there is one, else score.scorer, else the reward "
         "model; without any the evidence is what preferences allow",
     )
     prompts: int = Field(512, gt=0, description="evaluation prompts, the first of data.evaluation")
@@ -131,12 +131,12 @@ class EvaluateSettings(Settings):
         None,
         min_length=1,
         description="how a prompt of data.evaluation begins, which then comes first of all, so that its density ratios "
-        "are drawn (the paper's Figure 3); None: the order of the data",
+        "are drawn (the paper's Figure 3); null: the order of the data",
     )
     samples: int = Field(4, gt=0, description="samples of each policy for each prompt (M in the paper)")
     answers: AnswerSettings | None = Field(
         None,
-        description="samples of their own, as many again, for win rates, judges and people; None: those that rewards "
+        description="samples of their own, as many again, for win rates, judges and people; null: those that rewards "
         "and KL are measured on, which are drawn at τ and never truncated",
     )
     pool_prompts: int = Field(
@@ -173,11 +173,11 @@ class ClusterSettings(Settings):
     address: str | None = Field(
         None,
         min_length=1,
-        description="a running Ray cluster, as host:port; None: one on this machine, for the stage alone",
+        description="a running Ray cluster, as host:port; null: one on this machine, for the stage alone",
     )
     cpus_per_worker: int = Field(1, ge=1, description="threads that each worker computes with on the processor")
     gpus_per_worker: int | None = Field(
-        None, ge=0, description="GPUs of each worker; None: one where the cluster has any, else none"
+        None, ge=0, description="GPUs of each worker; null: one where the cluster has any, else none"
     )
     tries: int = Field(
         4, ge=1, description="how often a shard is begun anew because its worker died, before the stage fails"
@@ -287,13 +287,13 @@ class Recipe(Settings):
     threads: int | None = Field(
         None,
         gt=0,
-        description="of the CPU; None: as many as are fastest when the run begins, or as OMP_NUM_THREADS says",
+        description="of the CPU; null: as many as are fastest when the run begins, or as OMP_NUM_THREADS says",
         json_schema_extra=NO_RESULT,
     )
     model: ModelSettings = Field(description="the policy to start from")
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings, description="the policy's tokenizer")
     data: DataSection = Field(default_factory=DataSection, description="what goes in")
-    sft: SFT | None = Field(None, description="supervised fine-tuning; None: the model is the supervised one")
+    sft: SFT | None = Field(None, description="supervised fine-tuning; null: the model is the supervised one")
     oracle: Oracle | None = Field(None, description="a classifier trained on data.labelled, to score with")
     preferences: PreferenceSettings | None = Field(None, description="preferences made from samples of this run")
     reward: RewardModel | None = Field(None, description="a reward model trained on the preferences")
@@ -301,7 +301,7 @@ class Recipe(Settings):
     score: ScoreSettings = Field(default_factory=ScoreSettings, description="rewards for the rollouts")
     cluster: ClusterSettings | None = Field(
         None,
-        description="workers on Ray that sample and score for the alignment; None: this process does",
+        description="workers on Ray that sample and score for the alignment; null: this process does",
         json_schema_extra=NO_RESULT,
     )
     align: dict[str, AnyMethod] = Field(
@@ -310,7 +310,7 @@ class Recipe(Settings):
         "are that method's",
     )
     search: SearchSettings | None = Field(
-        None, description="a search for the settings with which each method does best; None: each has its own"
+        None, description="a search for the settings with which each method does best; null: each has its own"
     )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="the evidence")
 
@@ -426,6 +426,9 @@ def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:
             yield ": kl chooses β by the pool's rewards, and data.rewards brings its own; give values of beta_r"
         elif min(values) <= 0:
             yield f": an optimum lies at more than 0 nats, not at {min(values):g}"
+        for name in ("beta", "beta_r", "beta_r_std"):
+            if name in type(method).model_fields and method.changed(name):
+                yield f": kl chooses β, beside which {name} has no effect; remove it"
         return
     for problem in _range_problems(method, setting, Range(choices=values)):
         yield f".{setting}{problem}"
@@ -603,9 +606,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if (path / "recipe.yaml").is_file():
             instead = f"of a run give its recipe: {path}/recipe.yaml --run {path}"
         raise InputError(f"{path} is a folder, and a recipe is a file: {instead}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start + 1}; save it as UTF-8.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)[:200]} cannot be read ({str(error)[:200]}).") from None
     values = parse_yaml(text, str(path))
+    if values is None:
+        raise InputError(f"{path} is empty; exalign recipe --explain shows what a recipe holds.")
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of settings, this is {type(values).__name__}.")
     return with_overrides(values, overrides, str(path))

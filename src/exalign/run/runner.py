@@ -35,6 +35,7 @@ from exalign.evaluation.run_folder import RunFolder
 from exalign.models.memory import room_for
 from exalign.processes import call, leads
 from exalign.redaction import redact_values
+from exalign.rollout.vllm import engine_of, keep_engine
 from exalign.run.recipe import Recipe, dump_recipe
 from exalign.run.stage_files import MARKERS, check_complete, check_inputs, forget_damaged_records, stage_checksums
 from exalign.run.view import Contents, Stage, View, key, step_sizes
@@ -124,6 +125,7 @@ class Run:
             contents.remember()
             before = recorded(self.folder)  # threads and sizes decide how sums are rounded
             keep_memory(before.get("memory"))
+            keep_engine(before.get("engine"))
             if (sentence := choose_threads(self.recipe.threads or before.get("threads"))) is not None:
                 self.console.print(shown(f"  {sentence}", "dim"), soft_wrap=True)
             write_text(self.path("recipe.yaml"), dump_yaml(dump_recipe(self.recipe)))
@@ -338,6 +340,7 @@ def environment() -> dict[str, Any]:
         "packages": packages,
         "threads": torch.get_num_threads(),
         "memory": device_memory(device()),
+        "engine": engine_of("auto", device()),
         "accelerators": devices,
     }
 

@@ -232,6 +232,7 @@ def accumulate(
     agreement: bool = False,
 ) -> dict[str, float]:
     """Put the gradient of the step's loss into the parameters; return loss and metrics, divided by the step's weight.
+    Where that is 0 the loss is 0 and the metrics are not a number.
 
     Process r of R takes micro-batches r, r + R, …; where they run out it repeats the first with factor 0, so that
     every process makes the same number of passes (collective operations wait for all). DDP exchanges gradients in the
@@ -244,13 +245,13 @@ def accumulate(
     half = len(groups) // 2 if agreement else 0
     before, after = (microbatches(side, token_budget=token_budget) for side in (groups[:half], groups[half:]))
     micro = before + after
-    weight = sum(task.weight(part) for part in micro) or 1.0  # where nothing counts the loss is 0, whatever it is
+    weight = sum(task.weight(part) for part in micro)
     rounds = range(accelerator.process_index, len(micro) + accelerator.process_index, accelerator.num_processes)
     sums: dict[str, Tensor] = {}
     for index in rounds:
         if before and index == len(before):
             first = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-        part, factor = (micro[index], 1.0 / weight) if index < len(micro) else (micro[0], 0.0)
+        part, factor = (micro[index], 1.0 / (weight or 1.0)) if index < len(micro) else (micro[0], 0.0)
         synchronised = index == rounds[-1]
         with nullcontext() if synchronised else accelerator.no_sync(model), fitting(part):
             with accelerator.autocast():
@@ -262,7 +263,9 @@ def accumulate(
     if before:
         sums["gradient_agreement"] = _agreement(model, first)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
-    return dict(zip(sums, totals.tolist(), strict=True))
+    found = dict(zip(sums, totals.tolist(), strict=True))
+    # Where nothing counts the loss is 0, and nothing is known beside it.
+    return {name: value if weight or name == "loss" else math.nan for name, value in found.items()}
 
 
 def _agreement(model: nn.Module, first: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class TrainSettings(Settings):
         None,
         gt=0,
         description="steps between two at which the gradients of the two halves of a step are compared, their cosine "
-        "as gradient_agreement; it takes the memory of one gradient more; on one process only; None: never",
+        "as gradient_agreement; it takes the memory of one gradient more; on one process only; null: never",
         json_schema_extra=NO_RESULT,
     )
     checkpoint_every: int = Field(
