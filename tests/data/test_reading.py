@@ -205,6 +205,8 @@ DROPPED = [
     ({"chosen": [USER, HELLO, ASK], "rejected": [USER, HEY]}, "conversations_without_an_answer"),
     ({"text": "  "}, "empty_completions"),
     ({"messages": [USER, CALL]}, "answers_that_call_tools"),
+    ({"messages": [USER, HELLO, FINE]}, "conversations_with_two_answers_in_a_row"),
+    ({"chosen": [USER, HELLO, FINE], "rejected": [USER, HELLO, BAD]}, "conversations_with_two_answers_in_a_row"),
     # null is absence, as an empty text is, where other rows of the source have something
     ({**PAIR, "chosen": None}, "pairs_with_empty_side"),
     ({**PAIR, "rejected": ""}, "pairs_with_empty_side"),
@@ -344,6 +346,42 @@ def test_tool_calls_stay_in_the_conversation():
     record = convert({"conversations": turns, "tools": ""})
     assert record.prompt[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
     assert record.prompt[2] == {"role": "tool", "content": "sunny"}
+
+
+def test_the_reasoning_beside_an_answer_is_counted():
+    counts = Counter()
+    thought = {**HELLO, "reasoning_content": "Be friendly."}
+    assert convert({"messages": [USER, thought]}, counts).completions == (Completion("Hello!"),)
+    assert convert({"prompt": [USER], "chosen": [thought], "rejected": [HELLO]}, counts) is None
+    assert counts == {"answers_without_their_reasoning": 2, "pairs_equal": 1}
+
+
+def test_texts_inside_calls_and_tools_can_be_stored_too():
+    counts = Counter()
+    call = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "\ud800"}}}]}
+    record = convert({"messages": [USER, call, HELLO], "tools": [{"name": "f\ud800"}]}, counts)
+    assert counts == {"lone_surrogates_replaced": 2}
+    assert json.loads(record.tools) == [{"name": "f\ufffd"}]
+    assert record.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"a": "\ufffd"}
+
+
+def test_messages_as_json_stand_in_all_rows_or_in_none():
+    spelled, plain = {**PAIR, "chosen": json.dumps([USER, HELLO])}, {**PAIR, "chosen": "sorry"}
+    with pytest.raises(
+        ValueError, match="`chosen` holds chat messages as JSON in 2 of the first 3 rows and other text"
+    ):
+        convert(plain, among=[spelled, spelled])
+    assert convert(spelled, among=[plain, plain]).completions[0].text == spelled["chosen"]  # a text about messages
+
+
+def test_a_setting_or_column_without_effect_beside_another_is_told():
+    with pytest.raises(ValueError, match="`labels` says what values of a preference, label or reward mean"):
+        convert(PAIR, labels={"model_a": 0})
+    record = convert(
+        {"prompt": "p", "completions": ["a", "b"], "rewards": [0, 1], "ranks": [1, 2]}, counts := Counter()
+    )
+    assert record.rewards == [0, 1] and record.columns == {"ranks": [1, 2]}
+    assert any("ranks" in name for name in counts)
 
 
 def test_a_source_is_a_chat_or_it_is_not():
@@ -519,6 +557,11 @@ def test_splits_of_a_folder(tmp_path, write_jsonl):
     assert [r.prompt for r in read(tmp_path, split="train")] == ["p0"]
     assert [r.id for r in read(tmp_path, split="test")] == [f"test-00000-of-00001.jsonl.gz:{i}" for i in (1, 2)]
     assert len(read(tmp_path, split="sft_train")) == 1
+    write_jsonl(ROWS[:2], "train_prefs-00000-of-00001.jsonl")
+    (tmp_path / "train.jsonl.zst").write_bytes(b"")
+    records = read(tmp_path, counts := Counter(), split="train_prefs")
+    assert [record.prompt for record in records] == ["p0", "p1"]
+    assert counts["files_not_read"] == 1
     with pytest.raises(InputError, match=r"several splits \(test, train\)"):
         read(tmp_path)
     with pytest.raises(InputError, match="no split 'dev'; found test, train"):
@@ -721,8 +764,16 @@ def test_tables_by_commas_semicolons_and_tabs(tmp_path, name, mark):
     rows = [["prompt", "completion"], ["one, two; three", 'say "four"'], ["five", "six\nseven"]]
     with (tmp_path / name).open("w", newline="") as stream:
         csv.writer(stream, delimiter=mark).writerows(rows)
-    records = list(read_source(DataSettings(source=str(tmp_path / name)), Counter()))
+    with (tmp_path / name).open("a") as stream:
+        stream.write("\n")
+    records = read(tmp_path / name, counts := Counter())
     assert [[r.prompt, r.completions[0].text] for r in records] == rows[1:]
+    assert counts["blank_lines"] == 1
+
+
+def test_a_table_that_ends_in_tsv_has_tabs(tmp_path):
+    (tmp_path / "y.tsv").write_text("text\nHello, you; there\n")
+    assert [record.completions[0].text for record in read(tmp_path / "y.tsv")] == ["Hello, you; there"]
 
 
 def test_messages_that_are_text_are_a_prompt(write_jsonl):

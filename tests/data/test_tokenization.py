@@ -367,6 +367,18 @@ def test_what_a_template_leaves_out_of_the_prompt_is_counted():
     assert counts["messages_left_out_by_template"] == 1
 
 
+def test_a_call_at_the_end_of_the_prompt_is_a_turn_of_its_own():
+    tokenizer, counts = byte_level(), Counter()
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls or '' }}")
+    assert tokenizer.chat_template != CHATML
+    said = text_of(tokenizer, tokenize(record_of((USER, call), "Sunny."), tokenizer, counts=counts).prompt_ids)
+    assert "look" in said and not counts
+    tokenizer.chat_template = CHATML
+    tokenize(record_of((USER, call), "Sunny."), tokenizer, counts=counts)
+    assert counts == {"tool_calls_left_out_by_template": 1}
+
+
 def test_broken_rows_are_dropped_and_counted_and_all_broken_ones_refused():
     tokenizer, counts = byte_level(), Counter()
     tokenizer.chat_template = INST

@@ -52,6 +52,8 @@ _SPLIT_OF |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 _SPACE = re.compile(r"\s*")
 _BLANK = b" \t\r\n\v\f\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_NOT_READ = (".zst", ".bz2", ".xz", ".zip", ".arrow")
+"""Ends of files that hold data in a form that is not read."""
 _OTHER_FILES = ("dataset_info.json", "dataset_infos.json", "header.json")
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -405,6 +407,8 @@ def _all_rows(settings: DataSettings, path: Path | None, counts: Counter[str]) -
     elif exists(path / "dataset_dict.json") or exists(path / "state.json"):
         yield from _saved_rows(path, settings)
     else:
+        if unread := sum(file.suffix in _NOT_READ for file in path.rglob("*")):
+            counts["files_not_read"] += unread
         for file in _split_files(path, settings.split):
             yield from _file_rows(file, file.relative_to(path).as_posix(), settings, counts)
 
@@ -453,8 +457,8 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _stem(file: Path) -> str:
-    """`train.jsonl.gz` → `train`."""
-    return file.name[: -len(data_suffix(file) or "")]
+    """`train.jsonl.gz` → `train`, `train-00000-of-00002.parquet` → `train`."""
+    return re.sub(r"-\d{5}-of-\d{5}$", "", file.name[: -len(data_suffix(file) or "")])
 
 
 def _split_of(relative: Path) -> str | None:
@@ -565,7 +569,7 @@ def read_file(path: Path, *, streaming: bool, counts: Counter[str]) -> Rows:
             return
         with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as content:
             if kind in (".csv", ".tsv"):
-                rows = _csv_rows(path, content)
+                rows = _csv_rows(path, content, counts)
             elif kind == ".txt":
                 rows = _text_rows(path, content, counts)
             else:
@@ -665,17 +669,24 @@ def _text_rows(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
             counts["blank_lines"] += 1
 
 
-def _csv_rows(path: Path, stream: ByteStream) -> Rows:
+def _csv_rows(path: Path, stream: ByteStream, counts: Counter[str]) -> Rows:
     csv.field_size_limit(MAX_ROW)  # the default refuses long texts
     number = 0
     try:
         lines = (line for _, line in _lines(path, stream, "line"))
         first = next(lines, "")
-        reader = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+        tabs = (data_suffix(path) or "").startswith(".tsv")
+        reader = csv.reader(
+            chain([first], lines), delimiter="\t" if tabs else max(",;\t", key=first.count), strict=True
+        )
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
             raise InputError(f"{path}: the first line must name the columns, each once; found {header!s:.200}.")
-        for number, cells in enumerate((cells for cells in reader if cells), start=1):
+        for cells in reader:
+            if not cells:
+                counts["blank_lines"] += 1
+                continue
+            number += 1
             if len(cells) != len(header):
                 raise InputError(f"{path}, row {number}: {len(cells)} cells, but the header names {len(header)}.")
             yield number, dict(zip(header, cells, strict=True))

@@ -100,6 +100,10 @@ class Shape:
         views = [self._view(row) for row in rows]
         self.present: set[str] = set().union(*views)
         self.kind, self.used = _kind(self.present, rows, columns)
+        if "rewards" in self.used:
+            self.used = self.used - {"ranks"}
+        if labels and not self.used & {"preferred", "label", "rewards", "ranks"}:
+            raise ValueError("`labels` says what values of a preference, label or reward mean, and there is none here.")
         if idle := sorted(columns.keys() - self.used):
             beside = ", ".join(sorted(self.used - {"system", "tools", "weight"}))
             raise ValueError(f"`columns` names {idle[0]}, which has no content here or no use beside {beside}.")
@@ -132,7 +136,7 @@ class Shape:
             except Dropped as reason:
                 counts[str(reason)] += 1
                 continue
-            weight, tools = _weight(row.get("weight")), _tools(row.get("tools"))
+            weight, tools = _weight(row.get("weight")), _tools(row.get("tools"), counts)
             name = id if number == 1 else f"{id}#{number}"
             columns = {name: value for name, value in values.items() if name not in self._known and _is_kept(value)}
             yield Record(
@@ -152,7 +156,7 @@ class Shape:
             if messages[-1]["role"] != "assistant":
                 counts["conversations_without_a_last_answer"] += 1
                 return messages, (), None
-            return self._single(messages[:-1], _text_of(messages[-1]), row, counts)
+            return self._single(_past_of(messages), _text_of(messages[-1], counts), row, counts)
         if self.kind == "prompt":
             return clean_prompt(_needed(row, "prompt"), "prompt", counts), (), None
         return self._single("", clean_text(row.get("text", ""), "text", counts), row, counts)
@@ -174,7 +178,7 @@ class Shape:
         if name == "messages" and given and not isinstance(given, str) and given[-1]["role"] == "assistant":
             raise ValueError("`messages` ends with an answer: say in `columns` what of it is the prompt.")
         if any(not isinstance(value, str) for value in answers.values()):
-            past, texts = _common_past([_dialogue(value, name, counts) for name, value in answers.items()])
+            past, texts = _common_past([_dialogue(value, name, counts) for name, value in answers.items()], counts)
             return _joined(given, past), texts
         texts = [clean_text(value, name, counts) for name, value in answers.items()]
         if given is None and any(ASSISTANT in text for text in texts):
@@ -440,12 +444,21 @@ def _parsed(value: Any) -> Any:
 
 
 def _all_json(name: str, views: Sequence[Values]) -> bool:
-    """Whether every text in a column is a list as JSON, or what somebody said as messages; there must be one."""
+    """Whether every text in a column is a list as JSON, or what somebody said as messages; there must be one.
+
+    `ValueError` where half of the texts or more are messages, and others are not.
+    """
     found = [_parsed(view[name]) for view in views if isinstance(view.get(name), str)]
     if name in _LISTED:
         return bool(found) and all(isinstance(value, list) for value in found)
     said = [[value] if isinstance(value, dict) else value for value in found]
-    return bool(said) and all(isinstance(v, list) and v and all(map(_is_message, v)) for v in said)
+    spelled = sum(isinstance(v, list) and bool(v) and all(map(_is_message, v)) for v in said)
+    if len(said) / 2 <= spelled < len(said):
+        raise ValueError(
+            f"`{name}` holds chat messages as JSON in {spelled} of the first {len(said)} rows and other text in the "
+            "rest: write all of them alike."
+        )
+    return bool(said) and spelled == len(said)
 
 
 def _is_message(value: Any) -> bool:
@@ -472,20 +485,23 @@ def _weight(value: Any) -> float | None:
     return number
 
 
-def _tools(value: Any) -> str | None:
+def _tools(value: Any, counts: Counter[str]) -> str | None:
     """The tools of a row as JSON, without the nulls by which a table fills its columns."""
     tools = _parsed(value)
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"`tools` must be a list of descriptions, or JSON text of one, but is {_said(value)}.")
-    return json.dumps(_without_nulls(tools)) if tools else None
+    return json.dumps(_clean(tools, counts)) if tools else None
 
 
-def _without_nulls(value: Any) -> Any:
+def _clean(value: Any, counts: Counter[str]) -> Any:
+    """Nested values without the nulls by which a table fills its columns, their texts as `clean_text` has them."""
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {_clean(key, counts): _clean(part, counts) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_clean(part, counts) for part in value]
+    return without_surrogates(value, counts) if isinstance(value, str) else value
 
 
 def clean_text(value: Any, name: str, counts: Counter[str]) -> str:
@@ -500,6 +516,10 @@ def clean_text(value: Any, name: str, counts: Counter[str]) -> str:
         raise ValueError(f"`{name}` must be text, but is {_said(value)}.")
     if _PYTHON_MESSAGES.match(value):
         raise ValueError(f"`{name}` holds messages as Python prints them, not as JSON: write it with json.dumps.")
+    return without_surrogates(value, counts)
+
+
+def without_surrogates(value: str, counts: Counter[str]) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -526,7 +546,7 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> Message:
     role, content = entry.get("role"), entry.get("content")
     if role is None:
         role, content = entry.get("from"), entry.get("value")
-    more = {key: _without_nulls(entry[key]) for key in _MESSAGE_KEYS if has_content(entry.get(key))}
+    more = {key: _clean(entry[key], counts) for key in _MESSAGE_KEYS if has_content(entry.get(key))}
     if role == "function_call":
         role, content, more["tool_calls"] = "assistant", None, [_call(content, name)]
     if any(has_content(part) for key, part in entry.items() if key not in (*_KEYS, *_MESSAGE_KEYS)):
@@ -562,10 +582,21 @@ def clean_prompt(value: Any, name: str, counts: Counter[str]) -> Prompt:
     return clean_text(value, name, counts) if isinstance(value, str) else clean_messages(value, name, counts)
 
 
-def _text_of(message: Message) -> str:
+def _text_of(message: Message, counts: Counter[str]) -> str:
+    """What an answer says; the reasoning that stands beside it is no part of it, and counted."""
     if "tool_calls" in message:
         raise Dropped("answers_that_call_tools")
+    if "reasoning_content" in message:
+        counts["answers_without_their_reasoning"] += 1
     return str(message["content"])
+
+
+def _past_of(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """All but the answer at the end, which stands behind no other one."""
+    past = messages[:-1]
+    if past and past[-1]["role"] == "assistant" and "tool_calls" not in past[-1]:
+        raise Dropped("conversations_with_two_answers_in_a_row")
+    return past
 
 
 def _dialogue(value: Any, name: str, counts: Counter[str]) -> tuple[Message, ...]:
@@ -579,12 +610,14 @@ def _dialogue(value: Any, name: str, counts: Counter[str]) -> tuple[Message, ...
     raise ValueError(f"`{name}` must be an assistant message, but has the role {messages[0]['role'][:40]}.")
 
 
-def _common_past(dialogues: Sequence[tuple[Message, ...]]) -> tuple[tuple[Message, ...], list[str]]:
+def _common_past(
+    dialogues: Sequence[tuple[Message, ...]], counts: Counter[str]
+) -> tuple[tuple[Message, ...], list[str]]:
     """Split conversations that differ in their last message only; one that parts before is dropped."""
-    past = dialogues[0][:-1]
+    past = _past_of(dialogues[0])
     if any(dialogue[:-1] != past for dialogue in dialogues):
         raise Dropped("pairs_without_common_prompt")
-    return past, [_text_of(dialogue[-1]) for dialogue in dialogues]
+    return past, [_text_of(dialogue[-1], counts) for dialogue in dialogues]
 
 
 def _joined(given: Prompt | None, past: tuple[Message, ...]) -> Prompt:
@@ -649,14 +682,14 @@ def as_messages(record: Record, counts: Counter[str]) -> Record:
     markers, said = turns[::2], [text.strip() for text in turns[1::2]]
     if not said:
         counts["prompts_read_as_a_message"] += 1
-        return replace(record, prompt=({"role": "user", "content": record.prompt},))
+        return replace(record.as_texts(), prompt=({"role": "user", "content": record.prompt},))
     if start.strip() or markers != [HUMAN, ASSISTANT] * (len(said) // 2) or said[-1]:
         counts["prompts_of_turns_out_of_order"] += 1
         return record
     counts["prompts_read_as_dialogues"] += 1
     prompt = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said[:-1]))
     answers = tuple(replace(completion, text=completion.text.strip()) for completion in record.completions)
-    return replace(record, prompt=prompt, completions=answers)
+    return replace(record, prompt=prompt, completions=answers).as_texts()
 
 
 def _tree(root: Any) -> Iterator[Values]:

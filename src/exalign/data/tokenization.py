@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -336,7 +337,8 @@ class _Text:
         self.opening = ""
         """The beginning of the answer, which the last message may be."""
         last = self.messages[-1] if self.messages else {}
-        if last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        closed = {"tool_calls", "reasoning_content"} & last.keys()
+        if last.get("role") == "assistant" and isinstance(last.get("content"), str) and not closed:
             self.opening = self.messages.pop()["content"]
 
     def unfit(self, reason: str, sentence: str) -> UnfitError:
@@ -397,6 +399,12 @@ class _Text:
             self.counts["messages_left_out_by_template"] += 1
         if self.record.tools and self.render(tools=False) == self.asked:
             self.counts["tools_left_out_by_template"] += 1
+        if any("tool_calls" in message for message in self.messages):
+            bare = _Text(self.record, self.tokenizer)
+            bare.messages = [{key: value for key, value in m.items() if key != "tool_calls"} for m in self.messages]
+            with suppress(UnfitError):  # a template that needs the calls writes them
+                if bare.asked == self.asked:
+                    self.counts["tool_calls_left_out_by_template"] += 1
 
     @cached_property
     def prompt_ids(self) -> list[int]:
