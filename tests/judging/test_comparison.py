@@ -222,6 +222,16 @@ def test_random_judges_have_alpha_near_zero_and_an_interval_around_it():
     assert found.alpha.low < 0 < found.alpha.high
 
 
+def test_alpha_is_never_above_1_and_of_equal_verdicts_alone_no_interval_is_known():
+    votes = [["first", "first"], ["second", "second"], ["tie", "tie"]] * 3
+    found = [
+        agreement(judged(v, prompt=str(p), judge=f"j{j}") for p, row in enumerate(rows) for j, v in enumerate(row))
+        for rows in (votes, [*votes, ["first", "tie"]])
+    ]
+    assert (found[0].alpha.estimate, found[0].alpha.low, found[0].alpha.high) == (1.0, None, None)
+    assert found[1].alpha.low < found[1].alpha.estimate < found[1].alpha.high == 1.0
+
+
 def test_agreement_between_a_model_and_people():
     people = [judged(v, prompt=p, judge="ann") for p, v in [("p", "first"), ("q", "tie"), ("r", "second")]]
     model = [judged("first", judge="gpt"), judged("second", prompt="q", judge="gpt").swapped()]

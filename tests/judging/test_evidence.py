@@ -175,6 +175,12 @@ def test_an_export_repeats_no_stored_study_but_adds_one_kept_elsewhere(run: Path
     write_comparisons(run / "assessment" / "elsewhere.jsonl", [replace(c, judge="dan") for c in people(run)[:18]])
     here, elsewhere = read_judgements(run).studies
     assert [here] == stored
+    other = [
+        replace(c, time="2026-01-02T03:04:05+00:00") for c in people(run)[:18]
+    ]  # of people who have the same names
+    write_comparisons(run / "assessment" / "elsewhere.jsonl", other)
+    assert [study.name for study in read_judgements(run).studies] == [here.name, "elsewhere"]
+    write_comparisons(run / "assessment" / "elsewhere.jsonl", [replace(c, judge="dan") for c in people(run)[:18]])
     assert (elsewhere.name, elsewhere.num_verdicts, elsewhere.num_asked) == ("elsewhere", 18, None)
 
 

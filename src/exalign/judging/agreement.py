@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -209,7 +210,10 @@ def _alpha_interval(prompts: list[list[list[float]]]) -> Interval | None:
         return None
     drawn = np.einsum("rp,pij->rij", resample_weights(len(prompts)) * len(prompts), tables)
     resampled = [alpha for table in drawn if (alpha := krippendorff_alpha(table)) is not None]
-    return interval_of(estimate, np.array(resampled), len(prompts))
+    found = interval_of(estimate, np.array(resampled), len(prompts))
+    if found.low is None or found.high is None or found.high - found.low < 1e-9:
+        return replace(found, low=None, high=None)  # no resample disagrees: of few items that is no certainty
+    return replace(found, high=min(found.high, 1.0))
 
 
 def mean_by_prompt(shares: Iterable[tuple[str, float | None]]) -> Interval | None:

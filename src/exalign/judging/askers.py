@@ -107,6 +107,11 @@ class Endpoint:
         self._settings = settings
         self._url, parts = url, _checked(url)
         self._key = os.environ.get(settings.key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
+            raise InputError(
+                f"The key in {settings.key_variable} has a line break, a space or a character that no request carries; "
+                "set it again."
+            )
         self._spelled = spellings(self._key)
         fields = settings.request_fields
         if "messages" in fields or fields.get("model", judge) is None:

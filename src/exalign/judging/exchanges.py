@@ -66,7 +66,8 @@ def request_key(body: Body) -> str:
 def parse_completion(raw: str) -> Answer | None:
     """The chat completion in a response body, or None where the body is not one (cut off, malformed, an error).
 
-    Of a content in parts those that are text are read, not what the model thought to itself.
+    Of a content in parts those that are text are read, not what the model thought to itself; half a character, which
+    JSON can spell, is read as U+FFFD.
 
     >>> parse_completion('{"choices": [{"message": {"content": "Verdict: A"}}]}').text
     'Verdict: A'
@@ -87,7 +88,8 @@ def parse_completion(raw: str) -> Answer | None:
         return None
     usage = values["usage"] if isinstance(values.get("usage"), dict) else {}
     cost = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
-    return Answer(content or refusal or "", bool(refusal), texts[2], *cost)
+    text = (content or refusal or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Answer(text, bool(refusal), texts[2], *cost)
 
 
 class ExchangeStore(AbstractContextManager["ExchangeStore"]):

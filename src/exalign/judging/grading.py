@@ -82,7 +82,10 @@ def from_preference_records(records: Iterable[Record], *, judge: str, counts: Co
         best = record.completions[record.preferred].text
         for i, completion in enumerate(record.completions):
             if completion.text != best:
-                first, second = sorted([best, completion.text], key=lambda text: hashlib.sha256(text.encode()).digest())
+                first, second = sorted(
+                    [best, completion.text],
+                    key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(),
+                )
                 verdict: Verdict = "first" if first == best else "second"
                 yield Comparison(record.id, record.prompt, "one", "other", first, second, judge, verdict)
             elif i != record.preferred:

@@ -122,7 +122,7 @@ def grade_judge(
     unique = {comparison.pair: comparison for comparison in reversed(human)}  # each pair once, as it was told first
     pairs = choose(unique.values(), prompts=settings.prompts, seed=settings.seed)
     asker = _asker_for(endpoint, model, model_path, settings)
-    home = out if out is not None else file.with_name(f"{file.name.split('.')[0]}-graded")
+    home = out if out is not None else file.with_name(f"{Path(file.name.removesuffix('.gz')).stem}-graded")
     folder = home / _slug(f"{asker.judge}-{instructions.name}")
     asked = questions(pairs, instructions, asker)
     if dry_run:
@@ -183,7 +183,12 @@ def _unreadable(row: dict[str, Any]) -> str:
     sentences = {
         CUT_OFF: f"were cut off{at} (finish_reason length): raise {option}",
         REFUSED: "were refused or filtered by the model's provider",
-        NO_LINE: f"end in no line “Verdict: A”, “Verdict: B” or “Verdict: tie”, but like “{row['unreadable_example']}”",
+        NO_LINE: "end in no line “Verdict: A”, “Verdict: B” or “Verdict: tie”, but "
+        + (
+            f"like “{example}”"
+            if (example := row["unreadable_example"])
+            else "are empty (the model may only have thought)"
+        ),
     }
     found = [f"{because[cause]:,} {total} {said}" for cause, said in sentences.items() if because.get(cause)]
     return "; ".join(found) or "the two orders of no pair were both readable"
@@ -397,7 +402,9 @@ class _Asking:
                 self.failed_in_a_row = 0
                 continue
             self.counts["unanswered"] += 1
-            self.failed_in_a_row += 1
+            # A question that is refused says nothing of the next one, where any was ever answered.
+            known = self.total - len(self.missing) + self.counts["answered"]
+            self.failed_in_a_row += not (known and reply is not None and reply.outcome == "refused")
             if reply is not None:
                 self.last_error = reply.error
                 if self.failed_in_a_row >= GIVE_UP_AFTER and self.stop is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from exalign.errors import InputError
 from exalign.evaluation.evidence import REFERENCE_TEXT, SFT
@@ -73,8 +73,13 @@ def _exported_study(run: RunFolder, path: Path) -> Said:
 
 def _kept_elsewhere(exported: Iterable[Said], stored: Iterable[Said]) -> list[Said]:
     """The exports that hold a verdict that is in no stored study: the others repeat one."""
-    keys = {comparison.key for said in stored for comparison in said.comparisons}
-    return [said for said in exported if not keys or any(c.key not in keys for c in said.comparisons)]
+    known = {_verdict(comparison) for said in stored for comparison in said.comparisons}
+    return [said for said in exported if not known or any(_verdict(c) not in known for c in said.comparisons)]
+
+
+def _verdict(said: Comparison) -> tuple[Any, ...]:
+    """What tells a verdict from that of somebody else with the same name: another group's assessor-1."""
+    return said.key, said.verdict, said.time
 
 
 def read_judgements(path: Path) -> Judgements:

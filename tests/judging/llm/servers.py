@@ -38,6 +38,8 @@ def verdict_by_rule(rule: str, a: str, b: str) -> str:
         return "Both will do.\nVerdict: A"
     if rule == "mumbles":
         return "I would rather not say."
+    if rule == "half-character":
+        return "No idea \ud800"
     if rule == "half-mute":
         return "Verdict: A" if "good" in a else "who knows"
     score = {"longer": len, "good": lambda text: text.count("good")}[rule.removeprefix("slow-")]
@@ -67,7 +69,8 @@ def rules() -> Starlette:
         message = {"role": "assistant", "content": content, **message}
         usage = {"prompt_tokens": len(question), "completion_tokens": len(content), "total_tokens": 0}
         choice = {"index": 0, "message": message, "finish_reason": reason}
-        return JSONResponse({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
+        answer = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}
+        return Response(json.dumps(answer), media_type="application/json")  # which can spell half a character
 
     async def counts(request: Request) -> Response:
         return JSONResponse({"served": list(served.values()), "keys": dict(keys)})

@@ -119,6 +119,25 @@ def test_a_request_that_is_refused_is_left_for_later_and_counted(make_run, rules
     assert [row["http_status"] for row in refused] == [400, 400]  # once for each order: no attempt is repeated
 
 
+def test_many_refused_requests_keep_no_other_from_being_asked(make_run, rules, invoke):
+    prompts = {str(n): "Question" if n in (0, 19) else "too-long question" for n in range(20)}
+    run = make_run("demo", prompts, {}, sft=dict.fromkeys(prompts, ("a",)), exo=dict.fromkeys(prompts, ("good",)))
+    arguments = ("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
+    invoke(*arguments)
+    assert invoke(*arguments).exit_code == 1  # what was answered is known: the rest was refused, and nothing is down
+    summary = json.loads((run / FOLDER / "summary.json").read_text())
+    assert (summary["unanswered"], summary["win"]["num_prompts"]) == (18, 2)
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-one two", "sk-one\N{HORIZONTAL ELLIPSIS}"])
+def test_a_key_that_no_request_can_carry_is_refused_unseen(run, rules, invoke, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    options = ("--endpoint", f"{rules}/v1", "--model", "good", "--key-variable", "MY_KEY", *FAST)
+    result = invoke("judge", run, "--against", "sft", *options)
+    assert isinstance(result.exception, InputError) and "The key in MY_KEY has a line break" in str(result.exception)
+    assert "sk-" not in result.output + str(result.exception) and not (run / "judging").exists()
+
+
 def test_a_dead_endpoint_is_given_up(run, invoke):
     options = (*FAST, "--attempts", 2, "--concurrency", 4, "--away-wait", 0)
     result = invoke("judge", run, "--against", "sft", "--endpoint", "http://127.0.0.1:9/v1", "--model", "m", *options)

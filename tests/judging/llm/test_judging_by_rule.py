@@ -116,6 +116,12 @@ def test_where_nothing_was_measured_there_is_no_win_rate_but_the_cause(run, rule
     assert len({c.answer for c in read_comparisons(folder / "comparisons.jsonl")}) == 1  # kept as it came
 
 
+def test_half_a_character_in_an_answer_is_kept_as_what_can_be_stored(run, rules, invoke):
+    result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "half-character", *FAST)
+    assert "but like “No idea \ufffd”" in str(result.exception)
+    assert summary_of(run, "half-character-instruction", "exo-vs-sft")["unreadable_answers"] == 18
+
+
 def test_same_answers_alone_make_no_win_rate(make_run, rules, invoke):
     run = make_run("same", PROMPTS, {}, sft=SFT, exo=SFT)
     result = invoke("judge", run, "--against", "sft", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
