@@ -154,11 +154,17 @@ def _asker_for(endpoint: str | None, model: str | None, model_path: str | None, 
     return Endpoint(endpoint, model, settings)
 
 
+_WHOLE = ("rows", "records", "prompts_available")
+"""Counts of what there is; the others are of what was left out."""
+
+
 def _finish(console: Console, home: Path, rows: dict[str, dict[str, Any]]) -> None:
     """Say where everything is and what could not be read; a match-up without any verdict is an `InputError`, and
     questions without an answer are exit status 1."""
     console.print(shown(f"Stored in {home}"))
     for name, row in rows.items():
+        if left := [f"{n:,} {what.replace('_', ' ')}" for what, n in row["counts"].items() if n and what not in _WHOLE]:
+            console.print(shown(f"{name}: {', '.join(left)}."), soft_wrap=True)
         if row["unreadable_answers"] and row["measured_pairs"]:
             console.print(shown(f"{name}: {_unreadable(row)}."), soft_wrap=True)
     if missing := sum(row["asking"]["unanswered"] for row in rows.values()):

@@ -332,9 +332,10 @@ def test_grading_on_comparisons_by_people(tmp_path, rules, invoke):
 def test_grading_on_a_preference_set(tmp_path, rules, invoke):
     rows = [{"prompt": f"Q{i}", "chosen": "good " * (i + 1), "rejected": f"bad {i}"} for i in range(15)]
     rows += [{"prompt": f"P{i}", "chosen": f"bad {i}", "rejected": f"good {i}"} for i in range(5)]
+    rows.append({"prompt": "S", "chosen": "same", "rejected": "same"})
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = invoke("grade-judge", tmp_path / "pairs.jsonl", "--endpoint", f"{rules}/v1", "--model", "good", *FAST)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "1 pairs equal." in result.output, result.output
     summary = json.loads((tmp_path / "pairs-graded" / "good-instruction" / "summary.json").read_text())
     (entry,) = summary["agreement"]
     assert entry["raw"]["estimate"] == 0.75
