@@ -189,3 +189,20 @@ def test_inspect_reads_turns_of_human_and_assistant_as_align_does(world: Path, t
     read = exalign("inspect", str(tmp_path / "hh.jsonl"), "--model", str(tmp_path / "chat")).stdout
     told = exalign("inspect", str(tmp_path / "hh.jsonl"), "chat=false", "--model", str(tmp_path / "chat")).stdout
     assert "prompts read as dialogues" in read and "prompts read as" not in told
+
+
+def test_names_that_are_no_file_end_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    said = {
+        ".": ". is a folder, and a recipe is a file",
+        f"{'a' * 260}.yaml": "cannot be read",
+        "empty.yaml": "empty.yaml is empty",
+        "bytes.yaml": "bytes.yaml is not UTF-8 at byte 1",
+    }
+    for name, sentence in said.items():
+        ended = CliRunner().invoke(app, ["run", name])
+        assert isinstance(ended.exception, InputError) and sentence in str(ended.exception), name
+    ended = CliRunner().invoke(app, ["select", "nosuch", "--kl-budget", "2"])
+    assert isinstance(ended.exception, InputError) and str(ended.exception) == "There is no folder nosuch."

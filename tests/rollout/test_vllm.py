@@ -159,13 +159,11 @@ def test_it_draws_by_default_where_it_is_installed_and_there_is_a_gpu(
         return installed
 
     monkeypatch.setattr("exalign.rollout.vllm.version", version)
+    monkeypatch.setattr("exalign.rollout.vllm._kept", {})
     assert engine_of("auto", torch.device(device)) == ("vllm" if expected else "exalign")
     keep_engine("exalign" if expected else "vllm")  # as a run began that goes on here
-    try:
-        assert engine_of("auto", torch.device(device)) == ("exalign" if expected else "vllm")
-        assert engine_of("vllm", torch.device(device)) == "vllm"
-    finally:
-        keep_engine(None)
+    assert engine_of("auto", torch.device(device)) == ("exalign" if expected else "vllm")
+    assert engine_of("vllm", torch.device(device)) == "vllm"
 
 
 @pytest.mark.parametrize(
