@@ -19,6 +19,11 @@ from exalign.errors import InputError
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which JSON can spell but UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success it is synced and takes the name `path`, else it is removed.

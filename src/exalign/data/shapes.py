@@ -33,6 +33,7 @@ import jmespath
 from jmespath.visitor import TreeInterpreter
 
 from exalign.data.record import Completion, Prompt, Record
+from exalign.storage import whole_characters
 
 COLUMNS = (
     "prompt", "system", "tools", "completion", "completions", "rewards", "ranks", "preferred", "chosen", "rejected",
@@ -524,7 +525,7 @@ def without_surrogates(value: str, counts: Counter[str]) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         counts["lone_surrogates_replaced"] += 1
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole_characters(value)
     return value
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from exalign.errors import InputError
-from exalign.storage import finite
+from exalign.storage import finite, whole_characters
 
 FORMAT_VERSION = 1
 MAX_TOKENS = 2**31
@@ -88,8 +88,7 @@ def parse_completion(raw: str) -> Answer | None:
         return None
     usage = values["usage"] if isinstance(values.get("usage"), dict) else {}
     cost = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
-    text = (content or refusal or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Answer(text, bool(refusal), texts[2], *cost)
+    return Answer(whole_characters(content or refusal or ""), bool(refusal), texts[2], *cost)
 
 
 class ExchangeStore(AbstractContextManager["ExchangeStore"]):
