@@ -29,7 +29,8 @@ SWEPT = ALIGN.replace("save_policies: 2, ", "")
 METHODS = (
     f"align={{exo: {SWEPT}sweep: {{kl: [0.1, 0.4]}}}}, "
     f"dpo: {SWEPT}divergence: forward_kl, sweep: {{beta_r: [0.5, 0.1]}}}}, "
-    f"alone: {SWEPT}divergence: forward_kl, beta_r: 0.1}}}}"
+    f"alone: {SWEPT}divergence: forward_kl, beta_r: 0.1}}, "
+    f"single: {SWEPT}divergence: forward_kl, sweep: {{beta_r: [0.1]}}}}}}"
 )
 FEW = (
     f"align={{few: {ALIGN}sweep: {{beta_r: [0.5, 0.1]}}, num_completions: 2, epochs: 3, stop_after: 1}}, "
@@ -46,11 +47,11 @@ def swept(world: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def test_each_policy_of_a_sweep_is_the_one_trained_alone(swept: RunFolder) -> None:
-    one, other, alone = (
+    one, other, alone, single = (
         (folder / "model.safetensors").read_bytes()
-        for folder in (swept.policy("dpo", 2), swept.policy("dpo", 1), swept.model("alone"))
+        for folder in (swept.policy("dpo", 2), swept.policy("dpo", 1), swept.model("alone"), swept.model("single"))
     )
-    assert one == alone != other
+    assert one == alone == single != other
     assert (swept.model("dpo") / "model.safetensors").read_bytes() == one
 
 
@@ -82,11 +83,11 @@ def test_the_beta_of_a_kl_is_that_of_the_optimum_so_far_away(swept: RunFolder) -
     for kl, beta in zip(exo.values, exo.betas, strict=True):
         assert beta is not None
         assert np.mean([kl_of_optimum(rewards, beta) for rewards in pool]) == pytest.approx(kl, rel=1e-4)
-    assert [len(method.points) for method in evidence.methods] == [2, 2, 1]
+    assert [len(method.points) for method in evidence.methods] == [2, 2, 1, 1]
     told = tables(read_runs([swept.path], [0.1]), [0.1])
     assert told.count("| exo | kl 0.") == 2 and "| dpo | beta_r 0.5 | 0.250 |" in told and "2 trainings" in told
     page = swept.page.read_text(encoding="utf-8")
-    assert "Each point of exo, dpo is the end of a training of its own." in page
+    assert "Each point of exo, dpo, single is the end of a training of its own." in page
 
 
 def test_where_another_judges_beta_and_optimum_are_those_of_the_training_reward(world: Path, tmp_path: Path) -> None:
@@ -169,7 +170,8 @@ def test_the_pool_comes_before_what_chooses_beta_from_it(tiny: Callable[..., Rec
 @pytest.mark.parametrize(
     ("method", "problem"),
     [
-        ("{sweep: {beta_r: [0.1]}}", "sweep is one setting with two values or more"),
+        ("{sweep: {beta_r: [0.1, 0.1]}}", "sweep is one setting with its values, each once"),
+        ("{sweep: {kl: []}}", "sweep is one setting with its values"),
         ("{sweep: {kl: [0.5, 1]}, save_policies: 2}", "sweep keeps the last policy of each training alone"),
         ("{sweep: {kl: [0.5, 1]}, target: preference}", "sweep: kl chooses the β of the optimum"),
         ("{sweep: {kl: [0, 1]}}", "an optimum lies at more than 0 nats, not at 0"),

@@ -103,7 +103,7 @@ class Method(TrainSettings):
     )
     sweep: dict[str, tuple[int | float, ...]] | None = Field(
         None,
-        description="a frontier by end points: one setting with several values, from near to far, and a policy for "
+        description="a frontier by end points: one setting with its values, from near to far, and a policy for "
         "each, trained anew; {kl: [0.5, 1, 2]} are the nats at which the optima lie that are aimed at, and β is chosen "
         "for them from the evaluation's pool; null: the checkpoints along one training",
     )

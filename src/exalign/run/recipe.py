@@ -412,8 +412,8 @@ def _sweep_problems(recipe: Recipe, method: Method) -> Iterator[str]:
     if method.sweep is None:
         return
     setting, values = method.swept or ("", ())
-    if len(method.sweep) != 1 or len(values) < 2 or len(set(values)) < len(values):
-        yield " is one setting with two values or more, each once, as {beta_r: [0.5, 0.1]} or {kl: [0.5, 1, 2]}"
+    if len(method.sweep) != 1 or not values or len(set(values)) < len(values):
+        yield " is one setting with its values, each once, as {beta_r: [0.5, 0.1]} or {kl: [0.5, 1, 2]}"
         return
     if method.save_policies != 1 and method.stop_after is None:
         yield " keeps the last policy of each training alone; remove save_policies"
