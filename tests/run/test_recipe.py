@@ -257,7 +257,7 @@ def test_every_setting_is_explained() -> None:
     assert [setting.name for setting in settings if not setting.meaning] == []
     names = {setting.name for setting in settings}
     assert {"temperature", "align.NAME.beta_pi", "data.sft.source", "model.lora.rank"} <= names
-    assert "search.methods.NAME.NAME.log" in names
+    assert {"search.methods.NAME.NAME.log", "score.scorer.sum.weight"} <= names
 
 
 LEAST_RECIPE = {"name": "x", "model": {"source": "m"}, "data": {"preferences": {"source": "p.jsonl"}}}

@@ -44,6 +44,8 @@ def explain(model: type[BaseModel], prefix: str = "") -> Iterator[Explained]:
         yield Explained(dotted, type_name(field.annotation), _default(field), field.description or "", owner)
         while typing.get_origin(inner) is dict:
             inner, dotted = typing.get_args(inner)[1], f"{dotted}.NAME"
+        if typing.get_origin(inner) in (list, tuple):  # of sections, whose settings are those of each
+            inner = typing.get_args(inner)[0]
         if is_settings(inner):
             yield from explain(inner, f"{dotted}.")
         elif _is_method(inner):  # what all methods have, then each its own
