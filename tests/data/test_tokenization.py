@@ -1,5 +1,6 @@
 """Exact boundaries: the prompt's ids are the same for all K, and the end-of-sequence id stands where a text ended."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
@@ -377,6 +378,45 @@ def test_a_call_at_the_end_of_the_prompt_is_a_turn_of_its_own():
     tokenizer.chat_template = CHATML
     tokenize(record_of((USER, call), "Sunny."), tokenizer, counts=counts)
     assert counts == {"tool_calls_left_out_by_template": 1}
+
+
+CALLS = {
+    "as JSON": "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}",
+    "joined": '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", '
+    """{{ '"arguments": ' + c.function.arguments + '}' }}{% endfor %}""",
+    "printed": '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments }}}{% endfor %}",
+    "by kind": '{% for c in m.tool_calls or [] %}{"name": "{{ c.function.name }}", "arguments": {% if '
+    "c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}"
+    "{% endif %}}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", CALLS)
+@pytest.mark.parametrize("arguments", [{"q": "caf\u00e9", "n": None, "in": {"day": True}}, {}])
+def test_arguments_of_a_call_are_json_once_whichever_the_data_has_and_the_template_wants(template, arguments):
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS[template])
+    said = json.dumps({"name": "look", "arguments": arguments}, ensure_ascii=False)
+    for told in (arguments, json.dumps(arguments, ensure_ascii=False)):
+        call = {"type": "function", "function": {"name": "look", "arguments": told}}
+        messages = [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": str(arguments)},
+        ]
+        assert f"<|im_start|>assistant\n{said}<|im_end|>" in render_chat(tokenizer, messages)
+        counts = Counter()
+        tokenize(record_of(tuple(messages), "Yes"), tokenizer, counts=counts)
+        assert not counts
+
+
+def test_arguments_of_a_call_that_are_no_object_stay_as_they_are():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", CALLS["as JSON"])
+    for told in ("", "Paris", "[1]", [1], "{", "9" * 5000):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": told}}]}
+        assert f'"arguments": {json.dumps(told)}}}' in render_chat(tokenizer, [USER, call])
 
 
 def test_broken_rows_are_dropped_and_counted_and_all_broken_ones_refused():

@@ -14,11 +14,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -283,9 +283,44 @@ def render_chat(
 ) -> str:
     """The text of chat messages by the tokenizer's template, up to where the assistant speaks if `answering`.
 
-    `tokenizer.chat_template_kwargs`, which `load_tokenizer` sets, are the template's own settings. Raises what
-    transformers raises where the template refuses the messages.
+    `tokenizer.chat_template_kwargs`, which `load_tokenizer` sets, are the template's own settings. Arguments of tool
+    calls, which data has as objects or as JSON text of them, go in as objects, for templates that write JSON; as text
+    into one that refuses objects or would print them as Python does. Raises what transformers raises where the template
+    refuses the messages.
     """
+
+    def written(form: Callable[[dict[str, Any]], Any]) -> str:
+        return _rendered(tokenizer, [_with_arguments(message, form) for message in messages], tools, answering)
+
+    as_text = partial(json.dumps, ensure_ascii=False)
+    try:
+        found = written(dict)
+    except _REFUSALS:
+        return written(as_text)
+    if any("tool_calls" in message for message in messages):
+        with suppress(*_REFUSALS):
+            return written(as_text) if found == written(str) else found
+    return found
+
+
+_REFUSALS = (TemplateError, ValueError, TypeError, LookupError)
+
+
+def _with_arguments(given: Mapping[str, Any], form: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """A message, a call in it, or the function that is called, with arguments that are an object in this form."""
+    found = dict(given)
+    if isinstance(calls := given.get("tool_calls"), list):
+        found["tool_calls"] = [_with_arguments(call, form) if isinstance(call, Mapping) else call for call in calls]
+    if isinstance(function := given.get("function"), Mapping):
+        found["function"] = _with_arguments(function, form)
+    with suppress(ValueError, RecursionError):
+        told = given.get("arguments")
+        told = json.loads(told) if isinstance(told, str) else told
+        found |= {"arguments": form(told)} if isinstance(told, dict) else {}
+    return found
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], tools: Any, answering: bool) -> str:
     template = tokenizer.get_chat_template(None, tools)
     more = dict(getattr(tokenizer, "chat_template_kwargs", None) or {})
     if "strftime_now" in template:  # transformers passes templates data only, so the date comes as a macro in the text
@@ -293,7 +328,7 @@ def render_chat(
         more["exalign_date"] = {code: moment.strftime(code) for code in sorted(set(_CODES.findall(template)), key=len)}
         template = _DATE_MACRO + template
     rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
+        messages,
         tools=tools,
         chat_template=template,
         add_generation_prompt=answering,
@@ -357,7 +392,7 @@ class _Text:
             given = json.loads(self.record.tools) if self.record.tools and tools else None
             messages, speaks = [*self.messages, *answers], answering and answer is None
             return render_chat(self.tokenizer, messages, tools=given, answering=speaks)
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
+        except _REFUSALS as error:
             said = f"{_template_of(self.tokenizer)} refuses it ({error})."
             raise self.unfit("records_refused_by_template", said) from None
 
