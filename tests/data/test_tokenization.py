@@ -419,6 +419,13 @@ def test_arguments_of_a_call_that_are_no_object_stay_as_they_are():
         assert f'"arguments": {json.dumps(told)}}}' in render_chat(tokenizer, [USER, call])
 
 
+def test_half_a_character_in_the_arguments_of_a_call_is_replaced():
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS["as JSON"])
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": '{"q": "\\ud800"}'}}]}
+    assert "\ufffd" in text_of(tokenizer, tokenize(record_of((USER, call), "Yes"), tokenizer).prompt_ids)
+
+
 def test_broken_rows_are_dropped_and_counted_and_all_broken_ones_refused():
     tokenizer, counts = byte_level(), Counter()
     tokenizer.chat_template = INST

@@ -30,6 +30,7 @@ from exalign.data.batching import Group, group_of
 from exalign.data.record import Completion, Record
 from exalign.errors import InputError
 from exalign.settings import Settings
+from exalign.storage import whole_characters
 
 
 class TokenLimits(Settings):
@@ -335,7 +336,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], tools: An
         tokenize=False,
         **more,
     )
-    return str(rendered)
+    return whole_characters(str(rendered))  # JSON can spell half of one
 
 
 _CODES = re.compile(r"%-?[A-Za-z]")
