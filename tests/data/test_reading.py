@@ -374,6 +374,13 @@ def test_messages_as_json_stand_in_all_rows_or_in_none():
     assert convert(spelled, among=[plain, plain]).completions[0].text == spelled["chosen"]  # a text about messages
 
 
+@pytest.mark.parametrize("answer", [{"from": "Oslo", "to": "Bergen"}, {"role": "engineer"}, [{"role": "cook"}]])
+def test_answers_that_are_objects_are_texts_though_they_have_a_role_or_a_from(answer):
+    for text in (json.dumps(answer), str(answer)):
+        record = convert({"prompt": "Who goes where?", "completion": text})
+        assert record.prompt == "Who goes where?" and record.completions == (Completion(text),)
+
+
 def test_a_setting_or_column_without_effect_beside_another_is_told():
     with pytest.raises(ValueError, match="`labels` says what values of a preference, label or reward mean"):
         convert(PAIR, labels={"model_a": 0})

@@ -69,7 +69,9 @@ _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "ass
 _KEYS = ("role", "content", "from", "value")
 _MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """What a message may have beside role and content, for the chat template."""
-_PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'")
+_PYTHON_MESSAGES = re.compile(
+    r"\s*\[?\s*\{\s*'(role'.*'content|content'.*'role|from'.*'value|value'.*'from)'", re.DOTALL
+)
 _MAX_UNUSED = 100
 """Unused columns that are counted by name."""
 
@@ -453,7 +455,7 @@ def _all_json(name: str, views: Sequence[Values]) -> bool:
     if name in _LISTED:
         return bool(found) and all(isinstance(value, list) for value in found)
     said = [[value] if isinstance(value, dict) else value for value in found]
-    spelled = sum(isinstance(v, list) and bool(v) and all(map(_is_message, v)) for v in said)
+    spelled = sum(map(_are_messages, said))
     if len(said) / 2 <= spelled < len(said):
         raise ValueError(
             f"`{name}` holds chat messages as JSON in {spelled} of the first {len(said)} rows and other text in the "
@@ -462,8 +464,12 @@ def _all_json(name: str, views: Sequence[Values]) -> bool:
     return bool(said) and spelled == len(said)
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and not {"role", "from"}.isdisjoint(value)
+def _are_messages(value: Any) -> bool:
+    """Whether a list is of messages: answers that are JSON may have a `role` or a `from` of their own."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return False
+    said = any(not {"content", "value", "tool_calls"}.isdisjoint(entry) for entry in value)
+    return said and all(not {"role", "from"}.isdisjoint(entry) for entry in value)
 
 
 def _list(value: Any, name: str) -> Sequence[Any]:
