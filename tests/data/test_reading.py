@@ -346,6 +346,9 @@ def test_tool_calls_stay_in_the_conversation():
     record = convert({"conversations": turns, "tools": ""})
     assert record.prompt[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
     assert record.prompt[2] == {"role": "tool", "content": "sunny"}
+    turns[1]["value"] = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
+    calls = convert({"conversations": turns}).prompt[1]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["f", "g"]
 
 
 def test_the_reasoning_beside_an_answer_is_counted():

@@ -555,7 +555,7 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> Message:
         role, content = entry.get("from"), entry.get("value")
     more = {key: _clean(entry[key], counts) for key in _MESSAGE_KEYS if has_content(entry.get(key))}
     if role == "function_call":
-        role, content, more["tool_calls"] = "assistant", None, [_call(content, name)]
+        role, content, more["tool_calls"] = "assistant", None, _calls(content, name)
     if any(has_content(part) for key, part in entry.items() if key not in (*_KEYS, *_MESSAGE_KEYS)):
         counts["messages_with_other_keys"] += 1
     role = clean_text(role, f"{name}.role", counts)
@@ -564,11 +564,12 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> Message:
     return {"role": _ROLES.get(role, role), "content": _content(content, f"{name}.content", counts), **more}
 
 
-def _call(content: Any, name: str) -> Message:
-    call = _parsed(content)
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+def _calls(content: Any, name: str) -> list[Message]:
+    found = _parsed(content)
+    calls = found if isinstance(found, list) and found else [found]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise ValueError(f"`{name}` has a function call that is no JSON object with a name, but {_said(content)}.")
-    return {"type": "function", "function": call}
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _content(value: Any, name: str, counts: Counter[str]) -> str:
