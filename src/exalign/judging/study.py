@@ -27,7 +27,7 @@ from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from exalign.errors import InputError
-from exalign.evaluation.run_folder import RunFolder
+from exalign.evaluation.run_folder import REFERENCE, RunFolder
 from exalign.judging.comparisons import OTHER, Comparison, Pair, Side, verdict_from_shown
 from exalign.judging.pairing import choose, match_up, reference_texts, system
 from exalign.redaction import redact
@@ -98,7 +98,8 @@ def plan_study(
         raise InputError("Two assessors have the same name; their verdicts could not be told apart.")
     folder = RunFolder(run)
     systems = {one: system(folder, one) for one in dict.fromkeys(one for match in matches for one in match)}
-    references = reference_texts(folder)
+    # Where it is compared, who read it beside another comparison of its prompt would know it again.
+    references = {} if REFERENCE in systems else reference_texts(folder)
     found = [match_up(systems[first], systems[second], references) for first, second in matches]
     shared = set.intersection(*({pair.prompt_id for pair in one.pairs} for one in found))
     num_prompts = min(100, len(shared)) if num_prompts is None else num_prompts

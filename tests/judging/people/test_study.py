@@ -78,6 +78,8 @@ def test_a_match_against_the_reference_does_not_show_it_again(make_run):
     study = plan_study(make_run(2), [("exo", "reference")], name="s", num_prompts=2, assessors=["a"])
     assert {item.reference for item in study.items} == {None}
     assert all(item.second_text.startswith("reference") for item in study.items)
+    study = plan_study(make_run(2), [("exo", "sft"), ("exo", "reference")], name="s", num_prompts=2, assessors=["a"])
+    assert {item.reference for item in study.items} == {None}  # nor beside others, where it would be recognised
 
 
 def test_identical_answers_stay_in_and_are_counted(make_run):
