@@ -60,7 +60,7 @@ _MESSAGES = {
     404: "There is nothing here.",
     503: "The study cannot be reached just now. Nothing that was saved is lost; try again in a moment.",
 }
-MAX_BODY = 64 * 1024
+MAX_BODY = 10 * MAX_COMMENT  # a character takes up to 9 bytes in a form
 MAX_FIELDS = 32
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src "

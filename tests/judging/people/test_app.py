@@ -161,7 +161,7 @@ def test_a_form_without_its_token_is_refused(client, tokens):
         {"revision": "99999999999"},
         {"revision": "٣"},
         {"comment": "x" * 10_001},
-        {"comment": "x" * 70_000},
+        {"comment": "x" * 110_000},
     ],
 )
 def test_a_form_that_the_page_cannot_have_sent_is_refused(client, tokens, store, change):
@@ -169,6 +169,12 @@ def test_a_form_that_the_page_cannot_have_sent_is_refused(client, tokens, store,
     fields = form(client, address, verdict="left")
     assert client.post(address, data={**fields, **change}).status_code == 400
     assert list(store.comparisons("study")) == []
+
+
+def test_the_longest_comment_is_stored_in_every_script(client, tokens, store):
+    address, comment = f"/a/{tokens['ann']}/1", "字" * 10_000
+    assert client.post(address, data=form(client, address, verdict="left", comment=comment)).status_code == 303
+    assert store.comparisons("study")[0].comment == comment
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe=1", b"&".join(b"a%d=1" % i for i in range(99)), b""])
