@@ -91,7 +91,8 @@ def match_ups(path: Path, against: str, best_of: int | None = None) -> tuple[Run
     if best_of is not None:
         named.append(system(run, f"{BEST_OF}{best_of}"))
     references = reference_texts(run)
-    met = [(one, other) for one in named if (other := _opponent(run, one, against)).samples != one.samples]
+    met = [(one, _opponent(run, one, against)) for one in named]
+    met = [(one, other) for one, other in met if (one.samples, one.best_of) != (other.samples, other.best_of)]
     if not met:
         raise InputError(f"Nothing to compare: {against} is the only policy of {run.path}.")
     return run, [match_up(one, other, references) for one, other in met]

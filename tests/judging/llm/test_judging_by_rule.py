@@ -15,6 +15,7 @@ from exalign.data.store import Header, write_records
 from exalign.errors import InputError
 from exalign.judging.comparisons import Comparison, read_comparisons, write_comparisons
 from exalign.judging.judgements import read_judgements
+from exalign.judging.pairing import match_ups
 from exalign.judging.study import plan_study
 
 PROMPTS = {str(i): f"Question {i}" for i in range(10)}
@@ -244,6 +245,9 @@ def test_the_best_of_n_of_the_pool_is_judged_like_a_method(make_run, rules, invo
     assert {c.first_text for c in read_comparisons(verdicts)} == {"a good one"}  # of two equal rewards the first
     assert invoke("judge", run, "--against", "best-of-4", *arguments).exit_code == 0
     assert summary_of(run, "good-instruction", "exo-vs-best-of-4")["win"]["estimate"] == 1.0
+    met = [(one.first, one.second) for one in match_ups(run, "best-of-2", 3)[1]]
+    assert met == [("exo", "best-of-2"), ("best-of-3", "best-of-2")]
+    assert [one.first for one in match_ups(run, "best-of-3", 3)[1]] == ["exo"]  # not against itself
     study = plan_study(run, [("best-of-3", "sft")], name="s", num_prompts=3, assessors=["a"])
     assert {item.first_text for item in study.items} == {"a good one"}
     assert read_judgements(run).judges[0].match_ups[0].outdated == 0
