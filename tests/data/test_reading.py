@@ -1,6 +1,7 @@
 """What the ecosystem writes becomes records; what is wrong with a row is said with its file and number."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from exalign.data.reading import DataSettings, prompt_digest, read_source, settings_of
 from exalign.data.record import Completion, Record, pairs_from_rewards
 from exalign.data.shapes import Shape
-from exalign.data.store import Header, write_records
+from exalign.data.store import Header, read_records, write_records
 from exalign.data.tokenization import build_tokenizer
 from exalign.errors import InputError
 
@@ -307,6 +309,15 @@ def test_columns_that_nothing_is_made_of_stay_with_the_record():
     row = {"question": "p", "answer": "4", "tests": ["a", "b"], "image": {"bytes": b"x"}, "empty": None}
     assert convert(row, columns={"prompt": "question"}).columns == {"answer": "4", "tests": ["a", "b"]}
     assert convert({"prompt": "p", "completion": "c"}).columns is None
+
+
+def test_other_columns_are_the_same_before_and_after_they_are_stored(tmp_path):
+    rows = [{"prompt": "p", "day": datetime.date(2024, 1, 2), "price": Decimal("4.20"), "seen": {"n": 1, "at": None}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    records = read(tmp_path / "rows.parquet")
+    assert records[0].columns == {"day": "2024-01-02", "price": "4.20", "seen": {"n": 1, "at": None}}
+    write_records(tmp_path / "stored", records, Header())
+    assert read_records(tmp_path / "stored") == records
 
 
 def test_every_column_with_content_is_used_or_counted():

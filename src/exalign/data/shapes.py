@@ -141,10 +141,10 @@ class Shape:
                 continue
             weight, tools = _weight(row.get("weight")), _tools(row.get("tools"), counts)
             name = id if number == 1 else f"{id}#{number}"
-            columns = {name: value for name, value in values.items() if name not in self._known and _is_kept(value)}
-            yield Record(
-                name, prompt, completions, preferred=preferred, weight=weight, tools=tools, columns=columns or None
-            )
+            kept = {name: value for name, value in values.items() if name not in self._known and _is_kept(value)}
+            # As records of a run keep them: dates and decimals are texts for a reward function whenever it is asked.
+            columns = json.loads(json.dumps(kept, default=str)) or None
+            yield Record(name, prompt, completions, preferred=preferred, weight=weight, tools=tools, columns=columns)
 
     def _parts(self, row: Values, counts: Counter[str]) -> Parts:
         if self.kind == "pair":
