@@ -379,6 +379,16 @@ def test_texts_inside_calls_and_tools_can_be_stored_too():
     assert record.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"a": "\ufffd"}
 
 
+def test_dates_and_decimals_inside_calls_and_tools_are_texts(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"on": datetime.date(2024, 1, 2), "n": 1, "x": True}}}
+    tools = [{"name": "f", "parameters": {"least": Decimal("1.5")}}]
+    record = convert({"messages": [USER, {**CALL, "tool_calls": [call]}, HELLO], "tools": tools})
+    assert record.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"on": "2024-01-02", "n": 1, "x": True}
+    assert json.loads(record.tools)[0]["parameters"] == {"least": "1.5"}
+    write_records(tmp_path / "stored", [record], Header())
+    assert read_records(tmp_path / "stored") == [record]
+
+
 def test_messages_as_json_stand_in_all_rows_or_in_none():
     spelled, plain = {**PAIR, "chosen": json.dumps([USER, HELLO])}, {**PAIR, "chosen": "sorry"}
     with pytest.raises(

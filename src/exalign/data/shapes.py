@@ -503,12 +503,13 @@ def _tools(value: Any, counts: Counter[str]) -> str | None:
 
 
 def _clean(value: Any, counts: Counter[str]) -> Any:
-    """Nested values without the nulls by which a table fills its columns, their texts as `clean_text` has them."""
+    """Nested values as JSON has them, without the nulls by which a table fills its columns, their texts as `clean_text`
+    has them."""
     if isinstance(value, dict):
         return {_clean(key, counts): _clean(part, counts) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_clean(part, counts) for part in value]
-    return without_surrogates(value, counts) if isinstance(value, str) else value
+    return value if value is None or isinstance(value, int | float) else without_surrogates(str(value), counts)
 
 
 def clean_text(value: Any, name: str, counts: Counter[str]) -> str:
