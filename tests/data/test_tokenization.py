@@ -419,6 +419,14 @@ def test_arguments_of_a_call_that_are_no_object_stay_as_they_are():
         assert f'"arguments": {json.dumps(told)}}}' in render_chat(tokenizer, [USER, call])
 
 
+def test_text_of_arguments_goes_into_a_template_that_wants_text_as_the_data_has_it():
+    tokenizer, told = byte_level(), '{ "q":1}'
+    for template in ("joined", "printed"):
+        tokenizer.chat_template = CHATML.replace("{{ m.content }}", CALLS[template])
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": told}}]}
+        assert f'"arguments": {told}}}' in render_chat(tokenizer, [USER, call])
+
+
 def test_half_a_character_in_the_arguments_of_a_call_is_replaced():
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + CALLS["as JSON"])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -290,34 +290,40 @@ def render_chat(
     refuses the messages.
     """
 
-    def written(form: Callable[[dict[str, Any]], Any]) -> str:
+    def written(form: Callable[[str | dict[str, Any]], Any]) -> str:
         return _rendered(tokenizer, [_with_arguments(message, form) for message in messages], tools, answering)
 
-    as_text = partial(json.dumps, ensure_ascii=False)
     try:
-        found = written(dict)
+        found = written(_as_object)
     except _REFUSALS:
-        return written(as_text)
+        return written(_as_text)
     if any("tool_calls" in message for message in messages):
         with suppress(*_REFUSALS):
-            return written(as_text) if found == written(str) else found
+            return written(_as_text) if found == written(lambda told: str(_as_object(told))) else found
     return found
 
 
 _REFUSALS = (TemplateError, ValueError, TypeError, LookupError)
 
 
-def _with_arguments(given: Mapping[str, Any], form: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """A message, a call in it, or the function that is called, with arguments that are an object in this form."""
+def _as_object(told: str | dict[str, Any]) -> Any:
+    return json.loads(told) if isinstance(told, str) else told
+
+
+def _as_text(told: str | dict[str, Any]) -> str:
+    return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+
+
+def _with_arguments(given: Mapping[str, Any], form: Callable[[str | dict[str, Any]], Any]) -> dict[str, Any]:
+    """A message, a call in it, or the function that is called, with arguments that spell an object in this form."""
     found = dict(given)
     if isinstance(calls := given.get("tool_calls"), list):
         found["tool_calls"] = [_with_arguments(call, form) if isinstance(call, Mapping) else call for call in calls]
     if isinstance(function := given.get("function"), Mapping):
         found["function"] = _with_arguments(function, form)
     with suppress(ValueError, RecursionError):
-        told = given.get("arguments")
-        told = json.loads(told) if isinstance(told, str) else told
-        found |= {"arguments": form(told)} if isinstance(told, dict) else {}
+        if isinstance(told := given.get("arguments"), str | dict) and isinstance(_as_object(told), dict):
+            found["arguments"] = form(told)
     return found
 
 
