@@ -212,6 +212,8 @@ DROPPED = [
     # null is absence, as an empty text is, where other rows of the source have something
     ({**PAIR, "chosen": None}, "pairs_with_empty_side"),
     ({**PAIR, "rejected": ""}, "pairs_with_empty_side"),
+    ({"chosen": [USER, HELLO], "rejected": [USER, {**HEY, "content": None}]}, "pairs_with_empty_side"),
+    ({"messages": [USER, {"from": "gpt", "value": None}]}, "empty_completions"),
     ({"prompt": "p"}, "pairs_with_empty_side"),
     ({**PAIR, "prompt": None}, "rows_without_prompt"),
     ({**PAIR, "prompt": ""}, "rows_without_prompt"),
@@ -360,6 +362,16 @@ def test_tool_calls_stay_in_the_conversation():
     turns[1]["value"] = '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
     calls = convert({"conversations": turns}).prompt[1]["tool_calls"]
     assert [call["function"]["name"] for call in calls] == ["f", "g"]
+    old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    told = {"role": "function", "name": "f", "content": "sunny"}
+    counts = Counter()
+    record = convert({"messages": [USER, old, told, FINE]}, counts)
+    assert record.prompt[1] == {
+        **call,
+        "content": "",
+        "tool_calls": [{"type": "function", "function": old["function_call"]}],
+    }
+    assert record.prompt[2] == {**told, "role": "tool"} and not counts
 
 
 def test_the_reasoning_beside_an_answer_is_counted():

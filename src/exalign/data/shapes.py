@@ -65,8 +65,9 @@ _KINDS: tuple[tuple[str, set[str], set[str]], ...] = (
 _ANSWERS = {"chosen", "rejected", "completion", "completions"}
 _SAID = ("prompt", "messages", "completion", "chosen", "rejected")
 _LISTED = ("completions", "rewards", "ranks")
-_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
-_KEYS = ("role", "content", "from", "value")
+_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
+_ROLES |= {"observation": "tool", "function": "tool"}
+_KEYS = ("role", "content", "from", "value", "function_call")
 _MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """What a message may have beside role and content, for the chat template."""
 _PYTHON_MESSAGES = re.compile(
@@ -557,12 +558,15 @@ def _message(entry: Any, name: str, counts: Counter[str]) -> Message:
     more = {key: _clean(entry[key], counts) for key in _MESSAGE_KEYS if has_content(entry.get(key))}
     if role == "function_call":
         role, content, more["tool_calls"] = "assistant", None, _calls(content, name)
+    elif has_content(called := entry.get("function_call")):  # OpenAI's of old
+        more["tool_calls"] = _calls(_clean(called, counts), name)
     if any(has_content(part) for key, part in entry.items() if key not in (*_KEYS, *_MESSAGE_KEYS)):
         counts["messages_with_other_keys"] += 1
     role = clean_text(role, f"{name}.role", counts)
-    if content is None and "tool_calls" in more:
-        content = ""
-    return {"role": _ROLES.get(role, role), "content": _content(content, f"{name}.content", counts), **more}
+    role = _ROLES.get(role, role)
+    if content is None and ("tool_calls" in more or (role == "assistant" and {"content", "value"} & entry.keys())):
+        content = ""  # an answer that is null is one that is empty
+    return {"role": role, "content": _content(content, f"{name}.content", counts), **more}
 
 
 def _calls(content: Any, name: str) -> list[Message]:
