@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,16 +123,21 @@ def assign(num_items: int, num_assessors: int, per_item: int, *, num_matches: in
     """Who judges which item, in which order and with which side on the left; item i belongs to match-up i % matches.
 
     Balanced: assessors' loads differ by at most 1. Of the judgements of one item, the sides differ by at most 1. For
-    one assessor in one match-up they are kept as even as the items allow (a test bounds the difference by 3).
+    one assessor in one match-up they are kept as even as the items allow (a test bounds the difference by 3). Everybody
+    meets everybody: an item's people are those with the least to do, of these who have judged least together.
     Blind: each assessor's order is shuffled on its own, so that it tells nothing about match-up or side.
     """
     rng = random.Random(f"assign-{seed}")
-    turn = rng.sample(range(num_assessors), num_assessors)
+    met = Counter[tuple[int, int]]()
     chosen: list[list[tuple[int, Side]]] = [[] for _ in range(num_assessors)]
     leaning = Counter[tuple[int, int]]()
     order = [i for match in range(num_matches) for i in range(match, num_items, num_matches)]
-    for rank, item in enumerate(order):
-        people = [turn[(rank * per_item + k) % num_assessors] for k in range(per_item)]
+    for item in order:
+        people: list[int] = []
+        for _ in range(per_item):
+            free = rng.sample([n for n in range(num_assessors) if n not in people], num_assessors - len(people))
+            people.append(min(free, key=lambda n: (len(chosen[n]), sum(met[n, other] for other in people))))
+        met.update(permutations(people, 2))
         rng.shuffle(people)
         people.sort(key=lambda person: leaning[person, item % num_matches])
         for k, person in enumerate(people):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -34,6 +34,16 @@ def test_assignments_are_balanced(num_assessors, per_item, num_matches, num_prom
     for assessor in range(num_assessors):
         positions = sorted(a.position for a in assignments if a.assessor == assessor)
         assert positions == list(range(1, len(positions) + 1))
+
+
+@pytest.mark.parametrize(("num_assessors", "per_item", "pairs"), [(4, 2, 6), (6, 3, 15), (5, 2, 10), (6, 2, 15)])
+def test_everybody_judges_with_everybody(num_assessors, per_item, pairs):
+    items = defaultdict(list)
+    for a in assign(180, num_assessors, per_item, num_matches=3, seed=0):
+        items[a.item].append(a.assessor)
+    met = Counter(pair for group in items.values() for pair in combinations(sorted(group), 2))
+    mean = 180 * per_item * (per_item - 1) / 2 / pairs
+    assert len(met) == pairs and all(0.9 * mean <= times <= 1.1 * mean for times in met.values()), met
 
 
 def test_the_full_study_is_balanced_to_the_last_side():
