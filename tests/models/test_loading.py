@@ -250,6 +250,19 @@ def test_a_scalar_head_gives_the_same_in_transformers(config, load, lora, more, 
         assert torch.allclose(found, completion_outputs(model, GROUPS)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("special", [{"bos_token_id": 47}, {"eos_token_id": [0, 47]}])
+def test_a_scalar_head_is_not_read_before_a_second_token_that_ends_texts(special, tmp_path: Path, tokenizer) -> None:
+    """Qwen pads with <|endoftext|>, which its configuration has begin a text and which ends some of its samples."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    assert tokenizer.pad_token_id == 47
+    model = load_reward_model(ModelSettings(config=LLAMA | special), tokenizer)
+    ended = [Group(0, torch.tensor([3, 4]), (torch.tensor([6, 47]), torch.tensor([8, 0])))]
+    save_model(model, tokenizer, tmp_path / "model", card="", rows=ended)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert plain.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id == 48
+
+
 def test_a_generation_config_that_contradicts_itself_is_mended(tmp_path: Path, tokenizer) -> None:
     save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "model", card="")
     path, config = tmp_path / "model" / "generation_config.json", tmp_path / "model" / "config.json"

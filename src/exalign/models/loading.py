@@ -315,15 +315,18 @@ def _own_padding(
 ) -> Iterator[tuple[dict[str, Tensor] | None, PreTrainedTokenizerBase]]:
     """Weights and tokenizer to save for a model that reads the last token of a text that is not padding.
 
-    Where padding is the token that ends a text, or is unknown, transformers would read the token before it; so a token
-    of its own becomes the padding, with a row of zeros in the embedding where there is none left. In memory nothing is
-    different afterwards.
+    Where padding is a token that ends a text, or is unknown, transformers would read the token before it; so a token of
+    its own becomes the padding, with a row of zeros in the embedding where there is none left. In memory nothing is
+    different afterwards. What a model pads with and calls its first token ends its samples too: <|endoftext|> of Qwen.
     """
-    if not (hasattr(model, "score") and model.config.get_text_config().pad_token_id in (None, eos_id(tokenizer))):
+    text = model.config.get_text_config()
+    named = (getattr(text, name, None) for name in ("bos_token_id", "eos_token_id"))
+    used = {None, eos_id(tokenizer), *(token for ids in named for token in (ids if isinstance(ids, list) else [ids]))}
+    if not (hasattr(model, "score") and text.pad_token_id in used):
         yield None, tokenizer
         return
     tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    if tokenizer.pad_token_id in used:
         names = ("<|pad|>", "<|padding|>", "<|exalign_pad|>")
         tokenizer.add_special_tokens({"pad_token": next(n for n in names if n not in tokenizer.get_vocab())})
     state, embedding = model.state_dict(), model.get_input_embeddings().weight
