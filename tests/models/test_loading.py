@@ -263,6 +263,24 @@ def test_a_scalar_head_is_not_read_before_a_second_token_that_ends_texts(special
     assert plain.config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id == 48
 
 
+@pytest.mark.parametrize("own", [None, "w40"])
+def test_a_scalar_head_trained_again_is_padded_with_what_it_takes_for_padding(own, tmp_path: Path, tokenizer) -> None:
+    """The tokenizer of a run is its policy's, which does not know the padding that the model was saved with before."""
+    first = _moved(load_reward_model(ModelSettings(config=LLAMA), tokenizer))
+    save_model(first, tokenizer, tmp_path / "first", card="")
+    policys = copy.deepcopy(tokenizer)
+    policys.add_special_tokens({"pad_token": own} if own else {})
+    model = load_reward_model(ModelSettings(source=str(tmp_path / "first")), policys)
+    save_model(model, policys, tmp_path / "again", card="", rows=GROUPS)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    padded = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert padded.pad_token_id == plain.config.pad_token_id != padded.eos_token_id
+    texts = [[*group.prompt_ids.tolist(), *ids.tolist()] for group in GROUPS for ids in group.completion_ids]
+    with torch.no_grad():
+        found = plain(**padded.pad({"input_ids": texts}, return_tensors="pt")).logits
+        assert torch.allclose(found, completion_outputs(first, GROUPS)[0], atol=1e-5)
+
+
 def test_a_generation_config_that_contradicts_itself_is_mended(tmp_path: Path, tokenizer) -> None:
     save_model(load_policy(ModelSettings(config=LLAMA), tokenizer), tokenizer, tmp_path / "model", card="")
     path, config = tmp_path / "model" / "generation_config.json", tmp_path / "model" / "config.json"

@@ -318,11 +318,12 @@ def _own_padding(
     Where padding is a token that ends a text, or is unknown, transformers would read the token before it; so a token of
     its own becomes the padding, with a row of zeros in the embedding where there is none left. In memory nothing is
     different afterwards. What a model pads with and calls its first token ends its samples too: <|endoftext|> of Qwen.
+    And the tokenizer, which may be another's than the model was made with, is to pad with what the model takes for it.
     """
     text = model.config.get_text_config()
     named = (getattr(text, name, None) for name in ("bos_token_id", "eos_token_id"))
     used = {None, eos_id(tokenizer), *(token for ids in named for token in (ids if isinstance(ids, list) else [ids]))}
-    if not (hasattr(model, "score") and text.pad_token_id in used):
+    if not hasattr(model, "score") or (text.pad_token_id not in used and text.pad_token_id == tokenizer.pad_token_id):
         yield None, tokenizer
         return
     tokenizer = copy.deepcopy(tokenizer)
