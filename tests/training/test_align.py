@@ -158,9 +158,11 @@ def test_groups_that_lack_something_name_their_row(change: dict[str, object], me
     settings = Matching()
     groups = with_reference_logp(make_policy(), make_groups(3), settings, temperature=TEMPERATURE)
     groups[2] = replace(groups[2], **change)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=message):
-        train_matching(make_policy(), make_tokenizer(), groups, settings, tmp_path / "run", temperature=TEMPERATURE)
-    assert not (tmp_path / "run").exists()
+    for trained, held_out in ((groups, ()), (groups[:2], groups)):
+        given = (make_policy(), make_tokenizer(), trained, settings, tmp_path / "run")
+        with pytest.raises(InputError, match=message):
+            train_matching(*given, temperature=TEMPERATURE, held_out=held_out)
+        assert not (tmp_path / "run").exists()
 
 
 def test_preference_target_needs_preferences_and_two_completions() -> None:

@@ -47,7 +47,7 @@ class Contrastive(Method):
     def train(self, material: Material, folder: Path) -> Path:
         from exalign.models.logprobs import PackedPolicy
 
-        check_groups(material.groups, self, fewest=self.fewest)
+        check_groups([*material.groups, *material.held_out], self, fewest=self.fewest)
         module = PackedPolicy(material.policy)
         text = f"A language model aligned by {self.line}, at τ = {material.temperature}."
         how = (self.task_of(module, material), module, material.tokenizer, self, folder)

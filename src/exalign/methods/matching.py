@@ -313,7 +313,7 @@ def train_matching(
     """
     from exalign.models.logprobs import PackedPolicy
 
-    check_groups(groups, settings)
+    check_groups([*groups, *held_out], settings)
     if settings.target == "preference" and any(group.rewards is None for group in (*groups, *held_out)):
         # Else metrics of rewards would depend on which rows share a micro-batch.
         groups, held_out = ([replace(group, rewards=None) for group in some] for some in (groups, held_out))
