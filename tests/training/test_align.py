@@ -182,6 +182,7 @@ def traced(divergence: str, target: str, folder: Path) -> list[dict[str, float]]
 
 def test_with_beta_r_in_standard_deviations_the_scale_of_the_rewards_is_nothing(tmp_path: Path) -> None:
     settings = Matching(beta_pi=1.0, beta_r_std=0.7, learning_rate=1e-2, batch_prompts=4)
+    assert settings.line == "EXO, reward target, β_π 1, β_r 0.7 standard deviations of the rewards"
     losses, groups = [], list[Group]()
     for name, scale in (("as they are", 1.0), ("tenfold", 10.0)):
         policy = make_policy()
@@ -190,6 +191,7 @@ def test_with_beta_r_in_standard_deviations_the_scale_of_the_rewards_is_nothing(
         spread = math.sqrt(sum(float(group.rewards.var()) for group in groups) / 12)
         settled = settings.settled(groups)
         assert settled.beta_r == pytest.approx(0.7 * spread, rel=1e-6)
+        assert settled.line == f"EXO, reward target, β_π 1, β_r {settled.beta_r:g}"
         train_matching(policy, make_tokenizer(), groups, settled, tmp_path / name, temperature=TEMPERATURE)
         losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

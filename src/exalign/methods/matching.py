@@ -111,6 +111,8 @@ class Matching(Method):
     @property
     def line(self) -> str:
         last = f"β_r {self.beta_r:g}" if self.target == "reward" else f"ε {self.epsilon:g}"
+        if self.beta_r_std is not None and not self.changed("beta_r"):  # not settled yet
+            last = f"β_r {self.beta_r_std:g} standard deviations of the rewards"
         own = "" if self.fresh_every is None else f", {drawn_how(self.fresh_every)}"
         return f"{self.label}, {self.target} target, β_π {self.beta_pi:g}, {last}{own}"
 
