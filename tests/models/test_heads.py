@@ -91,13 +91,16 @@ def test_the_score_is_read_at_the_end_token_even_where_it_is_the_padding_token()
     )
 
 
-def test_autocast_does_not_round_scores_and_values() -> None:
-    model, groups = make_scorer("llama", 1).float(), make_groups()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_autocast_nor_weights_of_16_bits_round_scores_and_values(dtype) -> None:
+    model, groups = make_scorer("llama", 1).to(dtype), make_groups()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
         scores, values = completion_outputs(model, groups), completion_values(model, groups)
     for found in (scores, values):
         there = found[found != 0]
         assert there.dtype == torch.float32 and (there != there.bfloat16()).float().mean() > 0.5
+    (scores.sum() + values.sum()).backward()
+    assert all(bool(weight.grad.any()) for weight in model.score.parameters())
 
 
 def test_a_packed_scorer_computes_the_same_wrapped_or_bare() -> None:

@@ -112,7 +112,7 @@ def _row_output(base: Any, row: Tensor) -> Tensor:
     if not hasattr(base, "score"):
         return base(input_ids=row).logits
     # Not the model's own forward: it takes the last token that is not padding, and padding may be the end token.
-    return base.score(row_hidden(base, row)[:, -1])
+    return _head(base, row_hidden(base, row)[:, -1])
 
 
 def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -130,9 +130,12 @@ def _packed_outputs(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 
 def _head(base: Any, hidden: Tensor) -> Tensor:
-    """The head's numbers, without autocast, which would round rewards and values to 8 bits."""
+    """The head's numbers, computed in float32 at least: 16 bits, of autocast or of the weights, would round rewards and
+    values to 8."""
+    weights = {name: _accurate(weight) for name, weight in base.score.named_parameters()}
     with torch.autocast(hidden.device.type, enabled=False):
-        return _accurate(base.score(hidden.to(next(base.score.parameters()).dtype)))
+        found: Tensor = torch.func.functional_call(base.score, weights, (_accurate(hidden),))
+        return found
 
 
 def _accurate(values: Tensor) -> Tensor:
