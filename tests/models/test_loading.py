@@ -30,7 +30,7 @@ from exalign.models.loading import (
     load_tokenizer,
     save_model,
 )
-from exalign.models.logprobs import completion_logprobs
+from exalign.models.logprobs import PackedPolicy, completion_logprobs
 from exalign.models.model_settings import LoraSettings, ModelSettings, adapter_base
 
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
@@ -63,6 +63,21 @@ def test_a_saved_lora_policy_holds_the_merged_weights_and_leaves_the_model_as_it
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     expected = completion_logprobs(model, GROUPS, temperature=1.0)
     assert torch.allclose(completion_logprobs(plain, GROUPS, temperature=1.0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+def test_the_token_that_ends_texts_is_trained_where_it_is_the_padding_too(load, tmp_path: Path, tokenizer) -> None:
+    """transformers gives the padding's embedding no gradient, and a saved policy names the end token its padding."""
+    first = load_policy(ModelSettings(config=LLAMA | {"pad_token_id": None}), tokenizer)
+    save_model(first, tokenizer, tmp_path / "model", card="")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id == 0
+    model = load(ModelSettings(source=str(tmp_path / "model")), tokenizer)
+    groups = [Group(0, torch.tensor([3, 0, 4]), (torch.tensor([6, 7, 0]),))]
+    if load is load_policy:
+        completion_logprobs(PackedPolicy(model), groups, temperature=1.0).sum().backward()
+    else:
+        completion_outputs(model, groups).sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().max() > 0
 
 
 def test_a_policy_becomes_a_reward_model_with_a_new_head_and_the_same_body(tmp_path: Path, tokenizer) -> None:

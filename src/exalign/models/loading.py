@@ -465,7 +465,10 @@ def _load(
         _keep_differentiable(model)
         if adapter is not None:
             model = _adapted(model, settings.source, tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None  # else the row of a token that ends texts and is padding too would take no steps
+    rows = embedding.weight.shape[0]
     if rows < len(tokenizer):
         raise InputError(
             f"The model has {rows} embeddings but the tokenizer {len(tokenizer)} tokens; they do not match."
