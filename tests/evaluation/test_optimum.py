@@ -80,7 +80,18 @@ def test_the_optimum_is_shown_as_far_as_its_samples_carry_it(samples):
     assert LEAST_ESS <= last.ess < 1.25 * LEAST_ESS and not points[-1].reliable
 
 
-@pytest.mark.parametrize("pool", [{}, {"a": [1.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}])
+def test_prompts_of_one_reward_make_no_point_reliable():
+    """Six of ten prompts keep all their samples at any β; where one sample of the others is left, nothing is known."""
+    generator = np.random.default_rng(3)
+    varied = {f"p{i}": generator.normal(size=64) for i in range(4)}
+    alone, among = (pool_frontier(pool) for pool in (varied, varied | {f"q{i}": [1.0] * 64 for i in range(6)}))
+    assert alone.ess[:, -1].max() < 2 and not among.reliable[-1]
+    same_betas = pool_frontier(varied, among.betas)
+    np.testing.assert_array_equal(among.reliable, same_betas.reliable)
+    np.testing.assert_allclose([p.ess for p in optimum(among).points], [p.ess for p in optimum(same_betas).points])
+
+
+@pytest.mark.parametrize("pool", [{}, {"a": [1.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}, {"a": [0.1] * 64}])
 def test_without_differences_there_is_no_frontier(pool):
     assert pool_frontier(pool) is None
 

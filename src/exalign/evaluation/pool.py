@@ -43,14 +43,17 @@ from exalign.evaluation.statistics import BOOTSTRAP, CONFIDENCE, Array, Bootstra
 
 NUM_BETAS = 96
 LEAST_ESS = 10.0
-"""Below this effective sample size (median over prompts) a point is marked as unreliable.
+"""Below this effective sample size (median over prompts whose rewards differ) a point is marked as unreliable.
 
 Self-normalised weights are biased by about 1/ESS of the reward's spread: one tenth here."""
 
 
 @dataclass(frozen=True, eq=False)
 class PoolFrontier:
-    """The estimated optimum of each prompt: `base` `[P]` is the mean reward of π_sft, the others are `[P, G]`."""
+    """The estimated optimum of each prompt: `base` `[P]` is the mean reward of π_sft, the others are `[P, G]`.
+
+    `varied` `[P]` says whether a prompt's samples have different rewards.
+    """
 
     ids: tuple[str, ...]
     betas: Array
@@ -59,11 +62,17 @@ class PoolFrontier:
     kl: Array
     ess: Array
     num_samples: NDArray[np.int64]
+    varied: NDArray[np.bool_]
+
+    @property
+    def typical_ess(self) -> Array:
+        """`[G]`, the median over the prompts that a reward can change: those of one reward keep all their samples."""
+        return np.median(self.ess[self.varied], axis=0)
 
     @property
     def reliable(self) -> NDArray[np.bool_]:
         """`[G]` bool."""
-        return np.median(self.ess, axis=0) >= LEAST_ESS
+        return self.typical_ess >= LEAST_ESS
 
 
 def pool_frontier(
@@ -85,10 +94,11 @@ def pool_frontier(
     from exalign.objectives.estimators import optimal_frontier
 
     usable = {name: np.asarray(rewards, dtype=np.float64) for name, rewards in pool.items() if len(rewards) > 1}
-    spread = np.sqrt(np.mean([rewards.var() for rewards in usable.values()])) if usable else 0.0
-    if spread == 0:
+    varied = np.array([np.ptp(rewards) > 0 for rewards in usable.values()])
+    if not varied.any():
         return None
     if betas is None:
+        spread = np.sqrt(np.mean([rewards.var() for rewards in usable.values()]))
         betas = spread * np.geomspace(10, 0.02, NUM_BETAS)
     counts = np.array([len(rewards) for rewards in usable.values()])
     mask = np.arange(counts.max())[None, :] < counts[:, None]
@@ -105,6 +115,7 @@ def pool_frontier(
         kl=frontier.kl.numpy(),
         ess=frontier.effective_samples.numpy(),
         num_samples=counts,
+        varied=varied,
     )
 
 
@@ -149,8 +160,7 @@ def optimum(pool: PoolFrontier, bootstrap: Bootstrap = BOOTSTRAP) -> Optimum:
         resampled = weights @ values
         return [interval_of(values[:, g].mean(), resampled[:, g], count) for g in range(len(pool.betas))]
 
-    ess, reliable = np.median(pool.ess, axis=0), pool.reliable
-    columns = zip(pool.betas, intervals(pool.reward), intervals(pool.kl), ess, reliable, strict=True)
+    columns = zip(pool.betas, intervals(pool.reward), intervals(pool.kl), pool.typical_ess, pool.reliable, strict=True)
     points = [OptimumPoint(float(b), reward, kl, float(e), bool(ok)) for b, reward, kl, e, ok in columns]
     return Optimum(
         points=sorted(points, key=lambda point: point.kl.estimate),

@@ -114,7 +114,8 @@ class FrontierPoint:
 class OptimumPoint:
     """π*_β at one β = β_π·β_r: its mean reward, its KL to π_sft, and how many samples carry the estimate.
 
-    `ess` is the median effective sample size over prompts; where it is small the point is not `reliable`.
+    `ess` is the median effective sample size over prompts whose samples differ in reward; where it is small the point
+    is not `reliable`.
     """
 
     beta: float
