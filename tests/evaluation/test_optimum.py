@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from exalign.data.record import Completion, Record
+from exalign.errors import InputError
 from exalign.evaluation.pool import (
     LEAST_ESS,
     best_of_n,
     best_of_n_shares,
+    beta_at,
     expected_best,
+    gain_at,
     gap_to_optimum,
     objective_share,
     optimum,
@@ -89,6 +92,20 @@ def test_prompts_of_one_reward_make_no_point_reliable():
     same_betas = pool_frontier(varied, among.betas)
     np.testing.assert_array_equal(among.reliable, same_betas.reliable)
     np.testing.assert_allclose([p.ess for p in optimum(among).points], [p.ess for p in optimum(same_betas).points])
+
+
+def test_beyond_the_end_of_the_optimum_there_is_no_more_to_gain():
+    """Of rewards 0 and 1, evenly, π* has nothing but 1 from log 2 nats on, with half of the samples behind it."""
+    rewards = {"a": [0.0, 1.0] * 32, "b": [1.0, 0.0] * 32}
+    pool = pool_frontier(rewards)
+    assert gain_at(pool, 2.0) == pytest.approx([0.5, 0.5])
+    sft, policy = samples([0.5, 0.5], 0.0), samples([0.75, 0.75], 2.0)
+    gap = gap_to_optimum(pool_frontier({"p0": rewards["a"], "p1": rewards["b"]}), sft, [policy])
+    assert gap.kl == 2.0 and gap.gap.estimate == pytest.approx(0.25)
+    with pytest.raises(InputError, match=r"No β leads 2 nats away: at 0\.69 nats the optimum has the highest reward"):
+        beta_at(rewards, 2.0)
+    carried_by_few = pool_frontier({"a": [0.0, 1.0] * 4})
+    assert gain_at(carried_by_few, 2.0) is None
 
 
 @pytest.mark.parametrize("pool", [{}, {"a": [1.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}, {"a": [0.1] * 64}])

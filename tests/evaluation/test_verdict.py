@@ -193,6 +193,8 @@ def test_few_effective_samples_are_warned_of() -> None:
     optimum = Optimum([reliable, beyond], 8, 64, 64, 10.0)
     assert "fewer than 10 effective samples beyond a KL of 0.8 nats" in said(point(1, span(1.0)), optimum=optimum)
     assert said(point(1, span(1.0), kl=0.7), optimum=optimum) == ""
+    at_its_end = replace(optimum, points=[reliable])  # of two rewards, the higher one
+    assert said(point(1, span(1.0)), optimum=at_its_end) == ""
     curves = [DensityCurve("exo", [1.0], [1.0], [1.0], ess) for ess in (3.0, 30.0)]
     curves.append(DensityCurve(OPTIMUM, [1.0], [1.0], [1.0], 3.0))  # is not drawn, so nothing to be warned of
     density = DensityRatios([PromptDensity("p", "prompt", [1.0], [1.0], 1.0, curves)])

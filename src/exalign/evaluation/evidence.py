@@ -419,7 +419,8 @@ def _misled(material: _Material, kl: float) -> list[str]:
     """How far the reward leads that was trained on: at `kl` nats, or as far as the pool shows it."""
     if material.pool is None or material.proxy is None:
         return []
-    kl = min([kl, *(float(optimum_path(found)[0].mean(axis=0).max()) for found in (material.pool, material.proxy))])
+    both = material.pool, material.proxy
+    kl = min([kl, *(float(optimum_path(found)[0].mean(axis=0).max()) for found in both if not found.ends)])
     share = proxy_share(material.proxy, material.pool, kl, material.bootstrap)
     return [] if share is None else misled(kl, share)
 

@@ -74,6 +74,14 @@ class PoolFrontier:
         """`[G]` bool."""
         return self.typical_ess >= LEAST_ESS
 
+    @property
+    def ends(self) -> bool:
+        """Whether the optimum comes to its end, as at the higher of two rewards, while enough samples carry it.
+
+        Farther away nothing is to be gained: of a nat at most the smallest β, a fiftieth of the rewards' spread.
+        """
+        return bool(self.reliable.all())
+
 
 def pool_frontier(
     pool: Mapping[str, Sequence[float]],
@@ -140,10 +148,16 @@ def beta_at(pool: Mapping[str, Sequence[float]], kl: float) -> float:
         return one
 
     near, far = math.log(found.betas.max() * 1e3), math.log(found.betas.min() / 1e3)
-    if at(far).kl.mean() > kl:
+    end = at(far)
+    if end.kl.mean() > kl:
         log_beta = brentq(lambda value: float(at(value).kl.mean()) - kl, far, near, xtol=1e-6)
         if at(log_beta).reliable.all():
             return math.exp(log_beta)
+    elif end.reliable.all():
+        raise InputError(
+            f"No β leads {kl:g} nats away: at {end.kl.mean():.2f} nats the optimum has the highest reward of each "
+            "prompt's samples; aim nearer."
+        )
     reach = max(found.kl[:, found.reliable].mean(axis=0), default=0.0)
     raise InputError(
         f"The optimum at {kl:g} nats cannot be told from {int(found.num_samples.max()):,} samples a prompt, which show "
@@ -180,7 +194,8 @@ def optimum_path(pool: PoolFrontier) -> tuple[Array, Array]:
 def gain_at(pool: PoolFrontier, kl: float) -> Array | None:
     """`[P]` what the optimum gains over π_sft at `kl` nats; None where the pool does not show it so far away."""
     kls, rewards = optimum_path(pool)
-    return reward_at_kl(kls, rewards, kl) - rewards[:, 0] if 0 < kl <= kls.mean(axis=0).max() else None
+    shown = pool.ends or kl <= kls.mean(axis=0).max()
+    return reward_at_kl(kls, rewards, kl) - rewards[:, 0] if kl > 0 and shown else None
 
 
 def proxy_share(
@@ -202,8 +217,8 @@ def gap_to_optimum(
 ) -> Gap | None:
     """Optimum's reward minus the method's at equal KL, over the prompts that the pool and all samples share.
 
-    The KL is the method's `reach`, or the largest where the optimum is reliable if that is smaller. None where
-    nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable.
+    The KL is the method's `reach`, or the largest where the optimum is reliable if that is smaller and not its end.
+    None where nothing is shared, the method did not leave π_sft, or no point of the optimum is reliable.
     """
     shared = set(pool.ids).intersection(sft.ids, *(table.ids for table in checkpoints))
     ids = [name for name in pool.ids if name in shared]
@@ -212,7 +227,9 @@ def gap_to_optimum(
     rows = [i for i, name in enumerate(pool.ids) if name in shared]
     kls, rewards = path(sft, checkpoints, ids)
     best_kls, best_rewards = (values[rows] for values in optimum_path(pool))
-    kl = float(min(reach(kls, rewards), best_kls.mean(axis=0).max()))
+    kl = reach(kls, rewards)
+    if not pool.ends:
+        kl = min(kl, float(best_kls.mean(axis=0).max()))
     if kl <= 0:
         return None
     gaps = reward_at_kl(best_kls, best_rewards, kl) - reward_at_kl(kls, rewards, kl)

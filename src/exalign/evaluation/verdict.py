@@ -291,7 +291,7 @@ def _few_effective_samples(
     shown: Sequence[tuple[str, FrontierPoint]], optimum: Optimum | None, density: DensityRatios | None
 ) -> Iterator[str]:
     few = f"fewer than {LEAST_ESS:.0f} effective samples"
-    if optimum is not None:
+    if optimum is not None and not all(point.reliable for point in optimum.points):  # else it came to its end
         reach = max((point.kl.estimate for point in optimum.points if point.reliable), default=0.0)
         beyond = [f"{name} ({point.nats:.1f} nats)" for name, point in shown if math.inf > point.nats > reach]
         if beyond:
