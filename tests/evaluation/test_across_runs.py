@@ -15,6 +15,7 @@ from evaluation.synthetic_run import World, write_run
 from exalign.errors import InputError
 from exalign.evaluation.across_runs import (
     OPTIMUM,
+    PROXY_OPTIMUM,
     RunResults,
     contrasts,
     difference_at,
@@ -24,7 +25,7 @@ from exalign.evaluation.across_runs import (
     read_runs,
 )
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.schema import MethodEvidence, Sweep
+from exalign.evaluation.schema import Interval, MethodEvidence, Sweep
 from exalign.report.compare import draw_differences, tables, write_differences
 from exalign.report.wording import interval
 
@@ -164,6 +165,8 @@ def test_of_a_single_run_the_figure_has_its_interval_over_prompts(results: list[
     assert write_differences(results[:1], tmp_path) == tmp_path / "differences.png"
     assert (tmp_path / "differences.svg").read_text().startswith("<?xml")
     assert write_differences([replace(run, differences={}) for run in results], tmp_path / "none") is None
+    unsure = replace(results[0], differences={("exo-rw", "dpo-rw"): {1.0: Interval(0.5, None, None, 1)}})  # one prompt
+    assert write_differences([unsure], tmp_path / "one") == tmp_path / "one" / "differences.png"
 
 
 def test_settings_that_differ_are_named_and_the_seed_is_not(results: list[RunResults]) -> None:
@@ -229,6 +232,16 @@ def test_a_checkpoint_that_the_evidence_leaves_out_is_compared_by_none(runs: lis
     (found,) = read_runs([run], KLS)
     kept = [kl for kl in KLS if found.rewards[first.name][kl] is not None]
     assert kept and max(kept) < max(point.nats for point in first.points)
+
+
+def test_a_pool_of_an_earlier_recipe_is_compared_by_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", World({"exo-rw": (0.9, (1.0,))}, num_prompts=6, steps=4))
+    shutil.copytree(run / "evaluation" / "pool", run / "evaluation" / "proxy")
+    for stages, known in ((None, {PROXY_OPTIMUM, OPTIMUM}), (["evaluation/prompts", "evaluation/exo-rw"], set())):
+        evidence = build_evidence(run, num_resamples=20, stages=stages)
+        (found,) = read_runs([run], KLS)
+        assert (evidence.optimum is not None) == bool(known) == bool(found.shares)
+        assert found.rewards.keys() - {"exo-rw"} == known
 
 
 def test_student_by_hand() -> None:

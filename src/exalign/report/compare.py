@@ -294,7 +294,7 @@ def _panel(axes: Axes, runs: Sequence[RunResults], pair: tuple[str, str]) -> Non
     axes.set_title(f"n = {len(having)}" if len(runs) > 1 else "", loc="right", fontweight="normal")
     for run, dashes in zip(runs, cycle(_DASHES), strict=False):
         found = [(kl, value) for kl, value in sorted(run.differences.get(pair, {}).items()) if value is not None]
-        line = np.array([(kl, value.estimate, value.low, value.high) for kl, value in found])
+        line = np.array([(kl, value.estimate, *value.ends) for kl, value in found])
         if found and len(runs) == 1:
             _thick(axes, line, drawable(run.name))
         elif found:
