@@ -139,8 +139,11 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         | {kl: mean(paths.reward(one, kl) - paths.reward(other, kl)) for kl in reached[one] if kl in reached[other]}
         for one, other in contrasts([method for method in evidence.methods if method.name in reached])
     }
-    judged, shares = pool_rewards(run.pool), dict[str, dict[float, Interval | None]]()
-    pool, proxy = pool_frontier(judged), pool_frontier(pool_rewards(run.proxy) if judged else {}, judged=judged)
+    shares = dict[str, dict[float, Interval | None]]()
+    # What stands in the folder without a part in the evidence is of an earlier recipe.
+    judged = pool_rewards(run.pool) if evidence.optimum else {}
+    trained = pool_rewards(run.proxy) if evidence.proxy_optimum else {}
+    pool, proxy = pool_frontier(judged), pool_frontier(trained, judged=judged)
     if pool is not None and pool.reliable.any():
         gains = {kl: most for kl in kls if (most := gain_at(pool, kl)) is not None and most.mean() > 0}
         shares = {
