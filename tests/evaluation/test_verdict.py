@@ -169,6 +169,8 @@ def test_a_kl_that_samples_cannot_measure_is_warned_of() -> None:
     wide = FrontierPoint(1, None, span(2.0, 1.1), None, 4)
     assert "The KL of exo is more than its samples can measure: 2.0 nats, somewhere from 0.9 to 3.1." in said(wide)
     assert said(FrontierPoint(1, None, span(2.0, 0.9), None, 4)) == ""
+    assert "somewhere from 0.0 to 1.6." in said(FrontierPoint(1, None, Interval(0.8, -0.01, 1.6, 9), None, 4))
+    assert "somewhere from −0.2 to 1.6." in said(FrontierPoint(1, None, Interval(0.8, -0.2, 1.6, 9), None, 4))
 
 
 def test_a_policy_that_the_best_of_few_samples_beats_nearby_is_warned_of() -> None:
@@ -186,6 +188,7 @@ def test_a_training_reward_that_leads_nowhere_is_warned_of() -> None:
     (far,) = misled(1.2, span(0.28, 0.08))
     assert "at 1.2 nats the optimum for it has 28 % [20, 36] of what could be gained" in far
     assert misled(1.2, span(0.45, 0.08)) == []
+    assert "has 0 % [−12, 12]" in misled(1.2, span(-0.004, 0.12))[0]
 
 
 def test_few_effective_samples_are_warned_of() -> None:

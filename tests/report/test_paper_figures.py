@@ -303,6 +303,15 @@ def test_verdicts_are_drawn_as_they_were_counted(evidence: Evidence) -> None:
     wanted = [tally.win, tally.tie, tally.lose]
     assert [bar.get_width() for bar in bars] == pytest.approx([share.estimate for share in wanted if share])
     assert len(figure.axes) == len(evidence.judgements.judges) + len(evidence.judgements.studies)
+    win, tie, lose = (Interval(share, None, None, 10) for share in (0.9, 0.0, 0.1))
+    without_ties = replace(
+        evidence.judgements.judges[0].match_ups[0], tally=replace(tally, win=win, tie=tie, lose=lose)
+    )
+    judge = replace(evidence.judgements.judges[0], match_ups=[without_ties])
+    judged = replace(evidence, judgements=replace(evidence.judgements, judges=[judge], studies=[]))
+    with figure_style():
+        figure = draw_verdicts(judged, looks_of(evidence.methods), width=8.8)
+    assert figure is not None and figure.axes[0].texts[0].get_text() == "90 · 0 · 10  (n = 10)"
 
 
 def test_a_run_of_preferences_alone_has_no_best_of_n_without_a_pool(evidence: Evidence) -> None:

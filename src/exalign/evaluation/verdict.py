@@ -167,12 +167,17 @@ def misled(kl: float, share: Interval) -> list[str]:
     """A sentence where even the optimum for the training reward surely has little of what could be gained at `kl`."""
     if share.high is None or share.high >= MISLED:
         return []
-    estimate, low, high = (f"{100 * value:.0f}".replace("-", "−") for value in (share.estimate, *share.ends))
+    estimate, low, high = (_signed(100 * value, 0) for value in (share.estimate, *share.ends))
     return [
         f"The reward that was trained on is the limit: at {kl:.2g} nats the optimum for it has {estimate} % "
         f"[{low}, {high}] of what could be gained by the evaluation's scorer. A better reward, not another "
         "method or β, is what is missing."
     ]
+
+
+def _signed(value: float, places: int) -> str:
+    """With a true minus, and none before a zero."""
+    return f"{value:z.{places}f}".replace("-", "−")
 
 
 def _out_of_reach(methods: Sequence[MethodEvidence], optimum: Optimum | None) -> Iterator[str]:
@@ -283,7 +288,7 @@ def _uncertain_kl(shown: Sequence[tuple[str, FrontierPoint]]) -> Iterator[str]:
         if kl.estimate >= KL_SPREAD and kl.high - kl.low > kl.estimate:
             yield (
                 f"The KL of {name} is more than its samples can measure: {kl.estimate:.1f} nats, somewhere from "
-                f"{kl.low:.1f} to {kl.high:.1f}. More evaluate.samples or evaluate.prompts make it certain."
+                f"{_signed(kl.low, 1)} to {kl.high:.1f}. More evaluate.samples or evaluate.prompts make it certain."
             )
 
 

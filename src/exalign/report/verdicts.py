@@ -182,16 +182,16 @@ def draw_verdicts(evidence: Evidence, looks: Mapping[str, Look], *, width: float
 
 def _bars(axes: Axes, tallies: Sequence[Tally], looks: Mapping[str, Look]) -> None:
     for row, tally in enumerate(tallies):
-        assert tally.win is not None and tally.lose is not None
-        win, lose = tally.win.estimate, tally.lose.estimate
+        assert tally.win is not None and tally.tie is not None and tally.lose is not None
+        win, tie, lose = (share.estimate for share in (tally.win, tally.tie, tally.lose))
         first, second = _look_of(tally.first, looks), _look_of(tally.second, looks)
         axes.barh(row, win, height=0.6, color=first.color if first else LIGHT["ink"])
-        axes.barh(row, 1 - win - lose, left=win, height=0.6, color=LIGHT["rule"])
+        axes.barh(row, tie, left=win, height=0.6, color=LIGHT["rule"])
         axes.barh(row, lose, left=1 - lose, height=0.6, color=second.color if second else LIGHT["muted"])
         if tally.win.low is not None and tally.win.high is not None:
             above = [row - 0.38, row - 0.38]
             axes.plot(tally.win.ends, above, color=LIGHT["ink"], linewidth=1.2, marker="|", markersize=5)
-        shares = f"{100 * win:.0f} · {100 * (1 - win - lose):.0f} · {100 * lose:.0f}  (n = {tally.win.num_prompts})"
+        shares = f"{100 * win:.0f} · {100 * tie:.0f} · {100 * lose:.0f}  (n = {tally.win.num_prompts})"
         axes.text(1.015, row, shares, va="center", fontsize=8)
     axes.set_yticks(range(len(tallies)), [_cut(f"{tally.first} – {tally.second}", 34) for tally in tallies])
     axes.set_xlim(0, 1)
