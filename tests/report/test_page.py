@@ -223,7 +223,12 @@ def test_a_method_that_gets_more_further_away_is_not_hidden():
 
 
 def test_a_lead_without_an_interval_is_no_lead():
-    assert "level" in headline(duel("exo-rw", "dpo-rw", Interval(0.5, None, None, 1))).title
+    alone = Interval(0.5, None, None, 1)
+    evidence = duel("exo-rw", "dpo-rw", alone)
+    assert "level" in headline(evidence).title
+    standings = [Standing("exo-rw", alone, None), Standing("dpo-rw", alone, alone)]
+    text = " ".join(headline(replace(evidence, equal_kl=EqualKL(2.0, standings))).sentences)
+    assert "the next; one prompt gives no interval, so the order may be chance" in text
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,8 @@ def _ranking_sentence(equal: EqualKL) -> str:
         second = others[0]
         text += f", {interval(second.behind_leader)} more than {second.method}, the next"
         if not is_above_zero(second.behind_leader):
-            text += "; that interval includes 0, so the order may be chance"
+            why = "one prompt gives no interval" if best.reward.low is None else "that interval includes 0"
+            text += f"; {why}, so the order may be chance"
     if equal.left_out:
         text += f". Not compared, since at their best too close to the supervised policy: {_list(equal.left_out)}"
     return text + "."
