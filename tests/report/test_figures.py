@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,23 @@ def test_the_frontier_draws_every_checkpoint(evidence_and_page, width):
             assert point.kl.high < high_x
             assert low_y < point.reward.low
             assert point.reward.high < high_y
+
+
+@pytest.mark.parametrize("width", [8.8, 3.75])
+def test_legends_of_long_names_are_whole(evidence_and_page, width):
+    evidence, _ = evidence_and_page
+    names = {name: f"{name}-with-a-long-name-of-its-own" for name in (method.name for method in evidence.methods)}
+    methods = [replace(method, name=names[method.name]) for method in evidence.methods]
+    curves = [replace(c, stage="/".join(names.get(p, p) for p in c.stage.split("/"))) for c in evidence.curves]
+    long, looks = replace(evidence, methods=methods, curves=curves), looks_of(methods)
+    with figure_style():
+        drawn = [draw(long, looks, width=width) for draw in (draw_frontier, draw_alignment, draw_checkpoints)]
+        for figure in drawn:
+            for legend in figure.legends:
+                figure.draw_without_rendering()
+                extent = legend.get_window_extent()
+                assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+                assert len(legend.get_texts()) >= len(methods)
 
 
 def test_small_multiples_have_a_panel_per_metric(evidence_and_page):

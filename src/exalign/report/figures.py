@@ -27,7 +27,7 @@ from exalign.evaluation.schema import (
     OptimumPoint,
     PromptDensity,
 )
-from exalign.report.style import LIGHT, Look, drawable, label_right, shared_legend, vertical_bar
+from exalign.report.style import LIGHT, Look, drawable, label_right, legend_within, shared_legend, vertical_bar
 
 _TICKS_APART = 0.08
 """Of the width of the axis."""
@@ -98,7 +98,8 @@ def draw_frontier(
     axes.set_xlabel("KL to the supervised policy (nats, on a √ scale)")
     axes.set_ylabel(measure.label)
     if narrow:
-        figure.legend(loc="outside lower center", ncols=2, handlelength=2.4, columnspacing=1.0)
+        handles, _ = axes.get_legend_handles_labels()
+        legend_within(figure, handles, 2, loc="outside lower center", handlelength=2.4, columnspacing=1.0)
     else:
         label_right(axes, ends)
     return figure
@@ -383,7 +384,7 @@ def _legend(figure: Figure, looks: Mapping[str, Look], width: float, *, markers:
         for name, look in looks.items()
     ]
     columns = 2 if width < 5 else min(5, len(handles))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=2.6)
+    legend_within(figure, handles, columns, loc="outside upper left", handlelength=2.6)
 
 
 def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:

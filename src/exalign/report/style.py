@@ -20,6 +20,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -190,7 +191,20 @@ def shared_legend(figure: Figure, columns: int, *, handlelength: float = 2.6) ->
     """One legend above all panels, each name once."""
     handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
     named = [line for name, line in handles.items() if not name.startswith("_")]
-    figure.legend(handles=named, loc="outside upper left", ncols=columns, handlelength=handlelength)
+    legend_within(figure, named, columns, loc="outside upper left", handlelength=handlelength)
+
+
+def legend_within(figure: Figure, handles: Sequence[Artist], columns: int, **look: Any) -> None:
+    """A legend in so many columns, or in as many as the figure is wide enough for, which then is as much higher."""
+    height = 0.0
+    for count in range(columns, 0, -1):
+        legend = figure.legend(handles=handles, ncols=count, **look)
+        extent = legend.get_window_extent()
+        height = height or extent.height
+        if count == 1 or extent.width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + (extent.height - height) / figure.dpi)
+            return
+        legend.remove()
 
 
 def _settle(figure: Figure) -> None:
