@@ -211,7 +211,8 @@ def test_only_those_at_the_top_are_called_level():
         Standing("c", span(0.5, 0.4, 0.6), span(1.0, 0.9, 1.1)),
     ]
     methods = [method(name) for name in "abc"]
-    assert headline(evidence_of(methods, standings=standings)).title == "At equal KL, a and b are level, ahead of c."
+    said = headline(evidence_of(methods, standings=standings))
+    assert said.title == "At equal KL, a is level with b, and ahead of c."  # b's lead over c was not measured
 
 
 def test_a_method_that_gets_more_further_away_is_not_hidden():

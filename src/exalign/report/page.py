@@ -392,9 +392,9 @@ def _ranking_title(equal: EqualKL, farthest: MethodEvidence, evaluated: list[Met
         return f"At KL {number(equal.kl, 2)} {best.method} leads; {farthest.name} goes further and gets more."
     if len(level) == len(others) and len(others) > 1:
         return "At equal KL, no method is clearly ahead."
-    behind = [s.method for s in others if s.method not in level]
-    rest = f", ahead of {_list(behind)}" if behind else ""
-    return f"At equal KL, {_list([best.method, *level])} are level{rest}."
+    if behind := [s.method for s in others if s.method not in level]:  # the leader, which alone was held against each
+        return f"At equal KL, {best.method} is level with {_list(level)}, and ahead of {_list(behind)}."
+    return f"At equal KL, {_list([best.method, *level])} are level."
 
 
 def _end(method: MethodEvidence) -> Interval:
