@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from evaluation.synthetic_run import World, write_run
-from exalign.data.store import Header, read_records, write_records
+from exalign.data.store import Header, read_header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence, collect_evidence
 from exalign.evaluation.run_folder import RunFolder
@@ -91,6 +91,20 @@ def test_examples_show_the_first_sample_of_every_policy(finished):
         assert example.answers[2].text == first.text
         assert example.answers[2].reward == first.reward
         assert example.answers[2].log_ratio == first.logprob - first.reference_logprob
+
+
+def test_where_nothing_was_lost_nothing_is_shown_as_lost(finished, run):
+    _, evidence = finished
+    assert len(evidence.worst) == 3
+    for sft, ours in (example.answers for example in evidence.worst):
+        assert sft.source == "SFT" and ours.reward is not None
+    folder = run / "evaluation" / evidence.verdict.method / "step-000020" / "samples"
+    records = read_records(folder)
+    better = [r.with_each("reward", [c.reward + 100 for c in r.completions]) for r in records[1:]]
+    write_records(folder, [records[0], *better], read_header(folder))
+    found = collect_evidence(run, num_resamples=20)
+    assert (found.verdict.method, found.verdict.step) == (evidence.verdict.method, 20)
+    assert {example.id for example in found.worst} <= {records[0].id}
 
 
 def test_courses_show_the_first_samples_of_some_checkpoints_in_their_order(finished):

@@ -485,7 +485,8 @@ def _worst(theirs: Sequence[Record], ours: Sequence[Record], method: str) -> lis
             render_prompt(record.prompt),
             [_answer(SFT, known[record.id].completions[0]), _answer(method, record.completions[worst])],
         )
-        for _, record, worst in sorted(lost, key=lambda row: row[0])[:NUM_WORST]
+        for gain, record, worst in sorted(lost, key=lambda row: row[0])[:NUM_WORST]
+        if gain < 0
     ]
 
 
