@@ -168,6 +168,7 @@ def test_what_an_earlier_recipe_left_in_the_folder_is_no_evidence(run):
     assert [method.name for method in whole.methods] == [left, *others] and whole.optimum is not None
     assert [method.name for method in found.methods] == others
     assert found.optimum is None and found.best_of_n == [] and found.density is None
+    assert {curve.stage for curve in whole.curves} - {curve.stage for curve in found.curves} == {f"align/{left}"}
 
 
 def test_an_incomplete_checkpoint_is_left_out_and_said(run):

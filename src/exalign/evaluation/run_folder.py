@@ -279,9 +279,15 @@ class RunFolder:
         return {name: counts for name, counts in listed.items() if counts and not name.startswith(DRAWN)}
 
     def curves(self, notes: Counter[str]) -> list[Curve]:
-        """Training curves of every stage with metrics, each named by its folder; not those of a search's trials."""
-        found = []
+        """Training curves of every stage with metrics, each named by its folder; not those of a search's trials.
+
+        Of `align/` those of `methods`.
+        """
+        found, methods = [], self.methods()
         for path in self._outside_trials("metrics.jsonl"):
+            kind, *names = path.relative_to(self.path).parts
+            if kind == "align" and names[0] not in methods:
+                continue
             _check_listed(path)
             rows = {row["step"]: row for row in _metric_rows(path, notes)}
             if rows:
