@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -287,11 +288,20 @@ def test_what_a_judge_says_of_methods_that_differ_in_one_beta_is_drawn_too(evide
         replace(first, settings=settings | {"beta_pi": 0.5}),
         replace(first, name="unjudged", settings=settings | {"beta_pi": 0.1}),
     ]
+    other = replace(judge, template="another", match_ups=judge.match_ups)
+    judges = [*evidence.judgements.judges, other, replace(other, name="a-name-of-a-judge-as-long-as-the-hub-allows")]
+    judged_more = replace(evidence, methods=methods, judgements=replace(evidence.judgements, judges=judges))
     with figure_style():
-        figure = draw_ablation(replace(evidence, methods=methods), width=8.8)
+        figure = draw_ablation(judged_more, width=8.8)
     assert figure is not None and tally.score is not None
-    (judged,) = (axes for axes in figure.axes if axes.get_ylabel() == f"{judge.name}\nwin rate against\nSFT")
-    assert [*judged.lines[0].get_xdata()] == [0.5] and [*judged.lines[0].get_ydata()] == [tally.score.estimate]
+    figure.draw_without_rendering()
+    for template in (judge.template, other.template):
+        said = f"{judge.name}, template “{template}” win rate against SFT"
+        (judged,) = (axes for axes in figure.axes if " ".join(axes.get_ylabel().split()) == said)
+        assert [*judged.lines[0].get_xdata()] == [0.5] and [*judged.lines[0].get_ydata()] == [tally.score.estimate]
+        assert judged.get_xlim() == figure.axes[0].get_xlim()  # of one method alone too
+    labels = [axes.yaxis.label.get_window_extent() for axes in figure.axes]
+    assert all(above.y0 >= below.y1 for above, below in pairwise(labels))
 
 
 def test_verdicts_are_drawn_as_they_were_counted(evidence: Evidence) -> None:

@@ -7,6 +7,7 @@ figures out, curves in the order given: reverse KL (EXO) first, forward KL (DPO)
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, groupby
@@ -29,6 +30,7 @@ from exalign.report.verdicts import (
     WinTable,
     as_markdown,
     draw_verdicts,
+    in_one_line,
     judged_tallies,
     win_table,
     write_win_table,
@@ -200,6 +202,10 @@ def ablations(methods: Sequence[MethodEvidence]) -> list[Ablation]:
     return found
 
 
+_ROW_LETTERS = 28
+"""For which a row of that figure has room in its height."""
+
+
 def draw_ablation(evidence: Evidence, *, width: float) -> Figure | None:
     """Reward and win rates at each method's end against β_π (left) and β_r (right); None without such methods.
 
@@ -209,23 +215,23 @@ def draw_ablation(evidence: Evidence, *, width: float) -> Figure | None:
     if not groups:
         return None
     varied = {method.name: method for group in groups for method in group.methods}
-    rows = {
-        "mean reward" if evidence.scored else "accuracy on\nheld-out pairs": {
-            name: end for name, method in varied.items() if (end := method.points[-1].measured)
-        }
-    }
+    ends = {name: end for name, method in varied.items() if (end := method.points[-1].measured)}
+    rows = [("mean reward" if evidence.scored else "accuracy on\nheld-out pairs", ends)]
     table = win_table(evidence)
     for by, opponent in table.columns:
         won = {name: cell.won.rate for name in varied if (cell := table.cell(name, (by, opponent)))}
         if won:
-            judge = "" if by == SCORER else by.partition(",")[0] + "\n"
-            rows[f"{judge}win rate against\n{opponent}"] = won
+            judge = [] if by == SCORER else textwrap.wrap(in_one_line(by), _ROW_LETTERS)
+            rows.append(("\n".join([*judge, "win rate against", opponent]), won))
     looks = looks_of({group.methods[0].name: group.methods[0] for group in groups}.values())
     settings = list(dict.fromkeys(group.setting for group in groups))
     figure = Figure(figsize=(width, 0.5 + 2.0 * len(rows)), layout="constrained")
-    for row, (title, known) in enumerate(rows.items()):
+    top: list[Axes | None] = [None] * len(settings)
+    for row, (title, known) in enumerate(rows):
         for column, setting in enumerate(settings):
-            axes = figure.add_subplot(len(rows), len(settings), row * len(settings) + column + 1)
+            place = row * len(settings) + column + 1
+            axes = figure.add_subplot(len(rows), len(settings), place, sharex=top[column])
+            top[column] = top[column] or axes
             shown = [group for group in groups if group.setting == setting]
             for group in shown:
                 _values(axes, group, known, looks[group.methods[0].name], nats=row == 0)

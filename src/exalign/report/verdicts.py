@@ -173,7 +173,7 @@ def draw_verdicts(evidence: Evidence, looks: Mapping[str, Look], *, width: float
     grid = figure.add_gridspec(len(panels), 1, height_ratios=[count + 0.6 for count in heights])
     for place, (judge, tallies) in enumerate(panels):
         axes = figure.add_subplot(grid[place])
-        axes.set_title(_cut(judge))
+        axes.set_title(in_one_line(judge))
         _bars(axes, tallies, looks)
         axes.tick_params(labelbottom=place == len(panels) - 1)
     figure.axes[-1].set_xlabel("share of prompts: wins of the first · ties · wins of the second")
@@ -193,7 +193,7 @@ def _bars(axes: Axes, tallies: Sequence[Tally], looks: Mapping[str, Look]) -> No
             axes.plot(tally.win.ends, above, color=LIGHT["ink"], linewidth=1.2, marker="|", markersize=5)
         shares = f"{100 * win:.0f} · {100 * tie:.0f} · {100 * lose:.0f}  (n = {tally.win.num_prompts})"
         axes.text(1.015, row, shares, va="center", fontsize=8)
-    axes.set_yticks(range(len(tallies)), [_cut(f"{tally.first} – {tally.second}", 34) for tally in tallies])
+    axes.set_yticks(range(len(tallies)), [in_one_line(f"{tally.first} – {tally.second}", 34) for tally in tallies])
     axes.set_xlim(0, 1)
     axes.set_ylim(len(tallies) - 0.5, -0.6)
     axes.grid(False)
@@ -205,6 +205,6 @@ def _look_of(system: str, looks: Mapping[str, Look]) -> Look | None:
     return looks.get(system) or looks.get(system.partition("@")[0])
 
 
-def _cut(text: str, most: int = 80) -> str:
+def in_one_line(text: str, most: int = 80) -> str:
     text = drawable(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 1] + "…"
