@@ -81,6 +81,17 @@ def test_every_category_has_the_win_rate_of_its_prompts(run):
     assert page.count("<b>poem</b> <small>") == page.count("<b>quiz</b> <small>") == 2
 
 
+def test_prompts_whose_category_is_null_or_missing_have_none(run):
+    folder = RunFolder(run)
+    columns = [{"kind": "quiz"}, {"kind": None}, {}]
+    rows = [replace(record, columns=columns[i % 3]) for i, record in enumerate(read_records(folder.prompts))]
+    shutil.rmtree(folder.prompts)
+    write_records(folder.prompts, rows, Header())
+    folder.recipe.write_text(folder.recipe_text().replace("evaluate:", "evaluate:\n  category: kind"))
+    by_category = collect_evidence(run, num_resamples=20).methods[0].by_category
+    assert {kind: rates[0].rate.num_prompts for kind, rates in by_category.items()} == {"none": 26, "quiz": 14}
+
+
 def test_examples_show_the_first_sample_of_every_policy(finished):
     run, evidence = finished
     assert len(evidence.examples) == 8

@@ -392,7 +392,8 @@ def _by_category(material: _Material, name: str, step: int) -> dict[str, list[Wi
     column = material.evaluate.get("category")
     ids: dict[str, set[str]] = {}
     for record in material.prompts if column is not None else ():
-        ids.setdefault(str((record.columns or {}).get(str(column), "none")), set()).add(record.id)
+        kind = (record.columns or {}).get(str(column))
+        ids.setdefault("none" if kind is None else str(kind), set()).add(record.id)
     found = {kind: _rates(material, name, step, among) for kind, among in sorted(ids.items())}
     return {kind: [rate for rate in rates.values() if rate is not None] for kind, rates in found.items()}
 
