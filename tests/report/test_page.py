@@ -118,7 +118,7 @@ def test_what_was_lost_is_told_where_it_was_measured(evidence_and_page):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html[html.index('id="benchmark"') :]))
     assert "by lm-eval 1, before (SFT) and after, on the first 900 documents" in text
     assert "exo-rw step 40 arc&lt;b&gt; acc 0.560 ± 0.020 0.500 ± 0.010 −0.060 [−0.090, −0.030] n 900 lost" in text
-    assert "n 900, not paired gained" in text and "0.560 0.500 ± 0.010 −0.06 n 900 may be chance" in text
+    assert "n 900, not paired gained" in text and "0.560 0.500 ± 0.010 −0.060 n 900 may be chance" in text
     assert "SFT: the run has since replaced this" in text
 
 

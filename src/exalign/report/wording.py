@@ -51,9 +51,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def decimals(interval: Interval) -> int:
-    """Decimals that suit the interval's width: 2 for a width between 0.07 and 0.7, and so on."""
-    width = interval.ends[1] - interval.ends[0]
-    return max(0, 1 - math.floor(math.log10(1.5 * width))) if width > 1e-9 * abs(interval.estimate) else 2
+    """Decimals that suit the interval's width: 2 for a width between 0.07 and 0.7, and so on.
+
+    Without a width 2, or more of a small number.
+    """
+    width, size = interval.ends[1] - interval.ends[0], abs(interval.estimate)
+    if width > 1e-9 * size:
+        return max(0, 1 - math.floor(math.log10(1.5 * width)))
+    return max(2, 1 - math.floor(math.log10(size))) if size else 2
 
 
 def interval(value: Interval | None) -> str:
@@ -61,6 +66,8 @@ def interval(value: Interval | None) -> str:
 
     >>> interval(Interval(1.234, 1.1, 1.3, 10)), interval(Interval(1.234, None, None, 1)), interval(None)
     ('1.23 [1.10,\xa01.30]', '1.23', '–')
+    >>> interval(Interval(0.0012, None, None, 1)), interval(Interval(0.0, 0.0, 0.0, 9))
+    ('0.0012', '0.00 [0.00,\xa00.00]')
     >>> interval(Interval(-1e-3, -0.4, 0.4, 9)), interval(Interval(12345.6, 12000.0, 12700.0, 9))
     ('0.0 [−0.4,\xa00.4]', '12,346 [12,000,\xa012,700]')
     """
