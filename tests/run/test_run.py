@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +41,7 @@ from exalign.run.demo import RECIPE
 from exalign.run.evaluating import _agreement, evaluation_rows, in_order
 from exalign.run.materials import prompts_of, records_of
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe, make_recipe
-from exalign.run.runner import Run
+from exalign.run.runner import Run, remove_stage
 from exalign.run.search import validation_prompts
 from exalign.run.stage_files import stage_checksums
 from exalign.run.stages import plan
@@ -192,6 +194,19 @@ def test_a_second_process_is_told_and_leaves(tiny: MakeRecipe, tmp_path: Path) -
 def test_an_unknown_stage_lists_those_there_are(tiny: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no stage .oracle.; a section oracle would make one; it has sft, pre"):
         carry_out(tiny(), tmp_path / "run", "oracle")
+
+
+def test_killed_while_a_stage_is_removed_what_it_was_made_from_is_left(tmp_path: Path) -> None:
+    names = (*"abcdefgh", "done.json", *"ijklmnop")  # in no folder's order the last by chance
+    for name in names:
+        (tmp_path / name).touch()
+    if (process := os.fork()) == 0:
+        others = iter(names[1:])
+        sys.addaudithook(lambda event, _: os._exit(9) if event == "os.remove" and not next(others, "") else None)
+        remove_stage(tmp_path, stays=())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
 
 
 def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe, Path], tmp_path: Path) -> None:

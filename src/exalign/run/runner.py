@@ -305,8 +305,11 @@ def worked_before(folder: Path) -> float:
 
 
 def remove_stage(folder: Path, *, stays: Sequence[str]) -> None:
-    """Delete what a stage wrote, but not what `stays`, nor other stages below it, as evaluation/pairs/METHOD."""
-    for path in folder.iterdir():
+    """Delete what a stage wrote, but not what `stays`, nor other stages below it, as evaluation/pairs/METHOD.
+
+    What it was made from goes last: where a kill comes in the middle, the rest is not taken for a new beginning.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in MARKERS):
         if any(path.match(pattern) for pattern in stays):
             continue
         if path.is_file():
