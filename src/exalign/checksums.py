@@ -69,13 +69,13 @@ def _parsed(text: str) -> dict[str, str] | None:
     """The lines of a SHA256SUMS, which is read again for every shard; None where it is not as it was written."""
     found = [_LINE.fullmatch(line) for line in text.split("\n")[:-2]]
     sums = {match[2]: match[1] for match in found if match}
-    return sums if text == _text(sums) else None
+    return sums if text == sums_text(sums) else None
 
 
 def write_sums(folder: Path) -> None:
     """Vouch for every file below a folder that was just written."""
     files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != NAME]
-    write_text(folder / NAME, _text({path.relative_to(folder).as_posix(): checksum(path) for path in files}))
+    write_text(folder / NAME, sums_text({path.relative_to(folder).as_posix(): checksum(path) for path in files}))
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def settle(folder: Path, more: Mapping[str, str]) -> None:
     """
     known = read_sums(folder) | {name: written.sha256 for name, written in begun(folder).items()}
     sums = {name: digest for name, digest in known.items() if (folder / name).exists()}
-    write_text(folder / NAME, _text({**sums, **more}))
+    write_text(folder / NAME, sums_text({**sums, **more}))
     for path in folder.glob(BEGUN):
         path.unlink()
 
@@ -172,7 +172,7 @@ def holds(file: Path, digest: str) -> bool:
     return file.is_file() and checksum(file) == digest
 
 
-def _text(sums: Mapping[str, str]) -> str:
+def sums_text(sums: Mapping[str, str]) -> str:
     """A line for each file. The last, a comment to `sha256sum`, has the number of lines above and their own SHA-256, so
     that none is lost or changed unnoticed, a name no more than a checksum."""
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))

@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.synthetic_run import World, write_run
+from exalign.checksums import check_folder, read_sums, write_sums
 from exalign.data.synthetic import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
@@ -282,13 +283,16 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     evidence = build_evidence(tmp_path / "run", num_resamples=20)
     chosen = evidence.methods[0].points[0].step
     for step in (point.step for point in evidence.methods[0].points):
-        shutil.copytree(
-            repositories / "models/tiny", RunFolder(tmp_path / "run").policy("exo-rw", step), dirs_exist_ok=True
-        )
+        policy = RunFolder(tmp_path / "run").policy("exo-rw", step)
+        shutil.copytree(repositories / "models/tiny", policy, dirs_exist_ok=True)
+        (policy / "README.md").write_text("what the training wrote")
+        write_sums(policy)
     code = f"from exalign.run.publish import publish\nfrom pathlib import Path\nrun = Path('{tmp_path}/run')\n"
     published = f"print(publish(run, 'exo-rw', '{{name}}', step={chosen}))\n"
     assert load(code + published + MODEL, "f/aligned") == "3384 280"
     card = (repositories / "models/aligned/README.md").read_text()
+    assert "README.md" in read_sums(repositories / "models/aligned")
+    check_folder(repositories / "models/aligned")
     preview = publish(tmp_path / "run", "exo-rw", "f/never", step=chosen, preview=True)
     assert preview.startswith(card) and "model.safetensors  " in preview and "README.md  " not in preview
     assert not (repositories / "models/never").exists()

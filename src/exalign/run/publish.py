@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from exalign.checksums import NAME, read_sums, sums_text
 from exalign.errors import InputError, hub_sentence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence
@@ -40,8 +42,11 @@ def publish(
     if preview:
         listed = "".join(f"{file.relative_to(place).as_posix()}  {file.stat().st_size:,} bytes\n" for file in files)
         return f"{page}\n{listed}"
-    parts = [CommitOperationAdd(file.relative_to(place).as_posix(), str(file)) for file in files]
-    parts.append(CommitOperationAdd("README.md", page.encode()))
+    whole: dict[str, str | bytes] = {file.relative_to(place).as_posix(): str(file) for file in files}
+    whole["README.md"] = page.encode()
+    if sums := read_sums(place):  # with which a downloaded folder is compared
+        whole[NAME] = sums_text({**sums, "README.md": sha256(page.encode()).hexdigest()}).encode()
+    parts = [CommitOperationAdd(name, content) for name, content in whole.items()]
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
