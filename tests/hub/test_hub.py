@@ -304,6 +304,13 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     told = replace(evidence.methods[0], settings=own)
     written = publish_card(evidence, told, told.points[0], RunFolder(tmp_path / "run").recipe_values())
     assert str(tmp_path) not in written and "g/critic" in written
+    elsewhere = {
+        "model": {"source": "/home/ann/model"},
+        "data": {"prompts": [{"source": "secret.csv"}, {"source": "g/h"}]},
+    }
+    own = {"critic": {"source": "/home/ann/critic"}}  # of a machine where this one looks for nothing
+    written = publish_card(evidence, replace(told, settings=own), told.points[0], elsewhere)
+    assert "ann" not in written and "secret" not in written and "data: g/h." in written
     adapter = RunFolder(tmp_path / "run").policy("exo-rw", chosen)
     shutil.rmtree(adapter)
     base = AutoModelForCausalLM.from_pretrained(repositories / "models/tiny")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from exalign.data.reading import looks_local
 from exalign.data.record import Completion, Record
 from exalign.data.store import Header, write_records
 from exalign.errors import InputError
@@ -80,9 +81,9 @@ def test_roles_that_a_template_refuses_are_told_and_where_nothing_else_is_refuse
 
 def test_a_name_on_the_hub_may_have_dots() -> None:
     for name in ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.2-1B", "gpt2", "org/set-v1.0"):
-        assert not carry_out._looks_local(name)
+        assert not looks_local(name)
     for name in ("./model", "/model", "~/model", "runs/a/model", "pairs.jsonl", "data/pairs.jsonl.gz"):
-        assert carry_out._looks_local(name)
+        assert looks_local(name)
 
 
 def test_rows_without_an_answer_are_no_rows_of_sft(recipe: Any, tmp_path: Path) -> None:

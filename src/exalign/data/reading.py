@@ -365,8 +365,7 @@ def local_path(settings: DataSettings) -> Path | None:
     if exists(path):
         return path
     parent_exists = path.parent != Path(".") and exists(path.parent) and path.parent.is_dir()
-    looks_local = settings.source.startswith((".", "/", "~")) or data_suffix(path) is not None
-    if looks_local or parent_exists or not _HUB_NAME.fullmatch(settings.source):
+    if looks_local(settings.source) or parent_exists or not _HUB_NAME.fullmatch(settings.source):
         raise InputError(f"There is no file or folder {str(path)[:300]}{_nearest(path) or '.'}")
     return None
 
@@ -535,6 +534,11 @@ def _hub_folder_rows(settings: DataSettings, below: str, counts: Counter[str]) -
 def whole(settings: DataSettings) -> DataSettings:
     """The source with its texts not cut into prompt and completion, which takes a tokenizer."""
     return settings.model_copy(update={"prompt_tokens": None})
+
+
+def looks_local(source: str) -> bool:
+    """Whether this is no hub's name, which has one slash at most, and may have dots (Qwen/Qwen2.5-7B-Instruct)."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or data_suffix(Path(source)) is not None
 
 
 def data_suffix(path: Path) -> str | None:

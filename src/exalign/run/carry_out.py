@@ -21,8 +21,8 @@ from transformers.utils import logging as voice
 from exalign.data.reading import (
     DataSettings,
     Sources,
-    data_suffix,
     each,
+    looks_local,
     named,
     prompt_digest,
     read_source,
@@ -358,14 +358,9 @@ def _local_sources(recipe: Recipe) -> dict[str, Sources]:
     found: dict[str, Sources] = {}
     for name in ("sft", "labelled", "preferences", "prompts", "rewards", "evaluation", "validation"):
         sources = getattr(recipe.data, name)
-        if sources is not None and all(exists(Path(one.source)) or _looks_local(one.source) for one in each(sources)):
+        if sources is not None and all(exists(Path(one.source)) or looks_local(one.source) for one in each(sources)):
             found[name] = sources
     return found
-
-
-def _looks_local(source: str) -> bool:
-    """A hub's name has one slash at most, and may have dots (Qwen/Qwen2.5-7B-Instruct)."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or data_suffix(Path(source)) is not None
 
 
 def _check_record(name: str, settings: DataSettings, record: Record) -> None:
@@ -388,6 +383,6 @@ def _check_record(name: str, settings: DataSettings, record: Record) -> None:
 def check_model(settings: ModelSettings) -> None:
     """A local model folder must be there, with weights that can be read."""
     if settings.source is not None:
-        if _looks_local(settings.source) and not os.path.isdir(settings.source):
+        if looks_local(settings.source) and not os.path.isdir(settings.source):
             raise InputError(f"The model folder {settings.source} does not exist.")
         check_weights(settings.source)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from exalign.checksums import NAME, read_sums, sums_text
+from exalign.data.reading import looks_local
 from exalign.errors import InputError, hub_sentence
 from exalign.evaluation.run_folder import RunFolder
 from exalign.evaluation.schema import Evidence, FrontierPoint, MethodEvidence
@@ -35,7 +36,7 @@ def publish(
     place = folder.policy(method, point.step)
     if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
         raise InputError(f"{place} holds no model of this run: there is nothing to upload.")
-    if (base := adapter_base(place)) is not None and exists(Path(base)):
+    if (base := adapter_base(place)) is not None and _is_local(base):
         raise InputError(f"{place} is an adapter on {base}, which nobody else has; align again with lora.save: merged.")
     files = [file for file in sorted(place.rglob("*")) if file.is_file() and file.name != "README.md"]
     page = card(evidence, found, point, folder.recipe_values(), adapter=base is not None)
@@ -83,8 +84,8 @@ def card(
     Data and models that are files or folders of a machine are not named.
     """
     base = (recipe.get("model") or {}).get("source")
-    base = None if base is None or exists(Path(base)) else base
-    data = sorted({name for name in _sources(recipe.get("data") or {}) if not exists(Path(name))})
+    base = None if base is None or _is_local(base) else base
+    data = sorted({name for name in _sources(recipe.get("data") or {}) if not _is_local(name)})
     front = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -121,11 +122,16 @@ def _results(evidence: Evidence, point: FrontierPoint) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
+def _is_local(name: str) -> bool:
+    """Whether this is a file or folder, here or where the run was made."""
+    return exists(Path(name)) or looks_local(name)
+
+
 def _unnamed(value: Any) -> Any:
     """Settings without the names of local models."""
     if not isinstance(value, dict):
         return value
-    local = {"source"} if exists(Path(str(value.get("source")))) else set()
+    local = {"source"} if _is_local(str(value.get("source"))) else set()
     return {name: "a local model" if name in local else _unnamed(inner) for name, inner in value.items()}
 
 
