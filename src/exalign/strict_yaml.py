@@ -58,10 +58,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes a text that `_Loader` would take for a number in quotes."""
+
+
+for _kind in (_Loader, _Dumper):  # each has its own resolvers from then on; yaml's own are everybody's
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -93,9 +97,9 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def dump_yaml(values: Any) -> str:
     """YAML that `parse_yaml` reads back; characters that hide or reorder text are spelled out."""
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     hidden = any(not (character.isprintable() or character in "\n ") for character in text)
-    return yaml.safe_dump(values, sort_keys=False) if hidden else text
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False)) if hidden else text
 
 
 def _count(node: yaml.Node, known: dict[int, tuple[int, int] | None], level: int) -> tuple[int, int]:

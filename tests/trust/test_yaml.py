@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,3 +114,8 @@ def test_what_is_written_is_read_again_and_hides_nothing(values: dict) -> None:
     text = dump_yaml(values)
     assert parse_yaml(text, "again") == values
     assert all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_a_number_without_a_point_is_one_here_and_for_nobody_else() -> None:
+    assert parse_yaml("a: 1e5", "recipe") == {"a": 1e5} and yaml.safe_load("a: 1e5") == {"a": "1e5"}
+    assert parse_yaml(dump_yaml({"a": "1e5"}), "recipe") == {"a": "1e5"}
