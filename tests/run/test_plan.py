@@ -65,6 +65,14 @@ def test_every_shipped_recipe_is_planned_stage_by_stage_in_100_columns(path: Pat
     assert "H100 datasheet" in printed and "--training-share" in printed
 
 
+def test_a_methods_long_name_hides_no_number() -> None:
+    recipe = load_recipe(RECIPE)
+    name, console = "a-name-of-forty-characters-is-the-longest", Console(file=io.StringIO(), width=80, record=True)
+    recipe = recipe.model_copy(update={"align": {name[:40]: recipe.align["exo-rw"]}})
+    print_budget(Budget(recipe, find_machine("H100", 8, Assumptions())), console)
+    assert "…" not in console.export_text()
+
+
 @pytest.mark.parametrize("path", CONTINUED, ids=lambda path: path.name)
 def test_a_recipe_that_goes_on_from_another_run_says_so(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -804,7 +804,10 @@ def print_budget(budget: Budget, console: Console) -> None:
     )
     table = Table(box=SIMPLE_HEAD, padding=(0, 0))
     for name in ("stage", "tokens", "PFLOP", "time", "bound", "GB", "sharded", "fits"):
-        table.add_column(name, justify="left" if name in ("stage", "bound") else "right", no_wrap=True)
+        long = name == "stage"  # it gives way where there is no room: of a number nothing may be lost
+        table.add_column(
+            name, justify="left" if long or name == "bound" else "right", no_wrap=not long, overflow="fold"
+        )
     for cost in budget.costs:
         memory = (_gigabytes(cost.replicated), _gigabytes(cost.sharded) if cost.sharded else "–")
         bound = "" if cost.bound == "operations" else cost.bound
