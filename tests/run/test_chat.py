@@ -63,6 +63,14 @@ def test_two_side_by_side_in_the_terminal(models: Path) -> None:
     assert ended.output.count("/chat ─") == 2 and ended.output.count("/plain ─") == 2  # a panel each, twice
 
 
+def test_bytes_that_are_no_text_end_no_conversation(models: Path) -> None:
+    speaker = Speaker.load(str(models / "chat"), max_new_tokens=1, temperature=0.7, seed=3, system="Be\udcff brief.")
+    speaker.answer("Hel\udcfflo")
+    assert [turn["content"] for turn in speaker.turns[:2]] == ["Be\ufffd brief.", "Hel\ufffdlo"]
+    ended = CliRunner().invoke(app, ["chat", str(models / "plain"), "--max-new-tokens", "1"], input=b"Hel\xfflo\n")
+    assert ended.exit_code == 0 and "not UTF-8" in ended.output
+
+
 def test_what_is_said_of_a_conversation_is_of_this_one(models: Path) -> None:
     cut = "no room for all of it: the beginning is cut"
     arguments = ["chat", str(models / "chat"), "--max-new-tokens", "4", "--system", "Be brief."]

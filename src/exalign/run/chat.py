@@ -21,7 +21,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.rollout.sampler import GroupedSampler
 from exalign.rollout.scorers import max_positions
 from exalign.rollout.settings import SampleSettings
-from exalign.storage import exists
+from exalign.storage import exists, whole_characters
 from exalign.terminal import shown
 
 NEW = "/new"
@@ -56,7 +56,8 @@ class Speaker:
     def answer(self, text: str) -> str:
         """What the model says to a text, after all that was said before."""
         if not self.turns and self.system:
-            self.turns.append({"role": "system", "content": self.system})
+            self.turns.append({"role": "system", "content": whole_characters(self.system)})
+        text = whole_characters(text)  # a terminal hands on bytes that are no UTF-8 as halves of some
         self.turns.append({"role": "user", "content": text})
         self.asked += 1
         self.sampler.counts.clear()  # what they say is of this answer
@@ -110,5 +111,8 @@ def _asked(console: Console) -> Iterator[str]:
             text = console.input("› ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            console.print("That was not UTF-8, and is not asked.")
+            continue
         if text:
             yield text
