@@ -90,6 +90,11 @@ def test_a_wrong_value_names_the_setting(override: str, named: str) -> None:
     assert f"{named}:" in problem(override)
 
 
+def test_a_list_is_not_called_a_single_value() -> None:
+    with pytest.raises(InputError, match="prompts is a list, which is given whole"):
+        load_recipe(RECIPE, ["data.prompts=[{source: a.jsonl}, {source: b.jsonl}]", "data.prompts.limit=9"])
+
+
 def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
     named = "align={exo-0.5: {beta_r: 0.5}, exo-0: {beta_r: 1.0}}"
     align = load_recipe(RECIPE, [named, "align.exo-0.5.learning_rate=3e-4", "align.exo-0.epochs=2"]).align

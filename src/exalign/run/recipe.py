@@ -679,7 +679,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             target[name] = {}
         target = target[name]
         if not isinstance(target, dict):
-            raise InputError(f"{override[:200]!r}: {name} is a single value and has no settings below it.")
+            one = "a list, which is given whole" if isinstance(target, list) else "a single value"
+            raise InputError(f"{override[:200]!r}: {name} is {one} and has no settings below it.")
     value = parse_yaml(text, key[:200])
     if value is None and parents == ["align"] and last not in target:
         raise InputError(f"{override[:200]!r}: align has no {last} to take away; {nearest(last, target)}")
