@@ -44,7 +44,7 @@ from exalign.run.recipe import Recipe, ScorerSettings, load_recipe, make_recipe
 from exalign.run.runner import Run, remove_stage
 from exalign.run.search import validation_prompts
 from exalign.run.stage_files import stage_checksums
-from exalign.run.stages import plan
+from exalign.run.stages import hold_out, plan
 from exalign.storage import fingerprint_path, read_json
 from judging.judged_run import judge_run, longer
 from run.conftest import tiny_overrides
@@ -450,6 +450,15 @@ def test_counts_of_every_stage_are_recorded(finished: tuple[Recipe, Path]) -> No
     counts = read_json(folder / "rollouts" / "done.json")["counts"]
     assert counts["completions"] == 72
     assert counts["prompts"] == 24
+
+
+def test_a_prompt_is_on_one_side_with_white_space_around_it_or_without() -> None:
+    rows = [Record(str(i), f"Question {i // 2}?" + " " * (i % 2), ()) for i in range(40)]
+    sides = [{str(row.prompt).strip() for row in side} for side in hold_out(rows, 0.25, 512, "it")]
+    assert [len(side) for side in sides] == [15, 5] and not sides[0] & sides[1]
+    bare = hold_out([Record(row.id, str(row.prompt).strip(), ()) for row in rows], 0.25, 512, "it")
+    assert {row.prompt for row in bare[1]} == sides[1]
+    assert [len(side) for side in hold_out(rows[:4], 0.9, 512, "it")] == [2, 2]  # two prompts, one on each side
 
 
 def test_what_is_held_out_of_preferences_is_held_out_of_everything(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
-from exalign.data.record import Record
+from exalign.data.record import Prompt, Record
 from exalign.data.shapes import COLUMNS, Shape, as_messages, spelled
 from exalign.data.store import iter_records
 from exalign.errors import InputError, first_line, hub_sentence, nearest
@@ -351,9 +351,15 @@ def prompt_digest(record: Record) -> bytes:
     >>> prompt_digest(Record("0", "Hi")) == prompt_digest(Record("1", "Hi "))
     True
     """
-    said = record.prompt or "".join(completion.text for completion in record.completions)
-    parts = said.strip() if isinstance(said, str) else [{**part, "content": part["content"].strip()} for part in said]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+    said = stripped(record.prompt or "".join(completion.text for completion in record.completions))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+
+
+def stripped(prompt: Prompt) -> str | list[dict[str, Any]]:
+    """A prompt without the white space around it, or around each of its messages."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return [{**message, "content": message["content"].strip()} for message in prompt]
 
 
 def local_path(settings: DataSettings) -> Path | None:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from exalign.data.batching import group_of
-from exalign.data.reading import each, read_source, whole
+from exalign.data.reading import each, read_source, stripped, whole
 from exalign.data.record import Record, pairs_from_rewards
 from exalign.data.store import Header, iter_records, read_header, read_records, write_records
 from exalign.data.tokenization import TokenLimits, build_tokenizer
@@ -385,13 +385,14 @@ def _given_preferences(view: View) -> None:
 def hold_out(rows: Sequence[Record], share: float, most: int, where: str) -> tuple[list[Record], list[Record]]:
     """The rows less those of a share of the prompts, and these: the prompts whose content has the least hashes.
 
-    So a prompt that is held out stays so when rows are added, moved or shuffled; no prompt is on both sides.
+    So a prompt that is held out stays so when rows are added, moved or shuffled; no prompt is on both sides, and none
+    of the sides is empty.
     """
-    prints = [fingerprint(["held out", row.prompt]) for row in rows]
+    prints = [fingerprint(["held out", stripped(row.prompt)]) for row in rows]
     different = sorted(set(prints))
     if len(different) < 2:
         raise InputError(f"{where} has one prompt, so none can be held out; give more.")
-    kept = set(different[: min(max(round(share * len(different)), 1), most)])
+    kept = set(different[: min(max(round(share * len(different)), 1), most, len(different) - 1)])
     sides: tuple[list[Record], list[Record]] = [], []
     for row, found in zip(rows, prints, strict=True):
         sides[found in kept].append(row)
