@@ -37,7 +37,7 @@ from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import open_scorer
 from exalign.run.carry_out import run_recipe
 from exalign.run.chat import Speaker
-from exalign.run.demo import RECIPE
+from exalign.run.demo import RECIPE, demo_recipe
 from exalign.run.evaluating import _agreement, evaluation_rows, in_order
 from exalign.run.materials import prompts_of, records_of
 from exalign.run.recipe import Recipe, ScorerSettings, load_recipe, make_recipe
@@ -207,6 +207,20 @@ def test_killed_while_a_stage_is_removed_what_it_was_made_from_is_left(tmp_path:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+
+
+def test_a_world_that_was_replaced_in_part_is_written_again(tmp_path: Path) -> None:
+    demo_recipe(tmp_path)
+    texts = tmp_path / "world" / "sft.jsonl"
+    whole = texts.read_bytes()
+    if (process := os.fork()) == 0:
+        first = iter([texts])
+        sys.addaudithook(lambda event, _: os._exit(9) if event == "os.rename" and not next(first, None) else None)
+        demo_recipe(tmp_path, ["seed=1"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    demo_recipe(tmp_path)
+    assert texts.read_bytes() == whole
 
 
 def test_a_leftover_inside_a_leftover_is_removed_with_it(finished: tuple[Recipe, Path], tmp_path: Path) -> None:

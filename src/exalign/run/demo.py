@@ -49,6 +49,7 @@ def demo_recipe(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     recipe = load_recipe(RECIPE, [*(f"{key}={world / name}" for key, name in places.items()), *overrides])
     seed = world / "seed.json"  # written last
     if not seed.is_file() or read_json(seed) != recipe.seed:
+        seed.unlink(missing_ok=True)  # of another world, which is none any more once a file of it is replaced
         write_world(world, seed=recipe.seed)
         write_json(seed, recipe.seed)
     return recipe
