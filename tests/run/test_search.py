@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -190,6 +192,20 @@ def test_more_trials_another_kl_and_other_ranges_train_only_what_is_new(
 
     search("search.trials=2", "temperature=0.9")  # other samples, other results
     assert len(stamps(tmp_path)) == 2 and not stamps(tmp_path).items() & again.items()
+
+
+def test_a_trial_whose_samples_are_damaged_is_made_again_and_not_called_failed(
+    searched: Path, world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    shard = next(places(tmp_path / "run", "exo-rw")[0].glob("evaluated/*/samples/part-*.parquet"))
+    before = shard.stat()
+    shard.write_bytes(shard.read_bytes()[::-1])
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as of a disk that fails
+    recipe = searched_recipe(world, "search.trials=2")
+    run_recipe(recipe, "search/exo-rw", folder=tmp_path / "run", redo=True)
+    found, whole = (results(run, "exo-rw") for run in (tmp_path / "run", searched))
+    assert [(trial["failed"], trial["points"]) for trial in found] == [(None, trial["points"]) for trial in whole[:2]]
 
 
 def test_a_search_made_with_other_settings_is_refused_and_named(searched: Path, world: Path) -> None:

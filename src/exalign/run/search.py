@@ -180,6 +180,9 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
     for folder in view.folder.glob("trial-*") if leads() else ():
         if not folder.name.startswith(f"trial-{tried_on}-"):
             remove_folder(folder)  # a search that tries its settings has other results
+        elif (damaged := next(damaged_files(folder / "evaluated"), None)) is not None:
+            view.console.print(shown(f"! {damaged} is damaged; its trial is made again.", "yellow"), soft_wrap=True)
+            remove_folder(folder)
     trials: list[Trial] = []
     curves: list[Curve | None] = []
     places: list[Path] = []
@@ -258,8 +261,9 @@ def _carried_out(
         return trial, None
     sft = tabulate(read_records(view.path("validation", "samples")), "validation/samples")
     steps = sorted((place / "evaluated").glob("step-*"))
+    samples = [read_records(step / "samples") for step in steps]
     try:
-        tables = [tabulate(read_records(step / "samples"), step.name) for step in steps]
+        tables = [tabulate(records, step.name) for records, step in zip(samples, steps, strict=True)]
     except InputError as error:  # a policy that gives its own samples no probability has no KL
         return replace(trial, failed=str(error)), None
     kls, rewards = path_along(sft, tables, sft.ids)
