@@ -137,8 +137,9 @@ def test_shipped_recipes_are_listed_and_copied(tmp_path: Path, monkeypatch: pyte
     assert load_recipe("imdb.yaml") == load_recipe(RECIPES / "imdb.yaml")
     with pytest.raises(InputError, match="is there already"):
         copy_recipe("imdb")
-    with pytest.raises(InputError, match="did you mean imdb"):
-        copy_recipe("imbd")
+    for other in ("imbd", "../imdb"):
+        with pytest.raises(InputError, match="did you mean imdb"):
+            copy_recipe(other)
 
 
 def test_recipe_prints_what_can_be_read_again(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def recipes() -> dict[str, str]:
 def copy_recipe(name: str, target: Path | None = None) -> Path:
     """Write a recipe that comes with exalign to `target`, NAME.yaml by default, overwriting nothing."""
     source, there = RECIPES / f"{name.removesuffix('.yaml')}.yaml", recipes()
-    if source.stem not in there:
+    if source.parent != RECIPES or source.stem not in there:
         raise InputError(f"There is no recipe {name[:100]!r}; {nearest(name, there)}")
     target = target or Path(source.name)
     if target.exists():
