@@ -22,6 +22,7 @@ from exalign.run.plan import (
     UNKNOWN_ROWS,
     Assumptions,
     Budget,
+    assumptions,
     duration,
     find_machine,
     in_turn,
@@ -280,6 +281,12 @@ def test_devices_are_found_by_their_names_or_named_by_the_nearest() -> None:
 def test_a_mean_above_the_longest_is_refused() -> None:
     with pytest.raises(InputError, match=r"--prompt-tokens 900 is above data.max_prompt_tokens = 24"):
         planned(prompt_tokens=900)
+
+
+def test_a_mean_completion_above_the_longest_is_taken_and_called_the_longest() -> None:
+    above, longest = (planned(RECIPE, completion_tokens=tokens) for tokens in (10_000, 512))
+    assert above.costs == longest.costs
+    assert any("mean completion 10000, or the longest where that is less" in said for said in assumptions(above))
 
 
 def test_an_unreadable_configuration_is_one_sentence(tmp_path: Path) -> None:

@@ -825,13 +825,15 @@ def assumptions(budget: Budget) -> list[str]:
     """Every assumption as a sentence: the device's specification, the shares, the lengths, the data and the models."""
     machine, assumed = budget.machine, budget.machine.assumed
     prompt = assumed.prompt_tokens or "half the longest, or data.*.prompt_tokens where set"
+    given = assumed.completion_tokens
+    completion = "half the longest" if given is None else f"{given}, or the longest where that is less"
     return [
         f"{machine.name}: {machine.memory / 1e9:,.0f} GB, dense products {machine.bf16 / 1e12:,.3g} TFLOP/s in bf16 "
         f"and {machine.fp32 / 1e12:,.3g} in fp32 ({machine.specification})",
         f"{assumed.training_share:.0%} of that rate for necessary work (--training-share), "
         f"{assumed.sampling_share:.0%} in sampling (--sampling-share), {assumed.memory_share:.0%} of the memory "
         "(--memory-share); what devices exchange is not in the time",
-        f"tokens: mean prompt {prompt}; mean completion {assumed.completion_tokens or 'half the longest'} "
+        f"tokens: mean prompt {prompt}; mean completion {completion} "
         "(--prompt-tokens, --completion-tokens). Memory is for the longest",
         "GB: of one device, then of one under a full shard in the manner of FSDP2",
         "bound by operations, or: batch, with fewer micro-batches than devices",
