@@ -190,6 +190,20 @@ def test_contents_are_read_once_and_noticed_when_they_change(tmp_path: Path) -> 
     assert Contents(known).of_function("no.such:thing") is None
 
 
+def test_a_file_whose_name_is_no_utf_8_has_a_content_and_is_remembered(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    file = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl"))
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    contents = Contents(tmp_path / "inputs.json")
+    found = contents.of(str(folder))
+    contents.remember()
+    file.rename(folder / "cafe.jsonl")
+    assert Contents(tmp_path / "inputs.json").of(str(folder)) != found is not None
+    assert "caf\\udce9.jsonl" in "".join(read_json(tmp_path / "inputs.json"))
+
+
 def test_a_function_in_the_working_directory_has_a_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything has imported it, as at the start of a run that is done."""
     monkeypatch.chdir(tmp_path)

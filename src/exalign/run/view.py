@@ -9,6 +9,7 @@ mark; the name of data, a model or a function is marked too, and stands in the k
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -141,7 +142,7 @@ class Contents:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.relative_to(path)}\0{self._of_file(file)}\0".encode())
+            digest.update(os.fsencode(f"{file.relative_to(path)}\0{self._of_file(file)}\0"))
         if (base := adapter_base(path)) is not None:
             digest.update(f"{base}\0{self.of(base)}".encode())
         return digest.hexdigest()[:16]
@@ -154,7 +155,7 @@ class Contents:
         return found[0] if len(found) == 1 else fingerprint(sorted(found)) if found else None
 
     def _of_file(self, file: Path) -> str:
-        stat, key = file.stat(), str(file.absolute())
+        stat, key = file.stat(), str(file.absolute()).encode(errors="backslashreplace").decode()
         before = self._found.get(key) or self._known.get(key)
         if before is None or before[:2] != [stat.st_size, stat.st_mtime_ns]:
             before = [stat.st_size, stat.st_mtime_ns, checksum(file)]
