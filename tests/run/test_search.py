@@ -208,6 +208,25 @@ def test_a_trial_whose_samples_are_damaged_is_made_again_and_not_called_failed(
     assert [(trial["failed"], trial["points"]) for trial in found] == [(None, trial["points"]) for trial in whole[:2]]
 
 
+def test_trials_of_a_method_of_ones_own_are_tried_again_where_its_file_changed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my_searched_method.py"
+    file.write_text("from exalign.methods.matching import Matching\n\n\nclass Mine(Matching):\n    pass\n")
+    method = "{method: 'my_searched_method:Mine', learning_rate: 1e-3, batch_prompts: 8, target: reward}"
+    ranges = "search.methods={mine: {learning_rate: {choices: [1e-3, 1e-2]}}}"
+    recipe = searched_recipe(world, f"align={{mine: {method}}}", "search={trials: 2, kl: 1, prompts: 4}", ranges)
+
+    def search() -> set[str]:
+        run_recipe(recipe, "search", folder=tmp_path / "run", redo=True)
+        return {place.name for place in places(tmp_path / "run", "mine")}
+
+    before = search()
+    file.write_text(file.read_text() + "\n")
+    assert len(before) == 2 and not before & search()
+
+
 def test_a_search_made_with_other_settings_is_refused_and_named(searched: Path, world: Path) -> None:
     with pytest.raises(InputError, match=r"search/exo-rw was made by another recipe \(search.kl was 50.*is 2"):
         run_recipe(searched_recipe(world, "search.kl=2"), folder=searched)

@@ -58,6 +58,7 @@ from exalign.run.materials import (
 )
 from exalign.run.recipe import Range, Recipe, Value, changed
 from exalign.run.view import Stage, View
+from exalign.settings import CONTENT, FUNCTION
 from exalign.storage import (
     atomic_path,
     fingerprint,
@@ -224,8 +225,16 @@ def _search(view: View, *, name: str, material: Callable[[View], Material], judg
 
 
 def _tried_on(view: View, name: str) -> str:
-    """What all trials share: the stages they are made from, and every setting but those of the search itself."""
+    """What all trials share: the stages they are made from, and every setting but those of the search itself.
+
+    Of the method's own, which name a trial, it is what stands under the names of files and models.
+    """
     own = {path: value for path, value in view.key.items() if not path.startswith(("search.", f"align.{name}"))}
+    method = view.recipe.align[name]
+    named = method.marked(CONTENT) | method.marked(FUNCTION)
+    for setting, value in view.key.get(f"align.{name}", {}).items():
+        if isinstance(value, dict) or (setting in named and isinstance(value, list)):
+            own[f"align.{name}.{setting}"] = value
     needs = [read_sealed(view.path(need, "done.json"))["fingerprint"] for need in view.stage.needs]
     return fingerprint([own, view.key.get("search.samples"), needs])[:8]
 
