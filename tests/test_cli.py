@@ -126,6 +126,15 @@ def test_help_lists_every_stage() -> None:
         assert f" {command} " in result.stdout
 
 
+def test_where_the_terminal_has_no_tau_it_is_spelled_out() -> None:
+    command, ascii_alone = (
+        [sys.executable, "-m", "exalign", "recipe", "--explain", "temperature"],
+        {"PYTHONIOENCODING": "ascii"},
+    )
+    result = subprocess.run(command, capture_output=True, check=False, env=os.environ | ascii_alone)
+    assert result.returncode == 0 and b"\\u03c4: one temperature" in result.stdout
+
+
 def test_shipped_recipes_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = CliRunner().invoke(app, ["recipes"]).output.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -568,6 +569,8 @@ app.command("grade-judge", rich_help_panel=JUDGE)(grade_judge)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: an `InputError` is one sentence and status 2, Ctrl-C one sentence and status 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no work ends because a terminal's encoding has no τ
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(args=arguments, standalone_mode=False)
     except InputError as error:
