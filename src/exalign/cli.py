@@ -529,7 +529,8 @@ def push(
 
     _quiet_libraries()
     found = publish(run, method, name, step=step, private=private, preview=preview)
-    console.print(shown(found if preview else f"published {found}"), soft_wrap=True)
+    for line in (found if preview else f"published {found}").splitlines():
+        console.print(shown(line), soft_wrap=True)
 
 
 @app.command(rich_help_panel=RESULT)

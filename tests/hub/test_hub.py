@@ -25,9 +25,11 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from evaluation.synthetic_run import World, write_run
 from exalign.checksums import check_folder, read_sums, write_sums
+from exalign.cli import app
 from exalign.data.synthetic import build_tokenizer
 from exalign.errors import InputError
 from exalign.evaluation.evidence import build_evidence
@@ -295,6 +297,8 @@ def test_a_policy_is_published_with_its_card_and_loaded_again(
     check_folder(repositories / "models/aligned")
     preview = publish(tmp_path / "run", "exo-rw", "f/never", step=chosen, preview=True)
     assert preview.startswith(card) and "model.safetensors  " in preview and "README.md  " not in preview
+    arguments = ["push", str(tmp_path / "run"), "exo-rw", "f/never", "--step", str(chosen), "--preview"]
+    assert CliRunner().invoke(app, arguments).output == preview
     assert not (repositories / "models/never").exists()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "exalign" in front["tags"]
