@@ -163,6 +163,8 @@ def test_the_run_beside_a_recipe_is_taken_and_held_out_pairs_are_read_as_the_met
     (row,) = [row for row in read_metrics(run.path("align", "exo-pref")) if "held_out_margin" in row]
     assert abs(row["held_out_margin"]) < 1e-6 and row["held_out_accuracy"] == 0.5
     assert "24 of 24 prompts are cut at 2 tokens (data.max_prompt_tokens)" in printed.getvalue()
+    command = " ".join(["exalign run", f"{out}.yaml", "--run", str(out), *overrides[1:]])
+    assert f"carry it out with {command}\n" in printed.getvalue()
     again = CliRunner().invoke(app, ["run", f"{out}.yaml", *overrides[1:]])
     assert f"run: {out}" in again.stdout.replace("\n", "") and "align/exo-pref: done before, skipped" in again.stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _carried_out(begun: Begun, overrides: Sequence[str], console: Console | None
         raise InputError(
             "Nothing is left to align: the recipe chosen holds no method any more; add one, as align.dpo={}."
         )
-    write_down(begun, console)
+    write_down(begun, console, overrides)
     run = Run(recipe, begun.folder, console)
     try:
         carry_out(run)
@@ -225,12 +226,14 @@ def _begun(values: dict[str, Any], out: str | Path | None, named: str, reasons: 
     return Begun(values, folder.with_name(f"{folder.name}.yaml"), folder, reasons)
 
 
-def write_down(begun: Begun, console: Console) -> None:
-    """Write the recipe and say what was chosen; one that stands there and was edited is an `InputError`."""
+def write_down(begun: Begun, console: Console, overrides: Sequence[str] = ()) -> None:
+    """Write the recipe and say what was chosen; one that stands there and was edited is an `InputError`.
+
+    `overrides` are not written: they belong to the command that carries it out.
+    """
     text = "# Chosen by exalign; every setting may be changed: exalign recipe --explain\n" + dump_yaml(begun.values)
-    again = f"exalign run {begun.file}" + (
-        "" if begun.folder == Path("runs") / begun.values["name"] else f" --run {begun.folder}"
-    )
+    where = [] if begun.folder == Path("runs") / begun.values["name"] else ["--run", str(begun.folder)]
+    again = shlex.join(["exalign", "run", str(begun.file), *where, *overrides])
     if exists(begun.file) and begun.file.read_text(encoding="utf-8", errors="replace") != text:
         raise InputError(
             f"{begun.file} is there already, edited or chosen for other data or options: carry it out with "
