@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -34,7 +35,7 @@ def pair(name: str, preferred: float, rejected: float, which: int | None = 0) ->
     """Log-ratios of both texts; which of them is preferred."""
     ratios = (preferred, rejected)
     completions = tuple(Completion("text", logprob=ratio - 7, reference_logprob=-7.0) for ratio in ratios)
-    return Record(name, "prompt", completions, preferred=which)
+    return Record(name, f"prompt {name}", completions, preferred=which)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,20 @@ def test_accuracy_and_margin_by_hand() -> None:
     assert found.margin.estimate == pytest.approx(3 / 4)
     assert found.preferred.estimate == pytest.approx((1 + 0 + 2 + 3) / 4)
     assert found.rejected.estimate == pytest.approx((0 + 1 + 2 + 0) / 4)
+
+
+def test_several_pairs_of_one_prompt_are_no_more_prompts() -> None:
+    """Wins 1, 1, 1 on one prompt and 0 on another; and the same pairs many times over are no more certain."""
+    records = [pair("a", 1, 0), pair("a", 2, 0), pair("a", 3, 0), pair("b", 0, 1)]
+    found = held_out(tabulate_pairs(records, "pairs"), Bootstrap(50))
+    assert (found.accuracy.estimate, found.accuracy.num_prompts) == (3 / 4, 2)
+    assert found.margin.estimate == pytest.approx((1 + 2 + 3 - 1) / 4)
+    drawn = np.random.default_rng(0).normal(0.3, 1, 40)
+    once = [pair(str(number), ratio, 0) for number, ratio in enumerate(drawn)]
+    few, many = (held_out(tabulate_pairs(pairs, "pairs")) for pairs in (once, once * 5))
+    for name in ("accuracy", "margin", "preferred"):
+        one, other = getattr(few, name), getattr(many, name)
+        assert (one.low, one.high) == pytest.approx((other.low, other.high)) and one.num_prompts == 40
 
 
 def test_pairs_that_cannot_be_measured_are_an_error() -> None:
@@ -122,7 +137,7 @@ def test_commands_work_or_say_why_not(finished: tuple[Path, Evidence], tmp_path:
     result = CliRunner().invoke(app, ["figures", str(run), "--out", str(tmp_path)])
     assert result.exit_code == 0 and (tmp_path / "figure-2.png").exists()
     assert "Figure 8 needs rewards: this run has preferences and no scorer." in " ".join(result.stdout.split())
-    assert "n = 400 held-out pairs" in (tmp_path / "figures.md").read_text()
+    assert "held-out pairs, of n = 400 prompts" in (tmp_path / "figures.md").read_text()
 
 
 def test_rewards_on_one_side_only_are_an_error(finished: tuple[Path, Evidence], tmp_path: Path) -> None:

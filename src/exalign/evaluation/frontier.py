@@ -55,9 +55,10 @@ def frontier_point(
 
 
 def held_out(pairs: PairTable, bootstrap: Bootstrap = BOOTSTRAP) -> HeldOut:
-    """Accuracy and margin of the implicit reward on held-out pairs, with intervals over pairs."""
-    margins = pairs.preferred - pairs.rejected
-    return HeldOut(bootstrap.share(pairs.wins), *map(bootstrap.mean, (margins, pairs.preferred, pairs.rejected)))
+    """Accuracy and margin of the implicit reward on held-out pairs: means over pairs, with intervals over prompts."""
+    accuracy = bootstrap.share(pairs.wins, pairs.sizes)
+    means = pairs.preferred - pairs.rejected, pairs.preferred, pairs.rejected
+    return HeldOut(accuracy, *(bootstrap.ratio(mean * pairs.sizes, pairs.sizes, paired=True) for mean in means))
 
 
 def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> FrontierPoint | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from exalign.data.reading import prompt_digest
 from exalign.data.record import Completion, Prompt, Record
 from exalign.errors import InputError
 from exalign.evaluation.statistics import Array
@@ -87,8 +88,10 @@ def _parts(records: Sequence[Record]) -> dict[str, Ragged]:
 
 @dataclass(frozen=True, eq=False)
 class PairTable:
-    """Held-out preference pairs: per pair `[P]` the log-ratio log π_θ − log π_sft (nats) of the preferred text, and of
-    the other (the mean, where there are several); `wins` is the share of others it is above, a tie counting half.
+    """Held-out preference pairs: per prompt `[P]` the means over its pairs, of which there are `sizes`.
+
+    `preferred` is the log-ratio log π_θ − log π_sft (nats) of the preferred text, `rejected` that of the other (the
+    mean, where there are several), `wins` the share of others it is above, a tie counting half.
 
     `undecided` pairs prefer neither and are left out.
     """
@@ -96,12 +99,13 @@ class PairTable:
     preferred: Array
     rejected: Array
     wins: Array
+    sizes: Array
     undecided: int = 0
 
 
 def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:
     """Read pairs with the log-probabilities of a policy; one without them is an `InputError`, as is no pair at all."""
-    rows, undecided = [], 0
+    rows, prompts, undecided = [], list[bytes](), 0
     for record in records:
         if record.preferred is None or len(record.completions) < 2:
             undecided += 1
@@ -109,10 +113,12 @@ def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:
         ratios = _finite_log_ratios(record, where)
         better, others = ratios[record.preferred], np.delete(ratios, record.preferred)
         rows.append((better, others.mean(), ((better > others) + (better == others) / 2).mean()))
+        prompts.append(prompt_digest(record))
     if not rows:
         raise InputError(f"{where}: none of its {undecided} pairs has a preferred text, so nothing can be measured.")
-    preferred, rejected, wins = np.array(rows, dtype=np.float64).T
-    return PairTable(preferred, rejected, wins, undecided)
+    _, prompt, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    preferred, rejected, wins = (np.bincount(prompt, values) / sizes for values in np.array(rows, dtype=np.float64).T)
+    return PairTable(preferred, rejected, wins, sizes.astype(np.float64), undecided)
 
 
 def repeated_share(token_ids: Sequence[int], n: int = 4) -> float:

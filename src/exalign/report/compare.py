@@ -177,7 +177,7 @@ def _on_pairs(runs: Sequence[RunResults]) -> tuple[str, ...]:
             over = f"{percent(Interval(mean.mean, low, high, mean.runs))}, n = {mean.runs}"
             rows.append([name, *cells, *([over] if len(runs) > 1 else [])])
     told = (
-        "At the end of training, with 95 % intervals over pairs: accuracy is the share of held-out pairs whose "
+        "At the end of training, with 95 % intervals over prompts: accuracy is the share of held-out pairs whose "
         "preferred text gained more log-probability over the supervised policy than the other did (by chance 50 %), "
         f"the margin the mean of that difference in nats{'; the mean with Student’s interval' * (len(runs) > 1)}."
     )

@@ -276,8 +276,8 @@ def _gained(evidence: Evidence, point: FrontierPoint) -> str:
     assert point.held_out is not None
     accuracy = point.held_out.accuracy
     return (
-        f"On {percent(accuracy)} of {accuracy.num_prompts} held-out pairs (by chance it would be 50 %) it favours the "
-        "preferred answer over the other one more than the supervised policy does, by a mean of "
+        f"On {percent(accuracy)} of the held-out pairs, of {accuracy.num_prompts:,} prompts (by chance 50 %), "
+        "it favours the preferred answer over the other one more than the supervised policy does, by a mean of "
         f"{interval(point.held_out.margin)} nats."
     )
 

@@ -247,11 +247,10 @@ class Captions:
         )
 
     def held_out(self) -> str:
-        pairs = [p.held_out.accuracy.num_prompts for m in self.evidence.methods for p in m.points if p.held_out] or [0]
+        known = [p.held_out.accuracy.num_prompts for m in self.evidence.methods for p in m.points if p.held_out] or [0]
         return (
-            f"{self._data()} Accuracy: the share of n = {_range(min(pairs), max(pairs))} held-out pairs whose "
-            "preferred text gained more log-probability over SFT than the other did. Bars: "
-            f"{self._level()} over pairs, of the KL over prompts."
+            f"{self._data()} Accuracy: the share of held-out pairs, of n = {_range(min(known), max(known))} prompts, "
+            f"whose preferred text gained more log-probability over SFT than the other did. Bars: {self._interval()}."
         )
 
     def reward(self) -> str:

@@ -99,7 +99,7 @@ def card(
         f"{base or 'a model of the run'}, to which KL is measured; data: {', '.join(data) or 'local files'}. Trained "
         "and evaluated with exalign.",
         f"## Results\nOn {evidence.num_prompts:,} held-out prompts at τ = {evidence.temperature or 1:g}; in brackets "
-        f"{100 * evidence.confidence:.0f} % intervals over prompts or pairs.\n\n{_results(evidence, point)}",
+        f"{100 * evidence.confidence:.0f} % intervals over prompts.\n\n{_results(evidence, point)}",
     ]
     if evidence.warnings:
         parts.append("## To be known before use\n" + "\n".join(f"- {sentence}" for sentence in evidence.warnings))
