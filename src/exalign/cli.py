@@ -115,6 +115,9 @@ Reading = Annotated[
 ]
 Reward = Annotated[str | None, typer.Option(help="For prompts: module:function that gives completions their rewards.")]
 RewardModel = Annotated[str | None, typer.Option(help="For prompts: a reward model that does.")]
+Methods = Annotated[
+    str | None, typer.Option("--method", help="exo (if not said), dpo, simpo, …; several are compared: exo,dpo.")
+]
 
 
 @app.command("align", rich_help_panel=BEGIN)
@@ -127,28 +130,36 @@ def align_(
             help="Its data; more of it (columns.prompt=question limit=999), and settings of the recipe to change.",
         ),
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--run", help="The folder of the result (default: runs/MODEL-DATA; a recipe's as in exalign run)."
+        ),
+    ] = None,
+    method: Methods = None,
     reward: Reward = None,
     reward_model: RewardModel = None,
-    run: Folder = None,
     redo: Redo = False,
     recover: Recover = False,
 ) -> None:
     """Align a model on a data file: choose a recipe, train, evaluate, report. Or every method of a RECIPE.yaml."""
     given = data or []
     if Path(model).suffix in (".yaml", ".yml"):
-        if out is not None or reward is not None or reward_model is not None:
-            raise InputError("--out, --reward and --reward-model are for a model and its data; a recipe says it all.")
-        _carry_out(Path(model), given, {"folder": run, "redo": redo, "recover": recover}, "align")
+        if method is not None or reward is not None or reward_model is not None:
+            raise InputError(
+                "--method, --reward and --reward-model are for a model and its data; a recipe says it all."
+            )
+        _carry_out(Path(model), given, {"folder": out, "redo": redo, "recover": recover}, "align")
         return
     if not given:
         raise InputError(f"Give the data too: exalign align {model} DATA, or a recipe that ends in .yaml.")
-    if run is not None or redo or recover:
-        raise InputError("--run, --redo and --recover are for a recipe (exalign run RECIPE); --out names the folder.")
+    if redo or recover:
+        raise InputError("--redo and --recover are for a recipe: exalign run RECIPE.")
     from exalign.run.begin import align
 
     _quiet_libraries()
-    align(model, given[0], out=out, reward=reward, reward_model=reward_model, overrides=given[1:], console=console)
+    how: dict[str, Any] = {"methods": _chosen(method), "reward": reward, "reward_model": reward_model}
+    align(model, given[0], out=out, overrides=given[1:], console=console, **how)
 
 
 @app.command("new", rich_help_panel=BEGIN)
@@ -157,6 +168,7 @@ def new(
     data: Data,
     settings: Reading = None,
     out: Out = None,
+    method: Methods = None,
     reward: Reward = None,
     reward_model: RewardModel = None,
 ) -> None:
@@ -164,7 +176,13 @@ def new(
     from exalign.run.begin import begin, write_down
 
     _quiet_libraries()
-    write_down(begin(model, data, settings or (), out=out, reward=reward, reward_model=reward_model), console)
+    methods = _chosen(method)
+    begun = begin(model, data, settings or (), out=out, methods=methods, reward=reward, reward_model=reward_model)
+    write_down(begun, console)
+
+
+def _chosen(method: str | None) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in (method or "exo").split(",")))
 
 
 @app.command("evidence", rich_help_panel=BEGIN)

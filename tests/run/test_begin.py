@@ -24,7 +24,7 @@ from exalign.models.loading import load_policy, load_tokenizer, save_model
 from exalign.models.model_settings import ModelSettings
 from exalign.run.begin import EVALUATED, align, begin, write_down
 from exalign.run.recipe import load_recipe
-from exalign.storage import read_json
+from exalign.storage import read_json, read_sealed
 from training.tiny_world import read_metrics
 
 CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 96}
@@ -62,7 +62,7 @@ def test_preferences_and_nothing_else_end_in_a_model_and_a_report(model: Path, p
         "data: 63 preference pairs",
         "lengths: prompts up to",
         "weights: all are trained",
-        "method: EXO on the",
+        "method: EXO, preference target, β_π 0.5",
     ):
         assert said in text
     assert "13 of 63 pairs are held out" in text and str(tmp_path / "first.yaml") in text
@@ -186,12 +186,34 @@ def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tm
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p {i % 30}", "completion": "a b", "label": i % 2 == 0} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        InputError, match=r"one answer with a reward or label to each prompt, which `method: kto, target: reward`"
-    ):
+    with pytest.raises(InputError, match=r"one answer with a reward or label to each prompt, which --method kto takes"):
         begin(str(model), str(file))
+    run = align(str(model), str(file), methods=["kto"], out=tmp_path / "kto", console=Console(quiet=True))
+    assert read_sealed(run.path("scored", "done.json"))["counts"]["records"] == 48
+    assert run.path("report", "index.html").exists()
     reasons = begin(str(model), str(file), reward="exalign.data.synthetic:reward").reasons
     assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]
+
+
+def test_methods_that_fit_the_data_are_compared(model: Path, pairs: Path, world: Path, tmp_path: Path) -> None:
+    names = ["exo", "dpo", "simpo", "kto"]
+    write_down(begin(str(model), str(pairs), methods=names, out=tmp_path / "pairs"), Console(quiet=True))
+    found = load_recipe(tmp_path / "pairs.yaml").align
+    assert list(found) == ["exo-pref", "dpo-pref", "simpo", "kto"]
+    assert [method.trains_on for method in found.values()] == ["preferences"] * 4
+    assert found["dpo-pref"].line == "DPO, preference target, β_π 0.5, ε 0"  # the usual loss, without smoothing
+    reward = "exalign.data.synthetic:reward"
+    begun = begin(
+        str(model), str(world / "prompts.jsonl"), methods=["dpo", "grpo"], reward=reward, out=tmp_path / "own"
+    )
+    write_down(begun, Console(quiet=True))
+    assert [method.trains_on for method in load_recipe(tmp_path / "own.yaml").align.values()] == ["rewards", "prompts"]
+    with pytest.raises(
+        InputError, match=r"--method grpo does not train on what the data gives; here there are exo, dpo,"
+    ):
+        begin(str(model), str(pairs), methods=["exo", "grpo"])
+    with pytest.raises(InputError, match=r"--method dop is none; here there are exo, dpo, "):
+        begin(str(model), str(pairs), methods=["dop"])
 
 
 def test_joined_rows_are_held_out_by_the_prompt(model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from exalign.data.shapes import as_messages
 from exalign.data.tokenization import TokenLimits, tokenize_records
 from exalign.device import device, device_memory
 from exalign.errors import InputError
+from exalign.methods.method import available, method_class
 from exalign.models.loading import check_weights, load_tokenizer, policy_skeleton, read_config
 from exalign.models.model_settings import ModelSettings
 from exalign.processes import leads
@@ -39,6 +40,9 @@ TOKENISED = 500
 BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments in float32, where all weights are trained."""
 EVALUATED = 64
+DIVERGENCES = {"exo": "reverse_kl", "dpo": "forward_kl"}
+Target = Literal["preference", "reward", "label"]
+"""What methods learn from: preferences, rewards of several answers to a prompt, or labels of one."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def align(
     data: str,
     *,
     out: str | Path | None = None,
+    methods: Sequence[str] = ("exo",),
     reward: str | None = None,
     reward_model: str | None = None,
     overrides: Sequence[str] = (),
@@ -64,13 +69,14 @@ def align(
     """Align `model` on `data` without a recipe: choose one, write it beside the result, carry it out.
 
     `model` is a folder or hub name, `data` a file, folder or hub name of preference pairs, scored completions, or
-    prompts; with the last, `reward` (module:function) or `reward_model` says what is good. `overrides` are KEY=VALUE:
-    those of the data (columns.prompt=question, split=train) go into the recipe that is chosen, those of the recipe
-    change it. The result is in `out` (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be
+    prompts; with the last, `reward` (module:function) or `reward_model` says what is good. `methods` are exo, dpo and
+    others that fit the data, several to compare them. `overrides` are KEY=VALUE: those of the data
+    (columns.prompt=question, split=train) go into the recipe that is chosen, those of the recipe change it. The result
+    is in `out` (default runs/MODEL-DATA), the recipe in the file of that name with `.yaml`, to be
     edited for the next time.
     """
     ours = of_data(overrides)
-    begun = begin(model, data, ours, out=out, reward=reward, reward_model=reward_model)
+    begun = begin(model, data, ours, out=out, methods=methods, reward=reward, reward_model=reward_model)
     return _carried_out(begun, [text for text in overrides if text not in ours], console)
 
 
@@ -85,6 +91,7 @@ def begin(
     reading: Sequence[str] = (),
     *,
     out: str | Path | None = None,
+    methods: Sequence[str] = ("exo",),
     reward: str | None = None,
     reward_model: str | None = None,
 ) -> Begun:
@@ -92,9 +99,9 @@ def begin(
     model, scorer = os.path.expanduser(model), _scorer(reward, reward_model)
     settings, records = _rows(model, data, reading)
     values: dict[str, Any] = {"model": {"source": model}}
-    target, what = _sources(values, settings, records, scorer)
+    target, what = _sources(values, settings, records, scorer, labels=set(methods) == {"kto"})
     reasons = [what + _read_as(settings), _lengths(values, model, records), _weights(values, model)]
-    reasons.append(_method(values, target, len(records)))
+    reasons.append(_methods(values, methods, target, len(records)))
     _evaluation(values, scorer)
     return _begun(values, out, f"{_stem(model)}-{_stem(settings.source)}", reasons)
 
@@ -251,9 +258,14 @@ def _stem(name: str) -> str:
 
 
 def _sources(
-    values: dict[str, Any], settings: DataSettings, records: Sequence[Record], scorer: dict[str, Any] | None
-) -> tuple[str, str]:
-    """What the method's target is made from, `preference` or `reward`; and what the data is and how it is used."""
+    values: dict[str, Any],
+    settings: DataSettings,
+    records: Sequence[Record],
+    scorer: dict[str, Any] | None,
+    *,
+    labels: bool,
+) -> tuple[Target, str]:
+    """What methods learn from, and what the data is and how it is used. `labels`: one answer to a prompt will do."""
     source = _said(settings)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
@@ -266,29 +278,34 @@ def _sources(
         most = EVALUATED if device().type == "cpu" else EvaluateSettings().pairs
         kept_out = f"{share:.0%} of the prompts, at most {most}, are held out"
         return "preference", f"data: {some} {what}; {kept_out} and never trained on"
-    if scorer is None and any(record.rewards is not None for record in records):
+    labelled = scorer is None and any(record.rewards is not None for record in records)
+    if labelled and not labels:
         raise InputError(
-            f"{settings.source} has one answer with a reward or label to each prompt, which `method: kto, target: "
-            "reward` in a recipe takes (docs/methods.md); or say what is good with --reward module:function or "
-            "--reward-model MODEL, and own samples are drawn and scored."
+            f"{settings.source} has one answer with a reward or label to each prompt, which --method kto takes; or say "
+            "what is good with --reward module:function or --reward-model MODEL, and own samples are drawn and scored."
         )
-    if scorer is None:
+    if scorer is None and not labelled:
         raise InputError(
             f"{settings.source} has {some} rows without a preference or rewards: say what is good with --reward "
             "module:function or --reward-model MODEL, or give rows with prompt, chosen and rejected."
         )
     kept = max(min(round(share * len(records)), EVALUATED), 1)
-    used, start = "rewards" if ranked else "prompts", settings.skip
+    used, start = "rewards" if ranked or labelled else "prompts", settings.skip
     rows = sum(len(record.completions) for record in records[:kept]) if settings.join else kept
     rest = {} if settings.limit is None else {"limit": max(settings.limit - rows, 1)}
     values["data"] = {used: {**source, "skip": start + rows, **rest}}
     values["data"]["evaluation"] = {**source, "skip": start, "limit": rows}
-    values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
+    if scorer is not None:
+        values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
     what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
+    what = "answers with a label" if labelled else what
     held = {prompt_digest(record) for record in records[:kept]}
     twice = sum(prompt_digest(record) in held for record in records[kept:])
     again = f", but {twice:,} later rows have their prompts and are trained on: remove them" if twice else ""
-    return "reward", f"data: {some} {what}; the first {rows} rows are held out for the evidence{again}"
+    return (
+        "label" if labelled else "reward",
+        f"data: {some} {what}; the first {rows} rows are held out for the evidence{again}",
+    )
 
 
 def _lengths(values: dict[str, Any], model: str, records: Sequence[Record]) -> str:
@@ -336,18 +353,37 @@ def _computes_in_half() -> bool:
     return kind != "cpu" and (kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def _method(values: dict[str, Any], target: str, rows: int) -> str:
-    lora = "lora" in values["model"]
+def _methods(values: dict[str, Any], names: Sequence[str], target: Target, rows: int) -> str:
     batch = next(size for size in (64, 32, 16, 8, 4) if size == 4 or rows >= 24 * size)
-    method: dict[str, Any] = {"divergence": "reverse_kl", "target": target, "beta_pi": 0.5}
-    if target == "reward":  # whatever the scale of the rewards, the optimum that is aimed at is about a nat away
-        method |= {"beta_pi": 1.0, "beta_r_std": 0.7}
-    method |= {"learning_rate": 1e-4 if lora else 5e-6, "batch_prompts": batch, "save_policies": 3}
+    rate = 1e-4 if "lora" in values["model"] else 5e-6
+    steps: dict[str, Any] = {"learning_rate": rate, "batch_prompts": batch, "save_policies": 3}
     if _computes_in_half():
-        method |= {"precision": "bf16"}
+        steps |= {"precision": "bf16"}
         values["sample"]["precision"] = "bf16"
-    values["align"] = {f"exo-{'pref' if target == 'preference' else 'rw'}": method}
-    return f"method: EXO on the {target}s, one epoch in steps of {batch} prompts (divergence: forward_kl makes it DPO)"
+    takes = {"preferences"} if target == "preference" else {"rewards", "prompts"} & {"rewards", *values["data"]}
+    known = {name: _own(name, target) for name in (*DIVERGENCES, *available()) if name not in ("given", "matching")}
+    methods = {name: method_class(own.get("method", "matching"))(**own) for name, own in known.items()}
+    fitting = [name for name, method in methods.items() if method.trains_on in takes and target != "label"] or ["kto"]
+    for name in names:
+        if name not in fitting:
+            why = "does not train on what the data gives" if name in methods else "is none"
+            raise InputError(f"--method {name[:100]} {why}; here there are {', '.join(fitting)}.")
+    suffix = "-pref" if target == "preference" else "-rw"
+    values["align"] = {name + suffix * (name in DIVERGENCES): known[name] | steps for name in names}
+    lines = "; ".join(methods[name].line for name in names)
+    others = f" (--method {','.join(fitting[:2])} compares two)" if len(names) == 1 < len(fitting) else ""
+    return f"method: {lines}; one epoch in steps of {batch} prompts{others}"
+
+
+def _own(name: str, target: Target) -> dict[str, Any]:
+    """The settings of a method by its name, or of EXO and DPO, which are two divergences of one."""
+    if name not in DIVERGENCES:
+        return {"method": name, **({"target": "reward"} if name == "kto" and target == "label" else {})}
+    if target == "preference":
+        known = {"divergence": DIVERGENCES[name], "target": "preference", "beta_pi": 0.5}
+        return known | ({"epsilon": 0.0} if name == "dpo" else {})
+    # Whatever the scale of the rewards, the optimum that is aimed at is about a nat away.
+    return {"divergence": DIVERGENCES[name], "target": "reward", "beta_pi": 1.0, "beta_r_std": 0.7}
 
 
 def _evaluation(values: dict[str, Any], scorer: dict[str, Any] | None) -> None:
