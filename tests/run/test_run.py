@@ -9,11 +9,13 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from exalign.models.loading import load_policy, load_tokenizer
 from exalign.models.logprobs import plain_completion_logprobs
 from exalign.models.model_settings import ModelSettings
 from exalign.rollout.scorers import open_scorer
+from exalign.run import materials
 from exalign.run.carry_out import run_recipe
 from exalign.run.chat import Speaker
 from exalign.run.demo import RECIPE, demo_recipe
@@ -207,6 +210,26 @@ def test_killed_while_a_stage_is_removed_what_it_was_made_from_is_left(tmp_path:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+
+
+@pytest.mark.parametrize(("draws", "per_shard"), [(1, [4, 4, 2]), (3, [3, 3, 3, 1]), (9, [1] * 10)])
+def test_a_shard_has_fewer_prompts_where_each_has_many_completions(
+    draws: int, per_shard: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(materials, "SHARD", 4)
+    monkeypatch.setattr(materials, "SHARD_COMPLETIONS", 8)
+    view: Any = SimpleNamespace(counts=Counter())
+    drawn = [Record(str(n), "Say it.", tuple(Completion("it") for _ in range(draws))) for n in range(10)]
+    for place, records in (("drawn", [Record(one.id, "Say it.") for one in drawn]), ("read", drawn)):
+        worked: list[int] = []
+
+        def work(part: Sequence[Record], _: Counter[str], worked: list[int] = worked) -> list[Record]:
+            worked.append(len(part))
+            return [drawn[int(record.id)] for record in part]
+
+        made = draws if place == "drawn" else 1
+        materials.write_shared(view, tmp_path / place, records, work, Header(), draws=made)
+        assert worked == per_shard and read_records(tmp_path / place) == drawn
 
 
 def test_a_world_that_was_replaced_in_part_is_written_again(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -45,8 +44,8 @@ from exalign.training.train_settings import TrainSettings
 
 MANY_CUT = 0.05
 """From this share on it is told while it happens that texts are cut."""
-SHARD = 256
-"""Prompts that are sampled and written together: a kill costs one shard, and nothing is repeated."""
+SHARD, SHARD_COMPLETIONS = 256, 4096
+"""Prompts, or fewer of many completions, that are sampled and written together: a kill costs one shard."""
 
 LIMITS = ("data.max_prompt_tokens", "data.max_completion_tokens")
 SAMPLED = (
@@ -383,7 +382,7 @@ def draw(
         return rollout(part, sampler, counts, Numerics(temperature), scorer=scorer, policy=own, reference=reference)
 
     before = Counter(view.counts)
-    write_shared(view, folder, wanted.prompts, drawn, header)
+    write_shared(view, folder, wanted.prompts, drawn, header, draws=wanted.settings.num_completions)
     new = view.counts - before
     if folder.parent in (view.folder, view.folder.parent):  # of the policies of a method it was told with the first
         _tell_cut(view, "prompt", new["prompts_cut"], new["prompts"], wanted.settings.max_prompt_tokens)
@@ -404,11 +403,13 @@ def read_by(numerics: Numerics, **models: nn.Module) -> Work:
     return read
 
 
-def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, work: Work, header: Header) -> None:
+def write_shared(
+    view: View, folder: Path, records: Sequence[Record] | Path, work: Work, header: Header, *, draws: int = 1
+) -> None:
     """Write what `work` makes of the records, or of those of a folder, to `folder`, continuing what stands there.
 
-    Of several processes each takes a shard, or its share of one where fewer are left. The first one writes; the others
-    go on when all is there.
+    `draws` says how many completions it makes for each. Of several processes each takes a shard, or its share of one
+    where fewer are left. The first one writes; the others go on when all is there.
     """
     writer = RecordWriter(folder, shard_size=SHARD) if leads() else None
     start = gathered(writer and writer.written)[0] or 0
@@ -420,7 +421,7 @@ def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, wor
         counts: Counter[str] = Counter()
         return (work(part, counts) if part else []), counts
 
-    while shards := [shard for _ in range(processes()) if (shard := list(islice(left, SHARD)))]:
+    while shards := [shard for _ in range(processes()) if (shard := _next_shard(left, draws))]:
         if len(shards) == processes():
             made = [one for own in collected([worked(shard) for shard in share_of(shards)]) for one in own]
         else:
@@ -437,6 +438,15 @@ def write_shared(view: View, folder: Path, records: Sequence[Record] | Path, wor
         writer.close(header.with_counts(writer.counts))
         view.counts.update(writer.counts)
     gathered(None)
+
+
+def _next_shard(left: Iterator[Record], draws: int) -> list[Record]:
+    shard: list[Record] = []
+    completions = 0
+    while len(shard) < SHARD and completions < SHARD_COMPLETIONS and (record := next(left, None)) is not None:
+        shard.append(record)
+        completions += max(len(record.completions), draws)
+    return shard
 
 
 def _joined(shares: Sequence[tuple[list[Record], Counter[str]]]) -> tuple[list[Record], Counter[str]]:

@@ -471,7 +471,7 @@ def draw(
 
     Memory is the weights, the cache of all groups in flight at their longest, and the logits of a step.
     """
-    from exalign.run.materials import SHARD
+    from exalign.run.materials import SHARD, SHARD_COMPLETIONS
 
     share = -(-load.prompts // min(machine.count, load.prompts))  # of the device that has most
     rows = completions_at_once(
@@ -481,8 +481,9 @@ def draw(
         prompt_tokens=load.longest_prompt / load.completions,
         tokens=load.longest_completion,
     )
-    at_hand = SHARD if together is None else -(-together // machine.count)
-    groups = max(1, min(rows // load.completions, share, SHARD, at_hand))  # whole ones, at least one
+    shard = min(SHARD, -(-SHARD_COMPLETIONS // load.completions))
+    at_hand = shard if together is None else -(-together // machine.count)
+    groups = max(1, min(rows // load.completions, share, shard, at_hand))  # whole ones, at least one
     rows = groups * load.completions
     working = _reading(model, max(_ENTERING_TOKENS, load.longest_prompt) + rows, machine)
     logits = rows * model.vocabulary * (4 + model.element_size)
