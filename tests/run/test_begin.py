@@ -212,6 +212,11 @@ def test_methods_that_fit_the_data_are_compared(model: Path, pairs: Path, world:
         InputError, match=r"--method grpo does not train on what the data gives; here there are exo, dpo,"
     ):
         begin(str(model), str(pairs), methods=["exo", "grpo"])
+    begun = begin(str(model), str(pairs), methods=["grpo", "exo"], reward=reward)  # whose prompts these are
+    assert {"prompts", "evaluation"} <= begun.values["data"].keys() and list(begun.values["align"]) == [
+        "grpo",
+        "exo-rw",
+    ]
     with pytest.raises(InputError, match=r"--method dop is none; here there are exo, dpo, "):
         begin(str(model), str(pairs), methods=["dop"])
 

@@ -99,7 +99,7 @@ def begin(
     model, scorer = os.path.expanduser(model), _scorer(reward, reward_model)
     settings, records = _rows(model, data, reading)
     values: dict[str, Any] = {"model": {"source": model}}
-    target, what = _sources(values, settings, records, scorer, labels=set(methods) == {"kto"})
+    target, what = _sources(values, settings, records, scorer, methods)
     reasons = [what + _read_as(settings), _lengths(values, model, records), _weights(values, model)]
     reasons.append(_methods(values, methods, target, len(records)))
     _evaluation(values, scorer)
@@ -262,24 +262,24 @@ def _sources(
     settings: DataSettings,
     records: Sequence[Record],
     scorer: dict[str, Any] | None,
-    *,
-    labels: bool,
+    methods: Sequence[str],
 ) -> tuple[Target, str]:
-    """What methods learn from, and what the data is and how it is used. `labels`: one answer to a prompt will do."""
+    """What the methods learn from, and what the data is and how it is used."""
     source = _said(settings)
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = _some(records)
     # Half of EVALUATED prompts for the evidence, where these are between a twentieth and a fifth of all.
     share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
-    if pairs + ranked >= len(records) / 2 and (pairs or scorer is None):
+    own = scorer is not None and any(_on_own_samples(name) for name in methods)
+    if pairs + ranked >= len(records) / 2 and (pairs or scorer is None) and not own:
         what = "preference pairs" if pairs >= ranked else "prompts with scored completions, used as pairs"
         values["data"] = {"preferences": source, "held_out": share}
         most = EVALUATED if device().type == "cpu" else EvaluateSettings().pairs
         kept_out = f"{share:.0%} of the prompts, at most {most}, are held out"
         return "preference", f"data: {some} {what}; {kept_out} and never trained on"
     labelled = scorer is None and any(record.rewards is not None for record in records)
-    if labelled and not labels:
+    if labelled and set(methods) != {"kto"}:
         raise InputError(
             f"{settings.source} has one answer with a reward or label to each prompt, which --method kto takes; or say "
             "what is good with --reward module:function or --reward-model MODEL, and own samples are drawn and scored."
@@ -290,15 +290,16 @@ def _sources(
             "module:function or --reward-model MODEL, or give rows with prompt, chosen and rejected."
         )
     kept = max(min(round(share * len(records)), EVALUATED), 1)
-    used, start = "rewards" if ranked or labelled else "prompts", settings.skip
+    used, start = "rewards" if (ranked and not own) or labelled else "prompts", settings.skip
     rows = sum(len(record.completions) for record in records[:kept]) if settings.join else kept
     rest = {} if settings.limit is None else {"limit": max(settings.limit - rows, 1)}
     values["data"] = {used: {**source, "skip": start + rows, **rest}}
     values["data"]["evaluation"] = {**source, "skip": start, "limit": rows}
     if scorer is not None:
         values["score" if used == "prompts" else "evaluate"] = {"scorer": scorer}
-    what = "prompts with scored completions" if ranked else "prompts; 4 completions of each are drawn and scored"
-    what = "answers with a label" if labelled else what
+    what = "prompts; 4 completions of each are drawn and scored"
+    if used == "rewards":
+        what = "answers with a label" if labelled else "prompts with scored completions"
     held = {prompt_digest(record) for record in records[:kept]}
     twice = sum(prompt_digest(record) in held for record in records[kept:])
     again = f", but {twice:,} later rows have their prompts and are trained on: remove them" if twice else ""
@@ -373,6 +374,10 @@ def _methods(values: dict[str, Any], names: Sequence[str], target: Target, rows:
     lines = "; ".join(methods[name].line for name in names)
     others = f" (--method {','.join(fitting[:2])} compares two)" if len(names) == 1 < len(fitting) else ""
     return f"method: {lines}; one epoch in steps of {batch} prompts{others}"
+
+
+def _on_own_samples(name: str) -> bool:
+    return name in available() and name != "given" and method_class(name)().trains_on == "prompts"
 
 
 def _own(name: str, target: Target) -> dict[str, Any]:
