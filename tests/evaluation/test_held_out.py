@@ -18,8 +18,8 @@ from exalign.data.store import Header, read_records, write_records
 from exalign.errors import InputError
 from exalign.evaluation.across_runs import read_runs
 from exalign.evaluation.evidence import build_evidence
-from exalign.evaluation.frontier import held_out
-from exalign.evaluation.sample_table import tabulate_pairs
+from exalign.evaluation.frontier import held_out, held_out_labels
+from exalign.evaluation.sample_table import tabulate_labels, tabulate_pairs
 from exalign.evaluation.schema import Evidence
 from exalign.evaluation.statistics import Bootstrap
 from exalign.evaluation.verdict import select
@@ -36,6 +36,11 @@ def pair(name: str, preferred: float, rejected: float, which: int | None = 0) ->
     ratios = (preferred, rejected)
     completions = tuple(Completion("text", logprob=ratio - 7, reference_logprob=-7.0) for ratio in ratios)
     return Record(name, f"prompt {name}", completions, preferred=which)
+
+
+def answer(name: str, ratio: float, label: float) -> Record:
+    completion = Completion("text", logprob=ratio - 7, reference_logprob=-7.0, reward=label)
+    return Record(name, f"prompt {name}", (completion,))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,26 @@ def test_several_pairs_of_one_prompt_are_no_more_prompts() -> None:
     for name in ("accuracy", "margin", "preferred"):
         one, other = getattr(few, name), getattr(many, name)
         assert (one.low, one.high) == pytest.approx((other.low, other.high)) and one.num_prompts == 40
+
+
+def test_every_answer_with_a_higher_label_meets_every_one_with_a_lower() -> None:
+    """Ratios 2, 0 of good ones and 1, 0 of bad ones: wins 1, 1, 0, ½; and an interval that resamples both sides."""
+    rows = [("a", 2.0, 1.0), ("b", 0.0, 1.0), ("c", 1.0, 0.0), ("d", 0.0, 0.0)]
+    answers = tabulate_labels([answer(*row) for row in rows], "pairs")
+    assert answers is not None
+    found = held_out_labels(answers, Bootstrap(50))
+    assert (found.accuracy.estimate, found.accuracy.num_prompts) == (2.5 / 4, 4)
+    assert (found.margin.estimate, found.preferred.estimate, found.rejected.estimate) == (0.5, 1.0, 0.5)
+    assert found.accuracy.low is None  # a resample may have answers of one label alone
+    assert tabulate_labels([answer("a", 2.0, 1.0), answer("b", 0.0, 1.0)], "pairs") is None
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):  # scores N(1, 1) and N(0, 1): the area is Φ(1/√2)
+        drawn = [answer(str(n), float(rng.normal(n % 2, 1)), float(n % 2)) for n in range(60)]
+        answers = tabulate_labels(drawn, "pairs")
+        assert answers is not None
+        low, high = held_out_labels(answers, Bootstrap(200)).accuracy.ends
+        covered += low <= NormalDist().cdf(1 / 2**0.5) <= high
+    assert covered >= 89  # of 95 expected, less 2.8 standard deviations
 
 
 def test_pairs_that_cannot_be_measured_are_an_error() -> None:

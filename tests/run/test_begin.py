@@ -191,6 +191,8 @@ def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tm
     run = align(str(model), str(file), methods=["kto"], out=tmp_path / "kto", console=Console(quiet=True))
     assert read_sealed(run.path("scored", "done.json"))["counts"]["records"] == 48
     assert run.path("report", "index.html").exists()
+    (method,) = read_json(run.path("evaluation", "evidence.json"))["methods"]
+    assert method["points"][-1]["held_out"]["accuracy"]["num_prompts"] == 12
     reasons = begin(str(model), str(file), reward="exalign.data.synthetic:reward").reasons
     assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]
 

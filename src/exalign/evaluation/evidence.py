@@ -21,6 +21,7 @@ from exalign.evaluation.frontier import (
     compare_pairs,
     frontier_point,
     held_out,
+    held_out_labels,
     select_within,
     win_rate,
 )
@@ -36,11 +37,11 @@ from exalign.evaluation.pool import (
 )
 from exalign.evaluation.run_folder import RunFolder, complete_records, pool_rewards
 from exalign.evaluation.sample_table import (
-    PairTable,
     SampleTable,
     log_ratio,
     render_prompt,
     tabulate,
+    tabulate_labels,
     tabulate_pairs,
 )
 from exalign.evaluation.schema import (
@@ -50,6 +51,7 @@ from exalign.evaluation.schema import (
     Evidence,
     Example,
     FrontierPoint,
+    HeldOut,
     Interval,
     Judgements,
     MethodEvidence,
@@ -211,7 +213,7 @@ class _Material:
         density = {method: complete_records(folder) for method, folder in own.items()}
         self.density = {method: records for method, records in density.items() if records is not None}
         self.tables: dict[str, dict[int, SampleTable]] = {}
-        self.pairs: dict[str, dict[int, PairTable]] = {}
+        self.held_out: dict[str, dict[int, HeldOut]] = {}
         self.judged: dict[str, dict[int, SampleTable]] = {}
         self.answers: dict[str, list[Record]] = {}
         self.first_samples: dict[str, dict[int, list[Record]]] = {}
@@ -291,7 +293,7 @@ class _Material:
             self.notes.append(f"{method} has no evaluated checkpoint.")
 
     def _read_pairs(self, method: str) -> None:
-        self.pairs[method] = {}
+        self.held_out[method] = {}
         if not self.run.counts(self.run.evaluation / "pairs" / method):
             return
         for step in self.run.paired_steps(method):
@@ -299,7 +301,18 @@ class _Material:
             where, records = self.run.relative(folder), self._complete(folder)
             if records is None:
                 continue
-            table = self.pairs[method][step] = tabulate_pairs(records, where)
+            if all(record.preferred is None and record.rewards is not None for record in records):
+                if (answers := tabulate_labels(records, where)) is None:
+                    self.notes.append(f"{where}: all held-out answers have one label, so nothing can be measured.")
+                else:
+                    self.held_out[method][step] = held_out_labels(answers, self.bootstrap)
+                    labelled = (
+                        f"{method} read held-out answers: a pair is one with a higher label and one with a lower."
+                    )
+                    self.notes += [labelled] if labelled not in self.notes else []
+                continue
+            table = tabulate_pairs(records, where)
+            self.held_out[method][step] = held_out(table, self.bootstrap)
             if table.undecided:
                 self.notes.append(f"{where}: {table.undecided} pairs prefer neither text and are left out.")
 
@@ -325,7 +338,7 @@ def _point(material: _Material, table: SampleTable, step: int) -> FrontierPoint:
 
 
 def _method(material: _Material, name: str) -> MethodEvidence:
-    tables, pairs, scored = material.tables[name], material.pairs[name], material.sft.scored
+    tables, paired, scored = material.tables[name], material.held_out[name], material.sft.scored
     bootstrap = material.bootstrap
     described, beta = material.run.describe(name)
     points, rates = list[FrontierPoint](), dict[str, WinRate | None]()
@@ -333,11 +346,10 @@ def _method(material: _Material, name: str) -> MethodEvidence:
         rates = _rates(material, name, step)
         point = _point(material, table, step)
         moved = changes(table, material.sft, bootstrap)
-        measured = held_out(pairs[step], bootstrap) if step in pairs else None
         share = _objective_share(material, described, beta, step)
-        point = replace(point, gain=moved.pop("reward", None), changes=moved, held_out=measured, objective=share)
-        points.append(replace(point, win_vs_sft=rates.get(SFT)))
-    if points and not scored and not pairs:
+        point = replace(point, gain=moved.pop("reward", None), changes=moved, objective=share)
+        points.append(replace(point, held_out=paired.get(step), win_vs_sft=rates.get(SFT)))
+    if points and not scored and not paired:
         material.notes.append(f"{name} did not read held-out pairs, so nothing is known of its preferences.")
     material.notes += [f"{name} and {who} share no prompt, so no win rate." for who in rates if rates[who] is None]
     gap = None

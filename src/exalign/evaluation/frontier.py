@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 from scipy.special import expit
 
 from exalign.errors import InputError
-from exalign.evaluation.sample_table import PairTable, Ragged, SampleTable, common_prompts, prompt_means
+from exalign.evaluation.sample_table import LabelTable, PairTable, Ragged, SampleTable, common_prompts, prompt_means
 from exalign.evaluation.schema import Comparison, EqualKL, FrontierPoint, HeldOut, Interval, Standing, WinRate
 from exalign.evaluation.statistics import BOOTSTRAP, Array, Bootstrap, length_controlled_win_rate, surely_above
 
@@ -59,6 +60,14 @@ def held_out(pairs: PairTable, bootstrap: Bootstrap = BOOTSTRAP) -> HeldOut:
     accuracy = bootstrap.share(pairs.wins, pairs.sizes)
     means = pairs.preferred - pairs.rejected, pairs.preferred, pairs.rejected
     return HeldOut(accuracy, *(bootstrap.ratio(mean * pairs.sizes, pairs.sizes, paired=True) for mean in means))
+
+
+def held_out_labels(answers: LabelTable, bootstrap: Bootstrap = BOOTSTRAP) -> HeldOut:
+    """The same of held-out answers with a label each, of which two are a pair where one has the higher label."""
+    first, second = np.broadcast_arrays(answers.log_ratios[:, None], answers.log_ratios)
+    over = partial(bootstrap.over_pairs, pairs=answers.labels[:, None] > answers.labels, prompts=answers.prompts)
+    wins = (first > second) + (first == second) / 2
+    return HeldOut(over(wins, share=True), *map(over, (first - second, first, second)))
 
 
 def select_within(points: Sequence[FrontierPoint], kl_budget: float) -> FrontierPoint | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exalign.data.reading import prompt_digest
 from exalign.data.record import Completion, Prompt, Record
@@ -101,6 +102,24 @@ class PairTable:
     wins: Array
     sizes: Array
     undecided: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """Held-out answers with a label or reward each, `[N]`: the log-ratio log π_θ − log π_sft (nats), the label, and the
+    number of the prompt, of which there are several answers at times. Two of unlike labels are a pair."""
+
+    log_ratios: Array
+    labels: Array
+    prompts: NDArray[np.intp]
+
+
+def tabulate_labels(records: Sequence[Record], where: str) -> LabelTable | None:
+    """Read labelled answers with the log-probabilities of a policy; None where these have no two different labels."""
+    ratios = np.array([_finite_log_ratios(record, where)[0] for record in records])
+    labels = np.array([(record.rewards or [0.0])[0] for record in records])
+    _, prompts = np.unique([prompt_digest(record) for record in records], return_inverse=True)
+    return LabelTable(ratios, labels, prompts) if np.ptp(labels) > 0 else None
 
 
 def tabulate_pairs(records: Iterable[Record], where: str) -> PairTable:

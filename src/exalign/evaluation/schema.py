@@ -59,7 +59,8 @@ class HeldOut:
 
     `accuracy` is the share of pairs in which the preferred text has the larger log-ratio (a tie counts half), `margin`
     the mean difference of the two log-ratios, `preferred` and `rejected` the mean of each, in nats: β is left out.
-    Intervals are over prompts, of which one may have several pairs.
+    Intervals are over prompts, of which one may have several pairs. Of answers with a label each, two are a pair where
+    one has the higher label.
     """
 
     accuracy: Interval

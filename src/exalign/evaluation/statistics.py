@@ -100,6 +100,29 @@ class Bootstrap:
             return Interval(float(share), None, None, fewest)
         return interval_of(share, (self.weights(len(first)) @ _finite(first)) / below, fewest)
 
+    def over_pairs(
+        self, values: Array, pairs: NDArray[np.bool_], prompts: NDArray[np.intp] | None = None, *, share: bool = False
+    ) -> Interval:
+        """The mean of `values` `[N, N]` over those of two of N answers that are `pairs` `[N, N]`.
+
+        `prompts` `[N]` numbers the prompts from 0, which are resampled, and with them both answers of a pair. `share`:
+        the values are shares. Without an interval where a resample has no pair.
+
+        >>> labels, scores = np.array([1, 1, 0, 0]), np.array([0.9, 0.4, 0.5, 0.1])
+        >>> wins, better = scores[:, None] > scores, labels[:, None] > labels
+        >>> Bootstrap().over_pairs(wins, better, share=True).estimate  # the area under the ROC curve
+        0.75
+        """
+        prompts = np.arange(len(values)) if prompts is None else prompts
+        count = int(prompts.max()) + 1
+        weights, chosen = self.weights(count)[:, prompts], _finite(values) * pairs
+        total, number = (((weights @ matrix) * weights).sum(axis=1) for matrix in (chosen, pairs.astype(np.float64)))
+        estimate = float(chosen.sum() / pairs.sum())
+        if not (number > 0).all():
+            return Interval(estimate, None, None, count)
+        found = interval_of(estimate, total / number, count)
+        return _of_share(found) if share else found
+
 
 BOOTSTRAP = Bootstrap()
 

@@ -104,7 +104,8 @@ def _evaluation_stages(recipe: Recipe) -> Iterator[Stage]:
             yield from drawn(f"answers/{name}", own, partial(_method, name=name, answers=True))
     if reads_pairs(recipe):
         takes = supervised + Takes(("temperature", *LIMITS))
-        yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, _pairs, shared=True)
+        read = partial(_pairs, labels=judge is None)
+        yield (takes + rows + Takes(("evaluate.pairs",))).stage(PAIRS, read, shared=True)
         for name, own in of_each(takes + Takes(needs=(PAIRS,))):
             yield own.stage(f"{PAIRS}/{name}", partial(_pairs_of, name=name), shared=True)
     if settings.pool_prompts and settings.density_prompts and judge is not None:
@@ -298,15 +299,25 @@ def saved_policies(trained: Path) -> list[Path]:
     return sorted((trained / "policies").glob("step-*"))
 
 
-def _pairs(view: View) -> None:
-    """Held-out preferences with their token ids and log π_sft; none where the evaluation's rows have no preference."""
+def _pairs(view: View, *, labels: bool) -> None:
+    """Held-out preferences with their token ids and log π_sft; `labels`: answers with a label, where there is none.
+
+    None where the evaluation's rows have neither.
+    """
     tokenizer, temperature = run_tokenizer(view), view.recipe.temperature
-    rows = (record for record in evaluation_rows(view) if record.preferred is not None)
-    known = list(islice(rows, view.recipe.evaluate.pairs))
+    known, answers, most = list[Record](), list[Record](), view.recipe.evaluate.pairs
+    for record in evaluation_rows(view):
+        if len(known) == most:
+            break
+        if record.preferred is not None:
+            known.append(record)
+        elif labels and record.rewards is not None and len(record.completions) == 1 and len(answers) < most:
+            answers.append(record)
+    known = known or answers
     models = dict[str, PreTrainedModel]()
     if known:
         known, models = with_ids(view, known, tokenizer), {"reference_logprob": supervised(view, tokenizer)}
-    view.counts["pairs"] = len(known)
+    view.counts["answers" if answers and known is answers else "pairs"] = len(known)
     header = Header(temperature=temperature, counts=dict(view.counts))
     write_shared(view, view.folder / "records", known, read_by(Numerics(temperature), **models), header)
 
@@ -320,7 +331,7 @@ def _pairs_of(view: View, *, name: str) -> None:
             continue
         read = read_by(Numerics(view.recipe.temperature), logprob=frozen_policy(view, policy, tokenizer))
         write_shared(view, view.folder / policy.name, records, read, header)
-    view.counts["pairs"] = len(records)
+    view.counts["pairs" if all(record.preferred is not None for record in records) else "answers"] = len(records)
 
 
 def _density(view: View, *, name: str) -> None:
