@@ -197,6 +197,13 @@ def test_labels_are_for_kto_and_prompts_that_come_twice_are_told(model: Path, tm
     assert "the first 12 rows are held out for the evidence, but 12 later rows have their prompts" in reasons[0]
 
 
+def test_one_prompt_is_too_few_and_nothing_is_left_behind(model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(pairs.read_text().partition("\n")[0])
+    with pytest.raises(InputError, match=r"one\.jsonl has one prompt, so none can be held out for the evidence"):
+        align(str(model), str(tmp_path / "one.jsonl"), out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
+
+
 def test_methods_that_fit_the_data_are_compared(model: Path, pairs: Path, world: Path, tmp_path: Path) -> None:
     names = ["exo", "dpo", "simpo", "kto"]
     write_down(begin(str(model), str(pairs), methods=names, out=tmp_path / "pairs"), Console(quiet=True))

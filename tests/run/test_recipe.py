@@ -149,6 +149,7 @@ def test_a_name_with_dots_is_reached_where_it_is_there() -> None:
         (["align.exo-rw.rounds=2"], "align.exo-rw.rounds is not a setting; here: fresh_every, in optimizer steps"),
         (["align={a: {fresh_every: 2}}", "data.prompts=null"], "data.prompts is missing"),
         (["sample.num_completions=1"], "align.exo-rw: compares at least two completions of a prompt"),
+        (["align.EXO-rw={}"], "align: exo-rw and EXO-rw are one folder where case does not count; rename one"),
         (["align.sft={}"], "is not 'answers', 'density', 'drawn', 'pairs', 'pool', 'prompts', 'proxy', 'sft'"),
         (["align.pool={}"], "'pool', 'prompts'"),
         (["evaluate.density_prompts=100"], "evaluate.density_prompts is above evaluate.pool_prompts"),

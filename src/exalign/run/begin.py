@@ -269,6 +269,8 @@ def _sources(
     pairs = sum(record.preferred is not None for record in records)
     ranked = sum(record.rewards is not None and len(record.completions) > 1 for record in records)
     some = _some(records)
+    if len({prompt_digest(record) for record in records}) < 2:
+        raise InputError(f"{settings.source} has one prompt, so none can be held out for the evidence; give more.")
     # Half of EVALUATED prompts for the evidence, where these are between a twentieth and a fifth of all.
     share = round(min(max(0.05, EVALUATED / 2 / len(records)), 0.2), 2)
     own = scorer is not None and any(_on_own_samples(name) for name in methods)

@@ -380,6 +380,9 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
             "align: a method's name is made of up to 40 letters, digits, '.', '_' and '-', does not begin "
             f"with {BEST_OF!r}, and is not " + ", ".join(map(repr, sorted(NO_METHODS)))
         )
+    lower = {name.lower(): name for name in recipe.align}
+    for name in [name for name in recipe.align if name not in lower.values()]:
+        yield f"align: {name} and {lower[name.lower()]} are one folder where case does not count; rename one"
     for name, method in recipe.align.items():
         problems = [*method.problems()]
         drawn, own = recipe.sample.num_completions, method.num_completions
