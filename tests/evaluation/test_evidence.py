@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -47,6 +48,21 @@ def test_the_truth_of_the_synthetic_world_is_found(finished):
         assert method.points[-1].win_vs_sft == method.win_rates[0]
     assert [standing.method for standing in evidence.equal_kl.standings] == ["exo-rw", "dpo-rw"]
     assert evidence.methods[0].gap.gap.estimate < evidence.methods[1].gap.gap.estimate
+
+
+def test_the_pools_samples_are_in_the_supervised_policys_mean_reward_and_in_what_is_gained_over_it(run):
+    folder = RunFolder(run)
+    pooled, header = read_records(folder.pool), read_header(folder.pool)
+    shutil.rmtree(folder.pool)
+    write_records(folder.pool, pooled[:10], header)  # of a part of the prompts, as in real runs
+    own = {record.id: list(record.rewards) for record in read_records(folder.supervised)}
+    pool = {record.id: list(record.rewards) for record in pooled[:10]}
+    means = {name: np.mean(rewards + pool.get(name, [])) for name, rewards in own.items()}
+    evidence = build_evidence(run, num_resamples=100)
+    assert evidence.sft.reward.estimate == pytest.approx(np.mean(list(means.values())))
+    (last,) = (m.points[-1] for m in evidence.methods if m.name == "exo-rw")
+    drawn = {record.id: np.mean(record.rewards) for record in read_records(folder.samples("exo-rw", last.step))}
+    assert last.gain.estimate == pytest.approx(np.mean([drawn[name] - means[name] for name in drawn]))
 
 
 def test_what_the_recipe_says_is_used(finished):

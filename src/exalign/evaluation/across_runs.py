@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
     evidence = run.read_evidence()
     if not evidence.scored:
         return RunResults(name, evidence, {}, {})
-    supervised = _table(run.supervised)
+    # What stands in the folder without a part in the evidence is of an earlier recipe.
+    judged = pool_rewards(run.pool) if evidence.optimum else {}
+    supervised = replace(_table(run.supervised), more=judged)
     checkpoints = {m.name: [_table(run.samples(m.name, point.step)) for point in m.points] for m in evidence.methods}
     resamples = Bootstrap(seed=evidence.seed)
     paths = Paths(supervised, checkpoints, resamples)
@@ -140,8 +142,6 @@ def _read(folder: Path, name: str, kls: Sequence[float]) -> RunResults:
         for one, other in contrasts([method for method in evidence.methods if method.name in reached])
     }
     shares = dict[str, dict[float, Interval | None]]()
-    # What stands in the folder without a part in the evidence is of an earlier recipe.
-    judged = pool_rewards(run.pool) if evidence.optimum else {}
     trained = pool_rewards(run.proxy) if evidence.proxy_optimum else {}
     pool, proxy = pool_frontier(judged), pool_frontier(trained, judged=judged)
     if pool is not None and pool.reliable.any():

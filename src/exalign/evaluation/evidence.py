@@ -200,6 +200,7 @@ class _Material:
         texts = [record for record in self.prompts if record.rewards is not None]
         self.reference = tabulate(texts, run.relative(run.prompts)) if texts else None
         self.pool_rewards = pool_rewards(run.pool) if run.counts(run.pool) else {}
+        self.sft = replace(self.sft, more=self.pool_rewards)
         self.pool = pool_frontier(self.pool_rewards)
         self.trained_rewards = pool_rewards(run.proxy) if self.pool_rewards and run.counts(run.proxy) else {}
         self.proxy = pool_frontier(self.trained_rewards, judged=self.pool_rewards)

@@ -42,7 +42,7 @@ def frontier_point(
 
     return FrontierPoint(
         step=step,
-        reward=bootstrap.mean(prompt_means(table.rewards)) if table.scored else None,
+        reward=bootstrap.mean(table.mean_rewards) if table.scored else None,
         kl=None if table.log_ratios is None else bootstrap.mean(prompt_means(table.log_ratios)),
         reward_std=_spread(table.rewards) if table.scored else None,
         num_samples=sum(map(len, table.rewards)),
@@ -254,7 +254,7 @@ def path(sft: SampleTable, checkpoints: Sequence[SampleTable], ids: Sequence[str
             raise ValueError("a method's samples need log-ratios")
         at = table.at(ids)
         kls.append(prompt_means(table.log_ratios)[at])
-        rewards.append(prompt_means(table.rewards)[at])
+        rewards.append(table.mean_rewards[at])
     return np.stack(kls, axis=1), np.stack(rewards, axis=1)
 
 
@@ -293,11 +293,11 @@ def compare_all(paths: Paths, *, among: Sequence[str]) -> EqualKL | None:
     return EqualKL(kl, standings, [name for name in reaches if name not in compared])
 
 
-CHANGING: dict[str, Callable[[SampleTable], Ragged | None]] = {
-    "reward": lambda table: table.rewards if table.scored else None,
-    "tokens": lambda table: table.lengths,
-    "finished": lambda table: table.finished,
-    "repetition": lambda table: table.repeated,
+CHANGING: dict[str, Callable[[SampleTable], Array | None]] = {
+    "reward": lambda table: table.mean_rewards if table.scored else None,
+    "tokens": lambda table: _means(table.lengths),
+    "finished": lambda table: _means(table.finished),
+    "repetition": lambda table: _means(table.repeated),
 }
 """What a policy's samples have a mean of, by the name that a `FrontierPoint` has for it."""
 
@@ -309,7 +309,11 @@ def changes(table: SampleTable, sft: SampleTable, bootstrap: Bootstrap = BOOTSTR
     """
     ids, found = common_prompts([table, sft]), {}
     for name, read in CHANGING.items():
-        both = [(values, t.at(ids)) for t in (table, sft) if (values := read(t)) is not None]
+        both = [(means, t.at(ids)) for t in (table, sft) if (means := read(t)) is not None]
         if ids and len(both) == 2:
-            found[name] = bootstrap.difference(*(prompt_means(values)[at] for values, at in both))
+            found[name] = bootstrap.difference(*(means[at] for means, at in both))
     return found
+
+
+def _means(values: Ragged | None) -> Array | None:
+    return None if values is None else prompt_means(values)

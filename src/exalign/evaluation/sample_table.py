@@ -26,7 +26,8 @@ class SampleTable:
     `rewards` are NaN where no sample was scored. `log_ratios` (log π_θ − log π_sft, nats), `lengths` (tokens),
     `finished` (0 or 1) and `repeated` (the share of a sample's 4-grams of tokens that it had before) are None where the
     samples do not say. `parts` are the rewards of each scorer where the reward is a sum of several.
-    `empty_prompts` had no sample and are left out. `characters` are those of the samples' texts.
+    `empty_prompts` had no sample and are left out. `characters` are those of the samples' texts. `more` are rewards of
+    further samples of the same policy, by prompt: of π_sft those of the pool, which only its mean reward takes in.
     """
 
     ids: tuple[str, ...]
@@ -38,10 +39,17 @@ class SampleTable:
     repeated: Ragged | None = None
     parts: Mapping[str, Ragged] = field(default_factory=dict)
     characters: Ragged = ()
+    more: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def scored(self) -> bool:
         return not any(np.isnan(values).any() for values in self.rewards)
+
+    @property
+    def mean_rewards(self) -> Array:
+        """`[P]` means within each prompt, over all samples that are known of it."""
+        known = zip(self.ids, self.rewards, strict=True)
+        return prompt_means(tuple(np.concatenate([values, self.more.get(name, ())]) for name, values in known))
 
     @property
     def by_prompt(self) -> dict[str, Array]:
