@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,9 +96,8 @@ def begun(starter: Starter, folder: Path, before: set[tuple[str, int]]) -> Ended
 def _marks(folder: Path) -> set[tuple[str, int]]:
     """Which stages are under way, and since when: every process writes `started.json` anew."""
     found = set()
-    for path in folder.rglob("started.json"):
-        try:
-            found.add((str(path), path.stat().st_mtime_ns))
-        except FileNotFoundError:  # its stage has ended meanwhile
-            continue
+    for place, _, files in os.walk(folder):  # which passes over folders that are gone meanwhile
+        if "started.json" in files:
+            with suppress(FileNotFoundError):  # its stage has ended meanwhile
+                found.add((place, Path(place, "started.json").stat().st_mtime_ns))
     return found
