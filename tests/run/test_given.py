@@ -139,6 +139,8 @@ def test_other_tokens_have_rewards_and_no_kl(given: RunFolder, models: Path) -> 
     assert not given.density("other").exists()
     page = given.page.read_text()
     assert "no KL" in page and "{{" not in page
+    compared = CliRunner().invoke(app, ["compare", str(given.path)]).stdout
+    assert "Without a KL, and so not here: other." in compared and "| other |" not in compared.split("## Last")[0]
 
 
 def test_ends_of_trainings_of_their_own_have_shares_of_their_own_objectives(

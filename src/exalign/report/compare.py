@@ -42,6 +42,7 @@ def tables(runs: Sequence[RunResults], kls: Sequence[float]) -> str:
         + ("; the mean over runs with Student's. " if several else ". ")
         + "“–”: the method has no more reward for going this far; of an optimum, too few samples show it.",
         _at_equal_kl(runs, methods, kls, "rewards"),
+        _without_kl(runs),
         _mixed(runs),
         *(("## Differences at equal KL", f"{_CONTRASTS}{paired}.") if differences else ()),
         differences,
@@ -101,6 +102,12 @@ def _bold(column: dict[str, tuple[float | None, str]], but: Collection[str] = ()
     known = {name: (value, text) for name, (value, text) in column.items() if value is not None and name not in but}
     leading = best(known)
     return {name: f"**{text}**" if name in leading else text for name, (_, text) in column.items()}
+
+
+def _without_kl(runs: Sequence[RunResults]) -> str:
+    """The methods that are in no table at equal KL, as one with tokens of its own."""
+    names = dict.fromkeys(m.name for run in runs for m in run.evidence.methods if m.name not in run.rewards)
+    return f"Without a KL, and so not here: {', '.join(names)}." if names else ""
 
 
 def _mixed(runs: Sequence[RunResults]) -> str:
