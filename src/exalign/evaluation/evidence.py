@@ -310,7 +310,8 @@ class _Material:
                     labelled = (
                         f"{method} read held-out answers: a pair is one with a higher label and one with a lower."
                     )
-                    self.notes += [labelled] if labelled not in self.notes else []
+                    if labelled not in self.notes:
+                        self.notes.append(labelled)
                 continue
             table = tabulate_pairs(records, where)
             self.held_out[method][step] = held_out(table, self.bootstrap)

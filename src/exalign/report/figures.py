@@ -384,7 +384,7 @@ def _legend(figure: Figure, looks: Mapping[str, Look], width: float, *, markers:
         for name, look in looks.items()
     ]
     columns = 2 if width < 5 else min(5, len(handles))
-    legend_within(figure, handles, columns, loc="outside upper left", handlelength=2.6)
+    legend_within(figure, handles, columns)
 
 
 def draw_reward_against_step(evidence: Evidence, looks: Mapping[str, Look], *, width: float) -> Figure | None:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -191,14 +191,24 @@ def shared_legend(figure: Figure, columns: int, *, handlelength: float = 2.6) ->
     """One legend above all panels, each name once."""
     handles = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
     named = [line for name, line in handles.items() if not name.startswith("_")]
-    legend_within(figure, named, columns, loc="outside upper left", handlelength=handlelength)
+    legend_within(figure, named, columns, handlelength=handlelength)
 
 
-def legend_within(figure: Figure, handles: Sequence[Artist], columns: int, **look: Any) -> None:
+def legend_within(
+    figure: Figure,
+    handles: Sequence[Artist],
+    columns: int,
+    *,
+    loc: Literal["outside upper left", "outside lower center"] = "outside upper left",
+    handlelength: float = 2.6,
+    columnspacing: float = 2.0,
+) -> None:
     """A legend in so many columns, or in as many as the figure is wide enough for, which then is as much higher."""
     height = 0.0
     for count in range(columns, 0, -1):
-        legend = figure.legend(handles=handles, ncols=count, **look)
+        legend = figure.legend(
+            handles=handles, ncols=count, loc=loc, handlelength=handlelength, columnspacing=columnspacing
+        )
         extent = legend.get_window_extent()
         height = height or extent.height
         if count == 1 or extent.width <= figure.bbox.width:

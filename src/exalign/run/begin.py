@@ -363,7 +363,9 @@ def _methods(values: dict[str, Any], names: Sequence[str], target: Target, rows:
     if _computes_in_half():
         steps |= {"precision": "bf16"}
         values["sample"]["precision"] = "bf16"
-    takes = {"preferences"} if target == "preference" else {"rewards", "prompts"} & {"rewards", *values["data"]}
+    takes = {"preferences"} if target == "preference" else {"rewards"}
+    if "prompts" in values["data"]:
+        takes.add("prompts")
     known = {name: _own(name, target) for name in (*DIVERGENCES, *available()) if name not in ("given", "matching")}
     methods = {name: method_class(own.get("method", "matching"))(**own) for name, own in known.items()}
     fitting = [name for name, method in methods.items() if method.trains_on in takes and target != "label"] or ["kto"]
